@@ -1,0 +1,2717 @@
+"""StoryTeller automation: the service that joins StoryArt, StorySwarm and SwarmUI on the render PC.
+
+It says whether the GPU is free, starts SwarmUI and waits until it answers, hands notifications from one
+program to the other until they are acknowledged, and says when a session's prompts are complete. One
+process under waitress; sessions and notifications live in Redis, or in SQLite where no Redis is named.
+
+The rooms of this file, each under a banner, each knowing only those above it:
+
+    settings                one table: name, default, how it is read, what it means
+    errors                  the exceptions that mean an answer, each with its status
+    this system             everything that differs between Windows, Linux and macOS
+    stores                  the interface, then Redis and SQLite in the same order of methods
+    sessions and prompts    pure functions of a document: how many prompts, is it ready, its summary
+    notifications           what one is, which are valid, when a session announces one
+    GPU                     the parser (pure) and the monitor (one run at a time, kept 5 s)
+    SwarmUI                 the probe, what to launch, and the launcher that owns the start
+    authentication          who may call
+    HTTP application        the table of routes, the checking of input, create_app(...)
+    server                  sockets and waitress's settings
+    command line            serve, check
+
+The way of one poll: a socket of the server, the route in ROUTES, who calls (authentication), its handler,
+a verb of the store, an Answer, JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import errno
+import functools
+import hmac
+import http.client
+import ipaddress
+import json
+import logging
+import logging.handlers
+import math
+import os
+import queue
+import re
+import secrets
+import select
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+import bottle
+import redis
+import waitress.channel
+import waitress.server
+import waitress.wasyncore
+
+log = logging.getLogger("storyteller")
+
+# ======================================================================================================
+# Settings
+# ======================================================================================================
+
+HERE = Path(__file__).resolve().parent
+
+
+class SettingError(Exception):
+    """A setting that cannot be used: one sentence that names it and says what was expected."""
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return int(text)
+
+    return read
+
+
+def _seconds(text: str) -> float:
+    """0 or more; finite, since a wait of `inf` seconds overflows in the system's own calls."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 86_400:
+        raise ValueError("seconds, from 0 to 86400")
+    return seconds
+
+
+def _positive_seconds(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds == 0:
+        raise ValueError("seconds, more than 0")
+    return seconds
+
+
+def _host(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._:%-]{1,253}", text):
+        raise ValueError("a host name or an IP address")
+    return text
+
+
+def _path(text: str) -> Path:
+    """Relative to this module: a relative path in .env must mean one folder, wherever the start came from."""
+    try:
+        path = HERE / Path(text).expanduser()
+        os.fsencode(path)
+    except (RuntimeError, UnicodeError):
+        raise ValueError("a path") from None
+    if "\0" in text:
+        raise ValueError("a path")
+    return path
+
+
+def _program(text: str) -> str:
+    """A bare name is looked up on PATH; anything with a folder in it is a path."""
+    return text if os.path.basename(text) == text else str(_path(text))
+
+
+def _token(text: str) -> str:
+    if not re.fullmatch(r"[!-~]{16,1024}", text):
+        raise ValueError("16 to 1024 printable ASCII characters without spaces")
+    return text
+
+
+def _cookie(text: str) -> str:
+    if not re.fullmatch(r"[!#-+\--:<-\[\]-~]{1,4096}", text):
+        raise ValueError("a cookie's value: printable ASCII without spaces, quotes, commas, semicolons, backslashes")
+    return text
+
+
+def _redis_url(text: str) -> str:
+    try:
+        redis.ConnectionPool.from_url(text).make_connection()  # not connected yet; an unknown option is told here
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError("redis://[user:password@]host[:port][/database]") from None
+    return text
+
+
+def _http_url(text: str) -> str:
+    expected = ValueError("http://host[:port] or https://host[:port], without user, query or fragment")
+    try:
+        parts = urllib.parse.urlsplit(text)
+        _ = parts.port  # raises for what is no port
+    except ValueError:
+        raise expected from None
+    good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    if not good or parts.username is not None or re.search(r"[^!-~]|[?#]", text):
+        raise expected
+    return text.rstrip("/")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return split_arguments(text)  # of "this system": each system's shell has its own rules
+
+
+def _option(name: str, default: Any, read: Callable[[str], Any], meaning: str, *, secret: bool = False) -> Any:
+    """One row of the table below: a field of Settings with the name, the reader and the meaning beside it."""
+    metadata = {"name": name, "read": read, "meaning": meaning, "secret": secret}
+    return dataclasses.field(default=default, repr=not secret, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that can be set. Seconds are floats; an unset path, URL or token is None."""
+
+    host: str = _option(
+        "STORYTELLER_HOST", "localhost", _host, "address to listen on; localhost is 127.0.0.1 and ::1, on one port"
+    )
+    port: int = _option("STORYTELLER_PORT", 8000, _whole(0, 65535), "port to listen on; 0 picks a free one")
+    data_dir: Path = _option(
+        "STORYTELLER_DATA_DIR", HERE / "data", _path, "folder for the embedded store, the API token and the logs"
+    )
+    api_token: str | None = _option(
+        "STORYTELLER_API_TOKEN", None, _token, "the service's own token; made at first start unless set", secret=True
+    )
+    redis_url: str | None = _option(
+        "REDIS_URL", None, _redis_url, "the Redis to use; wins over the two below", secret=True
+    )
+    redis_host: str | None = _option("REDIS_HOST", None, _host, "the Redis to use; 127.0.0.1 when only the port is set")
+    redis_port: int | None = _option("REDIS_PORT", None, _whole(1, 65535), "its port; 6379 when only the host is set")
+    nvidia_smi: str | None = _option(
+        "NVIDIA_SMI", None, _program, "the nvidia-smi program; looked for on PATH unless set"
+    )
+    gpu_cache_seconds: float = _option("GPU_CACHE_SECONDS", 5.0, _seconds, "how long a GPU status is kept")
+    swarmui_api_url: str = _option(
+        "SWARMUI_API_URL", "http://localhost:7801", _http_url, "where SwarmUI answers, http or https"
+    )
+    swarmui_path: Path | None = _option(
+        "SWARMUI_PATH", None, _path, "SwarmUI's folder, its launch script or its executable"
+    )
+    swarmui_args: tuple[str, ...] = _option("SWARMUI_ARGS", (), _words, "further arguments for SwarmUI")
+    swarmui_token: str | None = _option(
+        "SWARMUI_TOKEN", None, _cookie, "sent to SwarmUI as the cookie swarm_token", secret=True
+    )
+    start_timeout: float = _option(
+        "SWARMUI_START_TIMEOUT", 30.0, _positive_seconds, "how long a start waits for SwarmUI to answer"
+    )
+    poll_interval: float = _option("SWARMUI_POLL_INTERVAL", 2.0, _positive_seconds, "seconds between two probes")
+    health_timeout: float = _option("SWARMUI_HEALTH_TIMEOUT", 2.0, _positive_seconds, "seconds for one probe")
+    start_interval: float = _option("SWARMUI_START_INTERVAL", 60.0, _positive_seconds, "seconds between two launches")
+
+    @property
+    def redis_address(self) -> str | None:
+        """The URL of the Redis to use; None means the embedded store."""
+        if self.redis_url or not (self.redis_host or self.redis_port):
+            return self.redis_url
+        host = self.redis_host or "127.0.0.1"
+        return f"redis://{f'[{host}]' if ':' in host else host}:{self.redis_port or 6379}/0"
+
+    @property
+    def swarmui_port(self) -> int:
+        parts = urllib.parse.urlsplit(self.swarmui_api_url)
+        return parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def read_env_file(path: Path) -> dict[str, str]:
+    """The KEY=VALUE lines of a .env file; {} when there is none. Backslashes are literal (Windows paths)."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return {}
+    except UnicodeDecodeError:
+        raise SettingError(f"{path} is not UTF-8: save it as UTF-8 in your editor.") from None
+    except OSError as error:
+        raise SettingError(f"{path} cannot be read ({error.strerror}): mend or remove it.") from None
+    values = {}
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+        if not line or line.startswith("#"):
+            continue
+        found = re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*)", line)
+        if not found:
+            raise SettingError(f"{path}, line {number}: expected KEY=VALUE, or a comment that begins with #.")
+        name, value = found.groups()
+        if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
+            value = value[1:-1]
+        values[name] = value
+    return values
+
+
+def load_settings(
+    arguments: Mapping[str, str | None], environ: Mapping[str, str], env_file: Path = HERE / ".env"
+) -> Settings:
+    """Arguments (by field name) win over the environment, that over `env_file`; an empty value counts as unset."""
+    from_file = read_env_file(env_file)
+    values = {}
+    for row in dataclasses.fields(Settings):
+        name = row.metadata["name"]
+        text = arguments.get(row.name) or environ.get(name) or from_file.get(name)
+        if not text:
+            continue
+        try:
+            values[row.name] = row.metadata["read"](text)
+        except ValueError as expected:
+            shown = "cannot be used" if row.metadata["secret"] else f"is {text!r}"
+            raise SettingError(f"{name} {shown}: expected {expected}.") from None
+    return Settings(**values)
+
+
+# ======================================================================================================
+# Errors
+# ======================================================================================================
+
+
+class Fault(Exception):
+    """An answer other than 2xx: a sentence for the caller, its status, and when to come back (seconds)."""
+
+    status = 500
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = None if retry_after is None else max(1, math.ceil(retry_after))
+
+
+class BadRequest(Fault):
+    status = 400
+
+
+class Unauthorized(Fault):
+    status = 401
+
+
+class NotFound(Fault):
+    status = 404
+
+
+class TooLarge(Fault):
+    status = 413
+
+
+class TooSoon(Fault):
+    status = 429
+
+
+class Unavailable(Fault):
+    """The store does not answer, or every place for a request that waits is taken."""
+
+    status = 503
+
+
+class StartError(Exception):
+    """The service cannot start: one sentence for the person in front of it, exit code 2."""
+
+
+# ======================================================================================================
+# This system
+# ======================================================================================================
+
+WINDOWS = os.name == "nt"
+MACOS = sys.platform == "darwin"
+
+# Windows repeats a refused connection for about 2 s before it says so; a probe's time-out may come first.
+REFUSAL_IS_SLOW = WINDOWS
+
+LAUNCH_SCRIPTS = ("launch-windows.bat", "launch-linux.sh", "launch-macos.sh")
+LAUNCH_SCRIPT = LAUNCH_SCRIPTS[0 if WINDOWS else 2 if MACOS else 1]
+
+
+def split_arguments(text: str) -> tuple[str, ...]:
+    """Split as this system's shell does. Raises ValueError, with what was expected."""
+    if WINDOWS:
+        count = ctypes.c_int()
+        shell32 = ctypes.WinDLL("shell32")
+        shell32.CommandLineToArgvW.restype = ctypes.POINTER(ctypes.c_wchar_p)
+        # The first word follows other rules, as it names the program: put one there.
+        words = shell32.CommandLineToArgvW(ctypes.c_wchar_p(f"program {text}"), ctypes.byref(count))
+        return tuple(words[1 : count.value])  # a few hundred bytes a start, never freed
+    try:
+        return tuple(shlex.split(text))
+    except ValueError:
+        raise ValueError("arguments with quotes that are closed") from None
+
+
+def nvidia_smi_places() -> list[str]:
+    """Where nvidia-smi is when it is not on PATH (old Windows drivers put it beside the driver)."""
+    if WINDOWS:
+        system = os.environ.get("SYSTEMROOT", r"C:\Windows")
+        programs = os.environ.get("PROGRAMW6432", r"C:\Program Files")
+        return [rf"{system}\System32\nvidia-smi.exe", rf"{programs}\NVIDIA Corporation\NVSMI\nvidia-smi.exe"]
+    return []
+
+
+def write_private(path: Path, text: str) -> None:
+    """Create `path`, readable by its owner only and whole or not at all. Raises FileExistsError."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        with open(draft, "x", encoding="ascii", opener=_open_private) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if WINDOWS:
+            os.rename(draft, path)  # refuses to replace, unlike on POSIX
+        else:
+            os.link(draft, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            draft.unlink()
+
+
+def _open_private(path: str, flags: int) -> int:
+    """An opener for open(..., "x"): private from the first moment, not made so afterwards."""
+    if WINDOWS:
+        return _open_windows(path, access=0x4000_0000, creation=1, owner_only=True)  # GENERIC_WRITE, CREATE_NEW
+    return os.open(path, flags, 0o600)
+
+
+def open_log(path: Path) -> int:
+    """A descriptor that only appends, wherever another handle truncated the file meanwhile."""
+    if WINDOWS:
+        return _open_windows(str(path), access=0x0004 | 0x0010_0000, creation=4)  # FILE_APPEND_DATA, OPEN_ALWAYS
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+
+def _win32(library: str, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+    """A function of Windows with its types: without them ctypes cuts handles and pointers to 32 bits."""
+    function = getattr(ctypes.WinDLL(library, use_last_error=True), name)
+    function.restype, function.argtypes = result, arguments
+    return function
+
+
+def _open_windows(path: str, access: int, creation: int, owner_only: bool = False) -> int:
+    """CreateFileW: what `open` cannot say, namely who may read the file and an access that only appends."""
+    import msvcrt
+
+    void, word, text = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_wchar_p
+    security = (ctypes.c_size_t * 3)(ctypes.sizeof(ctypes.c_size_t * 3), 0, 0)  # SECURITY_ATTRIBUTES
+    if owner_only:
+        # Protected from inheritance; all rights to this user, none to anybody else.
+        convert = _win32(
+            "advapi32", "ConvertStringSecurityDescriptorToSecurityDescriptorW", word, text, word, void, void
+        )
+        if not convert(f"D:P(A;;FA;;;{_user_sid()})", 1, ctypes.byref(security, ctypes.sizeof(void)), None):
+            raise ctypes.WinError(ctypes.get_last_error())
+    create = _win32("kernel32", "CreateFileW", void, text, word, word, void, word, word, void)
+    every_share = 0x7  # read, write, delete: SwarmUI keeps its log open while others read or shorten it
+    handle = create(path, access, every_share, ctypes.byref(security), creation, 0x80, None)
+    if handle == void(-1).value:
+        raise ctypes.WinError(ctypes.get_last_error())
+    return msvcrt.open_osfhandle(handle, os.O_WRONLY | os.O_APPEND | os.O_BINARY)
+
+
+def _user_sid() -> str:
+    """The name by which Windows' access rights know the user that this process runs as."""
+    void, word = ctypes.c_void_p, ctypes.c_uint32
+    token, size, sid = void(), word(), ctypes.c_wchar_p()
+    process = _win32("kernel32", "GetCurrentProcess", void)()
+    _win32("advapi32", "OpenProcessToken", word, void, word, void)(process, 8, ctypes.byref(token))  # TOKEN_QUERY
+    about = _win32("advapi32", "GetTokenInformation", word, void, word, void, word, void)
+    about(token, 1, None, 0, ctypes.byref(size))  # TokenUser: first its size
+    user = ctypes.create_string_buffer(size.value)
+    if not about(token, 1, user, size, ctypes.byref(size)):
+        raise ctypes.WinError(ctypes.get_last_error())
+    _win32("kernel32", "CloseHandle", word, void)(token)
+    first = ctypes.cast(user, ctypes.POINTER(void))[0]
+    if not _win32("advapi32", "ConvertSidToStringSidW", word, void, void)(first, ctypes.byref(sid)):
+        raise ctypes.WinError(ctypes.get_last_error())
+    return sid.value or ""
+
+
+def _make_job() -> int:
+    """A job object, which ends every process in it when it is closed, be it by our own end."""
+    void, word = ctypes.c_void_p, ctypes.c_uint32
+    job = _win32("kernel32", "CreateJobObjectW", void, void, void)(None, None)
+    limits = ctypes.create_string_buffer(144 if ctypes.sizeof(void) == 8 else 112)  # ..._EXTENDED_LIMIT_INFORMATION
+    struct.pack_into("<I", limits, 16, 0x2000)  # its LimitFlags: ..._KILL_ON_JOB_CLOSE
+    if not _win32("kernel32", "SetInformationJobObject", word, void, word, void, word)(job, 9, limits, len(limits)):
+        raise ctypes.WinError(ctypes.get_last_error())
+    return job
+
+
+@contextlib.contextmanager
+def bounded_child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program without input, its output in pipes; leaving the block ends it with all that it started."""
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with contextlib.ExitStack() as ending:
+        if WINDOWS:
+            void, word = ctypes.c_void_p, ctypes.c_uint32
+            job = _make_job()
+            ending.callback(_win32("kernel32", "CloseHandle", word, void), job)
+            # Suspended until it is in the job: what it starts then is in it too.
+            child = subprocess.Popen(command, creationflags=subprocess.CREATE_NO_WINDOW | 0x4, **options)
+            ending.callback(_win32("kernel32", "TerminateJobObject", word, void, word), job, 1)
+            _win32("kernel32", "AssignProcessToJobObject", word, void, void)(job, int(child._handle))
+            _win32("ntdll", "NtResumeProcess", word, void)(int(child._handle))
+        else:
+            child = subprocess.Popen(command, start_new_session=True, **options)
+            ending.callback(_kill_group, child.pid)
+        try:
+            yield child
+        finally:
+            ending.close()
+            for pipe in (child.stdout, child.stderr):
+                pipe.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it may hang inside its driver, past any signal
+                child.wait(timeout=1)
+
+
+def _kill_group(leader: int) -> None:
+    """The group outlives its leader while a child of it is left."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def launch_detached(program: Path, arguments: Sequence[str], folder: Path, output: Path) -> subprocess.Popen[bytes]:
+    """Start a program that outlives this one, its output appended to a file. Raises OSError or ValueError."""
+    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("STORYTELLER_")}
+    command: str | list[str] = [str(program), *arguments]
+    options: dict[str, Any] = {}
+    if WINDOWS:
+        # Its own group: Ctrl+C in our console must not reach it.
+        options["creationflags"] = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
+        if program.suffix.lower() in (".bat", ".cmd"):
+            # cmd reads its line by rules of its own: every word in quotes, in which only these stay special.
+            words = [str(program), *arguments]
+            if any(re.search(r'["%\r\n]', word) for word in words):
+                raise ValueError("a batch file's path and arguments cannot hold \" or %")
+            quoted = " ".join(f'"{word}"' for word in words)
+            command = f'"{os.environ.get("COMSPEC", "cmd.exe")}" /d /s /c "{quoted}"'
+    else:
+        options["start_new_session"] = True
+        if program.suffix == ".sh" and not os.access(program, os.X_OK):
+            command = ["bash", *command]
+    log_file = open_log(output)
+    try:
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, **options
+        )
+    finally:
+        os.close(log_file)
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """A listening socket that no other program shares. Raises OSError."""
+    made = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        if WINDOWS:
+            # SO_REUSEADDR there lets two programs share a port; without either, a third may still take it over.
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        else:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past connections in TIME_WAIT only
+        if ":" in address:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address == "::" else 1)
+        made.bind((address, port))
+        made.listen(1024)  # on Linux two sockets may bind one port; the second to listen is refused
+        return made
+    except OSError:
+        made.close()
+        raise
+
+
+GRACE = 5.0  # seconds for requests in flight once told to stop
+CLOSING_GRACE = 3.0  # the same where Windows ends us 5 s after the console's closing
+
+
+def on_end_signal(stop: Callable[[float], None], ended: threading.Event) -> object:
+    """Call stop(grace in seconds) when this process is told to end: SIGINT, SIGTERM; on Windows Ctrl+C, Ctrl+Break,
+    and the console's closing. `ended` is to be set when all is done. Keep what it returns: Windows does not."""
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, frame: stop(GRACE))
+    if not WINDOWS:
+        return None
+
+    @ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint32)
+    def closing(event: int) -> bool:
+        if event < 2:  # Ctrl+C, Ctrl+Break: Python's own handler makes signals of them
+            return False
+        stop(CLOSING_GRACE)  # the window is closed, or its user logs off
+        ended.wait(CLOSING_GRACE + 1.5)  # this process is ended as soon as this returns
+        return True
+
+    ctypes.WinDLL("kernel32").SetConsoleCtrlHandler(closing, True)
+    return closing
+
+
+def prepare_console(title: str | None = None) -> None:
+    """Print what the code page lacks as an escape, since UnicodeEncodeError would end us; name the window."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(errors="backslashreplace")
+    if WINDOWS and title:
+        ctypes.WinDLL("kernel32").SetConsoleTitleW(ctypes.c_wchar_p(title))
+
+
+# ======================================================================================================
+# Stores: the interface
+# ======================================================================================================
+
+KEEP_MS = 7 * 24 * 3600 * 1000  # sessions, pending notifications and marks of acknowledgement: 7 days
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(frozen=True)
+class StoredSession:
+    """A session as the store holds it."""
+
+    timestamp: int
+    document: bytes | None  # None: its key holds something that is no text
+    saved: int | None = None  # ms, when this service saved it last
+    announced: str | None = None  # the type of the notification that it announced last
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A notification that waits for its time: the store gives the time, in the same step in which it keeps it."""
+
+    type: str
+    session: int
+    member: Callable[[int], bytes]  # time in ms -> the JSON to keep
+
+
+class Store(Protocol):
+    """What both stores do. Times are ms since 1970. Each verb is one atomic step, safe from any thread and beside
+    other instances on the same store, and raises Unavailable when the store does not answer."""
+
+    name: str
+    place: str  # for people; without a password
+
+    def ping(self) -> None:
+        """Raise Unavailable unless the store answers."""
+
+    def close(self) -> None:
+        """End every connection; the store is not used afterwards."""
+
+    def session(self, timestamp: int) -> StoredSession | None:
+        """None when there is none."""
+
+    def sessions(self) -> Iterator[StoredSession]:
+        """All of them, newest first, read one by one while the caller goes on."""
+
+    def newest_copy(self) -> bytes | None:
+        """The copy of the newest session that StorySwarm's tools keep; None when there is none."""
+
+    def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
+        """Keep a session for 7 days, and announce `draft` as announce() does. With replace=False: False, and
+        nothing is changed, where that timestamp is taken."""
+
+    def announce(self, session: int, draft: Draft) -> bool:
+        """Keep the draft's type with the session and its notification as pending, unless that type was the
+        last one kept (then False)."""
+
+    def add(self, draft: Draft) -> tuple[bytes, int, bool]:
+        """Keep a notification as pending: (member, time, True). Where one that was made here for the same type
+        and session is pending: that one, and False."""
+
+    def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
+        """Members not older than 7 days with their times, oldest first, read `page` at a time."""
+
+    def pending_at(self, time: int) -> list[bytes]:
+        """The members of exactly that time."""
+
+    def acknowledged(self, ids: Sequence[str]) -> set[str]:
+        """Those of `ids` that are marked."""
+
+    def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
+        """Remove the members and mark the id, for 7 days. False, and nothing is changed, when no member was there
+        and the id is not marked."""
+
+
+# ======================================================================================================
+# Stores: Redis
+# ======================================================================================================
+
+# Each script is one atomic step. KEYS: 1 pending, 2 newest, 3 made. ARGV: 1 member, 2 its time, 3 now.
+# `add` answers {"late", newest} when the time is not past the newest one that was given: the caller asks again
+# with a later one, since the member's JSON holds its time and only the caller can write that.
+_LUA_ADD = """
+local week = 604800000
+local function add()
+  local before = redis.call('GET', KEYS[3])
+  if before then
+    local score = redis.call('ZSCORE', KEYS[1], before)
+    local id = string.match(before, '^{"id":"([^"]+)"')
+    if score and tonumber(score) > ARGV[3] - week and redis.call('EXISTS', 'notifications:ack:' .. id) == 0 then
+      return {'pending', before, score}
+    end
+  end
+  local newest = redis.call('GET', KEYS[2])
+  if newest and tonumber(newest) >= tonumber(ARGV[2]) then return {'late', newest} end
+  redis.call('SET', KEYS[2], ARGV[2], 'PX', week)
+  redis.call('SET', KEYS[3], ARGV[1], 'PX', week)
+  redis.call('ZADD', KEYS[1], ARGV[2], ARGV[1])
+  redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[3] - week)
+  return {'added', ARGV[1], ARGV[2]}
+end
+"""
+
+# KEYS: 4 session, 5 StoryArt's key for it, 6 meta. ARGV: 4 type.
+_LUA_ANNOUNCE = """
+local function announce()
+  if redis.call('HGET', KEYS[6], 'announced') == ARGV[4] then return {'known'} end
+  local result = add()
+  if result[1] ~= 'late' then redis.call('HSET', KEYS[6], 'announced', ARGV[4]) end
+  return result
+end
+"""
+
+# The meta key lives as long as its session, which another program may have written without an end.
+_LUA_ANNOUNCE_ALONE = """
+if redis.call('EXISTS', KEYS[4], KEYS[5]) == 0 then return {'known'} end
+local result = announce()
+local left = redis.call('PTTL', KEYS[4])
+if left == -2 then left = redis.call('PTTL', KEYS[5]) end
+if left == -1 then redis.call('PERSIST', KEYS[6]) else redis.call('PEXPIRE', KEYS[6], left) end
+return result
+"""
+
+# KEYS: 7 index. ARGV: 5 document, 6 timestamp, 7 '1' to replace.
+_LUA_SAVE = """
+if ARGV[7] ~= '1' and redis.call('EXISTS', KEYS[4], KEYS[5]) > 0 then return {'taken'} end
+local result = {'silent'}
+if ARGV[4] ~= '' then result = announce() end
+if result[1] == 'late' then return result end
+redis.call('SET', KEYS[4], ARGV[5], 'PX', week)
+redis.call('ZADD', KEYS[7], ARGV[6], KEYS[4])
+redis.call('HSET', KEYS[6], 'saved', ARGV[3])
+redis.call('PEXPIRE', KEYS[6], week)
+return result
+"""
+
+# KEYS: 1 pending, 2 marker. ARGV: members.
+_LUA_ACKNOWLEDGE = """
+local removed = 0
+for _, member in ipairs(ARGV) do removed = removed + redis.call('ZREM', KEYS[1], member) end
+if removed == 0 then return redis.call('EXISTS', KEYS[2]) end
+redis.call('SET', KEYS[2], '1', 'PX', 604800000)
+return 1
+"""
+
+# KEYS: 1 session, 2 StoryArt's key for it, 3 index, 4 StoryArt's index. Looks again, as a save may have come between.
+_LUA_TRIM = """
+if redis.call('EXISTS', KEYS[1], KEYS[2]) == 0 then
+  redis.call('ZREM', KEYS[3], KEYS[1])
+  redis.call('ZREM', KEYS[4], KEYS[2])
+end
+"""
+
+
+class RedisStore:
+    """Redis 5 or later. The keys that other programs use are those that were agreed on; ours begin with
+    `storyteller:`."""
+
+    name = "redis"
+    PENDING, LATEST = "notifications:pending", "session:latest"
+    INDEX, STORYART_INDEX = "storyteller:sessions", "storyart:sessions:index"
+    NEWEST = "storyteller:newest"  # the newest time that a notification was given
+
+    def __init__(self, url: str, clock: Callable[[], int] = now_ms) -> None:
+        # RESP2, since Redis 5 refuses HELLO 3. from_url, since Redis(...) retries, and sleeps in between.
+        self._redis: redis.Redis = redis.Redis.from_url(
+            url, protocol=2, socket_timeout=2, socket_connect_timeout=2, max_connections=256
+        )
+        self._clock = clock
+        options = self._redis.connection_pool.connection_kwargs
+        place = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
+        self.place = f"{place}, database {options.get('db', 0)}"
+        script = self._redis.register_script
+        self._add = script(_LUA_ADD + "return add()")
+        self._announce = script(_LUA_ADD + _LUA_ANNOUNCE + _LUA_ANNOUNCE_ALONE)
+        self._save = script(_LUA_ADD + _LUA_ANNOUNCE + _LUA_SAVE)
+        self._acknowledge = script(_LUA_ACKNOWLEDGE)
+        self._trim = script(_LUA_TRIM)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (redis.RedisError, OSError, UnicodeError) as error:
+            # Not the error's text: redis-py puts the command into it, session and all.
+            code = re.match(r"[A-Z]{3,}", str(error)) if isinstance(error, redis.ResponseError) else None
+            reason = code.group() if code else type(error).__name__
+            raise Unavailable(f"Redis at {self.place} does not answer as it should ({reason}).", 1) from None
+
+    def ping(self) -> None:
+        with self._errors():
+            self._redis.ping()
+
+    def close(self) -> None:
+        self._redis.close()
+
+    @staticmethod
+    def _session_keys(timestamp: int) -> list[str]:
+        return [f"session:{timestamp}", f"storyart:session:{timestamp}"]
+
+    @staticmethod
+    def _meta_key(timestamp: int) -> str:
+        return f"storyteller:session:{timestamp}"
+
+    def session(self, timestamp: int) -> StoredSession | None:
+        with self._errors():
+            pipe = self._redis.pipeline(transaction=False)  # MGET would hide a key of another type
+            for key in self._session_keys(timestamp):
+                pipe.get(key)
+            pipe.hmget(self._meta_key(timestamp), "saved", "announced")
+            *found, meta = pipe.execute(raise_on_error=False)
+            for document in found:
+                if document is None:
+                    continue
+                if isinstance(document, Exception):
+                    if not str(document).startswith("WRONGTYPE"):
+                        raise document
+                    document = None
+                saved, announced = (None, None) if isinstance(meta, Exception) else meta
+                return StoredSession(
+                    timestamp, document, int(saved) if saved else None, announced.decode() if announced else None
+                )
+        return None
+
+    def sessions(self) -> Iterator[StoredSession]:
+        page, below = 100, "+inf"
+        while True:
+            with self._errors():
+                pipe = self._redis.pipeline(transaction=False)
+                for index in (self.INDEX, self.STORYART_INDEX):
+                    pipe.zrevrangebyscore(index, below, "-inf", 0, page, withscores=True)
+                rows = pipe.execute()
+            # A full page says nothing of what lies below its last score: go no further down than that.
+            floor = max((full[-1][1] for full in rows if len(full) == page), default=-math.inf)
+            newest_first = sorted({score for some in rows for _, score in some if score >= floor}, reverse=True)
+            for score in newest_first:
+                found = self.session(int(score)) if math.isfinite(score) else None
+                if found:
+                    yield found
+                elif math.isfinite(score):
+                    keys = [*self._session_keys(int(score)), self.INDEX, self.STORYART_INDEX]
+                    with self._errors():
+                        self._trim(keys=keys)
+            if floor == -math.inf:
+                return
+            below = f"({floor!r}"
+
+    def newest_copy(self) -> bytes | None:
+        with self._errors():
+            try:
+                return self._redis.get(self.LATEST)
+            except redis.ResponseError as error:
+                if str(error).startswith("WRONGTYPE"):
+                    return None
+                raise
+
+    def _with_time(self, script: Any, draft: Draft | None, keys: Sequence[str], *further: Any) -> list[Any]:
+        """Run a script that may add a notification, with a time that is past the newest one given so far."""
+        now = time = self._clock()
+        made = f"storyteller:made:{draft.type}:{draft.session}" if draft else "storyteller:made"
+        for _ in range(100):  # each further turn means that another instance was quicker
+            arguments = [draft.member(time) if draft else b"", time, now, *further]
+            with self._errors():
+                result = script(keys=[self.PENDING, self.NEWEST, made, *keys], args=arguments)
+            if result[0] != b"late":
+                return result
+            time = int(float(result[1])) + 1
+        raise Unavailable("Too many notifications are being made at this moment: ask again.", 1)
+
+    def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
+        keys = [*self._session_keys(timestamp), self._meta_key(timestamp), self.INDEX]
+        step = draft.type if draft else ""
+        result = self._with_time(self._save, draft, keys, step, document, timestamp, int(replace))
+        return result[0] != b"taken"
+
+    def announce(self, session: int, draft: Draft) -> bool:
+        keys = [*self._session_keys(session), self._meta_key(session)]
+        return self._with_time(self._announce, draft, keys, draft.type)[0] != b"known"
+
+    def add(self, draft: Draft) -> tuple[bytes, int, bool]:
+        outcome, member, time = self._with_time(self._add, draft, [])
+        return member, int(float(time)), outcome == b"added"
+
+    def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
+        lowest: float = self._clock() - KEEP_MS + 1
+        seen: set[bytes] = set()  # those of the lowest score that were given already
+        while True:
+            with self._errors():
+                rows = self._redis.zrangebyscore(self.PENDING, lowest, "+inf", 0, page + len(seen), withscores=True)
+            yield from ((member, score) for member, score in rows if member not in seen)
+            if len(rows) < page + len(seen):
+                return
+            if rows[-1][1] != lowest:
+                lowest, seen = rows[-1][1], set()
+            seen.update(member for member, score in rows if score == lowest)
+
+    def pending_at(self, time: int) -> list[bytes]:
+        if time <= self._clock() - KEEP_MS:
+            return []
+        with self._errors():
+            return self._redis.zrangebyscore(self.PENDING, time, time)
+
+    def acknowledged(self, ids: Sequence[str]) -> set[str]:
+        if not ids:
+            return set()
+        keys = [self._marker(id) for id in ids]
+        with self._errors():
+            if not self._redis.exists(*keys):  # a marked one is seldom pending still: one short command tells
+                return set()
+            pipe = self._redis.pipeline(transaction=False)
+            for key in keys:
+                pipe.exists(key)
+            return {id for id, marked in zip(ids, pipe.execute()) if marked}
+
+    def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
+        with self._errors():
+            return bool(self._acknowledge(keys=[self.PENDING, self._marker(id)], args=list(members)))
+
+    @staticmethod
+    def _marker(id: str) -> str:
+        return f"notifications:ack:{id}"
+
+
+# ======================================================================================================
+# Stores: SQLite
+# ======================================================================================================
+
+_SCHEMA = """
+CREATE TABLE session (timestamp INTEGER PRIMARY KEY, document BLOB NOT NULL, saved INTEGER NOT NULL,
+                      announced TEXT, expires INTEGER NOT NULL);
+CREATE INDEX session_expires ON session (expires);
+CREATE TABLE pending (member BLOB PRIMARY KEY, time INTEGER NOT NULL, made TEXT UNIQUE);
+CREATE INDEX pending_time ON pending (time, member);
+CREATE TABLE marker (id TEXT PRIMARY KEY, expires INTEGER NOT NULL);
+CREATE INDEX marker_expires ON marker (expires);
+CREATE TABLE newest (time INTEGER NOT NULL);
+INSERT INTO newest VALUES (0);
+"""
+
+
+class SqliteStore:
+    """One file, in WAL mode: readers go on while one writes, and what was committed survives a killed process."""
+
+    name = "sqlite"
+    SCHEMA_VERSION = 1
+    WAIT = 3.0  # seconds for the lock of another writer, thread or process
+
+    def __init__(self, path: Path, clock: Callable[[], int] = now_ms) -> None:
+        self.place = str(path)
+        self._path = path
+        self._clock = clock
+        self._writer_lock = threading.Lock()
+        self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()  # as many as threads that read at once
+        try:
+            self._writer = self._connect()
+            try:
+                self._prepare()
+            except BaseException:
+                self._writer.close()
+                raise
+        except (sqlite3.Error, Unavailable) as error:
+            raise StartError(f"The store {path} cannot be used ({error}): move it away, or mend it.") from None
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, timeout=self.WAIT, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA synchronous = FULL")
+        return connection
+
+    def _prepare(self) -> None:
+        self._writer.execute("PRAGMA journal_mode = WAL")
+        with self._writing() as database:
+            version = database.execute("PRAGMA user_version").fetchone()[0]
+            if version > self.SCHEMA_VERSION:
+                raise StartError(f"The store {self.place} was made by a newer version: start that one.")
+            if version == 0:
+                for statement in _SCHEMA.split(";"):
+                    database.execute(statement)
+                database.execute(f"PRAGMA user_version = {self.SCHEMA_VERSION}")
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise Unavailable(f"The store {self.place} does not answer as it should ({error}).", 1) from None
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._errors():
+            try:
+                connection = self._readers.get_nowait()
+            except queue.Empty:
+                connection = self._connect()
+            try:
+                yield connection
+            finally:
+                self._readers.put(connection)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: whole, or not at all."""
+        if not self._writer_lock.acquire(timeout=self.WAIT):
+            raise Unavailable(f"The store {self.place} is busy: ask again.", 1)
+        try:
+            with self._errors():
+                self._writer.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._writer
+                    self._writer.execute("COMMIT")
+                except BaseException:
+                    if self._writer.in_transaction:
+                        self._writer.execute("ROLLBACK")
+                    raise
+        finally:
+            self._writer_lock.release()
+
+    def ping(self) -> None:
+        with self._reading() as database:
+            database.execute("SELECT time FROM newest").fetchone()
+
+    def close(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._readers.get_nowait().close()
+        with self._writer_lock:
+            self._writer.close()
+
+    _SESSION = "SELECT timestamp, document, saved, announced FROM session"
+
+    def session(self, timestamp: int) -> StoredSession | None:
+        with self._reading() as database:
+            row = database.execute(
+                f"{self._SESSION} WHERE timestamp = ? AND expires > ?", (timestamp, self._clock())
+            ).fetchone()
+        return StoredSession(*row) if row else None
+
+    def sessions(self) -> Iterator[StoredSession]:
+        below = 1 << 62
+        while True:
+            with self._reading() as database:
+                row = database.execute(
+                    f"{self._SESSION} WHERE timestamp < ? AND expires > ? ORDER BY timestamp DESC LIMIT 1",
+                    (below, self._clock()),
+                ).fetchone()
+            if not row:
+                return
+            yield StoredSession(*row)
+            below = row[0]
+
+    def newest_copy(self) -> bytes | None:
+        return None  # no other program writes here
+
+    def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
+        now = self._clock()
+        with self._writing() as database:
+            self._purge(database, now)
+            taken = database.execute("SELECT 1 FROM session WHERE timestamp = ?", (timestamp,)).fetchone()
+            if taken and not replace:
+                return False
+            database.execute(
+                "INSERT INTO session (timestamp, document, saved, expires) VALUES (?, ?, ?, ?) ON CONFLICT (timestamp)"
+                " DO UPDATE SET document = excluded.document, saved = excluded.saved, expires = excluded.expires",
+                (timestamp, document, now, now + KEEP_MS),
+            )
+            if draft:
+                self._announce(database, now, timestamp, draft)
+        return True
+
+    def announce(self, session: int, draft: Draft) -> bool:
+        now = self._clock()
+        with self._writing() as database:
+            self._purge(database, now)
+            return self._announce(database, now, session, draft)
+
+    def _announce(self, database: sqlite3.Connection, now: int, session: int, draft: Draft) -> bool:
+        changed = database.execute(
+            "UPDATE session SET announced = ?1 WHERE timestamp = ?2 AND announced IS NOT ?1", (draft.type, session)
+        ).rowcount
+        if changed:
+            self._add(database, now, draft)
+        return bool(changed)
+
+    def add(self, draft: Draft) -> tuple[bytes, int, bool]:
+        now = self._clock()
+        with self._writing() as database:
+            self._purge(database, now)
+            return self._add(database, now, draft)
+
+    def _add(self, database: sqlite3.Connection, now: int, draft: Draft) -> tuple[bytes, int, bool]:
+        made = f"{draft.type}:{draft.session}"
+        row = database.execute("SELECT member, time FROM pending WHERE made = ?", (made,)).fetchone()
+        if row:
+            return *row, False
+        newest = database.execute("SELECT time FROM newest").fetchone()[0]
+        time = max(now, newest + 1)
+        member = draft.member(time)
+        database.execute("UPDATE newest SET time = ?", (time,))
+        database.execute("INSERT INTO pending (member, time, made) VALUES (?, ?, ?)", (member, time, made))
+        return member, time, True
+
+    def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
+        last: tuple[int, bytes] = (self._clock() - KEEP_MS, b"\xff")
+        while True:
+            with self._reading() as database:
+                rows = database.execute(
+                    "SELECT member, time FROM pending WHERE (time, member) > (?, ?) ORDER BY time, member LIMIT ?",
+                    (*last, page),
+                ).fetchall()
+            yield from rows
+            if len(rows) < page:
+                return
+            last = (rows[-1][1], rows[-1][0])
+
+    def pending_at(self, time: int) -> list[bytes]:
+        with self._reading() as database:
+            rows = database.execute(
+                "SELECT member FROM pending WHERE time = ? AND time > ?", (time, self._clock() - KEEP_MS)
+            ).fetchall()
+        return [member for (member,) in rows]
+
+    def acknowledged(self, ids: Sequence[str]) -> set[str]:
+        return set()  # no other program marks one here and leaves it pending
+
+    def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
+        now = self._clock()
+        with self._writing() as database:
+            removed = 0
+            for member in members:
+                removed += database.execute("DELETE FROM pending WHERE member = ?", (member,)).rowcount
+            if not removed:
+                marked = database.execute("SELECT 1 FROM marker WHERE id = ? AND expires > ?", (id, now)).fetchone()
+                return marked is not None
+            database.execute("INSERT OR REPLACE INTO marker (id, expires) VALUES (?, ?)", (id, now + KEEP_MS))
+        return True
+
+    @staticmethod
+    def _purge(database: sqlite3.Connection, now: int) -> None:
+        """End what is over: Redis does it by itself, here each write does."""
+        database.execute("DELETE FROM session WHERE expires <= ?", (now,))
+        database.execute("DELETE FROM pending WHERE time <= ?", (now - KEEP_MS,))
+        database.execute("DELETE FROM marker WHERE expires <= ?", (now,))
+
+
+def open_store(settings: Settings) -> Store:
+    """The store that the settings name. Redis is not asked yet; SQLite raises StartError."""
+    if settings.redis_address:
+        return RedisStore(settings.redis_address)
+    return SqliteStore(settings.data_dir / "storyteller.sqlite3")
+
+
+# ======================================================================================================
+# Sessions and prompts
+# ======================================================================================================
+
+
+def parse_json(data: bytes) -> Any:
+    """Strict JSON: UTF-8, no NaN or Infinity (which browsers refuse), nothing that cannot be written back.
+    Raises ValueError with what is wrong."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no JSON")
+
+    def finite(text: str) -> float:
+        number = float(text)
+        if math.isinf(number):
+            raise ValueError(f"the number {text[:40]} is too large")
+        return number
+
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=refuse, parse_float=finite)
+        if re.search(rb"\\u[dD][89a-fA-F]", data):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair cannot be written back
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except UnicodeEncodeError:
+        raise ValueError("half a surrogate pair in a string") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at character {error.pos})") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+
+def iso_time(ms: int) -> str:
+    """ISO 8601 in UTC with `Z`; the milliseconds only where there are some. Raises OverflowError past year 9999."""
+    moment = _EPOCH + timedelta(milliseconds=ms)  # Windows' own conversion ends at the year 3000
+    return moment.isoformat(timespec="milliseconds" if ms % 1000 else "seconds").replace("+00:00", "Z")
+
+
+def read_time(value: object) -> int | None:
+    """Milliseconds of an ISO 8601 string (UTC unless it says otherwise) or of a number of them; None for the rest."""
+    try:
+        if isinstance(value, str):
+            moment = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", value))
+            ms = round((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() * 1000)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            ms = int(value)
+        else:
+            return None
+        iso_time(ms)
+    except (ValueError, OverflowError):
+        return None
+    return ms
+
+
+def is_whole(value: object) -> bool:
+    """5 and 5.0, not True: JSON has one kind of number, and JavaScript writes whole ones either way."""
+    return value.is_integer() if isinstance(value, float) else isinstance(value, int) and not isinstance(value, bool)
+
+
+class NotASession(ValueError):
+    """What is wrong with a document, and where in it."""
+
+
+_KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+
+
+def _part(parent: dict[str, Any], key: str, where: str, *kinds: type) -> Any:
+    """parent[key], which is of one of `kinds`; None when it is missing or null. `where` is the parent's own place."""
+    value = parent.get(key)
+    if value is not None and type(value) not in kinds:
+        place = f"{where}.{key}" if where else key
+        raise NotASession(f"{place} is {_KINDS[type(value)]}, not {' or '.join(_KINDS[kind] for kind in kinds)}")
+    return value
+
+
+def _objects(parent: dict[str, Any], key: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each object of the array parent[key], with its place; none when it is missing or null."""
+    for number, value in enumerate(_part(parent, key, where, list) or ()):
+        place = f"{where}.{key}[{number}]"
+        if type(value) is not dict:
+            raise NotASession(f"{place} is {_KINDS.get(type(value), 'null')}, not an object")
+        yield place, value
+
+
+def read_session(stored: StoredSession) -> dict[str, Any]:
+    """The document of a stored session. Raises NotASession."""
+    if stored.document is None:
+        raise NotASession("its key holds no text")
+    try:
+        document = parse_json(stored.document)
+    except ValueError as error:
+        raise NotASession(str(error)) from None
+    if type(document) is not dict:
+        raise NotASession(f"it is {_KINDS.get(type(document), 'null')}, not an object")
+    return document
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a session's prompts are."""
+
+    total_beats: int
+    total_prompts: int
+    ready: bool
+
+
+def progress(document: dict[str, Any]) -> Progress:
+    """Count beats and prompts. Ready: there is a beat, and each that needs a prompt has one. Raises NotASession."""
+    beats = prompts = waiting = 0
+    for place, scene in _scenes(document):
+        for where, beat in _objects(scene, "beats", place):
+            beats += 1
+            has_one, needs_one = _has_prompt(beat, where), _needs_prompt(beat, where)
+            prompts += has_one
+            waiting += needs_one and not has_one
+    return Progress(beats, prompts, ready=beats > 0 and waiting == 0)
+
+
+def _scenes(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    episode = _part(document, "analyzedEpisode", "", dict)
+    if episode is None or episode.get("scenes") is None:
+        raise NotASession("it has no analyzedEpisode.scenes")
+    return _objects(episode, "scenes", "analyzedEpisode")
+
+
+def _has_prompt(beat: dict[str, Any], where: str) -> bool:
+    """StorySwarm writes a plain string, StoryArt an object; the vertical one is optional and is checked for type."""
+    prompts = _part(beat, "prompts", where, dict) or {}
+    texts = {}
+    for shape in ("cinematic", "vertical"):
+        prompt = _part(prompts, shape, f"{where}.prompts", str, dict)
+        if isinstance(prompt, dict):
+            prompt = _part(prompt, "prompt", f"{where}.prompts.{shape}", str)
+        texts[shape] = prompt or ""
+    return not texts["cinematic"].isspace() and texts["cinematic"] != ""
+
+
+def _needs_prompt(beat: dict[str, Any], where: str) -> bool:
+    """An image that is reused, or none, needs no prompt: a finished session has fewer prompts than beats."""
+    decision = _part(beat, "imageDecision", where, dict) or {}
+    return _part(decision, "type", f"{where}.imageDecision", str) not in ("REUSE_IMAGE", "NO_IMAGE")
+
+
+def last_updated(stored: StoredSession, document: dict[str, Any]) -> str:
+    """The newest of the last save here and the document's own word; its timestamp when there is neither."""
+    known = [stored.saved, read_time(document.get("lastUpdated")), read_time(document.get("updatedAt"))]
+    return iso_time(max((time for time in known if time is not None), default=stored.timestamp))
+
+
+PREVIEW_LENGTH = 500  # characters of scriptText in a list: whole sessions would make it hundreds of MB
+
+
+def summary(stored: StoredSession, document: dict[str, Any]) -> dict[str, Any]:
+    """What a list shows of a session. Raises NotASession."""
+    episode = _part(document, "analyzedEpisode", "", dict) or {}
+    scenes = []
+    for place, scene in _objects(episode, "scenes", "analyzedEpisode"):
+        beats = sum(1 for _ in _objects(scene, "beats", place))
+        scenes.append({"sceneNumber": scene.get("sceneNumber"), "title": scene.get("title"), "totalBeats": beats})
+    return {
+        "timestamp": stored.timestamp,
+        "storyUuid": document.get("storyUuid"),
+        "promptMode": document.get("promptMode"),
+        "scriptText": (_part(document, "scriptText", "", str) or "")[:PREVIEW_LENGTH],
+        "analyzedEpisode": {
+            "episodeNumber": episode.get("episodeNumber"),
+            "title": episode.get("title"),
+            "scenes": scenes,
+        },
+    }
+
+
+def readable_sessions(store: Store) -> Iterator[tuple[StoredSession, dict[str, Any]]]:
+    """Each session that can be read, newest first; those that cannot are left out and logged."""
+    for stored in store.sessions():
+        try:
+            yield stored, read_session(stored)
+        except NotASession as fault:
+            log.warning("sessions: session %d is left out: %s", stored.timestamp, fault)
+
+
+def latest_session(store: Store) -> StoredSession | None:
+    """The newest session that can be read: the first of the list, or the copy of a newer one."""
+    newest = next((stored for stored, _ in readable_sessions(store)), None)
+    copy = store.newest_copy()
+    if copy is None:
+        return newest
+    try:
+        timestamp = read_session(StoredSession(0, copy)).get("timestamp")
+    except NotASession as fault:
+        log.warning("sessions: the copy of the newest session is left out: %s", fault)
+        return newest
+    if not is_whole(timestamp) or (newest and timestamp <= newest.timestamp):
+        return newest
+    return StoredSession(int(timestamp), copy)
+
+
+# ======================================================================================================
+# Notifications
+# ======================================================================================================
+
+# Each type's own total, by which a member of it is valid and which `check` shows.
+TOTALS = {"prompts_ready": "totalPrompts", "beats_ready": "totalBeats"}
+
+ID_PATTERN = r"[^\x00-\x1f\x7f-\x9f/\\]{1,200}"  # of anybody's id: it is put into a path, unescaped
+
+
+@dataclass(frozen=True)
+class Notification:
+    """One member of the pending set that is valid. `total` is its type's own; `timestamp` is ISO 8601."""
+
+    id: str
+    type: str
+    session_timestamp: int
+    story_uuid: str
+    episode_number: int
+    total: int
+    timestamp: str
+    acknowledged: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "type": self.type,
+            "sessionTimestamp": self.session_timestamp,
+            "storyUuid": self.story_uuid,
+            "episodeNumber": self.episode_number,
+            TOTALS[self.type]: self.total,
+            "timestamp": self.timestamp,
+        }
+
+
+def read_member(member: bytes, time: float) -> Notification:
+    """A member of the pending set, written by whomever. Raises ValueError with what makes it invalid."""
+    value = parse_json(member)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    kind, id = value.get("type"), value.get("id")
+    if not isinstance(id, str) or not re.fullmatch(ID_PATTERN, id):
+        raise ValueError("no id, or one that does not fit into a path")
+    if not isinstance(kind, str) or kind not in TOTALS:
+        raise ValueError("no known type")
+    for name in ("sessionTimestamp", TOTALS[kind]):
+        if not is_whole(value.get(name)) or value[name] < 0:
+            raise ValueError(f"{name} is not a whole number")
+    episode, story, timestamp = value.get("episodeNumber"), value.get("storyUuid"), value.get("timestamp")
+    return Notification(
+        id=id,
+        type=kind,
+        session_timestamp=int(value["sessionTimestamp"]),
+        story_uuid=story if isinstance(story, str) else "",
+        episode_number=int(episode) if is_whole(episode) else 0,
+        total=int(value[TOTALS[kind]]),
+        timestamp=timestamp if isinstance(timestamp, str) and read_time(timestamp) is not None else iso_time(int(time)),
+        acknowledged=value.get("acknowledged") is True,
+    )
+
+
+def draft_notification(type: str, session_timestamp: int, **fields: Any) -> Draft:
+    """A notification of ours. Its id carries its time, so that acknowledging finds it without a search."""
+    chance = secrets.token_hex(8)
+
+    def member(time: int) -> bytes:
+        value = {"id": f"notif_{time}_{chance}", "type": type, "sessionTimestamp": session_timestamp, **fields}
+        value |= {"timestamp": iso_time(time), "acknowledged": False}
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+
+    return Draft(type, session_timestamp, member)
+
+
+def due_notification(timestamp: int, document: dict[str, Any], found: Progress) -> Draft | None:
+    """What a session has to announce as it stands: only one that waits for StorySwarm, and that has beats."""
+    if document.get("promptMode") != "storyswarm" or not found.total_beats:
+        return None
+    episode = document["analyzedEpisode"].get("episodeNumber")
+    story = document.get("storyUuid")
+    return draft_notification(
+        "prompts_ready" if found.ready else "beats_ready",
+        timestamp,
+        storyUuid=story if isinstance(story, str) else "",
+        episodeNumber=int(episode) if is_whole(episode) else 0,
+        totalPrompts=found.total_prompts,
+        totalBeats=found.total_beats,
+    )
+
+
+class Notifications:
+    """The pending notifications of a store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._reported: dict[bytes, object] = {}  # each is logged once, and 1000 at most
+
+    def check(self, types: Sequence[str], limit: int) -> list[Notification]:
+        """Those that are not acknowledged, oldest first, `limit` at most."""
+        found: list[Notification] = []
+        rows = self._store.pending(page=max(100, limit))
+        while batch := list(self._read(rows, max(100, limit))):
+            batch = [one for one in batch if one.type in types and not one.acknowledged]
+            marked = self._store.acknowledged([one.id for one in batch])
+            found += [one for one in batch if one.id not in marked]
+            if len(found) >= limit:
+                break
+        return found[:limit]
+
+    def create(self, draft: Draft) -> tuple[Notification, bool]:
+        """Keep it, and True; or the one of the same type and session that is pending already, and False."""
+        member, time, made = self._store.add(draft)
+        return read_member(member, time), made
+
+    def acknowledge(self, id: str) -> bool:
+        """True when it was pending, or is acknowledged already."""
+        ours = re.fullmatch(r"notif_([0-9]{1,14})_[0-9a-f]{16}", id)
+        members = []
+        if ours:
+            time = int(ours[1])
+            members = [member for member in self._store.pending_at(time) if self._has_id(member, time, id)]
+        if self._store.acknowledge(id, members):
+            return True
+        # Another program made it, or nobody did: look through all of them.
+        rows = self._store.pending(page=2000)
+        members = [member for member, time in rows if self._has_id(member, time, id)]
+        return bool(members) and self._store.acknowledge(id, members)
+
+    @staticmethod
+    def _has_id(member: bytes, time: float, id: str) -> bool:
+        if id.encode("utf-8") not in member and b"\\" not in member:  # JSON may also write it with escapes
+            return False
+        try:
+            return read_member(member, time).id == id
+        except (ValueError, OverflowError):
+            return False
+
+    def _read(self, rows: Iterator[tuple[bytes, float]], count: int) -> Iterator[Notification]:
+        """The valid ones, `count` at most; the others stay where they are and are logged once."""
+        for member, at in rows:
+            try:
+                notification = read_member(member, at)
+            except (ValueError, OverflowError) as fault:
+                self._report(member, fault)
+                continue
+            yield notification
+            count -= 1
+            if not count:
+                return
+
+    def _report(self, member: bytes, fault: Exception) -> None:
+        ours = object()
+        if len(self._reported) < 1000 and self._reported.setdefault(member, ours) is ours:
+            log.warning("notifications: a pending member is left out (%s): %.200r", fault, member)
+
+
+# ======================================================================================================
+# GPU
+# ======================================================================================================
+
+GPU_QUERY = (
+    "--query-gpu=utilization.gpu,memory.used,memory.total,temperature.gpu,count",
+    "--format=csv,noheader,nounits",
+)
+PROCESS_QUERY = ("--query-compute-apps=pid", "--format=csv,noheader")
+NVIDIA_SMI_TIMEOUT = 5.0  # seconds; it takes 20 to 100 ms, seconds with many GPUs, minutes after a driver fault
+
+
+@dataclass(frozen=True)
+class GpuStatus:
+    """Memory in MiB, utilization in percent, temperature in degrees Celsius. `fault`: nvidia-smi gave no answer
+    that can be used; without it, an unavailable GPU is one that is not there."""
+
+    available: bool = False
+    gpu_count: int = 0
+    utilization: int = 0
+    memory_used: int = 0
+    memory_total: int = 0
+    temperature: int = 0
+    process_count: int = 0
+    error: str | None = None
+    fault: bool = False
+
+
+def _number(cell: str) -> float | None:
+    """Whatever is not a number is unreadable: [N/A], [Not Supported], [GPU is lost], nothing."""
+    return float(cell) if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,6})?", cell) else None
+
+
+def _half_up(value: float) -> int:
+    return math.floor(value + 0.5)
+
+
+def _words_of(*outputs: str) -> str:
+    """nvidia-smi's own words, on one line. Driver trouble goes to stdout, so that comes first."""
+    return next((" ".join(text.split())[:300] for text in outputs if text.strip()), "")
+
+
+def parse_gpus(output: str) -> GpuStatus:
+    """The answer to GPU_QUERY, a line for each GPU. One whose total memory cannot be read is not counted."""
+    rows = [[cell.strip() for cell in line.split(",")] for line in output.splitlines() if line.strip()]
+    if not rows:
+        return GpuStatus(error="nvidia-smi printed nothing", fault=True)
+    if any(len(row) != 5 for row in rows):
+        return GpuStatus(error=f"nvidia-smi printed a line that cannot be read: {_words_of(output)}", fault=True)
+    gpus = [[_number(cell) for cell in row] for row in rows]
+    counted = [[cell or 0 for cell in gpu] for gpu in gpus if gpu[2] is not None]
+    if not counted:
+        return GpuStatus(error=f"nvidia-smi names no GPU with readable memory: {_words_of(output)}", fault=True)
+    utilization, used, total, temperature, _ = zip(*counted)
+    return GpuStatus(
+        available=True,
+        gpu_count=len(counted),
+        utilization=_half_up(sum(utilization) / len(counted)),
+        memory_used=_half_up(sum(used)),
+        memory_total=_half_up(sum(total)),
+        temperature=_half_up(max(temperature)),
+    )
+
+
+def count_processes(output: str) -> int:
+    """The answer to PROCESS_QUERY, a pid a line. A process on two GPUs is listed twice."""
+    return len({line.strip() for line in output.splitlines() if re.fullmatch(r"\s*[0-9]+\s*", line)})
+
+
+def find_nvidia_smi(settings: Settings) -> str | None:
+    """The program to run; None when there is none."""
+    if settings.nvidia_smi:
+        return shutil.which(settings.nvidia_smi)
+    return next(filter(None, map(shutil.which, ["nvidia-smi", *nvidia_smi_places()])), None)
+
+
+def query_gpus(program: str | None, timeout: float = NVIDIA_SMI_TIMEOUT) -> GpuStatus:
+    """Run both queries at the same time. Never raises: what goes wrong is in `error`."""
+    if not program:
+        return GpuStatus(
+            error="nvidia-smi not found or GPU not available: install NVIDIA's driver, or set NVIDIA_SMI", fault=True
+        )
+    deadline = time.monotonic() + timeout
+    try:
+        with bounded_child([program, *GPU_QUERY]) as gpus, bounded_child([program, *PROCESS_QUERY]) as processes:
+            try:
+                outputs = [text.decode("utf-8", "replace") for text in gpus.communicate(timeout=timeout)]
+            except subprocess.TimeoutExpired:
+                return GpuStatus(error=f"nvidia-smi did not answer within {timeout:g} s", fault=True)
+            if any("no devices were found" in text.lower() for text in outputs):
+                return GpuStatus(error=_words_of(*outputs))
+            if gpus.returncode != 0:
+                words = _words_of(*outputs) or "no words"
+                return GpuStatus(error=f"nvidia-smi failed (exit code {gpus.returncode}): {words}", fault=True)
+            status = parse_gpus(outputs[0])
+            if status.fault:
+                return status
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                listed, _ = processes.communicate(timeout=max(0.0, deadline - time.monotonic()))
+                if processes.returncode == 0:
+                    return dataclasses.replace(status, process_count=count_processes(listed.decode("utf-8", "replace")))
+            return status
+    except OSError as error:
+        return GpuStatus(error=f"nvidia-smi cannot be run ({error.strerror}): {program}", fault=True)
+
+
+class GpuMonitor:
+    """The status, kept for `keep` seconds, good or bad. However many ask at once, one run answers them all."""
+
+    def __init__(
+        self, query: Callable[[], GpuStatus], keep: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._query = query
+        self._keep = keep
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._run: Future[GpuStatus] | None = None  # the run under way, or the last one
+        self._ended = -math.inf
+
+    def status(self) -> GpuStatus:
+        with self._lock:
+            run = self._run
+            if run and not (run.done() and self._clock() - self._ended >= self._keep):
+                ours = False
+            else:
+                ours, run = True, Future()
+                self._run = run
+        if ours:
+            try:
+                status = self._query()
+            except Exception as error:  # those who wait must not wait for ever
+                log.exception("gpu: asking nvidia-smi failed")
+                status = GpuStatus(error=f"asking nvidia-smi failed ({type(error).__name__})", fault=True)
+            self._ended = self._clock()
+            run.set_result(status)
+        return run.result(timeout=NVIDIA_SMI_TIMEOUT * 2)
+
+
+# ======================================================================================================
+# SwarmUI
+# ======================================================================================================
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What SwarmUI's URL answered. `held`: somebody is there; without it, nobody is. `words`: for people."""
+
+    ready: bool
+    held: bool
+    words: str
+
+
+class _UntilHandler(urllib.request.AbstractHTTPHandler):
+    """urllib's HTTP with an end: a socket's own time-out starts anew with each byte that comes."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+        self._watchdog: threading.Timer | None = None
+
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(self._connection(http.client.HTTPConnection), request)
+
+    def https_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(self._connection(http.client.HTTPSConnection), request)
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def _connection(self, kind: type[http.client.HTTPConnection]) -> Any:
+        def connect(host: str, **options: Any) -> http.client.HTTPConnection:
+            connection = kind(host, **options)
+            self._watchdog = threading.Timer(self._seconds, self._cut, [connection])
+            self._watchdog.daemon = True
+            self._watchdog.start()
+            return connection
+
+        return connect
+
+    @staticmethod
+    def _cut(connection: http.client.HTTPConnection) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def end(self) -> None:
+        if self._watchdog:
+            self._watchdog.cancel()
+
+
+class Reply(NamedTuple):
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def call(url: str, seconds: float, *, data: bytes | None = None, headers: Mapping[str, str] = {}) -> Reply:
+    """One HTTP call that ends within `seconds` of connecting: no proxy, no redirect followed, 64 KiB of body at most.
+    Raises OSError (URLError before the request was sent), http.client.HTTPException."""
+    deadline = time.monotonic() + seconds
+    handler = _UntilHandler(seconds)
+    opener = urllib.request.OpenerDirector()  # bare: it neither follows redirects nor raises for a status
+    opener.add_handler(handler)
+    try:
+        request = urllib.request.Request(url, data=data, headers=dict(headers))
+        with opener.open(request, timeout=seconds) as response:
+            body = b""
+            while len(body) < 65536 and (piece := response.read1(65536 - len(body))):
+                body += piece
+                if time.monotonic() > deadline:
+                    raise TimeoutError("timed out")
+            return Reply(response.status, response.headers, body)
+    except (OSError, http.client.HTTPException) as error:
+        if time.monotonic() >= deadline and not _is_refusal(error):
+            raise TimeoutError("timed out") from None
+        raise
+    finally:
+        handler.end()
+
+
+def _is_refusal(error: object) -> bool:
+    """Nobody listens there. A connection that takes too long is one on Windows, which repeats refused ones."""
+    reason = error.reason if isinstance(error, urllib.error.URLError) else None
+    return isinstance(reason, (ConnectionRefusedError, TimeoutError) if REFUSAL_IS_SLOW else ConnectionRefusedError)
+
+
+def probe(settings: Settings) -> Probe:
+    """Ask SwarmUI for a session, as everything that uses it does first: 200 with a session_id is ready."""
+    url = f"{settings.swarmui_api_url}/API/GetNewSession"
+    parts = urllib.parse.urlsplit(url)
+    urls = [url]
+    if parts.hostname == "localhost" and parts.scheme == "http":
+        # 127.0.0.1 first: where nothing listens on ::1, Windows takes 2 s to say so.
+        hosts = [f"{address}:{settings.swarmui_port}" for address in ("127.0.0.1", "[::1]")]
+        urls = [urllib.parse.urlunsplit(parts._replace(netloc=host)) for host in hosts]
+    headers = {"Content-Type": "application/json", "Host": parts.netloc}
+    if settings.swarmui_token:
+        headers["Cookie"] = f"swarm_token={settings.swarmui_token}"
+    found = Probe(ready=False, held=False, words=f"nobody answers at {settings.swarmui_api_url}")
+    for url in urls:
+        answer = _probe_one(url, headers, settings)
+        if answer.ready or answer.held:
+            return answer
+    return found
+
+
+def _probe_one(url: str, headers: Mapping[str, str], settings: Settings) -> Probe:
+    where = settings.swarmui_api_url
+    try:
+        reply = call(url, settings.health_timeout, data=b"{}", headers=headers)
+    except (OSError, http.client.HTTPException) as error:
+        if _is_refusal(error):
+            return Probe(ready=False, held=False, words=f"nobody answers at {where}")
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, socket.gaierror) or getattr(reason, "errno", None) in _NOT_HERE:
+            return Probe(ready=False, held=False, words=f"{where} cannot be reached ({reason})")
+        if isinstance(reason, TimeoutError):
+            return Probe(ready=False, held=True, words=f"{where} did not answer within {settings.health_timeout:g} s")
+        return Probe(ready=False, held=True, words=f"{where} broke the connection off ({type(reason).__name__})")
+    try:
+        answer = json.loads(reply.body)
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict):
+        answer = {}
+    if reply.status == 200 and isinstance(answer.get("session_id"), str):
+        return Probe(ready=True, held=True, words="SwarmUI answers")
+    text = answer.get("error") or answer.get("error_id") or reply.body.decode("utf-8", "replace")
+    words = f"{where} answered {reply.status}: {' '.join(str(text).split())[:200]}"
+    if "unauthorized" in words.lower() or reply.status == 401:
+        advice = "check SWARMUI_TOKEN" if settings.swarmui_token else "set SWARMUI_TOKEN"
+        words += f" (SwarmUI has accounts on: {advice})"
+    return Probe(ready=False, held=True, words=words)
+
+
+# No route or no such address, as ::1 where there is no IPv6; WinSock has numbers of its own.
+_NOT_HERE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, 10047, 10049, 10051, 10065}
+
+
+class LaunchError(Exception):
+    """Why SwarmUI did not start, for the end of "SwarmUI failed to start: "."""
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """What to run, and in which folder."""
+
+    program: Path
+    arguments: tuple[str, ...]
+    folder: Path
+
+
+def plan_launch(settings: Settings) -> LaunchPlan:
+    """Raises LaunchError, naming SWARMUI_PATH, when there is nothing to launch."""
+    host = urllib.parse.urlsplit(settings.swarmui_api_url).hostname or ""
+    if not _is_this_machine(host):
+        raise LaunchError(f"SWARMUI_API_URL names another machine ({host}): start SwarmUI there")
+    path = settings.swarmui_path
+    if path is None:
+        raise LaunchError("SWARMUI_PATH is not set: set it to SwarmUI's folder")
+    if path.is_dir():
+        program = path / LAUNCH_SCRIPT
+        if not program.is_file():
+            raise LaunchError(f"SWARMUI_PATH {path} holds no {LAUNCH_SCRIPT}: set it to SwarmUI's folder")
+    elif path.is_file():
+        program = path
+    else:
+        raise LaunchError(f"SWARMUI_PATH {path} does not exist: set it to SwarmUI's folder")
+    # In any other folder SwarmUI's executable aborts and leaves a stray Data/ there.
+    roots = (up for up in program.parents if any((up / name).is_file() for name in LAUNCH_SCRIPTS))
+    folder = next(roots, program.parent)
+    arguments = ("--launch_mode", "none", "--port", str(settings.swarmui_port), *settings.swarmui_args)
+    return LaunchPlan(program, arguments, folder)
+
+
+def _is_this_machine(host: str) -> bool:
+    if host == "localhost":
+        return True
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        return address.is_loopback or address.is_unspecified or _is_own_address(host)
+    return host.lower() in (socket.gethostname().lower(), socket.getfqdn().lower())
+
+
+def _is_own_address(address: str) -> bool:
+    """Only an address of this machine can be bound."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as made:
+            made.bind((address, 0))
+    except OSError:
+        return False
+    return True
+
+
+def last_lines(path: Path, since: int, count: int = 5) -> str:
+    """The last lines that a log got after byte `since`, on one line; "" when there are none."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(since if since <= size else 0, size - 4096))
+            lines = file.read(4096).decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    printable = ("".join(char if char.isprintable() else " " for char in line).strip() for line in lines)
+    return " | ".join([line for line in printable if line][-count:])
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A process that was launched, when (monotonic seconds), and where its part of the log begins."""
+
+    process: subprocess.Popen[bytes]
+    at: float
+    log_start: int
+
+
+class SwarmUILauncher:
+    """Makes SwarmUI ready. One attempt at a time, in a thread of its own that alone owns the state; whoever asks
+    meanwhile gets that attempt's outcome. Nobody looks first and acts afterwards."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._output = settings.data_dir / "swarmui.log"
+        self._lock = threading.Lock()
+        self._attempt: Future[str] | None = None
+        self._launch: _Launch | None = None  # the last one; only the attempt's thread touches it
+        self._wake = threading.Event()  # the process ended, or close() was called
+        self._closed = False
+
+    def start(self) -> str:
+        """Return a message once SwarmUI answers. Raises Fault with what went wrong, TooSoon between two launches."""
+        with self._lock:
+            attempt = self._attempt
+            if attempt is None or attempt.done():
+                attempt = self._attempt = Future()
+                threading.Thread(target=self._run, args=[attempt], name="swarmui-start", daemon=True).start()
+        return attempt.result(timeout=self._settings.start_timeout + 10 * self._settings.health_timeout + 60)
+
+    def close(self) -> None:
+        """End an attempt that waits. SwarmUI goes on."""
+        self._closed = True
+        self._wake.set()
+
+    def _run(self, attempt: Future[str]) -> None:
+        try:
+            message = self._make_ready()
+        except Fault as fault:
+            attempt.set_exception(fault)
+        except LaunchError as error:
+            log.error("swarmui: failed to start: %s", error)
+            attempt.set_exception(Fault(f"SwarmUI failed to start: {error}"))
+        except Exception as error:
+            log.exception("swarmui: failed to start")
+            attempt.set_exception(Fault(f"SwarmUI failed to start: {type(error).__name__}, see the service's log"))
+        else:
+            attempt.set_result(message)
+
+    def _make_ready(self) -> str:
+        found = probe(self._settings)
+        if found.ready:
+            return "SwarmUI is already running"
+        launch = self._launch
+        if launch is None or launch.process.poll() is not None:
+            if found.held:
+                raise LaunchError(f"its port is held by something that is not SwarmUI: {found.words}")
+            launch = self._launch_it()
+        return self._await_ready(launch)
+
+    def _launch_it(self) -> _Launch:
+        plan = plan_launch(self._settings)
+        now = self._clock()
+        if self._launch and now - self._launch.at < self._settings.start_interval:
+            wait = self._settings.start_interval - (now - self._launch.at)
+            raise TooSoon(f"SwarmUI was launched a moment ago: ask again in {math.ceil(wait)} s.", wait)
+        try:
+            log_start = self._output.stat().st_size if self._output.exists() else 0
+            process = launch_detached(plan.program, plan.arguments, plan.folder, self._output)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise LaunchError(f"{plan.program} cannot be launched ({reason}): check SWARMUI_PATH") from None
+        log.info("swarmui: launched %s as process %d", plan.program, process.pid)
+        self._launch = _Launch(process, now, log_start)
+        # Waits as long as the process lives, so that its end is seen at once and leaves no zombie.
+        threading.Thread(target=self._watch, args=[process], name="swarmui-watch", daemon=True).start()
+        return self._launch
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        code = process.wait()
+        log.info("swarmui: process %d ended with exit code %d", process.pid, code)
+        self._wake.set()
+
+    def _await_ready(self, launch: _Launch) -> str:
+        deadline = self._clock() + self._settings.start_timeout
+        while True:
+            next_probe = self._clock() + self._settings.poll_interval
+            self._wake.clear()
+            found = probe(self._settings)
+            if found.ready:
+                return "SwarmUI started successfully"
+            if self._clock() >= deadline:
+                raise LaunchError(
+                    f"no answer within {self._settings.start_timeout:g} s (last: {found.words}); it keeps running, "
+                    f"so ask again, or look into {self._output}"
+                )
+            self._pause(launch, min(next_probe, deadline))
+
+    def _pause(self, launch: _Launch, until: float) -> None:
+        """Until the next probe is due. Raises LaunchError when the process fails meanwhile, or the service stops."""
+        while True:
+            if self._closed:
+                raise Unavailable("SwarmUI failed to start: the service is stopping.", 5)
+            code = launch.process.poll()
+            if code:  # 0 counts as a wrapper that went to the background: it may still come
+                words = last_lines(self._output, launch.log_start) or "its log is empty"
+                raise LaunchError(f"it exited with code {code}: {words}")
+            left = until - self._clock()
+            if left <= 0:
+                return
+            self._wake.wait(left)
+            self._wake.clear()
+
+
+# ======================================================================================================
+# Authentication
+# ======================================================================================================
+
+
+def authenticate(authorization: str | None, api_token: str) -> None:
+    """Raises Unauthorized unless the header is `Bearer` with the API token. Compared in constant time."""
+    found = re.fullmatch(r"[Bb][Ee][Aa][Rr][Ee][Rr] +(\S+)", (authorization or "").strip(" \t"))
+    if not found:
+        raise Unauthorized("A token is needed: send the header Authorization: Bearer <token>.")
+    # Bytes, since compare_digest refuses text beyond ASCII, which a header may hold.
+    if not hmac.compare_digest(found[1].encode("utf-8", "surrogateescape"), api_token.encode("ascii")):
+        raise Unauthorized("The token is not known: see <data>/api_token of the service.")
+
+
+def own_token(settings: Settings) -> str:
+    """The token that is set, else the one kept in the data folder, made at first start. Raises StartError."""
+    if settings.api_token:
+        return settings.api_token
+    path = token_path(settings)
+    try:
+        with contextlib.suppress(FileExistsError):  # another start made it meanwhile
+            if not path.exists():
+                write_private(path, secrets.token_urlsafe(32) + "\n")
+        return _token(path.read_text(encoding="utf-8").strip())
+    except OSError as error:
+        raise StartError(f"{path} cannot be made or read ({error.strerror}): set STORYTELLER_API_TOKEN.") from None
+    except ValueError:
+        raise StartError(f"{path} holds no token: remove it, and a new one is made.") from None
+
+
+def token_path(settings: Settings) -> Path:
+    return settings.data_dir / "api_token"
+
+
+# ======================================================================================================
+# HTTP application: what comes in
+# ======================================================================================================
+
+MAX_BODY = 50 * 1024 * 1024  # bytes; as much as StoryArt's own server takes
+WAITING_STARTS = 32  # calls that may wait for SwarmUI at once: half of the server's threads
+
+Schema = Mapping[str, Any]  # a subset of JSON Schema: type, minimum, maximum, minLength, maxLength, pattern, enum,
+#                             properties, required
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the handlers work with."""
+
+    settings: Settings
+    store: Store
+    gpu: GpuMonitor
+    swarmui: SwarmUILauncher
+    notifications: Notifications
+    waiting_starts: threading.Semaphore
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request whose input was checked against its route: path parameters and query by name, and the body."""
+
+    path: Mapping[str, Any]
+    query: Mapping[str, Any]
+    body: Any = None
+    raw_body: bytes = b""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A status and what to send as JSON; bytes are JSON already."""
+
+    body: Mapping[str, Any] | bytes
+    status: int = 200
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Route:
+    """One endpoint: what it takes, who answers, and what its errors hold beside `error`."""
+
+    method: str
+    path: str
+    handler: Callable[[Parts, Call], Answer]
+    error_shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    query: Mapping[str, Schema] = dataclasses.field(default_factory=dict)
+    body: Schema | None = None
+    open: bool = False  # to callers without a token
+
+
+def _expected(schema: Schema) -> str:
+    """A schema in words."""
+    if "enum" in schema:
+        return "one of " + ", ".join(schema["enum"])
+    if schema["type"] == "integer":
+        return f"a whole number from {schema.get('minimum', 0)} to {schema['maximum']}"
+    if schema["type"] == "string" and "maxLength" in schema:
+        return f"a string of {schema.get('minLength', 0)} to {schema['maxLength']} characters"
+    return {"string": "a string", "object": "an object"}[schema["type"]]
+
+
+def _fits(value: object, schema: Schema) -> bool:
+    if schema["type"] == "integer":
+        return is_whole(value) and schema["minimum"] <= value <= schema["maximum"]
+    if schema["type"] == "object":
+        return isinstance(value, dict)
+    return (
+        isinstance(value, str)
+        and schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", math.inf)
+        and (value in schema["enum"] if "enum" in schema else True)
+        and (re.fullmatch(schema["pattern"], value) is not None if "pattern" in schema else True)
+    )
+
+
+def check_body(value: object, schema: Schema) -> dict[str, Any]:
+    """An object whose documented fields have their types; null counts as absent. Raises BadRequest."""
+    if not isinstance(value, dict):
+        raise BadRequest("The body: expected a JSON object.")
+    for name, part in schema["properties"].items():
+        if value.get(name) is None:
+            if name in schema.get("required", ()):
+                raise BadRequest(f"{name} is missing: expected {_expected(part)}.")
+        elif not _fits(value[name], part):
+            raise BadRequest(f"{name}: expected {_expected(part)}.")
+    return value
+
+
+def check_text(name: str, text: str, schema: Schema) -> Any:
+    """A parameter of a path or a query. Raises BadRequest."""
+    value: Any = text
+    if schema["type"] == "integer":
+        value = int(text) if re.fullmatch(r"[0-9]{1,15}", text) else None
+    if not _fits(value, schema):
+        raise BadRequest(f"{name}: expected {_expected(schema)}.")
+    return value
+
+
+def read_path(environ: Mapping[str, Any], found: Mapping[str, str]) -> dict[str, Any]:
+    try:  # Bottle drops bytes that are no UTF-8, and would answer for another path
+        environ.get("bottle.raw_path", "").encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        raise BadRequest("The path: expected UTF-8.") from None
+    return {name: check_text(name, text, PATH_PARAMETERS[name]) for name, text in found.items()}
+
+
+def read_query(environ: Mapping[str, Any], declared: Mapping[str, Schema]) -> dict[str, Any]:
+    try:
+        pairs = urllib.parse.parse_qsl(
+            environ.get("QUERY_STRING", ""), keep_blank_values=True, errors="strict", max_num_fields=100
+        )
+    except ValueError:
+        raise BadRequest("The query: expected at most 100 parameters in UTF-8.") from None
+    given: dict[str, Any] = {}
+    for name, text in pairs:
+        if name in given:
+            raise BadRequest(f"{name} is given twice.")
+        if name in declared:
+            given[name] = check_text(name, text, declared[name])
+    return {name: given.get(name, schema["default"]) for name, schema in declared.items()}
+
+
+def read_body(environ: Mapping[str, Any]) -> bytes:
+    length = int(environ.get("CONTENT_LENGTH") or 0)
+    if length > MAX_BODY:
+        raise TooLarge(f"The body is too large: {MAX_BODY // 1024**2} MiB at most.")
+    return environ["wsgi.input"].read(length)
+
+
+def read_call(route: Route, environ: Mapping[str, Any], path: Mapping[str, str]) -> Call:
+    """The request as the route declares it. Raises BadRequest, TooLarge."""
+    found, query = read_path(environ, path), read_query(environ, route.query)
+    if route.body is None:
+        return Call(found, query)
+    raw = read_body(environ)
+    try:
+        value = parse_json(raw)
+    except ValueError as fault:
+        raise BadRequest(f"The body: expected a JSON object ({fault}).") from None
+    return Call(found, query, check_body(value, route.body), raw)
+
+
+# ======================================================================================================
+# HTTP application: the handlers
+# ======================================================================================================
+
+
+def health(parts: Parts, call: Call) -> Answer:
+    try:
+        parts.store.ping()
+    except Unavailable as fault:
+        return Answer({"status": "degraded", "store": parts.store.name}, fault.status)
+    return Answer({"status": "ok", "store": parts.store.name})
+
+
+def gpu_json(status: GpuStatus) -> dict[str, Any]:
+    return {
+        "available": status.available,
+        "gpuCount": status.gpu_count,
+        "utilization": status.utilization,
+        "memoryUsed": status.memory_used,
+        "memoryTotal": status.memory_total,
+        "temperature": status.temperature,
+        "processCount": status.process_count,
+        "error": status.error,
+    }
+
+
+def gpu_status(parts: Parts, call: Call) -> Answer:
+    status = parts.gpu.status()
+    return Answer(gpu_json(status), 500 if status.fault else 200)
+
+
+def swarmui_start(parts: Parts, call: Call) -> Answer:
+    """Nothing of the request is used: nothing in it can reach a command line."""
+    if not parts.waiting_starts.acquire(blocking=False):
+        raise Unavailable("Too many calls wait for SwarmUI already: ask again.", parts.settings.poll_interval)
+    try:
+        message = parts.swarmui.start()
+    finally:
+        parts.waiting_starts.release()
+    settings = parts.settings
+    return Answer(
+        {"success": True, "message": message, "port": settings.swarmui_port, "apiUrl": settings.swarmui_api_url}
+    )
+
+
+def notifications_check(parts: Parts, call: Call) -> Answer:
+    types = list(TOTALS) if call.query["type"] == "all" else [call.query["type"]]
+    return Answer({"notifications": [one.as_json() for one in parts.notifications.check(types, call.query["limit"])]})
+
+
+def notification_create(parts: Parts, call: Call) -> Answer:
+    body = call.body
+    if body.get(TOTALS[body["type"]]) is None:
+        raise BadRequest(f"{TOTALS[body['type']]} is missing: a {body['type']} notification needs it.")
+    given = {
+        name: body[name] for name in ("storyUuid", "episodeNumber", *TOTALS.values()) if body.get(name) is not None
+    }
+    fields = {name: int(value) if is_whole(value) else value for name, value in given.items()}
+    draft = draft_notification(body["type"], int(body["sessionTimestamp"]), **fields)
+    notification, made = parts.notifications.create(draft)
+    return Answer(notification.as_json(), 201 if made else 200)
+
+
+def notification_ack(parts: Parts, call: Call) -> Answer:
+    id = call.path["notification_id"]
+    if not parts.notifications.acknowledge(id):
+        raise NotFound("Notification not found")
+    return Answer({"success": True, "notificationId": id})
+
+
+def prompts_status(parts: Parts, call: Call) -> Answer:
+    timestamp = call.path["timestamp"]
+    stored, document = _find_session(parts, timestamp)
+    try:
+        found = progress(document)
+    except NotASession as fault:
+        raise Fault(f"Session {timestamp} is not a session: {fault}.") from None
+    if found.ready and stored.announced != "prompts_ready":
+        draft = due_notification(timestamp, document, found)  # StorySwarm may have written it behind our back
+        try:
+            if draft:
+                parts.store.announce(timestamp, draft)
+        except Unavailable as fault:
+            log.warning("notifications: session %d announces its prompts at a later poll: %s", timestamp, fault)
+    return Answer(
+        {
+            "promptsReady": found.ready,
+            "sessionTimestamp": timestamp,
+            "totalBeats": found.total_beats,
+            "totalPrompts": found.total_prompts,
+            "lastUpdated": last_updated(stored, document),
+        }
+    )
+
+
+def _find_session(parts: Parts, timestamp: int) -> tuple[StoredSession, dict[str, Any]]:
+    stored = parts.store.session(timestamp)
+    if stored is None:
+        raise NotFound("Session not found")
+    try:
+        return stored, read_session(stored)
+    except NotASession as fault:
+        raise Fault(f"Session {timestamp} is not a session: {fault}.") from None
+
+
+def _session_answer(parts: Parts, stored: StoredSession) -> Answer:
+    """The document goes out as it is kept: it was parsed, and writing it anew would cost as much again."""
+    return Answer(b'{"success":true,"data":%b,"storage":"%b"}' % (stored.document, parts.store.name.encode()))
+
+
+def session_get(parts: Parts, call: Call) -> Answer:
+    stored, _ = _find_session(parts, call.path["timestamp"])
+    return _session_answer(parts, stored)
+
+
+def session_latest(parts: Parts, call: Call) -> Answer:
+    stored = latest_session(parts.store)
+    if stored is None:
+        raise NotFound("No session found")
+    return _session_answer(parts, stored)
+
+
+def session_list(parts: Parts, call: Call) -> Answer:
+    found: list[dict[str, Any]] = []
+    for stored, document in readable_sessions(parts.store):
+        try:
+            found.append(summary(stored, document))
+        except NotASession as fault:
+            log.warning("sessions: session %d is left out: %s", stored.timestamp, fault)
+        if len(found) == call.query["limit"]:
+            break
+    return Answer({"success": True, "count": len(found), "sessions": found})
+
+
+def session_save(parts: Parts, call: Call) -> Answer:
+    """Without a timestamp it gets the next free one from now: two saves at one moment are two sessions."""
+    if call.body.get("timestamp") is not None:
+        return _keep_session(parts, int(call.body["timestamp"]), call.body, call.raw_body)
+    now = now_ms()
+    for timestamp in range(now, now + 1000):
+        if answer := _keep_with_timestamp(parts, timestamp, call.body, replace=False):
+            return answer
+    raise Unavailable("Every timestamp of this second is taken: ask again.", 1)
+
+
+def session_put(parts: Parts, call: Call) -> Answer:
+    timestamp = call.path["timestamp"]
+    if call.body.get("timestamp") is None:
+        return _keep_with_timestamp(parts, timestamp, call.body)
+    if call.body["timestamp"] != timestamp:
+        raise BadRequest(f"timestamp: expected {timestamp}, as in the path, or none.")
+    return _keep_session(parts, timestamp, call.body, call.raw_body)
+
+
+def _keep_with_timestamp(parts: Parts, timestamp: int, body: Mapping[str, Any], *, replace: bool = True) -> Any:
+    document = {**body, "timestamp": timestamp}
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    return _keep_session(parts, timestamp, document, text, replace=replace)
+
+
+def _keep_session(
+    parts: Parts, timestamp: int, document: dict[str, Any], text: bytes, *, replace: bool = True
+) -> Answer | None:
+    """None when the timestamp is taken and must not be replaced."""
+    if document.get("scriptText") is None and document.get("analyzedEpisode") is None:
+        raise BadRequest("scriptText or analyzedEpisode is missing: a session needs one of them.")
+    try:
+        draft = due_notification(timestamp, document, progress(document))
+    except NotASession:  # it may be a script alone; prompts-status says what is wrong with it
+        draft = None
+    if not parts.store.save(timestamp, text, draft, replace=replace):
+        return None
+    saved = {"success": True, "message": "Session saved", "sessionKey": f"session:{timestamp}"}
+    return Answer({**saved, "storage": parts.store.name})
+
+
+# ======================================================================================================
+# HTTP application: the routes
+# ======================================================================================================
+
+_TIMESTAMP: Schema = {"type": "integer", "minimum": 0, "maximum": 99_999_999_999_999}
+_COUNT: Schema = {"type": "integer", "minimum": 0, "maximum": 1_000_000}
+_STORY: Schema = {"type": "string", "maxLength": 200}
+_TEXT: Schema = {"type": "string"}
+
+PATH_PARAMETERS: Mapping[str, Schema] = {
+    "timestamp": _TIMESTAMP,
+    "notification_id": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": ID_PATTERN},
+}
+
+_SESSION: Schema = {
+    "type": "object",
+    "properties": {
+        "timestamp": _TIMESTAMP,
+        "scriptText": _TEXT,
+        "episodeContext": _TEXT,
+        "storyUuid": _TEXT,
+        "analyzedEpisode": {"type": "object"},
+        "promptMode": _TEXT,
+        "retrievalMode": _TEXT,
+        "selectedLLM": _TEXT,
+    },
+}
+
+_NOTIFICATION: Schema = {
+    "type": "object",
+    "required": ("type", "sessionTimestamp", "storyUuid", "episodeNumber"),
+    "properties": {
+        "type": {"type": "string", "enum": tuple(TOTALS)},
+        "sessionTimestamp": _TIMESTAMP,
+        "storyUuid": _STORY,
+        "episodeNumber": _COUNT,
+        "totalPrompts": _COUNT,
+        "totalBeats": _COUNT,
+    },
+}
+
+_CHECK_QUERY: Mapping[str, Schema] = {
+    "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
+    "type": {"type": "string", "enum": (*TOTALS, "all"), "default": "prompts_ready"},
+}
+_LIST_QUERY: Mapping[str, Schema] = {"limit": {"type": "integer", "minimum": 1, "maximum": 200, "default": 20}}
+
+_FAILED = {"success": False}
+
+ROUTES: tuple[Route, ...] = (
+    Route("GET", "/health", health, open=True),
+    Route("GET", "/api/v1/gpu/status", gpu_status, gpu_json(GpuStatus())),
+    Route("POST", "/api/v1/swarmui/start", swarmui_start, _FAILED),
+    Route("GET", "/api/v1/notifications/check", notifications_check, query=_CHECK_QUERY),
+    Route("POST", "/api/v1/notifications", notification_create, body=_NOTIFICATION),
+    Route("POST", "/api/v1/notifications/<notification_id>/ack", notification_ack, _FAILED),
+    Route("GET", "/api/v1/session/<timestamp>/prompts-status", prompts_status, {"promptsReady": False}),
+    Route("POST", "/api/v1/session/save", session_save, _FAILED, body=_SESSION),
+    Route("GET", "/api/v1/session/latest", session_latest, _FAILED),
+    Route("GET", "/api/v1/session/list", session_list, _FAILED, query=_LIST_QUERY),
+    Route("GET", "/api/v1/session/<timestamp>", session_get, _FAILED),
+    Route("PUT", "/api/v1/session/<timestamp>", session_put, _FAILED, body=_SESSION),
+)
+
+
+def error_answer(shape: Mapping[str, Any], fault: Fault) -> Answer:
+    """The one place that turns an error into an answer."""
+    headers = {}
+    if fault.retry_after is not None:
+        headers["Retry-After"] = str(fault.retry_after)
+    if isinstance(fault, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    return Answer({**shape, "error": str(fault)}, fault.status, headers)
+
+
+def to_response(answer: Answer) -> bottle.HTTPResponse:
+    body = answer.body
+    if not isinstance(body, bytes):
+        body = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    headers = {"Content-Type": "application/json", "Cache-Control": "no-store", **answer.headers}
+    return bottle.HTTPResponse(body, answer.status, headers)
+
+
+def create_app(
+    settings: Settings,
+    store: Store,
+    gpu: GpuMonitor,
+    swarmui: SwarmUILauncher,
+    stopping: threading.Event | None = None,
+) -> bottle.Bottle:
+    """The service as a WSGI application. `settings.api_token` must be set, else ValueError. Once `stopping` is set,
+    new requests are answered 503."""
+    if not settings.api_token:
+        raise ValueError("an API token is needed")
+    waiting_starts = threading.BoundedSemaphore(WAITING_STARTS)
+    parts = Parts(settings, store, gpu, swarmui, Notifications(store), waiting_starts)
+    app = bottle.Bottle()
+
+    def authorize(environ: Mapping[str, Any]) -> None:
+        # Not request.headers, which raises for a header that is no latin-1 text.
+        authenticate(environ.get("HTTP_AUTHORIZATION"), settings.api_token)
+
+    def answer_route(route: Route, **path: str) -> bottle.HTTPResponse:
+        environ = bottle.request.environ
+        try:
+            if stopping and stopping.is_set():
+                raise Unavailable("The service is stopping: ask again.", 5)
+            if not route.open:
+                authorize(environ)
+            answer = route.handler(parts, read_call(route, environ, path))
+        except Fault as fault:
+            answer = error_answer(route.error_shape, fault)
+        except Exception:
+            log.exception("http: %s %s failed", route.method, route.path)
+            answer = Answer({"error": "Internal server error"}, 500)
+        return to_response(answer)
+
+    def answer_unrouted(error: bottle.HTTPError) -> bottle.HTTPResponse:
+        """What Bottle refuses itself: another path or method, which needs a token too."""
+        try:
+            authorize(bottle.request.environ)
+        except Unauthorized as fault:
+            return to_response(error_answer({}, fault))
+        words = {404: "Not found: there is no such path.", 405: "Method not allowed on this path."}
+        allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+        text = words.get(error.status_code, "Internal server error")
+        return to_response(Answer({"error": text}, error.status_code, allow))
+
+    for route in ROUTES:
+        app.route(route.path, route.method, functools.partial(answer_route, route))
+    app.default_error_handler = answer_unrouted
+    return app
+
+
+# ======================================================================================================
+# Server
+# ======================================================================================================
+
+WAITRESS: Mapping[str, Any] = {
+    # A thread costs 150 KB. Half of them may wait for SwarmUI; the others serve calls that end at once.
+    "threads": 2 * WAITING_STARTS,
+    "connection_limit": 450,  # select on Windows takes 512 sockets at most
+    "channel_timeout": 120,  # seconds that a kept connection may be idle
+    # Above our own limit: waitress refuses with a reset, the application with a 413 that says why.
+    "max_request_body_size": MAX_BODY + 16 * 1024 * 1024,
+    "ident": None,  # no Server header
+    "asyncore_use_poll": hasattr(select, "poll"),  # select ends the service at a descriptor past 1023
+}
+
+
+def open_sockets(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets, all on one port; localhost is 127.0.0.1 and, where there is IPv6, ::1. Raises StartError."""
+    try:
+        if host == "localhost":
+            addresses = ["127.0.0.1", "::1"]
+        else:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            addresses = [str(found[0][4][0])]
+        for attempt in range(20):
+            try:
+                return _listen_on_all(addresses, port)
+            except OSError as error:
+                # The port that was free on the first address may be taken on the second: pick another.
+                if port or error.errno not in _IN_USE or attempt == 19:
+                    raise
+        raise AssertionError
+    except (socket.gaierror, UnicodeError):
+        raise StartError(
+            f"STORYTELLER_HOST {host} is not known: set it to localhost, or to this PC's address."
+        ) from None
+    except OSError as error:
+        if error.errno in _IN_USE:
+            raise StartError(f"Port {port} is in use by another program: stop it, or set STORYTELLER_PORT.") from None
+        raise StartError(
+            f"Cannot listen on {host} port {port} ({error.strerror}): set STORYTELLER_HOST or STORYTELLER_PORT."
+        ) from None
+
+
+_IN_USE = {errno.EADDRINUSE, 10048, 10013}  # Windows: in use; held by somebody who took it exclusively
+
+
+def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
+    made: list[socket.socket] = []
+    try:
+        for address in addresses:
+            try:
+                made.append(listen(address, port))
+            except OSError as error:
+                if not made or error.errno not in _NOT_HERE:
+                    raise
+            port = made[0].getsockname()[1]
+        return made
+    except OSError:
+        for one in made:
+            one.close()
+        raise
+
+
+class Server:
+    """waitress with an end in order: its own shutdown drops what it holds, or leaves it unanswered."""
+
+    def __init__(self, app: Callable[..., Any], sockets: Sequence[socket.socket]) -> None:
+        self._map: dict[int, Any] = {}
+        self._server = waitress.server.create_server(app, map=self._map, sockets=list(sockets), **WAITRESS)
+        self._grace: float | None = None
+
+    def stop(self, grace: float) -> None:
+        """End within about `grace` seconds: no new connections, requests in flight are answered whole. May be called
+        from a signal handler and from any thread."""
+        self._grace = grace
+        for one in list(self._map.values()):
+            if isinstance(one, waitress.server.BaseWSGIServer):
+                one.pull_trigger()  # wakes the loop
+
+    def run(self) -> None:
+        """Serve until stop() is called."""
+        while self._grace is None:
+            self._turn(1.0)
+        for one in list(self._map.values()):
+            if isinstance(one, waitress.server.BaseWSGIServer):
+                one.accepting = False
+                one.socket.close()
+                one.del_channel()
+        deadline = time.monotonic() + self._grace
+        while time.monotonic() < deadline and any(map(self._is_busy, list(self._map.values()))):
+            self._turn(0.05)
+        self._server.task_dispatcher.shutdown(timeout=0.5)
+        waitress.wasyncore.close_all(self._map)
+
+    def _turn(self, seconds: float) -> None:
+        """One round of waitress's loop."""
+        waitress.wasyncore.loop(seconds, WAITRESS["asyncore_use_poll"], self._map, 1)
+
+    @staticmethod
+    def _is_busy(one: Any) -> bool:
+        """Whether a connection still has a request at work, or an answer that is not sent whole."""
+        return isinstance(one, waitress.channel.HTTPChannel) and bool(one.requests or one.total_outbufs_len)
+
+
+# ======================================================================================================
+# Command line
+# ======================================================================================================
+
+
+def prepare_data_dir(path: Path) -> None:
+    """Make it, and see that it can be written. Raises StartError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise StartError(
+            f"The data folder {path} cannot be written ({error.strerror}): set STORYTELLER_DATA_DIR to one that can."
+        ) from None
+
+
+def start_logging(path: Path) -> None:
+    """Everything into the file, 5 MB and three older ones; warnings to the console too. Raises StartError."""
+    try:
+        file = logging.handlers.RotatingFileHandler(path, maxBytes=5_000_000, backupCount=3, encoding="utf-8")
+    except OSError as error:
+        raise StartError(f"The log {path} cannot be written ({error.strerror}): move it away, or mend it.") from None
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.INFO, handlers=[file, console], force=True)
+    logging.raiseExceptions = False  # a log that cannot be written must not spoil what it tells of
+
+
+def url_of(settings: Settings, port: int) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{host}:{port}"
+
+
+def describe_swarmui(settings: Settings) -> str:
+    try:
+        return str(plan_launch(settings).program)
+    except LaunchError as error:
+        return f"cannot be launched: {error}"
+
+
+def serve(settings: Settings) -> int:
+    """Run until told to stop. Raises StartError."""
+    prepare_data_dir(settings.data_dir)
+    start_logging(settings.data_dir / "storyteller.log")
+    token_place = "STORYTELLER_API_TOKEN" if settings.api_token else str(token_path(settings))
+    settings = dataclasses.replace(settings, api_token=own_token(settings))
+    stopping, ended = threading.Event(), threading.Event()
+    with contextlib.closing(open_store(settings)) as store:
+        gpu = GpuMonitor(lambda: query_gpus(find_nvidia_smi(settings)), settings.gpu_cache_seconds)
+        with contextlib.closing(SwarmUILauncher(settings)) as swarmui:
+            app = create_app(settings, store, gpu, swarmui, stopping)
+            sockets = open_sockets(settings.host, settings.port)
+            server = Server(app, sockets)
+
+            def stop(grace: float) -> None:
+                if stopping.is_set():  # told twice: at once
+                    os._exit(1)
+                stopping.set()
+                swarmui.close()
+                server.stop(grace)
+
+            handler = on_end_signal(stop, ended)
+            port = sockets[0].getsockname()[1]
+            greet(settings, store, port, token_place)
+            log.info("server: listening on %s", url_of(settings, port))
+            server.run()
+    log.info("server: stopped")
+    ended.set()
+    del handler
+    return 0
+
+
+def greet(settings: Settings, store: Store, port: int, token_place: str) -> None:
+    """Print what a person in front of it needs; never the token."""
+    prepare_console(f"StoryTeller automation, port {port}")
+    rows = {
+        "address": url_of(settings, port),
+        "store": f"{store.name}, {store.place}",
+        "nvidia-smi": find_nvidia_smi(settings) or "not found: install NVIDIA's driver, or set NVIDIA_SMI",
+        "SwarmUI": describe_swarmui(settings),
+        "API token": f"in {token_place}",
+        "log": str(settings.data_dir / "storyteller.log"),
+    }
+    print("StoryTeller automation service. Ctrl+C stops it.")
+    for name, text in rows.items():
+        print(f"  {name:<11} {text}")
+    sys.stdout.flush()
+    try:
+        store.ping()
+    except Unavailable as fault:
+        log.warning("store: %s Calls that need it get 503 until it does.", fault)
+
+
+def check(arguments: Mapping[str, str | None]) -> int:
+    """The doctor: a line for each thing that can be wrong. 0 when nothing FAILs, else 1."""
+    failed = False
+
+    def say(level: str, subject: str, text: str) -> None:
+        nonlocal failed
+        failed = failed or level == "FAIL"
+        print(f"{level:<4} {subject}: {text}", flush=True)
+
+    try:
+        settings = load_settings(arguments, os.environ)
+    except SettingError as error:
+        say("FAIL", "settings", str(error))
+        return 1
+    say("OK", "settings", f"read from arguments, environment and {HERE / '.env'}")
+    say(*check_store(settings))
+    status = query_gpus(find_nvidia_smi(settings))
+    good = f"{status.gpu_count} GPU(s), {status.memory_total} MiB"
+    say("OK" if status.available else "WARN", "nvidia-smi", status.error or good)
+    say(*check_swarmui_path(settings))
+    found = probe(settings)
+    say("OK" if found.ready else "WARN", "SwarmUI", found.words)
+    say(*check_port(settings))
+    return int(failed)
+
+
+def check_store(settings: Settings) -> tuple[str, str, str]:
+    try:
+        prepare_data_dir(settings.data_dir)
+        with contextlib.closing(open_store(settings)) as store:
+            store.ping()
+            return "OK", "store", f"{store.name}, {store.place}"
+    except StartError as error:
+        return "FAIL", "store", str(error)
+    except Unavailable as error:
+        return "FAIL", "store", f"{error} Start it, or unset REDIS_URL, REDIS_HOST and REDIS_PORT for the embedded one."
+
+
+def check_swarmui_path(settings: Settings) -> tuple[str, str, str]:
+    try:
+        return "OK", "SWARMUI_PATH", str(plan_launch(settings).program)
+    except LaunchError as error:
+        wrong = settings.swarmui_path is not None and str(error).startswith("SWARMUI_PATH")
+        return "FAIL" if wrong else "WARN", "SWARMUI_PATH", str(error)
+
+
+def check_port(settings: Settings) -> tuple[str, str, str]:
+    try:
+        for one in open_sockets(settings.host, settings.port):
+            one.close()
+        return "OK", "port", f"{settings.port} is free"
+    except StartError as error:
+        host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+        url = url_of(dataclasses.replace(settings, host=host), settings.port)
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            answer = json.loads(call(f"{url}/health", 2).body)
+            if isinstance(answer, dict) and answer.keys() == {"status", "store"}:
+                return "OK", "port", f"this service runs on {settings.port} already"
+        return "FAIL", "port", str(error)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    rows = (row.metadata | {"default": row.default} for row in dataclasses.fields(Settings))
+    table = "\n".join(f"  {row['name']:<24} {row['meaning']}" for row in rows)
+    parser = argparse.ArgumentParser(
+        description="The StoryTeller automation service.",
+        epilog=f"settings, from the environment or a .env file beside this module:\n{table}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", nargs="?", choices=("serve", "check"), default="serve", help="serve unless said")
+    parser.add_argument("--host", help="wins over STORYTELLER_HOST")
+    parser.add_argument("--port", help="wins over STORYTELLER_PORT")
+    parser.add_argument("--data-dir", help="wins over STORYTELLER_DATA_DIR")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0, 1 when `check` found a fault, 2 when the service cannot start."""
+    prepare_console()
+    arguments = vars(make_parser().parse_args(argv))
+    command = arguments.pop("command")
+    if arguments["data_dir"]:  # one that is typed begins where it is typed, not at the module
+        arguments["data_dir"] = os.path.abspath(arguments["data_dir"])
+    try:
+        if command == "check":
+            return check(arguments)
+        return serve(load_settings(arguments, os.environ))
+    except (SettingError, StartError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3450 @@
+"""Tests of the StoryTeller automation service, in the order of its rooms.
+
+What stands in for what cannot be here: SwarmUI and nvidia-smi, both real programs (STANDINS below). All else is
+real: a redis-server, SQLite files, sockets, child processes, the service itself started as a process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import http.client
+import http.server
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import webtest
+
+import storyteller_automation as service
+
+HERE = Path(__file__).resolve().parent
+TOKEN = "a-token-for-tests-0123456789"
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
+PATIENCE = 30.0  # seconds until a wait for a real process counts as failed; never reached by a test that passes
+
+# ======================================================================================================
+# Stand-ins
+# ======================================================================================================
+
+# Every program that stands in for another holds a leash: a connection to the test, over which it tells what it was
+# started with. It ends when the test lets go, and the test sees it end, on every system alike.
+LEASH = """
+import json, os, socket, sys, threading
+def hold_leash(port, **report):
+    leash = socket.create_connection(("127.0.0.1", port))
+    report.update(pid=os.getpid(), arguments=sys.argv[1:], folder=os.getcwd(), environment=dict(os.environ))
+    leash.sendall(json.dumps(report).encode() + b"\\n")
+    threading.Thread(target=lambda: (leash.recv(1), os._exit(0)), daemon=True).start()
+"""
+
+# nvidia-smi: answers each query as `plan` says: {"gpus": {"print", "exit", "hang"}, "processes": {...}}.
+NVIDIA_SMI = """
+query = "gpus" if sys.argv[1].startswith("--query-gpu=") else "processes"
+wanted = {
+    "gpus": ["--query-gpu=utilization.gpu,memory.used,memory.total,temperature.gpu,count",
+             "--format=csv,noheader,nounits"],
+    "processes": ["--query-compute-apps=pid", "--format=csv,noheader"],
+}
+if sys.argv[1:] != wanted[query]:
+    sys.exit("ERROR: Option is not recognized. Please run 'nvidia-smi -h'.")
+act = plan[query]
+with open(plan["runs"], "a") as file:
+    file.write(query + "\\n")
+sys.stdout.write(act.get("print", ""))
+sys.stderr.write(act.get("stderr", ""))
+sys.stdout.flush()
+if act.get("hang"):
+    import subprocess
+    # A child of its own, as a hung one has: it must not be left behind either.
+    child = plan["leash_code"] + "hold_leash(int(sys.argv[1])); threading.Event().wait()"
+    subprocess.Popen([sys.executable, "-c", child, str(plan["leash"])])
+    threading.Event().wait()
+sys.exit(act.get("exit", 0))
+"""
+
+# SwarmUI 0.9.8.2, as far as this service meets it: POST with JSON, never GET. `plan`: {"delay": seconds until it
+# listens, "print": text, "exit": code to end with at once, "answer": [status, headers, body] instead of the usual}.
+SWARMUI = """
+import http.server, time
+hold_leash(plan["leash"])
+sys.stdout.write(plan.get("print", "")); sys.stdout.flush()
+if "exit" in plan:
+    sys.exit(plan["exit"])
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def answer(self, status, headers, body):
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body.encode())
+    def do_GET(self):
+        if self.path.startswith("/API/"):
+            self.answer(302, {"Location": "/Error/NoGetAPI"}, "")
+        else:
+            self.answer(200, {"Content-Type": "text/html"}, "<html>Error</html>")
+    def do_POST(self):
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length)
+        if "answer" in plan:
+            self.answer(*plan["answer"])
+        elif self.headers.get("Content-Type") != "application/json" or not body:
+            self.answer(400, {}, json.dumps({"error_id": "basic_api", "error": "Request input lacks body"}))
+        elif plan.get("token") and "swarm_token=" + plan["token"] not in self.headers.get("Cookie", ""):
+            self.answer(200, {}, json.dumps({"error": "Invalid or unauthorized."}))
+        elif self.path == "/API/GetNewSession":
+            self.answer(200, {}, json.dumps({"session_id": "0" * 40, "user_id": "local", "version": "0.9.8.2"}))
+        else:
+            self.answer(400, {}, json.dumps({"error_id": "bad_route", "error": "Unknown API route."}))
+    def log_message(self, *arguments):
+        print("[Info] call of", self.path, flush=True)
+time.sleep(plan.get("delay", 0))
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def write_program(path: Path, code: str, plan: dict[str, Any]) -> Path:
+    """An executable of this system that runs `code` with `plan` and LEASH at hand; returns its path."""
+    source = f"{LEASH}\nplan = json.loads({json.dumps(plan)!r})\n{code}"
+    if not service.WINDOWS:
+        path.write_text(f"#!{sys.executable} -SE\n{source}", encoding="utf-8")
+        path.chmod(0o755)
+        return path
+    # A real .exe: pip's launcher, which runs the Python program that is zipped to its end.
+    import pip._vendor.distlib as distlib
+
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("__main__.py", source)
+    launcher = (Path(distlib.__file__).parent / "t64.exe").read_bytes()
+    path = path.with_suffix(".exe")
+    path.write_bytes(launcher + f'#!"{sys.executable}" -SE\r\n'.encode() + packed.getvalue())
+    return path
+
+
+def write_swarmui_folder(folder: Path, plan: dict[str, Any]) -> Path:
+    """SwarmUI's folder as installed: its launch script, which runs its executable; returns the folder."""
+    release = folder / "src" / "bin" / "live_release"
+    release.mkdir(parents=True)
+    program = write_program(release / "SwarmUI", SWARMUI, plan)
+    if service.WINDOWS:
+        # As SwarmUI's own: starts it, again on exit code 42, and pauses on any other that is not 0.
+        lines = [
+            "@echo off",
+            'cd /d "%~dp0"',
+            ":start",
+            f'"%~dp0{program.relative_to(folder)}" %*',
+            "if %errorlevel% equ 42 goto start",
+            "if not %errorlevel% equ 0 pause",
+        ]
+        (folder / "launch-windows.bat").write_bytes("\r\n".join([*lines, ""]).encode())
+    else:
+        script = folder / service.LAUNCH_SCRIPT
+        relative = program.relative_to(folder)
+        script.write_text(
+            f'#!/bin/bash\ncd "$(dirname "$0")"\n"./{relative}" "$@"\ncode=$?\n'
+            f'if [ $code = 42 ]; then exec "$0" "$@"; fi\nexit $code\n'
+        )
+        script.chmod(0o755)
+    return folder
+
+
+class Held:
+    """A stand-in at the other end of the leash."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.settimeout(PATIENCE)
+        self.connection = connection
+        self.report: dict[str, Any] = json.loads(connection.makefile("rb").readline())
+
+    def has_ended(self) -> bool:
+        """Wait for its end; False when it lives on past all patience."""
+        with contextlib.suppress(ConnectionError):
+            try:
+                return self.connection.recv(1) == b""
+            except TimeoutError:
+                return False
+        return True
+
+    def is_alive(self) -> bool:
+        """Whether it runs at this moment."""
+        self.connection.setblocking(False)
+        try:
+            return self.connection.recv(1) != b""
+        except BlockingIOError:
+            return True
+        except ConnectionError:
+            return False
+        finally:
+            self.connection.settimeout(PATIENCE)
+
+
+class Leash:
+    """The test's end of the leashes."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(PATIENCE)
+        self.port = self._listener.getsockname()[1]
+        self._held: list[Held] = []
+
+    def next(self) -> Held:
+        """The next stand-in that was started."""
+        self._held.append(Held(self._listener.accept()[0]))
+        return self._held[-1]
+
+    def count_further(self) -> int:
+        """How many were started beside those that next() gave."""
+        self._listener.setblocking(False)
+        count = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._held.append(Held(self._listener.accept()[0]))
+                count += 1
+        self._listener.settimeout(PATIENCE)
+        return count
+
+    def close(self) -> None:
+        if self._listener.fileno() >= 0:
+            self.count_further()
+            self._listener.close()
+        for held in self._held:
+            held.connection.close()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as made:
+        return made.getsockname()[1]
+
+
+def can_connect(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), PATIENCE).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def wait_until(happened: Callable[[], Any]) -> None:
+    """Until it is true; fails when all patience is over."""
+    deadline = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def make_session(scenes: int = 4, beats: int = 249, prompts: int = 240, size: int = 850_000) -> dict[str, Any]:
+    """A session in the shape of a real episode: of 249 beats 240 are NEW_IMAGE, 9 reuse one; of the 240, `prompts`
+    have a prompt, written as StoryArt and as StorySwarm do in turn. Filled up to about `size` bytes of JSON."""
+    made: list[dict[str, Any]] = [
+        {
+            "beatId": f"s{number % scenes}-b{number}",
+            "imageDecision": {"type": "REUSE_IMAGE" if number % 27 == 26 else "NEW_IMAGE"},
+            "visual": "x" * (size * 3 // 4 // beats),
+        }
+        for number in range(beats)
+    ]
+    waiting = [beat for beat in made if beat["imageDecision"]["type"] == "NEW_IMAGE"]
+    for number, beat in enumerate(waiting[:prompts]):
+        text = f"a wide shot, beat {number}, Müller & Söhne"
+        spoken = {"prompt": text, "model": "flux", "width": 1344, "height": 768, "steps": 20, "cfgscale": 1, "seed": -1}
+        beat["prompts"] = {"cinematic": text if number % 2 else spoken}
+    return {
+        "scriptText": "s" * (size // 12),
+        "episodeContext": json.dumps({"episode": "c" * (size // 6)}),
+        "storyUuid": "59f64b1e-726a-439d-a6bc-0dfefcababdb",
+        "promptMode": "storyswarm",
+        "retrievalMode": "manual",
+        "selectedLLM": "qwen",
+        "analyzedEpisode": {
+            "episodeNumber": 2,
+            "title": "The Second",
+            "scenes": [
+                {"sceneNumber": number + 1, "title": f"Scene {number + 1}", "beats": made[number::scenes]}
+                for number in range(scenes)
+            ],
+        },
+    }
+
+
+class Clock:
+    """Seconds or milliseconds that pass when the test says so."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+
+    def __call__(self) -> Any:
+        return self.now
+
+
+# ======================================================================================================
+# Fixtures
+# ======================================================================================================
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[str]:
+    """The URL of a real Redis: the one that TEST_REDIS_URL names, else one started for this run."""
+    if os.environ.get("TEST_REDIS_URL"):
+        yield os.environ["TEST_REDIS_URL"]
+        return
+    program = shutil.which("redis-server")
+    if not program:
+        message = "redis-server is not installed, so what needs a Redis was not tested"
+        if os.environ.get("REQUIRE_REDIS"):
+            pytest.fail(message)
+        pytest.skip(message)
+    port = free_port()
+    command = [program, "--port", str(port), "--save", "", "--bind", "127.0.0.1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_until(lambda: can_connect(port))
+            yield f"redis://127.0.0.1:{port}/0"
+        finally:
+            process.terminate()
+
+
+@pytest.fixture
+def redis_url(redis_server: str) -> Iterator[str]:
+    """An empty Redis."""
+    with redis.Redis.from_url(redis_server, protocol=2) as client:
+        client.flushdb()
+    yield redis_server
+
+
+@pytest.fixture
+def other_program(redis_url: str) -> Iterator[redis.Redis]:
+    """Another program's connection to the Redis that the store uses."""
+    with redis.Redis.from_url(redis_url, protocol=2, decode_responses=True) as client:
+        yield client
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """The time that the stores see, in ms."""
+    return Clock(service.now_ms())
+
+
+@pytest.fixture
+def sqlite_store(tmp_path: Path, clock: Clock) -> Iterator[service.SqliteStore]:
+    with contextlib.closing(service.SqliteStore(tmp_path / "store.sqlite3", clock)) as store:
+        yield store
+
+
+@pytest.fixture
+def redis_store(redis_url: str, clock: Clock) -> Iterator[service.RedisStore]:
+    with contextlib.closing(service.RedisStore(redis_url, clock)) as store:
+        yield store
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def store(request: pytest.FixtureRequest) -> service.Store:
+    """Each test that takes it runs against both stores."""
+    return request.getfixturevalue(f"{request.param}_store")
+
+
+@pytest.fixture
+def leash() -> Iterator[Leash]:
+    with contextlib.closing(Leash()) as made:
+        yield made
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> service.Settings:
+    """With waits so short that no test needs a second, and a port on which no SwarmUI is."""
+    return service.Settings(
+        api_token=TOKEN,
+        data_dir=tmp_path,
+        nvidia_smi=str(tmp_path / "no nvidia-smi"),
+        swarmui_api_url=f"http://localhost:{free_port()}",
+        poll_interval=0.05,
+        health_timeout=PATIENCE if service.WINDOWS else 2.0,
+    )
+
+
+@pytest.fixture
+def make_app(settings: service.Settings) -> Iterator[Callable[..., webtest.TestApp]]:
+    """Makes the application with a store (SQLite unless given), and settings of its own when wanted."""
+    with contextlib.ExitStack() as stack:
+
+        def make(store: service.Store | None = None, **changed: Any) -> webtest.TestApp:
+            changed_settings = dataclasses.replace(settings, **changed)
+            if store is None:
+                path = settings.data_dir / f"app-{len(list(settings.data_dir.iterdir()))}.sqlite3"
+                store = stack.enter_context(contextlib.closing(service.SqliteStore(path)))
+            gpu = service.GpuMonitor(lambda: service.query_gpus(service.find_nvidia_smi(changed_settings)), 0)
+            swarmui = stack.enter_context(contextlib.closing(service.SwarmUILauncher(changed_settings)))
+            app = service.create_app(changed_settings, store, gpu, swarmui)
+            return webtest.TestApp(app, extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"})
+
+        yield make
+
+
+@pytest.fixture
+def app(make_app: Callable[..., webtest.TestApp], store: service.Store) -> webtest.TestApp:
+    """The application on both stores; it carries the token."""
+    return make_app(store)
+
+
+class Service:
+    """The service as a process, started as a user starts it."""
+
+    def __init__(self, module: Path, arguments: list[str], environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(module), *arguments],
+            env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.printed = ""
+        for line in self.process.stdout:
+            self.printed += line.decode("utf-8", "replace")
+            if "  log " in self.printed:
+                break
+        else:
+            raise AssertionError(f"it ended with {self.process.wait()}: {self.printed}")
+        self.port = int(self.printed.split("http://")[1].split()[0].rsplit(":", 1)[1])
+        self._reader = threading.Thread(target=self._read_on)
+        self._reader.start()
+
+    def _read_on(self) -> None:
+        with self.process.stdout as pipe:  # one that nobody reads would stop it
+            for line in pipe:
+                self.printed += line.decode("utf-8", "replace")
+
+    def call(self, method: str, path: str, body: Any = None, headers: dict[str, str] = BEARER) -> tuple[int, Any]:
+        """Status and JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        with contextlib.closing(connection):
+            data = None if body is None else json.dumps(body).encode()
+            connection.request(method, path, data, {"Content-Type": "application/json", **headers})
+            response = connection.getresponse()
+            return response.status, json.loads(response.read() or b"null")
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+
+
+@pytest.fixture
+def clean_environment() -> dict[str, str]:
+    """This process's environment without any setting of the service."""
+    ours = {row.metadata["name"] for row in dataclasses.fields(service.Settings)}
+    return {name: value for name, value in os.environ.items() if name.upper() not in ours}
+
+
+@pytest.fixture
+def module_copy(tmp_path: Path) -> Path:
+    """The module in a folder of its own, with a space in its name, where no .env of this PC is read."""
+    folder = tmp_path / "the service"
+    folder.mkdir()
+    return Path(shutil.copy(HERE / "storyteller_automation.py", folder))
+
+
+@pytest.fixture
+def start_service(module_copy: Path, clean_environment: dict[str, str]) -> Iterator[Callable[..., Service]]:
+    """Starts the service on a free port, with the settings given by their names; ends it with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: str, **environment: str) -> Service:
+            given = {"STORYTELLER_API_TOKEN": TOKEN, "STORYTELLER_PORT": "0", **environment}
+            made = Service(module_copy, list(arguments), {**clean_environment, **given})
+            stack.callback(made.stop)
+            return made
+
+        yield start
+
+
+# ======================================================================================================
+# Settings
+# ======================================================================================================
+
+
+def read_settings(folder: Path, env_file: bytes = b"", **environment: str) -> service.Settings:
+    """The settings of an environment and of a .env file in `folder`."""
+    (folder / ".env").write_bytes(env_file)
+    return service.load_settings({}, environment, folder / ".env")
+
+
+def test_what_is_not_set_has_its_default(tmp_path):
+    found = service.load_settings({}, {}, tmp_path / "no .env")
+    assert {row.metadata["name"]: getattr(found, row.name) for row in dataclasses.fields(found)} == {
+        "STORYTELLER_HOST": "localhost",
+        "STORYTELLER_PORT": 8000,
+        "STORYTELLER_DATA_DIR": HERE / "data",
+        "STORYTELLER_API_TOKEN": None,
+        "REDIS_URL": None,
+        "REDIS_HOST": None,
+        "REDIS_PORT": None,
+        "NVIDIA_SMI": None,
+        "GPU_CACHE_SECONDS": 5,
+        "SWARMUI_API_URL": "http://localhost:7801",
+        "SWARMUI_PATH": None,
+        "SWARMUI_ARGS": (),
+        "SWARMUI_TOKEN": None,
+        "SWARMUI_START_TIMEOUT": 30,
+        "SWARMUI_POLL_INTERVAL": 2,
+        "SWARMUI_HEALTH_TIMEOUT": 2,
+        "SWARMUI_START_INTERVAL": 60,
+    }
+
+
+@pytest.mark.parametrize(
+    ("argument", "environment", "env_file", "port"),
+    [
+        pytest.param("1", "2", "3", 1, id="argument first"),
+        pytest.param(None, "2", "3", 2, id="then environment"),
+        pytest.param(None, None, "3", 3, id="then .env"),
+        pytest.param("", "2", "3", 2, id="an empty argument is unset"),
+        pytest.param(None, "", "3", 3, id="an empty variable is unset"),
+        pytest.param(None, None, "", 8000, id="an empty line of .env is unset"),
+        pytest.param(None, None, '""', 8000, id="empty quotes in .env are unset"),
+    ],
+)
+def test_arguments_win_over_the_environment_and_that_over_the_env_file(tmp_path, argument, environment, env_file, port):
+    (tmp_path / ".env").write_text(f"STORYTELLER_PORT={env_file or ''}")
+    environ = {} if environment is None else {"STORYTELLER_PORT": environment}
+    assert service.load_settings({"port": argument}, environ, tmp_path / ".env").port == port
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        pytest.param("A=1\nB=2\n", {"A": "1", "B": "2"}, id="lines"),
+        pytest.param("A=1\r\nB=2", {"A": "1", "B": "2"}, id="Windows line ends"),
+        pytest.param("\ufeffA=Müller\n", {"A": "Müller"}, id="BOM"),
+        pytest.param("# A=1\n\n  # B=2\nC=3", {"C": "3"}, id="comments and empty lines"),
+        pytest.param("A=1 # 2", {"A": "1 # 2"}, id="no comment after a value"),
+        pytest.param("  A = 1 2 ", {"A": "1 2"}, id="spaces around"),
+        pytest.param("A=\" 1 '2' \"\nB=' 3 '", {"A": " 1 '2' ", "B": " 3 "}, id="quotes"),
+        pytest.param('A="1\'\nB=\'\nC=--x "y z"', {"A": "\"1'", "B": "'", "C": '--x "y z"'}, id="no pair of quotes"),
+        pytest.param(r'A="C:\new\table"', {"A": r"C:\new\table"}, id="backslashes are literal"),
+        pytest.param("A=b=c", {"A": "b=c"}, id="an equals sign in the value"),
+        pytest.param("A=1\nA=2", {"A": "2"}, id="the last of two"),
+        pytest.param("", {}, id="an empty file"),
+    ],
+)
+def test_the_env_file_is_read_line_by_line(tmp_path, text, values):
+    (tmp_path / ".env").write_bytes(text.encode())
+    assert service.read_env_file(tmp_path / ".env") == values
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        pytest.param("A=Müller".encode("cp1252"), "not UTF-8", id="cp1252"),
+        pytest.param("A=1".encode("utf-16"), "not UTF-8", id="UTF-16"),
+        pytest.param(b"A=1\nexport B=2", "line 2", id="not KEY=VALUE"),
+        pytest.param(b"A", "line 1", id="no equals sign"),
+        pytest.param(None, "cannot be read", id="a folder"),
+    ],
+)
+def test_an_env_file_that_cannot_be_used_is_refused_by_name(tmp_path, data, words):
+    path = tmp_path / ".env"
+    path.mkdir() if data is None else path.write_bytes(data)
+    with pytest.raises(service.SettingError, match=words) as refused:
+        service.read_env_file(path)
+    assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
+        "STORYTELLER_HOST": ["local host", "http://localhost", "[::1]", "a/b"],
+        "STORYTELLER_PORT": ["65536", "-1", "80.0", "http", " 80", "1e3"],
+        "STORYTELLER_API_TOKEN": ["fifteen-letters", "sixteen letters here", "sixteen-lettérs!", "x" * 1025],
+        "STORYTELLER_DATA_DIR": ["a\0b"],
+        "REDIS_URL": ["localhost:6379", "http://localhost", "redis://localhost:port", "redis://localhost:99999"],
+        "REDIS_HOST": ["redis://localhost"],
+        "REDIS_PORT": ["0", "65536", "x"],
+        "GPU_CACHE_SECONDS": ["-1", "five", "nan", "inf", "86401"],
+        "SWARMUI_API_URL": [
+            *["localhost:7801", "ftp://localhost", "http://", "http://a b", "http://localhost:0", "http://[::1"],
+            *["http://localhost:99999", "http://user:word@localhost", "http://localhost/?a", "http://localhost/#a"],
+        ],
+        "SWARMUI_PATH": ["a\0b"],
+        "SWARMUI_TOKEN": ["a b", "a;b", "a,b", 'a"b', "a\\b", "é"],
+        "SWARMUI_START_TIMEOUT": ["0", "-1", "x"],
+        "SWARMUI_POLL_INTERVAL": ["0", "inf"],
+        "SWARMUI_HEALTH_TIMEOUT": ["0", "nan"],
+        "SWARMUI_START_INTERVAL": ["0", "1 m"],
+    }.items(),
+)
+def test_a_bad_value_is_refused_by_name(tmp_path, name, values):
+    for value in values:
+        with pytest.raises(service.SettingError, match=f"^{name}\\b.*: expected "):
+            service.load_settings({}, {name: value}, tmp_path / ".env")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        pytest.param("REDIS_URL", "redis://localhost?unknown=1", id="an unknown option of Redis"),
+        pytest.param("SWARMUI_PATH", "~no-such-user-here/SwarmUI", id="the home of nobody"),
+        pytest.param("SWARMUI_API_URL", "http://localhost:7801?", id="an empty query"),
+    ],
+)
+def test_a_value_that_only_fails_when_used_is_refused_by_name_too(tmp_path, name, value):
+    with pytest.raises(service.SettingError, match=f"^{name}\\b.*: expected "):
+        service.load_settings({}, {name: value}, tmp_path / ".env")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("STORYTELLER_API_TOKEN", "too-short"),
+        ("REDIS_URL", "redis://:pass-word@localhost:port"),
+        ("SWARMUI_TOKEN", "not a cookie"),
+    ],
+)
+def test_the_refusal_of_a_secret_does_not_show_it(tmp_path, name, value):
+    with pytest.raises(service.SettingError) as refused:
+        service.load_settings({}, {name: value}, tmp_path / ".env")
+    assert value not in str(refused.value)
+
+
+def test_settings_that_are_printed_show_no_secret(tmp_path):
+    secrets = {"STORYTELLER_API_TOKEN": TOKEN, "REDIS_URL": "redis://:pass-word@a", "SWARMUI_TOKEN": "cookie-word"}
+    printed = repr(read_settings(tmp_path, **secrets))
+    assert not any(word in printed for word in (TOKEN, "pass-word", "cookie-word"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "field", "value"),
+    [
+        ("STORYTELLER_PORT", "0", "port", 0),
+        ("STORYTELLER_PORT", "65535", "port", 65535),
+        ("STORYTELLER_HOST", "::1", "host", "::1"),
+        ("STORYTELLER_API_TOKEN", "~!sixteen-letter", "api_token", "~!sixteen-letter"),
+        ("GPU_CACHE_SECONDS", "0", "gpu_cache_seconds", 0),
+        ("SWARMUI_POLL_INTERVAL", "0.5", "poll_interval", 0.5),
+        ("SWARMUI_API_URL", "https://render-pc:8443/swarm/", "swarmui_api_url", "https://render-pc:8443/swarm"),
+        ("SWARMUI_API_URL", "http://[::1]:7801", "swarmui_port", 7801),
+        ("SWARMUI_API_URL", "http://localhost", "swarmui_port", 80),
+        ("SWARMUI_API_URL", "https://localhost", "swarmui_port", 443),
+        ("SWARMUI_ARGS", "--a 'b c'" if not service.WINDOWS else '--a "b c"', "swarmui_args", ("--a", "b c")),
+        ("SWARMUI_PATH", "no such folder", "swarmui_path", HERE / "no such folder"),
+        ("STORYTELLER_DATA_DIR", "~/story", "data_dir", Path.home() / "story"),
+        ("NVIDIA_SMI", "nvidia-smi", "nvidia_smi", "nvidia-smi"),
+        ("NVIDIA_SMI", "tools/nvidia-smi", "nvidia_smi", str(HERE / "tools" / "nvidia-smi")),
+        ("REDIS_URL", "rediss://:word@b:1/2", "redis_address", "rediss://:word@b:1/2"),
+        ("REDIS_HOST", "b", "redis_address", "redis://b:6379/0"),
+        ("REDIS_HOST", "::1", "redis_address", "redis://[::1]:6379/0"),
+        ("REDIS_PORT", "1234", "redis_address", "redis://127.0.0.1:1234/0"),
+    ],
+)
+def test_a_good_value_is_taken(tmp_path, name, text, field, value):
+    """Paths need not exist: that is a fault of the endpoint that needs them. Relative ones begin at the module."""
+    assert getattr(read_settings(tmp_path, **{name: text}), field) == value
+
+
+def test_redis_url_wins_over_host_and_port(tmp_path):
+    both = {"REDIS_HOST": "b", "REDIS_PORT": "1"}
+    assert read_settings(tmp_path, **both).redis_address == "redis://b:1/0"
+    assert read_settings(tmp_path, **both, REDIS_URL="redis://c").redis_address == "redis://c"
+
+
+# ======================================================================================================
+# This system
+# ======================================================================================================
+
+ONLY_POSIX = pytest.mark.skipif(service.WINDOWS, reason="Windows has neither mode bits nor shell scripts")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        pytest.param("", (), id="nothing"),
+        pytest.param("--a  b", ("--a", "b"), id="spaces"),
+        pytest.param('--a "b c" ""', ("--a", "b c", ""), id="quotes"),
+        pytest.param(r'"C:\a b"', (r"C:\a b",), id="a backslash in quotes"),
+        pytest.param("$HOME %PATH% * ; & |", ("$HOME", "%PATH%", "*", ";", "&", "|"), id="nothing is expanded"),
+    ],
+)
+def test_arguments_are_split_but_not_expanded(text, words):
+    assert service.split_arguments(text) == words
+
+
+def test_quotes_that_are_not_closed(tmp_path):
+    """sh refuses them; Windows' own rule is that the end of the line closes them."""
+    if service.WINDOWS:
+        assert service.split_arguments('--a "b c') == ("--a", "b c")
+    else:
+        with pytest.raises(service.SettingError, match=r"SWARMUI_ARGS .* quotes that are closed"):
+            read_settings(tmp_path, SWARMUI_ARGS='--a "b c')
+
+
+def test_a_private_file_is_whole(tmp_path):
+    service.write_private(tmp_path / "kept", "text")
+    assert (tmp_path / "kept").read_text() == "text"
+    assert [one.name for one in tmp_path.iterdir()] == ["kept"]
+
+
+@ONLY_POSIX
+def test_a_private_file_is_its_owners_from_the_first_moment(tmp_path, monkeypatch):
+    modes = []
+    monkeypatch.setattr(service.os, "fsync", lambda file: modes.append(os.fstat(file).st_mode & 0o777))
+    before = os.umask(0)
+    try:
+        service.write_private(tmp_path / "kept", "text")
+    finally:
+        os.umask(before)
+    assert [*modes, (tmp_path / "kept").stat().st_mode & 0o777] == [0o600, 0o600]
+
+
+def test_a_private_file_that_cannot_be_finished_is_not_there_at_all(tmp_path, monkeypatch):
+    def disk_is_full(file):
+        assert not (tmp_path / "kept").exists()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(service.os, "fsync", disk_is_full)
+    with pytest.raises(OSError, match="No space"):
+        service.write_private(tmp_path / "kept", "text")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_private_file_replaces_none(tmp_path):
+    (tmp_path / "kept").write_text("the first")
+    with pytest.raises(FileExistsError):
+        service.write_private(tmp_path / "kept", "the second")
+    assert (tmp_path / "kept").read_text() == "the first"
+    assert [one.name for one in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_log_is_appended_to_also_after_somebody_shortened_it(tmp_path):
+    path = tmp_path / "a log"
+    path.write_bytes(b"old ")
+    log = service.open_log(path)
+    try:
+        os.write(log, b"first")
+        assert path.read_bytes() == b"old first"
+        os.truncate(path, 0)
+        os.write(log, b"second")
+    finally:
+        os.close(log)
+    assert path.read_bytes() == b"second"
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["a child that runs", "a child that has ended"])
+def test_a_bounded_child_ends_with_all_that_it_started(tmp_path, leash, waits):
+    grandchild = f"{LEASH}\nhold_leash({leash.port}); threading.Event().wait()"
+    code = (
+        "import subprocess, threading\n"
+        "pipe = subprocess.DEVNULL\n"
+        "subprocess.Popen([sys.executable, '-c', plan['code']], stdin=pipe, stdout=pipe, stderr=pipe)\n"
+        "print(sys.stdin.read() + 'no input', flush=True)\n"
+        f"{'threading.Event().wait()' if waits else ''}"
+    )
+    program = write_program(tmp_path / "a child", code, {"code": grandchild})
+    with service.bounded_child([str(program)]) as child:
+        assert child.stdout.readline().strip() == b"no input"
+        held = leash.next()
+        if not waits:
+            assert child.wait(PATIENCE) == 0
+        assert held.is_alive()
+    assert held.has_ended()
+    assert child.wait(PATIENCE) is not None
+
+
+# What a launched program tells: what it reads, and which group it is in.
+LAUNCHED = """
+group = os.getpgrp() if hasattr(os, "getpgrp") else os.getpid()
+hold_leash(plan["leash"], read=sys.stdin.read(), own_group=group == os.getpid())
+print("to stdout", flush=True); print("to stderr", file=sys.stderr, flush=True)
+"""
+
+
+def test_a_launched_program_gets_no_setting_of_ours_no_input_and_a_group_of_its_own(tmp_path, monkeypatch, leash):
+    monkeypatch.setenv("STORYTELLER_API_TOKEN", TOKEN)
+    monkeypatch.setenv("STORYTELLER_ANYTHING", "else")
+    monkeypatch.setenv("SWARMUI_KEPT", "as it is")
+    program = write_program(tmp_path / "a program", LAUNCHED, {"leash": leash.port})
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    service.launch_detached(program, ["--a", "b c", '"', "$HOME"], folder, tmp_path / "log").wait(PATIENCE)
+    report = leash.next().report
+    assert [name for name in report["environment"] if name.upper().startswith("STORYTELLER_")] == []
+    assert report["environment"]["SWARMUI_KEPT"] == "as it is"
+    assert report["arguments"] == ["--a", "b c", '"', "$HOME"]
+    assert Path(report["folder"]).samefile(folder)
+    assert (report["read"], report["own_group"]) == ("", True)
+
+
+def test_what_launched_programs_print_is_appended_to_the_log(tmp_path, leash):
+    program = write_program(tmp_path / "a program", LAUNCHED, {"leash": leash.port})
+    for _ in range(2):
+        service.launch_detached(program, [], tmp_path, tmp_path / "log").wait(PATIENCE)
+    assert (tmp_path / "log").read_text().split("\n") == [*["to stdout", "to stderr"] * 2, ""]
+
+
+def test_a_launched_program_outlives_the_one_that_launched_it(tmp_path, leash):
+    program = write_program(
+        tmp_path / "a program", "hold_leash(plan['leash']); threading.Event().wait()", {"leash": leash.port}
+    )
+    code = "import sys, pathlib, storyteller_automation as service; a = pathlib.Path(sys.argv[1]); "
+    code += "service.launch_detached(a, [], a.parent, a.parent / 'log')"
+    subprocess.run([sys.executable, "-c", code, str(program)], cwd=HERE, check=True, timeout=PATIENCE)
+    assert leash.next().is_alive()
+
+
+@pytest.mark.parametrize("executable", [True, pytest.param(False, marks=ONLY_POSIX)], ids=["", "without the x bit"])
+def test_a_launch_script_is_run_in_a_folder_with_a_space_and_an_ampersand(tmp_path, leash, executable):
+    folder = write_swarmui_folder(tmp_path / "render & (story) teller", {"leash": leash.port, "exit": 0})
+    script = folder / service.LAUNCH_SCRIPT
+    if not executable:
+        script.chmod(0o644)
+    arguments = ["--port", "1", "a & b", "^c;(d)"]
+    launched = service.launch_detached(script, arguments, folder, tmp_path / "log")
+    assert leash.next().report["arguments"] == arguments
+    assert launched.wait(PATIENCE) == 0
+
+
+def test_a_port_is_not_shared():
+    with service.listen("127.0.0.1", 0) as held:
+        port = held.getsockname()[1]
+        with pytest.raises(OSError) as refused:
+            service.listen("127.0.0.1", port).close()
+        assert refused.value.errno in service._IN_USE
+        with socket.socket() as thief, pytest.raises(OSError):
+            thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            thief.bind(("127.0.0.1", port))
+            thief.listen()
+
+
+def test_a_port_is_free_again_at_once_when_a_connection_was_open():
+    with service.listen("127.0.0.1", 0) as held:
+        port = held.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            held.accept()[0].close()  # who closes first keeps the connection in TIME_WAIT
+    service.listen("127.0.0.1", port).close()
+
+
+@pytest.mark.parametrize("without", ["", "sys.stderr = None; "], ids=["a console", "a stream that is not there"])
+def test_what_the_code_page_lacks_is_printed_as_an_escape(clean_environment, without):
+    code = f"import sys, storyteller_automation as it; {without}it.prepare_console('a title'); print('\\u2192 \\xfc')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE, capture_output=True, timeout=PATIENCE,
+        env={**clean_environment, "PYTHONIOENCODING": "cp1252"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, b"\\u2192 \xfc", b"")
+
+
+# ======================================================================================================
+# Stores: what both do
+# ======================================================================================================
+
+T = 1_738_195_200_000  # a session's timestamp, in ms
+WEEK = 7 * 24 * 3600 * 1000
+BEATS, PROMPTS = "beats_ready", "prompts_ready"
+
+
+def draft(type: str = PROMPTS, session: int = T) -> service.Draft:
+    return service.draft_notification(type, session, storyUuid="u", episodeNumber=2, totalPrompts=48, totalBeats=50)
+
+
+def members_of(store: service.Store, page: int = 100) -> list[dict[str, Any]]:
+    return [json.loads(member) for member, _ in store.pending(page)]
+
+
+def at_once(*calls: Callable[[], Any]) -> list[Any]:
+    """What the calls return, all begun at the same moment, each in a thread of its own."""
+    barrier = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], Any]) -> Any:
+        barrier.wait(PATIENCE)
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(run, calls))
+
+
+@pytest.fixture
+def twin(store, clock, request) -> Iterator[service.Store]:
+    """A second instance of the service on the same store."""
+    if store.name == "redis":
+        made = service.RedisStore(request.getfixturevalue("redis_url"), clock)
+    else:
+        made = service.SqliteStore(Path(store.place), clock)
+    with contextlib.closing(made):
+        yield made
+
+
+@pytest.fixture
+def plant(store, request) -> Callable[[Any, float], Any]:
+    """Puts a member (bytes, or what becomes JSON) among the pending ones, as another program does it."""
+
+    def insert(member: bytes, at: float) -> None:
+        with contextlib.closing(sqlite3.connect(store.place)) as database, database:
+            database.execute("INSERT INTO pending (member, time) VALUES (?, ?)", (member, at))
+
+    def zadd(member: bytes, at: float) -> None:
+        request.getfixturevalue("other_program").zadd("notifications:pending", {member: at})
+
+    put = zadd if store.name == "redis" else insert
+    return lambda value, at: put(value if isinstance(value, bytes) else json.dumps(value).encode(), at)
+
+
+def test_a_session_comes_back_byte_for_byte_with_the_time_of_its_save(store, clock):
+    document = b'{"title": "M\xc3\xbcller"} \xff'
+    assert store.save(T, document, None) is True
+    assert store.session(T) == service.StoredSession(T, document, int(clock.now), None)
+    assert store.session(T + 1) is None
+
+
+def test_a_save_that_must_not_replace_changes_nothing(store):
+    store.save(T, b"first", None)
+    assert store.save(T, b"second", draft(), replace=False) is False
+    assert store.session(T).document == b"first"
+    assert store.session(T).announced is None
+    assert members_of(store) == []
+
+
+def test_of_two_instances_that_want_one_free_timestamp_one_gets_it(store, twin):
+    saves = [lambda one=one: one.save(T, one.name.encode(), None, replace=False) for one in (store, twin) * 4]
+    assert sorted(at_once(*saves)) == [False] * 7 + [True]
+
+
+def test_sessions_come_newest_first_beyond_a_page(store):
+    for number in range(105):
+        store.save(T + number * 37 % 105, b"{}", None)  # in no order
+    assert [one.timestamp for one in store.sessions()] == list(range(T + 104, T - 1, -1))
+
+
+def test_a_notification_is_pending_with_its_time_once_it_was_added(store, clock):
+    member, at, made = store.add(draft())
+    assert (at, made) == (clock.now, True)
+    assert list(store.pending(100)) == [(member, at)]
+    assert (store.pending_at(at), store.pending_at(at + 1)) == ([member], [])
+
+
+def test_times_grow_even_when_the_clock_goes_back(store, clock):
+    began = int(clock.now)
+    times = []
+    for number, step in enumerate([0, 0, -3_600_000, 3_600_001]):
+        clock.now += step
+        times.append(store.add(draft(session=T + number))[1])
+    assert times == [began, began + 1, began + 2, began + 3]
+    assert [one["sessionTimestamp"] for one in members_of(store)] == [T, T + 1, T + 2, T + 3]
+
+
+def test_no_time_is_given_twice_by_two_instances_at_once(store, twin):
+    adds = [lambda one=one, n=n: one.add(draft(session=T + n))[1] for n, one in enumerate((store, twin) * 8)]
+    times = at_once(*adds)
+    assert len(set(times)) == 16
+    assert [at for _, at in store.pending(100)] == sorted(times)
+
+
+def test_one_of_the_same_type_and_session_is_given_again_while_it_is_pending(store):
+    first = store.add(draft())
+    assert store.add(draft()) == (*first[:2], False)
+    assert [store.add(draft(BEATS))[2], store.add(draft(session=T + 1))[2]] == [True, True]
+    assert len(members_of(store)) == 3
+
+
+@pytest.mark.parametrize("end", ["acknowledged", "7 days old"])
+def test_one_of_the_same_type_and_session_is_made_anew_after_its_end(store, clock, end):
+    member, _, _ = store.add(draft())
+    if end == "acknowledged":
+        store.acknowledge(json.loads(member)["id"], [member])
+    else:
+        clock.now += WEEK
+    again, _, made = store.add(draft())
+    assert made and again != member
+    assert [one for one, _ in store.pending(100)] == [again]
+
+
+def test_two_instances_at_once_make_one_notification_of_a_kind(store, twin):
+    results = at_once(*[lambda one=one: one.add(draft()) for one in (store, twin) * 4])
+    assert len({member for member, _, _ in results}) == 1
+    assert [made for _, _, made in results].count(True) == 1
+
+
+def test_a_notification_ends_after_7_days(store, clock):
+    _, at, _ = store.add(draft())
+    clock.now += WEEK - 1
+    assert len(members_of(store)) == len(store.pending_at(at)) == 1
+    clock.now += 1
+    assert members_of(store) == store.pending_at(at) == []
+
+
+STEPS = [
+    pytest.param([BEATS], [BEATS], id="the first"),
+    pytest.param([PROMPTS, PROMPTS], [PROMPTS], id="the same again"),
+    pytest.param([BEATS, PROMPTS, PROMPTS, BEATS], [BEATS, PROMPTS, BEATS], id="back again"),
+    pytest.param([BEATS, None, BEATS], [BEATS], id="nothing to announce between"),
+]
+
+
+@pytest.mark.parametrize("steps, announced", STEPS)
+def test_a_save_announces_only_a_step_that_differs_from_the_last(store, steps, announced):
+    seen = []
+    for step in steps:
+        store.save(T, b"{}", draft(step) if step else None)
+        for member, _ in list(store.pending(100)):
+            seen.append(json.loads(member)["type"])
+            store.acknowledge(json.loads(member)["id"], [member])
+    assert seen == announced
+    assert store.session(T).announced == announced[-1]
+
+
+def test_a_step_is_announced_once_by_two_instances_at_the_same_moment(store, twin):
+    store.save(T, b"{}", draft(BEATS))
+    announcing = [lambda one=one: one.announce(T, draft()) for one in (store, twin) * 4]
+    assert at_once(*announcing).count(True) == 1
+    assert [one["type"] for one in members_of(store)] == [BEATS, PROMPTS]
+
+
+def test_a_step_is_announced_though_one_of_its_kind_ended_unacknowledged(store, clock):
+    store.add(draft())
+    clock.now += 1
+    store.save(T, b"{}", draft(BEATS))
+    clock.now += WEEK - 1
+    assert store.announce(T, draft()) is True
+    assert [one["type"] for one in members_of(store)] == [BEATS, PROMPTS]
+
+
+def test_a_save_whose_notification_cannot_be_made_keeps_nothing(store):
+    with pytest.raises(ZeroDivisionError):
+        store.save(T, b"{}", service.Draft(PROMPTS, T, lambda at: 1 // 0))
+    assert store.session(T) is None
+    assert members_of(store) == []
+
+
+def test_pending_gives_each_member_once_in_order_whatever_the_page(store, clock, plant):
+    members = [b"%02d" % number for number in range(12)]
+    for number, member in enumerate(members):
+        plant(member, clock.now + (number >= 2) + (number >= 10))  # eight with one time: ties beyond a page
+    for page in (1, 3, 12, 100):
+        assert [member for member, _ in store.pending(page)] == members
+
+
+def test_acknowledging_while_another_reads_hides_none_of_the_others(store, clock, plant):
+    for number in range(9):
+        plant(b"%d" % number, clock.now + number // 4)
+    seen = []
+    for member, _ in store.pending(2):
+        seen.append(member)
+        assert store.acknowledge(member.decode(), [member])
+    assert seen == [b"%d" % number for number in range(9)]
+    assert members_of(store) == []
+
+
+def test_an_id_stays_acknowledged_and_an_unknown_one_never_becomes_so(store):
+    member, _, _ = store.add(draft())
+    id = json.loads(member)["id"]
+    for _ in range(2):
+        assert store.acknowledge("unknown", [b"unknown"]) is False
+        assert store.acknowledge(id, [member]) is True
+    assert store.acknowledge(id, []) is True
+    assert members_of(store) == []
+
+
+# ======================================================================================================
+# Stores: Redis
+# ======================================================================================================
+
+
+def is_a_week(ms: int) -> bool:
+    return WEEK - PATIENCE * 1000 < ms <= WEEK
+
+
+def test_redis_keys_and_types_are_those_agreed_on(redis_store, other_program, clock):
+    redis_store.save(T, '{"title": "ü"}'.encode(), draft(BEATS))
+    member, _, _ = redis_store.add(draft(PROMPTS))
+    redis_store.acknowledge("an-id", [member])
+    agreed = {key: other_program.type(key) for key in other_program.scan_iter() if not key.startswith("storyteller:")}
+    assert agreed == {
+        f"session:{T}": "string",
+        "notifications:pending": "zset",
+        "notifications:ack:an-id": "string",
+    }
+    assert other_program.get(f"session:{T}") == '{"title": "ü"}'
+    [(member, score)] = other_program.zrange("notifications:pending", 0, -1, withscores=True)
+    assert score == clock.now
+    assert json.loads(member).keys() == {
+        "id", "type", "sessionTimestamp", "storyUuid", "episodeNumber", "totalPrompts", "totalBeats", "timestamp",
+        "acknowledged",
+    }  # fmt: skip
+
+
+def test_redis_ends_sessions_and_marks_after_7_days(redis_store, other_program):
+    other_program.set(f"session:{T}", "{}", px=1000)
+    redis_store.save(T, b"{}", draft())
+    [member] = other_program.zrange("notifications:pending", 0, -1)
+    redis_store.acknowledge("an-id", [member.encode()])
+    assert is_a_week(other_program.pttl(f"session:{T}"))
+    assert is_a_week(other_program.pttl("notifications:ack:an-id"))
+
+
+@pytest.mark.parametrize("key", ["session", "storyart:session"])
+@pytest.mark.parametrize("end", [None, 1_000_000])
+def test_what_was_announced_is_kept_as_long_as_a_session_that_another_program_wrote(
+    redis_store, other_program, key, end
+):
+    other_program.set(f"{key}:{T}", "{}", px=end)
+    redis_store.announce(T, draft())
+    kept = [other_program.pttl(own) for own in other_program.keys("storyteller:session:*")]
+    assert kept == [-1] if end is None else 900_000 < kept[0] <= end
+    assert redis_store.session(T) == service.StoredSession(T, b"{}", None, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "written, document",
+    [
+        pytest.param({"storyart:session": "theirs"}, b"theirs", id="StoryArt's key"),
+        pytest.param({"session": "ours", "storyart:session": "theirs"}, b"ours", id="session: wins"),
+        pytest.param({"session": b"\xff"}, b"\xff", id="not UTF-8"),
+        pytest.param({"session": ["a", "list"]}, None, id="a key of another type"),
+        pytest.param({"session": ["a", "list"], "storyart:session": "theirs"}, None, id="which wins too"),
+        pytest.param({"storyart:session": ["a", "list"]}, None, id="StoryArt's key of another type"),
+        pytest.param({"session": "ours", "storyart:session": ["a", "list"]}, b"ours", id="of no matter"),
+    ],
+)
+def test_redis_finds_a_session_in_one_round_trip(redis_store, other_program, written, document):
+    for key, value in written.items():
+        put = other_program.rpush if isinstance(value, list) else other_program.set
+        put(f"{key}:{T}", *(value if isinstance(value, list) else [value]))
+    redis_store.ping()  # the connection is made
+    reads = other_program.info("stats")["total_reads_processed"]
+    assert redis_store.session(T) == service.StoredSession(T, document, None, None)
+    assert other_program.info("stats")["total_reads_processed"] - reads == 2  # the session, and this question
+
+
+def add_storyart_session(other_program: redis.Redis, timestamp: int) -> None:
+    other_program.set(f"storyart:session:{timestamp}", "{}")
+    other_program.zadd("storyart:sessions:index", {f"storyart:session:{timestamp}": timestamp})
+
+
+def test_sessions_of_both_indexes_come_once_and_newest_first_without_a_scan(redis_store, other_program):
+    for number in range(120):
+        if number % 3:
+            add_storyart_session(other_program, T + number)
+        if number % 2 or not number % 3:
+            redis_store.save(T + number, b"{}", None)
+    other_program.config_resetstat()
+    assert [one.timestamp for one in redis_store.sessions()] == list(range(T + 119, T - 1, -1))
+    assert not {"cmdstat_keys", "cmdstat_scan", "cmdstat_zscan"} & other_program.info("commandstats").keys()
+
+
+def test_members_of_both_indexes_whose_session_ended_are_trimmed_when_met(redis_store, other_program):
+    for number in range(3):
+        redis_store.save(T + number, b"{}", None)
+        add_storyart_session(other_program, T + number + 10)
+    other_program.delete(f"session:{T + 1}", f"storyart:session:{T + 11}")
+    assert [one.timestamp - T for one in redis_store.sessions()] == [12, 10, 2, 0]
+    assert other_program.zrange("storyart:sessions:index", 0, -1, withscores=True) == [
+        (f"storyart:session:{T + number}", T + number) for number in (10, 12)
+    ]
+    [index] = [key for key in other_program.keys("storyteller:*") if other_program.type(key) == "zset"]
+    assert other_program.zcard(index) == 2
+
+
+def test_odd_members_of_an_index_hide_no_session(redis_store, other_program):
+    add_storyart_session(other_program, T)
+    odd = {f"odd:{number}": T + 1 for number in range(101)}
+    other_program.zadd("storyart:sessions:index", {**odd, "endless": float("inf"), "first": float("-inf")})
+    assert [one.timestamp for one in redis_store.sessions()] == [T]
+
+
+def test_the_copy_of_the_newest_session_is_the_one_that_storyswarms_tools_keep(redis_store, other_program):
+    assert redis_store.newest_copy() is None
+    other_program.set("session:latest", '{"timestamp": 5}')
+    assert redis_store.newest_copy() == b'{"timestamp": 5}'
+    other_program.delete("session:latest")
+    other_program.rpush("session:latest", "another type")
+    assert redis_store.newest_copy() is None
+
+
+def test_a_mark_that_another_program_made_counts(redis_store, other_program):
+    other_program.set("notifications:ack:marked", "whatever")
+    assert redis_store.acknowledged([]) == set()
+    assert redis_store.acknowledged(["pending"]) == set()
+    assert redis_store.acknowledged(["pending", "marked"]) == {"marked"}
+    assert redis_store.acknowledge("marked", []) is True
+
+
+VERBS = {
+    "ping": lambda store: store.ping(),
+    "session": lambda store: store.session(T),
+    "sessions": lambda store: list(store.sessions()),
+    "newest_copy": lambda store: store.newest_copy(),
+    "save": lambda store: store.save(T, b"a secret document", draft()),
+    "announce": lambda store: store.announce(T, draft()),
+    "add": lambda store: store.add(draft()),
+    "pending": lambda store: list(store.pending(100)),
+    "pending_at": lambda store: store.pending_at(service.now_ms()),
+    "acknowledged": lambda store: store.acknowledged(["an-id"]),
+    "acknowledge": lambda store: store.acknowledge("an-id", [b"a member"]),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_redis_that_cannot_be_reached_is_unavailable(verb):
+    with contextlib.closing(service.RedisStore(f"redis://user:hidden@127.0.0.1:{free_port()}/3")) as store:
+        with pytest.raises(service.Unavailable) as raised:
+            VERBS[verb](store)
+        assert "127.0.0.1" in store.place and "database 3" in store.place
+    assert store.place in str(raised.value)
+    assert "hidden" not in str(raised.value)
+    assert raised.value.retry_after == 1
+
+
+def test_a_redis_that_is_silent_is_unavailable():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}?socket_timeout=0.05"
+        with contextlib.closing(service.RedisStore(url)) as store, pytest.raises(service.Unavailable):
+            store.ping()
+
+
+@pytest.mark.parametrize("verb", ["save", "announce", "add", "pending", "pending_at", "acknowledge"])
+def test_a_pending_key_of_another_type_is_unavailable_and_nothing_is_saved(redis_store, other_program, verb):
+    other_program.set("notifications:pending", "no sorted set")
+    other_program.set(f"session:{T}", "as it was")
+    with pytest.raises(service.Unavailable):
+        VERBS[verb](redis_store)
+    assert other_program.get(f"session:{T}") == "as it was"
+    assert not other_program.exists(f"storyteller:session:{T}", "notifications:ack:an-id")
+
+
+# The words of Redis and of redis-py name the command and what was given to it.
+@pytest.mark.parametrize(
+    "key, verb, words",
+    [
+        pytest.param("storyteller:sessions", "sessions", ["ZREVRANGE", "Operation against"], id="the command"),
+        pytest.param("notifications:pending", "save", ["secret", "Operation against", "EVALSHA"], id="the document"),
+    ],
+)
+def test_an_error_of_redis_tells_nothing_of_the_command(redis_store, other_program, key, verb, words):
+    other_program.set(key, "of another type")
+    with pytest.raises(service.Unavailable) as raised:
+        VERBS[verb](redis_store)
+    # As a log shows it too: what it came from is not told either.
+    shown = [str(raised.value), str(raised.value.__context__) * (not raised.value.__suppress_context__)]
+    assert not [word for word in words if word.lower() in " ".join(shown).lower()]
+
+
+# ======================================================================================================
+# Stores: SQLite
+# ======================================================================================================
+
+
+def test_each_sqlite_connection_is_durable_and_the_file_in_wal_mode(tmp_path, monkeypatch):
+    made = []
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: made.append(connect(*a, **k)) or made[-1])
+    with contextlib.closing(service.SqliteStore(tmp_path / "a store.sqlite3")) as store:
+        store.session(T)
+        assert [one.execute("PRAGMA synchronous").fetchone() for one in made] == [(2,), (2,)]  # FULL
+        assert made[0].execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+KILLED = """
+import pathlib, sys, threading
+sys.path.insert(0, sys.argv[2])
+import storyteller_automation as service
+store = service.SqliteStore(pathlib.Path(sys.argv[1]))
+store.save(1, b"whole", service.draft_notification("beats_ready", 1, totalBeats=3))
+def hang(time):
+    print("in the middle", flush=True)
+    threading.Event().wait()
+store.save(2, b"half", service.Draft("beats_ready", 2, hang))
+"""
+
+
+def test_a_killed_process_leaves_what_it_committed_and_nothing_half(tmp_path):
+    path = tmp_path / "store.sqlite3"
+    command = [sys.executable, "-c", KILLED, str(path), str(HERE)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline().strip() == b"in the middle"
+        process.kill()
+    with contextlib.closing(service.SqliteStore(path)) as store:
+        assert [(one.timestamp, one.document, one.announced) for one in store.sessions()] == [(1, b"whole", BEATS)]
+        assert [one["sessionTimestamp"] for one in members_of(store)] == [1]
+        assert store.save(2, b"anew", None, replace=False)  # no lock was left
+
+
+def make_database(path: Path, *statements: str) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        for statement in statements:
+            database.execute(statement)
+        database.commit()
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        pytest.param(lambda path: make_database(path, "PRAGMA user_version = 99"), "newer version", id="newer"),
+        pytest.param(lambda path: path.write_bytes(b"no database " * 500), "not a database", id="no database"),
+        pytest.param(lambda path: path.mkdir(), "cannot be used", id="a folder"),
+        pytest.param(lambda path: make_database(path, "CREATE TABLE session (x)"), "session", id="somebody else's"),
+    ],
+)
+def test_a_file_that_cannot_be_the_store_stops_the_start_in_one_sentence(tmp_path, make, words):
+    path = tmp_path / "store.sqlite3"
+    make(path)
+    with pytest.raises(service.StartError, match=words) as raised:
+        service.SqliteStore(path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_store_that_another_process_holds_stops_the_start_too(sqlite_store, monkeypatch):
+    monkeypatch.setattr(service.SqliteStore, "WAIT", 0.01)
+    with contextlib.closing(sqlite3.connect(sqlite_store.place, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(service.StartError, match="locked"):
+            service.SqliteStore(Path(sqlite_store.place))
+
+
+def test_while_another_process_writes_reads_go_on_and_writes_are_unavailable(tmp_path, monkeypatch):
+    monkeypatch.setattr(service.SqliteStore, "WAIT", 0.01)
+    with contextlib.closing(service.SqliteStore(tmp_path / "store.sqlite3")) as store:
+        store.save(T, b"{}", None)
+        with contextlib.closing(sqlite3.connect(store.place, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            assert store.session(T).document == b"{}"
+            with pytest.raises(service.Unavailable, match="locked"):
+                store.add(draft())
+        assert store.add(draft())[2] is True
+
+
+def test_threads_read_and_write_one_sqlite_store_at_once(sqlite_store):
+    def work(number: int) -> list[int]:
+        for step in range(5):
+            sqlite_store.save(T + number * 10 + step, b"{}", draft(session=T + number * 10 + step))
+        return [one.timestamp for one in sqlite_store.sessions()]
+
+    for number, seen in enumerate(at_once(*[lambda number=number: work(number) for number in range(8)])):
+        assert set(seen) >= {T + number * 10 + step for step in range(5)}
+    assert len(members_of(sqlite_store)) == 40
+
+
+def test_sqlite_ends_sessions_and_marks_after_7_days_and_removes_them(sqlite_store, clock):
+    sqlite_store.save(T, b"{}", None)
+    member, _, _ = sqlite_store.add(draft())
+    sqlite_store.acknowledge("an-id", [member])
+    clock.now += WEEK - 1
+    assert sqlite_store.session(T) and sqlite_store.acknowledge("an-id", [])
+    clock.now += 1
+    assert sqlite_store.session(T) is None and list(sqlite_store.sessions()) == []
+    assert sqlite_store.acknowledge("an-id", []) is False
+    sqlite_store.add(draft(session=T + 1))
+    with contextlib.closing(sqlite3.connect(sqlite_store.place)) as file:
+        counts = [file.execute(f"SELECT count(*) FROM {name}").fetchone() for name in ("session", "pending", "marker")]
+    assert counts == [(0,), (1,), (0,)]
+
+
+# ======================================================================================================
+# Sessions and prompts
+# ======================================================================================================
+
+
+@pytest.mark.parametrize(
+    "data, fault",
+    [
+        pytest.param(b"", "not JSON", id="nothing"),
+        pytest.param(b"{} {}", "not JSON", id="two values"),
+        pytest.param(b'{"a": 1', "not JSON", id="cut off"),
+        pytest.param(b"[NaN]", "NaN is no JSON", id="NaN"),
+        pytest.param(b"[-Infinity]", "-Infinity is no JSON", id="Infinity"),
+        pytest.param(b"[1e999]", "the number 1e999 is too large", id="too large"),
+        pytest.param(b"[-1e999]", "the number -1e999 is too large", id="too small"),
+        pytest.param(b'["\xff"]', "not UTF-8", id="not UTF-8"),
+        pytest.param(b'["\xed\xa0\x80"]', "not UTF-8", id="a surrogate in bytes"),
+        pytest.param(rb'["\ud83d"]', "surrogate", id="half a surrogate pair"),
+        pytest.param(rb'{"\uDE00": 1}', "surrogate", id="the other half, in a key"),
+        pytest.param(b"[" * 100_000, "nested too deeply", id="nested too deeply"),
+    ],
+)
+def test_what_is_no_strict_json_is_refused(data, fault):
+    with pytest.raises(ValueError, match=fault):
+        service.parse_json(data)
+
+
+@pytest.mark.parametrize(
+    "ms, text",
+    [
+        (0, "1970-01-01T00:00:00Z"),
+        (T, "2025-01-30T00:00:00Z"),
+        (T + 7, "2025-01-30T00:00:00.007Z"),
+        (-1, "1969-12-31T23:59:59.999Z"),
+        (99_999_999_999_999, "5138-11-16T09:46:39.999Z"),
+    ],
+)
+def test_a_time_is_written_in_utc_with_z_and_read_back(ms, text):
+    assert service.iso_time(ms) == text
+    assert service.read_time(text) == ms
+
+
+@pytest.mark.parametrize(
+    "value, ms",
+    [
+        pytest.param("2025-01-30T01:00:00+01:00", T, id="an offset"),
+        pytest.param("2025-01-30T00:00:00", T, id="without a zone: UTC"),
+        pytest.param(T, T, id="ms"),
+        pytest.param(T + 0.5, T, id="parts of a ms"),
+        *((value, None) for value in (None, True, "", "soon", "2025-13-01", [T], {}, 1e300, -1e300, 10**400)),
+        pytest.param("0001-01-01T00:00:00+14:00", None, id="before year 1"),
+    ],
+)
+def test_a_time_is_read_from_iso_8601_or_from_ms_and_from_nothing_else(value, ms):
+    assert service.read_time(value) == ms
+
+
+def episode(*beats: Any, **fields: Any) -> dict[str, Any]:
+    """A session with one scene of these beats."""
+    return {"analyzedEpisode": {"scenes": [{"beats": list(beats)}]}, **fields}
+
+
+READY_BEAT = {"prompts": {"cinematic": "a wide shot"}}
+
+
+@pytest.mark.parametrize(
+    "document, found",
+    [
+        pytest.param(make_session(size=1), (249, 240, True), id="a finished episode"),
+        pytest.param(make_session(size=1, prompts=239), (249, 239, False), id="one prompt short"),
+        pytest.param(make_session(size=1, prompts=0), (249, 0, False), id="beats only"),
+        pytest.param({"analyzedEpisode": {"scenes": []}}, (0, 0, False), id="scenes, but none in it"),
+        pytest.param({"analyzedEpisode": {"scenes": [{}, {"beats": None}]}}, (0, 0, False), id="no beats"),
+        pytest.param(episode({"prompts": None}, {"prompts": {}}, {}), (3, 0, False), id="no prompts yet"),
+        pytest.param(episode({"prompts": {"cinematic": None}}), (1, 0, False), id="a null prompt"),
+        pytest.param(episode({"prompts": {"cinematic": " \n\t\u3000"}}), (1, 0, False), id="a blank one"),
+        pytest.param(episode({"prompts": {"cinematic": ""}}), (1, 0, False), id="an empty one"),
+        pytest.param(episode({"prompts": {"cinematic": {}}}), (1, 0, False), id="an object without prompt"),
+        pytest.param(episode({"prompts": {"cinematic": {"prompt": None}}}), (1, 0, False), id="with a null one"),
+        pytest.param(episode({"prompts": {"cinematic": {"prompt": " "}}}), (1, 0, False), id="with a blank one"),
+        pytest.param(episode({"prompts": {"cinematic": {"prompt": "x"}}}), (1, 1, True), id="an object"),
+        pytest.param(episode(READY_BEAT), (1, 1, True), id="a plain string"),
+        pytest.param(episode({"prompts": {"vertical": "x"}}), (1, 0, False), id="vertical alone"),
+        pytest.param(episode({"imageDecision": {"type": "REUSE_IMAGE"}}, READY_BEAT), (2, 1, True), id="REUSE_IMAGE"),
+        pytest.param(episode({"imageDecision": {"type": "NO_IMAGE"}}), (1, 0, True), id="NO_IMAGE"),
+        pytest.param(episode({"imageDecision": {"type": "NEW_IMAGE"}}), (1, 0, False), id="NEW_IMAGE"),
+        pytest.param(episode({"imageDecision": None}), (1, 0, False), id="no decision"),
+        pytest.param(episode({"imageDecision": {"type": None}}), (1, 0, False), id="a decision without type"),
+        pytest.param(
+            episode({"imageDecision": {"type": "NO_IMAGE"}, **READY_BEAT}), (1, 1, True), id="a prompt beyond need"
+        ),
+    ],
+)
+def test_a_session_is_ready_when_each_beat_that_needs_a_prompt_has_one(document, found):
+    assert service.progress(document) == service.Progress(*found)
+
+
+BEAT = "analyzedEpisode.scenes[0].beats[1]"
+
+
+@pytest.mark.parametrize(
+    "document, fault",
+    [
+        pytest.param({}, "no analyzedEpisode.scenes", id="no episode"),
+        pytest.param({"analyzedEpisode": None}, "no analyzedEpisode.scenes", id="a null episode"),
+        pytest.param({"analyzedEpisode": {}}, "no analyzedEpisode.scenes", id="no scenes"),
+        pytest.param({"analyzedEpisode": []}, "analyzedEpisode is an array, not an object", id="episode"),
+        pytest.param({"analyzedEpisode": {"scenes": {}}}, "scenes is an object, not an array", id="scenes"),
+        pytest.param({"analyzedEpisode": {"scenes": [None]}}, "scenes[0] is null, not an object", id="scene"),
+        pytest.param({"analyzedEpisode": {"scenes": [{"beats": "x"}]}}, "scenes[0].beats is a string", id="beats"),
+        *(
+            pytest.param(episode(READY_BEAT, beat), f"{BEAT}{fault}", id=f"{BEAT}{fault}")
+            for beat, fault in [
+                (5, " is a number, not an object"),
+                (None, " is null, not an object"),
+                ({"prompts": []}, ".prompts is an array, not an object"),
+                ({"prompts": {"cinematic": 5}}, ".prompts.cinematic is a number, not a string or an object"),
+                ({"prompts": {"cinematic": {"prompt": 1.5}}}, ".prompts.cinematic.prompt is a number, not a string"),
+                ({"prompts": {"vertical": True}}, ".prompts.vertical is a boolean, not a string or an object"),
+                ({"imageDecision": "NO_IMAGE"}, ".imageDecision is a string, not an object"),
+                ({"imageDecision": {"type": 0}}, ".imageDecision.type is a number, not a string"),
+                ({**READY_BEAT, "imageDecision": []}, ".imageDecision is an array, not an object"),
+            ]
+        ),
+    ],
+)
+def test_a_wrong_type_at_any_depth_is_named_with_its_place(document, fault):
+    with pytest.raises(service.NotASession) as raised:
+        service.progress(document)
+    assert fault in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "document, fault",
+    [
+        pytest.param(None, "its key holds no text", id="a key of another type"),
+        pytest.param(b"a text", "not JSON", id="not JSON"),
+        pytest.param(b"\xff", "not UTF-8", id="not UTF-8"),
+        pytest.param(b"[]", "it is an array, not an object", id="an array"),
+        pytest.param(b"null", "it is null, not an object", id="null"),
+    ],
+)
+def test_what_is_no_document_is_no_session(document, fault):
+    with pytest.raises(service.NotASession, match=fault):
+        service.read_session(service.StoredSession(T, document))
+
+
+@pytest.mark.parametrize(
+    "saved, document, ms",
+    [
+        pytest.param(None, {}, T, id="its timestamp"),
+        pytest.param(T - 5, {}, T - 5, id="the last save here"),
+        pytest.param(T, {"lastUpdated": T + 1, "updatedAt": service.iso_time(T + 2)}, T + 2, id="updatedAt is newest"),
+        pytest.param(T, {"lastUpdated": service.iso_time(T + 3), "updatedAt": T + 2}, T + 3, id="lastUpdated is"),
+        pytest.param(T + 9, {"lastUpdated": T + 1}, T + 9, id="the save is"),
+        pytest.param(None, {"lastUpdated": T - 8}, T - 8, id="older than its timestamp"),
+        pytest.param(None, {"lastUpdated": "soon", "updatedAt": [1]}, T, id="no times"),
+    ],
+)
+def test_last_updated_is_the_newest_that_is_known(saved, document, ms):
+    assert service.last_updated(service.StoredSession(T, b"", saved), document) == service.iso_time(ms)
+
+
+def test_a_summary_holds_what_a_list_shows_and_no_more():
+    document = make_session(scenes=2, beats=5)
+    assert service.summary(service.StoredSession(T, b""), document) == {
+        "timestamp": T,
+        "storyUuid": "59f64b1e-726a-439d-a6bc-0dfefcababdb",
+        "promptMode": "storyswarm",
+        "scriptText": "s" * 500,
+        "analyzedEpisode": {
+            "episodeNumber": 2,
+            "title": "The Second",
+            "scenes": [
+                {"sceneNumber": 1, "title": "Scene 1", "totalBeats": 3},
+                {"sceneNumber": 2, "title": "Scene 2", "totalBeats": 2},
+            ],
+        },
+    }
+
+
+def test_the_latest_session_is_the_newest_that_can_be_read_and_the_others_are_logged(store, caplog):
+    assert service.latest_session(store) is None
+    for number, document in enumerate([b"{}", b'{"new": 1}', b"[]", b"\xff"]):
+        store.save(T + number, document, None)
+    assert service.latest_session(store).timestamp == T + 1
+    assert [str(T + number) in caplog.text for number in range(4)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    "copy, newest",
+    [
+        pytest.param(b'{"timestamp": %d}' % (T + 1), T + 1, id="newer"),
+        pytest.param(b'{"timestamp": %d.0}' % (T + 1), T + 1, id="newer, as a float"),
+        pytest.param(b'{"timestamp": %d}' % T, T, id="of the newest"),
+        pytest.param(b'{"timestamp": %d}' % (T - 1), T, id="older"),
+        pytest.param(b'{"timestamp": "soon"}', T, id="without a timestamp"),
+        pytest.param(b"no JSON", T, id="no JSON"),
+        pytest.param(b"[]", T, id="no object"),
+    ],
+)
+def test_the_latest_session_is_a_newer_copy_that_storyswarms_tools_keep(redis_store, other_program, copy, newest):
+    redis_store.save(T, b'{"saved": "here"}', None)
+    other_program.set("session:latest", copy)
+    found = service.latest_session(redis_store)
+    assert (found.timestamp, found.document) == (newest, b'{"saved": "here"}' if newest == T else copy)
+
+
+# ======================================================================================================
+# Notifications
+# ======================================================================================================
+
+MEMBER = {"id": "theirs", "type": PROMPTS, "sessionTimestamp": T, "totalPrompts": 48}
+
+
+@pytest.fixture
+def notifications(store) -> service.Notifications:
+    return service.Notifications(store)
+
+
+def check(notifications: service.Notifications, *types: str, limit: int = 100) -> list[str]:
+    return [one.id for one in notifications.check(types or (PROMPTS,), limit)]
+
+
+def without(name: str) -> dict[str, Any]:
+    return {key: value for key, value in MEMBER.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "member, changed",
+    [
+        pytest.param(MEMBER, {}, id="the rest defaults"),
+        pytest.param({**MEMBER, "id": "x" * 200}, {"id": "x" * 200}, id="a long id"),
+        pytest.param({**MEMBER, "id": "ü é"}, {"id": "ü é"}, id="an id beyond ASCII"),
+        pytest.param({**MEMBER, "totalPrompts": 0}, {"totalPrompts": 0}, id="nothing in it"),
+        pytest.param({**MEMBER, "sessionTimestamp": float(T), "totalPrompts": 4.0}, {"totalPrompts": 4}, id="floats"),
+        pytest.param(
+            {**MEMBER, "storyUuid": "u", "episodeNumber": 3}, {"storyUuid": "u", "episodeNumber": 3}, id="all"
+        ),
+        pytest.param({**MEMBER, "storyUuid": 5, "episodeNumber": "3"}, {}, id="the rest of wrong types"),
+        pytest.param({**MEMBER, "storyUuid": None, "episodeNumber": 1.5, "totalBeats": "x"}, {}, id="and others"),
+        pytest.param({**MEMBER, "timestamp": None}, {}, id="a null timestamp"),
+        pytest.param({**MEMBER, "timestamp": "soon"}, {}, id="a timestamp that is none"),
+        pytest.param({**MEMBER, "type": BEATS, "totalBeats": 50}, {"type": BEATS, "totalBeats": 50}, id="beats_ready"),
+        pytest.param(
+            {**MEMBER, "timestamp": "2026-01-29T10:00:00Z"}, {"timestamp": "2026-01-29T10:00:00Z"}, id="its own time"
+        ),
+    ],
+)
+def test_a_valid_member_is_shown_with_exactly_the_agreed_keys(member, changed):
+    shown = service.read_member(json.dumps(member).encode(), T + 0.9).as_json()
+    total = {} if "totalBeats" in changed else {"totalPrompts": 48}
+    expected = {"id": "theirs", "type": PROMPTS, "sessionTimestamp": T, "storyUuid": "", "episodeNumber": 0}
+    assert shown == {**expected, **total, "timestamp": "2025-01-30T00:00:00Z", **changed}
+    assert float not in map(type, shown.values())
+
+
+INVALID = [
+    pytest.param(b"no JSON", id="no JSON"),
+    pytest.param(b"\xff", id="no UTF-8"),
+    pytest.param([MEMBER], id="no object"),
+    pytest.param(without("id"), id="no id"),
+    *(pytest.param({**MEMBER, "id": id}, id=f"id {id!r:.9}") for id in (5, None, "", "a/b", "a\\b", "a\nb", "x" * 201)),
+    pytest.param(without("type"), id="no type"),
+    *(pytest.param({**MEMBER, "type": type}, id=f"type {type!r}") for type in ("images_ready", None, ["x"])),
+    pytest.param(without("sessionTimestamp"), id="no session"),
+    *(pytest.param({**MEMBER, "sessionTimestamp": ts}, id=f"session {ts!r}") for ts in ("5", 1.5, True, None, -1)),
+    pytest.param({**without("totalPrompts"), "totalBeats": 5}, id="the other type's total"),
+    *(pytest.param({**MEMBER, "totalPrompts": total}, id=f"total {total!r}") for total in ("5", 1.5, True, None, -1)),
+]
+
+
+@pytest.mark.parametrize("member", INVALID)
+def test_an_invalid_member_is_skipped_logged_once_and_left_in_place(store, notifications, clock, plant, caplog, member):
+    plant(member, clock.now)
+    plant(MEMBER, clock.now + 1)
+    for _ in range(3):
+        assert check(notifications) == ["theirs"]
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["notifications"]
+    assert len(list(store.pending(100))) == 2
+
+
+def test_a_time_beyond_all_calendars_is_invalid_as_well(notifications, plant):
+    plant(MEMBER, 1e300)
+    assert check(notifications) == []
+    assert notifications.acknowledge("theirs") is False
+
+
+def test_check_gives_the_oldest_first_up_to_its_limit(notifications, clock, plant):
+    for number in range(130):
+        plant({**MEMBER, "id": f"n{number}"}, clock.now + number * 37 % 130)  # in no order
+    oldest = [f"n{number}" for number in sorted(range(130), key=lambda number: number * 37 % 130)]
+    for limit in (1, 100, 130, 1000):
+        assert check(notifications, limit=limit) == oldest[:limit]
+
+
+def test_check_finds_those_beyond_many_that_it_does_not_show(notifications, clock, plant):
+    hidden = [{"acknowledged": True}, {"type": BEATS, "totalBeats": 5}, {"type": "unknown"}]
+    for number in range(330):
+        plant({**MEMBER, "id": f"hidden{number}", **hidden[number % 3]}, clock.now + number)
+    plant({**MEMBER, "id": "shown", "acknowledged": "true"}, clock.now + 330)
+    assert check(notifications, limit=1) == ["shown"]
+    assert check(notifications, BEATS, limit=1) == ["hidden1"]
+    assert check(notifications, BEATS, PROMPTS, limit=1000)[-2:] == ["hidden328", "shown"]
+
+
+def test_check_leaves_out_one_that_has_a_mark(redis_store, other_program, clock):
+    for number in range(150):
+        member = json.dumps({**MEMBER, "id": f"n{number}"})
+        other_program.zadd("notifications:pending", {member: clock.now + number})
+        if number < 120:
+            other_program.set(f"notifications:ack:n{number}", "1")
+    assert check(service.Notifications(redis_store), limit=2) == ["n120", "n121"]
+
+
+def test_a_notification_of_ours_has_an_id_that_fits_into_a_path_and_the_time_it_was_given(notifications, clock):
+    found, made = notifications.create(draft())
+    assert made
+    assert len(found.id) <= 64 and found.id.isascii() and found.id.replace("_", "").replace("-", "").isalnum()
+    assert found.timestamp == service.iso_time(int(clock.now))
+    assert notifications.create(draft()) == (found, False)
+    assert notifications.check([PROMPTS], 100) == [found]
+
+
+def test_an_acknowledged_notification_is_not_shown_again_and_can_be_acknowledged_again(notifications):
+    found, _ = notifications.create(draft())
+    assert [notifications.acknowledge(found.id) for _ in range(2)] == [True, True]
+    assert check(notifications) == []
+
+
+@pytest.mark.parametrize("id", ["unknown", "notif_1738195200000_0123456789abcdef", f"notif_{'9' * 15}_x"])
+def test_an_id_that_never_was_cannot_be_acknowledged(notifications, id):
+    notifications.create(draft())
+    assert [notifications.acknowledge(id) for _ in range(2)] == [False, False]
+
+
+FOREIGN = {
+    "plain": (MEMBER, "theirs"),
+    "escaped": (rb'{"id":"\u0074h\u00fc","type":"prompts_ready","sessionTimestamp":1,"totalPrompts":1}', "thü"),
+    "of our shape": ({**MEMBER, "id": f"notif_{T}_0123456789abcdef"}, f"notif_{T}_0123456789abcdef"),
+    "acknowledged already": ({**MEMBER, "acknowledged": True}, "theirs"),
+}
+
+
+@pytest.mark.parametrize("member, id", FOREIGN.values(), ids=FOREIGN)
+def test_an_id_that_another_program_made_is_found_among_all(store, notifications, clock, plant, member, id):
+    plant(b"no JSON, with theirs in it", clock.now)
+    plant(member, clock.now + 1)
+    plant({**MEMBER, "id": id, "totalPrompts": 7}, clock.now + 1)  # every member of that id goes
+    plant({**MEMBER, "id": "not " + id}, clock.now + 2)
+    assert [notifications.acknowledge(id) for _ in range(2)] == [True, True]
+    assert check(notifications) == ["not " + id]
+
+
+@pytest.mark.parametrize("backlog", [0, 300])
+def test_acknowledging_one_of_ours_reads_no_other(store, notifications, clock, plant, monkeypatch, backlog):
+    for number in range(backlog):
+        plant({**MEMBER, "id": f"n{number}"}, clock.now + number - backlog)
+    found, _ = notifications.create(draft())
+    read = []
+    for verb in ("pending", "pending_at"):
+        real = getattr(store, verb)
+        monkeypatch.setattr(store, verb, lambda *a, real=real, **k: [read.append(row) or row for row in real(*a, **k)])
+    for _ in range(2):
+        assert notifications.acknowledge(found.id)
+    assert len(read) == 1
+
+
+def test_redis_answers_a_check_of_many_in_few_commands(redis_store, other_program):
+    for number in range(60):
+        redis_store.add(draft(session=T + number))
+    other_program.config_resetstat()
+    assert len(check(service.Notifications(redis_store))) == 60
+    counts = {name: row["calls"] for name, row in other_program.info("commandstats").items()}
+    assert counts == {"cmdstat_zrangebyscore": 1, "cmdstat_exists": 1, "cmdstat_config|resetstat": 1}
+
+
+@pytest.mark.parametrize(
+    "document, step",
+    [
+        pytest.param(episode({}, READY_BEAT), BEATS, id="prompts are missing"),
+        pytest.param(episode(READY_BEAT), PROMPTS, id="ready"),
+        pytest.param({"analyzedEpisode": {"scenes": []}}, None, id="no beats"),
+        pytest.param(episode(READY_BEAT, promptMode="storyart"), None, id="of StoryArt's own"),
+        pytest.param(episode(READY_BEAT, promptMode=None), None, id="of nobody"),
+    ],
+)
+def test_a_session_that_waits_for_storyswarm_announces_its_step(document, step):
+    document = {"promptMode": "storyswarm", **document}
+    found = service.due_notification(T, document, service.progress(document))
+    assert (found and (found.type, found.session)) == (step and (step, T))
+
+
+@pytest.mark.parametrize(
+    "story, number, expected",
+    [("u", 2, ("u", 2)), ("u", 2.0, ("u", 2)), (None, None, ("", 0)), (5, "2", ("", 0)), ([], 1.5, ("", 0))],
+)
+def test_what_a_session_announces_is_valid_whatever_else_it_holds(notifications, story, number, expected):
+    document = episode(READY_BEAT, {"imageDecision": {"type": "NO_IMAGE"}}, promptMode="storyswarm", storyUuid=story)
+    document["analyzedEpisode"]["episodeNumber"] = number
+    found, _ = notifications.create(service.due_notification(T, document, service.progress(document)))
+    assert (found.type, found.session_timestamp, found.total) == (PROMPTS, T, 1)
+    assert (found.story_uuid, found.episode_number) == expected
+
+
+# ======================================================================================================
+# GPU
+# ======================================================================================================
+
+AVAILABLE = {"available": True, "fault": False, "error": None}
+RECORDED = [
+    pytest.param("8, 819, 8192, 45, 1\n", (1, 8, 819, 8192, 45), id="RTX 2080 SUPER, Linux, busy"),
+    pytest.param("0, 596, 16376, 43, 1\n", (1, 0, 596, 16376, 43), id="RTX 4080 SUPER, Linux, idle"),
+    pytest.param("7, 1296, 8192, 45, 1\r\n", (1, 7, 1296, 8192, 45), id="RTX 2080 SUPER, Windows, busy"),
+    pytest.param("[N/A], 11125, 81559, 53, 1\n", (1, 0, 11125, 81559, 53), id="H100, partitioned"),
+    pytest.param("10, 1, 100, 40, 2\n13, 2, 200, 60, 2\n", (2, 12, 3, 300, 60), id="two GPUs, mean with halves up"),
+    pytest.param("1, 1, 1, 1, 3\n0, 1, 1, 9, 3\n0, 1, 1, 4, 3\n", (3, 0, 3, 3, 9), id="three GPUs, mean below half"),
+]
+UNREADABLE = ["[N/A]", "N/A", "[Not Supported]", "[Unknown Error]", "[Insufficient Permissions]", "[GPU is lost]",
+              "[GPU requires reset]", "", "nan", "inf", "-5"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("printed", "expected"), RECORDED)
+def test_recorded_output_is_read(printed, expected):
+    status = service.parse_gpus(printed)
+    assert (
+        status.gpu_count,
+        status.utilization,
+        status.memory_used,
+        status.memory_total,
+        status.temperature,
+    ) == expected
+    assert (status.available, status.fault, status.error) == (True, False, None)
+
+
+@pytest.mark.parametrize("cell", UNREADABLE)
+def test_a_cell_that_is_no_number_is_zero(cell):
+    status = service.parse_gpus(f"{cell}, {cell}, 8192, {cell}, 1")
+    assert (status.available, status.utilization, status.memory_used, status.temperature) == (True, 0, 0, 0)
+
+
+@pytest.mark.parametrize("cell", UNREADABLE)
+def test_a_gpu_whose_total_memory_is_no_number_is_not_counted(cell):
+    status = service.parse_gpus(f"90, 500, {cell}, 80, 2\n10, 100, 8192, 40, 2")
+    assert (status.gpu_count, status.utilization, status.memory_used, status.temperature) == (1, 10, 100, 40)
+
+
+@pytest.mark.parametrize(
+    "printed",
+    ["", " \n\n", "8, 819, 8192, 45\n", "8, 819, 8192, 45, 1, 7\n", "8, 819, 8192, 45, 1\nGPU is lost\n",
+     "8, 819, [N/A], 45, 1\n"],
+)  # fmt: skip
+def test_output_that_names_no_gpu_is_a_fault(printed):
+    status = service.parse_gpus(printed)
+    assert (status.available, status.fault) == (False, True)
+    assert "nvidia-smi" in status.error
+
+
+@pytest.mark.parametrize(
+    ("printed", "count"),
+    [("12\n34\n", 2), ("12\n12\n", 1), ("", 0), ("[Insufficient Permissions]\n", 0), ("7\n[N/A]\n", 1)],
+)
+def test_processes_are_counted_by_distinct_pid(printed, count):
+    assert service.count_processes(printed) == count
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, leash):
+    """Makes an nvidia-smi that answers as told, and that notes its runs in the file `runs`."""
+
+    def make(gpus: dict[str, Any], processes: dict[str, Any]) -> str:
+        plan = {
+            "gpus": gpus,
+            "processes": processes,
+            "leash": leash.port,
+            "leash_code": LEASH,
+            "runs": str(tmp_path / "runs"),
+        }
+        return str(write_program(tmp_path / "nvidia smi", NVIDIA_SMI, plan))
+
+    return make
+
+
+GOOD = {"print": "8, 819, 8192, 45, 1\n"}
+
+
+def test_the_status_has_exactly_the_keys_asked_for(make_app, nvidia_smi):
+    program = nvidia_smi(GOOD, {"print": "41\n42\n42\n"})
+    answer = make_app(nvidia_smi=program).get("/api/v1/gpu/status")
+    assert answer.json == {
+        "available": True,
+        "gpuCount": 1,
+        "utilization": 8,
+        "memoryUsed": 819,
+        "memoryTotal": 8192,
+        "temperature": 45,
+        "processCount": 2,
+        "error": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("gpus", "status", "error"),
+    [
+        ({"print": "No devices were found\n", "exit": 6}, 200, "No devices were found"),
+        ({"print": "No devices were found\n", "exit": 0}, 200, "No devices were found"),
+        (
+            {
+                "print": "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure\n",
+                "exit": 9,
+            },
+            500,
+            "couldn't communicate with the NVIDIA driver",
+        ),
+        (
+            {"print": "Failed to initialize NVML: Driver/library version mismatch\n", "exit": 18},
+            500,
+            "version mismatch",
+        ),
+        (
+            {"print": "Unable to determine the device handle for GPU 0000:01:00.0: GPU is lost. Reboot\n", "exit": 15},
+            500,
+            "GPU is lost",
+        ),
+        ({"stderr": "Segmentation fault\n", "exit": 3}, 500, "(exit code 3): Segmentation fault"),
+        ({"exit": 4}, 500, "exit code 4"),
+        ({"print": ""}, 500, "printed nothing"),
+        ({"print": "8, 819\n"}, 500, "8, 819"),
+    ],
+)
+def test_nvidia_smis_trouble_is_told_in_its_own_words(make_app, nvidia_smi, gpus, status, error):
+    answer = make_app(nvidia_smi=nvidia_smi(gpus, {"print": "41\n"})).get("/api/v1/gpu/status", status=status)
+    assert error in answer.json["error"]
+    assert answer.json == {**service.gpu_json(service.GpuStatus()), "error": answer.json["error"]}
+
+
+def test_a_missing_nvidia_smi_is_a_500_that_says_what_to_do(make_app, tmp_path):
+    answer = make_app(nvidia_smi=str(tmp_path / "nowhere")).get("/api/v1/gpu/status", status=500)
+    assert "nvidia-smi not found or GPU not available" in answer.json["error"]
+    assert "NVIDIA_SMI" in answer.json["error"]
+
+
+def test_a_program_that_cannot_be_run_is_a_fault(tmp_path):
+    program = tmp_path / "broken.exe"
+    program.write_bytes(b"\x7fnot a program")
+    program.chmod(0o755)
+    status = service.query_gpus(str(program))
+    assert status.fault
+    assert "cannot be run" in status.error or "exit code" in status.error
+
+
+@pytest.mark.parametrize("processes", [{"exit": 9, "print": "5\n"}, {"print": "[Insufficient Permissions]\n"}])
+def test_processes_that_cannot_be_listed_count_as_none(nvidia_smi, processes):
+    status = service.query_gpus(nvidia_smi(GOOD, processes))
+    assert (status.available, status.process_count) == (True, 0)
+
+
+def test_a_process_query_that_hangs_counts_none_and_is_ended_with_its_child(nvidia_smi, leash):
+    program = nvidia_smi(GOOD, {"hang": True})
+    status = service.query_gpus(program, timeout=6 if service.WINDOWS else 1.5)
+    assert (status.available, status.process_count) == (True, 0)
+    assert leash.next().has_ended()
+
+
+def test_an_nvidia_smi_that_hangs_is_ended_with_its_child(nvidia_smi, leash):
+    program = nvidia_smi({"hang": True}, {"print": "41\n"})
+    status = service.query_gpus(program, timeout=6 if service.WINDOWS else 1.5)
+    assert status.fault
+    assert "did not answer within" in status.error
+    assert leash.next().has_ended()
+
+
+def test_both_queries_run_at_the_same_time(nvidia_smi, leash, tmp_path):
+    """Neither would end alone: each waits until the other one has started too."""
+    wait = 'while len(open(plan["runs"]).readlines()) < 2: pass\n'
+    plan = {"gpus": GOOD, "processes": {"print": "41\n"}, "runs": str(tmp_path / "runs")}
+    code = NVIDIA_SMI.replace("sys.stdout.write(act.get", wait + "sys.stdout.write(act.get", 1)
+    program = write_program(tmp_path / "both", code, plan)
+    assert service.query_gpus(str(program), timeout=PATIENCE).process_count == 1
+
+
+@pytest.mark.parametrize("status", [service.GpuStatus(available=True), service.GpuStatus(error="broken", fault=True)])
+def test_a_status_is_kept_for_its_seconds_good_or_bad(status):
+    clock, runs = Clock(100.0), []
+    monitor = service.GpuMonitor(lambda: runs.append(1) or status, 5.0, clock)
+    assert [monitor.status(), monitor.status()] == [status, status]
+    clock.now += 4.9
+    monitor.status()
+    assert len(runs) == 1
+    clock.now += 0.1
+    monitor.status()
+    assert len(runs) == 2
+
+
+def test_any_number_of_callers_cause_one_run():
+    asked, answered, runs = threading.Barrier(9), threading.Event(), []
+
+    def query() -> service.GpuStatus:
+        runs.append(1)
+        answered.wait(PATIENCE)
+        return service.GpuStatus(available=True)
+
+    def call() -> service.GpuStatus:
+        asked.wait(PATIENCE)
+        return monitor.status()
+
+    monitor = service.GpuMonitor(query, 5.0)
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(call) for _ in range(8)]
+        asked.wait(PATIENCE)
+        answered.set()
+        assert all(one.result(PATIENCE).available for one in calls)
+    assert len(runs) == 1
+
+
+def test_a_query_that_raises_is_a_fault_for_all_who_wait():
+    def query() -> service.GpuStatus:
+        raise RuntimeError("unforeseen")
+
+    status = service.GpuMonitor(query, 5.0).status()
+    assert status.fault
+    assert "RuntimeError" in status.error
+
+
+# ======================================================================================================
+# SwarmUI
+# ======================================================================================================
+
+
+@pytest.fixture
+def swarmui_folder(tmp_path, leash):
+    """Makes SwarmUI's folder, in a path that a shell would break at."""
+    return lambda **plan: write_swarmui_folder(tmp_path / "Swarm & UI (1)", {"leash": leash.port, **plan})
+
+
+@pytest.fixture
+def make_launcher(settings):
+    """Makes a launcher with settings of its own, and a clock where wanted."""
+    with contextlib.ExitStack() as stack:
+
+        def make(clock: Callable[[], float] = time.monotonic, **changed: Any) -> service.SwarmUILauncher:
+            launcher = service.SwarmUILauncher(dataclasses.replace(settings, **changed), clock)
+            return stack.enter_context(contextlib.closing(launcher))
+
+        yield make
+
+
+@pytest.fixture
+def answering(settings):
+    """Puts a server on SwarmUI's port that answers every connection with the bytes given, or holds it."""
+    stop, threads = threading.Event(), []
+    port = settings.swarmui_port
+
+    def serve(answer: bytes | None) -> None:
+        listener = socket.create_server(("127.0.0.1", port))
+        listener.settimeout(0.05)
+
+        def run() -> None:
+            held = []
+            with listener:
+                while not stop.is_set():
+                    with contextlib.suppress(TimeoutError, ConnectionError):
+                        connection = listener.accept()[0]
+                        held.append(connection)
+                        if answer is not None:
+                            connection.settimeout(PATIENCE)
+                            connection.recv(65536)
+                            connection.sendall(answer)
+                            connection.close()
+            for connection in held:
+                connection.close()
+
+        threads.append(threading.Thread(target=run))
+        threads[-1].start()
+
+    yield serve
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+
+def response(status: int, body: str, headers: str = "") -> bytes:
+    return f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n{headers}\r\n{body}".encode()
+
+
+def failure(launcher: service.SwarmUILauncher) -> str:
+    with pytest.raises(service.Fault) as caught:
+        launcher.start()
+    assert caught.value.status == 500
+    assert str(caught.value).startswith("SwarmUI failed to start: ")
+    return str(caught.value)
+
+
+def test_a_start_launches_swarmui_and_waits_until_it_answers(make_app, settings, swarmui_folder, leash):
+    answer = make_app(swarmui_path=swarmui_folder(delay=0.3)).post("/api/v1/swarmui/start")
+    assert answer.json == {
+        "success": True,
+        "message": "SwarmUI started successfully",
+        "port": settings.swarmui_port,
+        "apiUrl": settings.swarmui_api_url,
+    }
+    assert leash.next().is_alive()
+
+
+def test_swarmui_that_answers_is_not_launched_again(make_launcher, swarmui_folder, leash):
+    launcher = make_launcher(swarmui_path=swarmui_folder())
+    launcher.start()
+    leash.next()
+    assert launcher.start() == "SwarmUI is already running"
+    assert make_launcher().start() == "SwarmUI is already running"  # another instance, which knows no path
+    assert leash.count_further() == 0
+
+
+def test_swarmui_is_launched_in_its_folder_with_its_arguments(
+    make_launcher, settings, swarmui_folder, leash, monkeypatch
+):
+    monkeypatch.setenv("STORYTELLER_API_TOKEN", "secret")
+    folder = swarmui_folder()
+    make_launcher(swarmui_path=folder, swarmui_args=("--user_id", "a b & c")).start()
+    report = leash.next().report
+    expected = ["--launch_mode", "none", "--port", str(settings.swarmui_port), "--user_id", "a b & c"]
+    assert report["arguments"] == expected
+    assert Path(report["folder"]) == folder
+    assert not [name for name in report["environment"] if name.upper().startswith("STORYTELLER_")]
+
+
+def test_an_executable_runs_in_the_folder_of_the_launch_scripts(make_launcher, swarmui_folder, leash):
+    folder = swarmui_folder()
+    (program,) = (folder / "src" / "bin" / "live_release").iterdir()
+    make_launcher(swarmui_path=program).start()
+    assert Path(leash.next().report["folder"]) == folder
+
+
+def test_an_executable_without_launch_scripts_above_it_runs_in_its_own_folder(make_launcher, tmp_path, leash):
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    make_launcher(swarmui_path=write_program(folder / "SwarmUI", SWARMUI, {"leash": leash.port})).start()
+    assert Path(leash.next().report["folder"]) == folder
+
+
+def test_calls_share_the_start_that_is_in_flight(make_launcher, swarmui_folder, leash):
+    launcher = make_launcher(swarmui_path=swarmui_folder(delay=0.3))
+    with ThreadPoolExecutor(8) as pool:
+        messages = {call.result() for call in [pool.submit(launcher.start) for _ in range(8)]}
+    assert messages == {"SwarmUI started successfully"}
+    leash.next()
+    assert leash.count_further() == 0
+
+
+def test_waiting_starts_leave_room_for_other_calls(start_service, swarmui_folder, leash, settings):
+    running = start_service(
+        SWARMUI_PATH=str(swarmui_folder(delay=3600)),
+        SWARMUI_API_URL=settings.swarmui_api_url,
+        SWARMUI_POLL_INTERVAL="0.05",
+    )
+    statuses: list[tuple[int, Any]] = []
+
+    def start() -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):  # those that wait are cut off with the service
+            statuses.append(running.call("POST", "/api/v1/swarmui/start"))
+
+    threads = [threading.Thread(target=start, daemon=True) for _ in range(service.WAITING_STARTS + 8)]
+    for thread in threads:
+        thread.start()
+    leash.next()
+    assert all(running.call("GET", "/api/v1/notifications/check")[0] == 200 for _ in range(20))
+    wait_until(lambda: len(statuses) == 8)
+    assert [status for status, _ in statuses] == [503] * 8  # past the share of those that wait: at once
+    running.stop()
+    for thread in threads:
+        thread.join(PATIENCE)
+
+
+def test_a_second_launch_within_the_interval_is_a_429(make_app, swarmui_folder, leash):
+    app = make_app(swarmui_path=swarmui_folder(exit=3))
+    app.post("/api/v1/swarmui/start", status=500)
+    answer = app.post("/api/v1/swarmui/start", status=429)
+    assert answer.json["success"] is False
+    assert 0 < int(answer.headers["Retry-After"]) <= 60
+
+
+def test_after_the_interval_it_is_launched_again(make_launcher, swarmui_folder, leash):
+    clock = Clock(1000.0)
+    launcher = make_launcher(clock, swarmui_path=swarmui_folder(exit=3))
+    failure(launcher)
+    clock.now += 59.9
+    with pytest.raises(service.TooSoon):
+        launcher.start()
+    clock.now += 0.1
+    failure(launcher)
+    leash.next()
+    leash.next()
+
+
+def test_the_start_ends_as_soon_as_the_process_does(make_launcher, swarmui_folder):
+    """The next probe would be an hour away."""
+    folder = swarmui_folder(exit=3, print="one\ntwo\n[Error] no CUDA \x1b[0m here\n")
+    message = failure(make_launcher(swarmui_path=folder, poll_interval=3600.0, start_timeout=3600.0))
+    assert "[Error] no CUDA" in message
+    assert "\x1b" not in message
+
+
+@pytest.mark.skipif(service.WINDOWS, reason="a batch file's exit code need not be SwarmUI's")
+@pytest.mark.parametrize("code", [1, 134])
+def test_a_failure_names_the_exit_code(make_launcher, swarmui_folder, code):
+    assert f"exited with code {code}" in failure(make_launcher(swarmui_path=swarmui_folder(exit=code)))
+
+
+def test_a_wrapper_that_ends_with_0_is_waited_for(make_launcher, settings, tmp_path, leash):
+    """It starts SwarmUI in the background and ends."""
+    server = write_program(tmp_path / "server", SWARMUI, {"leash": leash.port, "delay": 0.3})
+    code = "import subprocess; subprocess.Popen([plan['server'], *sys.argv[1:]])"
+    wrapper = write_program(tmp_path / "wrapper", code, {"server": str(server)})
+    assert make_launcher(swarmui_path=wrapper).start() == "SwarmUI started successfully"
+    leash.next()
+
+
+def test_a_start_that_takes_too_long_goes_on_and_the_next_one_waits_for_it(make_launcher, swarmui_folder, leash):
+    launcher = make_launcher(swarmui_path=swarmui_folder(delay=3600), start_timeout=0.2)
+    message = failure(launcher)
+    assert "no answer within 0.2 s" in message
+    assert "nobody answers" in message
+    held = leash.next()
+    assert "no answer within 0.2 s" in failure(launcher)
+    assert held.is_alive()
+    assert leash.count_further() == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        pytest.param(response(200, "<html>hello</html>"), "answered 200: <html>hello</html>", id="html"),
+        pytest.param(response(302, "", "Location: /elsewhere\r\n"), "answered 302", id="redirect"),
+        pytest.param(response(500, '{"error": "oops"}'), "answered 500: oops", id="500"),
+        pytest.param(response(200, '{"session_id": 7}'), "answered 200", id="a session_id that is none"),
+        pytest.param(response(200, "[1]"), "answered 200", id="no object"),
+        pytest.param(response(200, '{"error": "Invalid or unauthorized."}'), "set SWARMUI_TOKEN", id="accounts"),
+        pytest.param(b"220 mail.example ESMTP\r\n", "broke the connection off", id="no HTTP"),
+        pytest.param(b"", "broke the connection off", id="closed"),
+        pytest.param(None, "did not answer within 0.3 s", id="silent"),
+    ],
+)
+def test_a_port_held_by_something_else_is_told_and_nothing_is_launched(
+    make_launcher, swarmui_folder, answering, leash, answer, words
+):
+    answering(answer)
+    message = failure(make_launcher(swarmui_path=swarmui_folder(), health_timeout=0.3))
+    assert "held by something that is not SwarmUI" in message
+    assert words in message
+    assert leash.count_further() == 0
+
+
+def test_a_probe_ends_in_time_though_bytes_come_one_by_one(settings):
+    """Each byte would start a socket's own time-out anew."""
+    sent = threading.Event()
+    with socket.create_server(("127.0.0.1", settings.swarmui_port)) as listener:
+
+        def drip() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                for _ in range(100_000):
+                    connection.sendall(b"H")
+                    sent.wait(0.01)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        found = service.probe(dataclasses.replace(settings, health_timeout=0.3))
+        sent.set()
+        thread.join(PATIENCE)
+    assert (found.ready, found.held) == (False, True)
+    assert "did not answer within 0.3 s" in found.words
+
+
+def test_nobody_at_the_port_is_told_from_somebody(settings):
+    assert service.probe(settings) == service.Probe(
+        ready=False, held=False, words=f"nobody answers at {settings.swarmui_api_url}"
+    )
+
+
+def test_the_token_is_sent_as_a_cookie(make_launcher, swarmui_folder, leash):
+    launcher = make_launcher(swarmui_path=swarmui_folder(token="t0k3n"), swarmui_token="t0k3n")
+    assert launcher.start() == "SwarmUI started successfully"
+    leash.next()
+
+
+def test_no_proxy_is_asked(make_launcher, swarmui_folder, leash, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    assert make_launcher(swarmui_path=swarmui_folder()).start() == "SwarmUI started successfully"
+    leash.next()
+
+
+def test_nothing_of_a_request_reaches_the_command_line(make_app, settings, swarmui_folder, leash):
+    app = make_app(swarmui_path=swarmui_folder())
+    app.post("/api/v1/swarmui/start?port=1", b"\xff --port 1; rm -rf /", {"Content-Type": "application/json"})
+    assert leash.next().report["arguments"] == ["--launch_mode", "none", "--port", str(settings.swarmui_port)]
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        (None, "SWARMUI_PATH is not set"),
+        ("nowhere", "does not exist"),
+        (".", "holds no launch-"),
+        ("a file", "cannot be launched"),
+    ],
+)
+def test_a_path_that_is_unset_or_wrong_is_named(make_launcher, tmp_path, path, words):
+    (tmp_path / "a file").write_text("no program")
+    message = failure(make_launcher(swarmui_path=tmp_path / path if path else None))
+    assert words in message
+    assert "SWARMUI_PATH" in message
+
+
+def test_swarmui_on_another_machine_is_not_launched(make_launcher, swarmui_folder, settings, leash):
+    # An address that is set aside for documentation: nobody has it.
+    elsewhere = service.plan_launch
+    with pytest.raises(service.LaunchError, match="another machine"):
+        elsewhere(dataclasses.replace(settings, swarmui_api_url="http://192.0.2.1:7801", swarmui_path=swarmui_folder()))
+    assert leash.count_further() == 0
+
+
+def test_what_swarmui_prints_is_kept_and_swarmui_outlives_the_service(start_service, swarmui_folder, leash, settings):
+    running = start_service(
+        SWARMUI_PATH=str(swarmui_folder(print="hello from SwarmUI\n")),
+        SWARMUI_API_URL=settings.swarmui_api_url,
+        SWARMUI_POLL_INTERVAL="0.05",
+    )
+    assert running.call("POST", "/api/v1/swarmui/start")[0] == 200
+    held = leash.next()
+    running.stop()
+    assert service.probe(settings).ready
+    assert held.is_alive()
+    (log,) = Path(running.process.args[1]).parent.glob("data/swarmui.log")
+    assert "hello from SwarmUI" in log.read_text()
+
+
+def test_closing_the_launcher_ends_a_start_that_waits(make_launcher, swarmui_folder, leash):
+    launcher = make_launcher(swarmui_path=swarmui_folder(delay=3600), poll_interval=3600.0, start_timeout=3600.0)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(launcher.start)
+        held = leash.next()
+        launcher.close()
+        with pytest.raises(service.Unavailable):
+            waiting.result(PATIENCE)
+    assert held.is_alive()
+
+
+# ======================================================================================================
+# Authentication
+# ======================================================================================================
+
+SESSION = {"scriptText": "once upon a time", "promptMode": "storyswarm", "storyUuid": "u-1"}
+NOTIFICATION = {"type": "prompts_ready", "sessionTimestamp": 1738195200000, "storyUuid": "u-1", "episodeNumber": 2}
+GPU_ZEROS = {
+    "available": False, "gpuCount": 0, "utilization": 0, "memoryUsed": 0, "memoryTotal": 0, "temperature": 0,
+    "processCount": 0,
+}  # fmt: skip
+
+# Each endpoint with a path that fits, and what its errors hold beside `error`.
+ENDPOINTS = [
+    ("GET", "/api/v1/gpu/status", GPU_ZEROS),
+    ("POST", "/api/v1/swarmui/start", {"success": False}),
+    ("GET", "/api/v1/notifications/check", {}),
+    ("POST", "/api/v1/notifications", {}),
+    ("POST", "/api/v1/notifications/notif_1/ack", {"success": False}),
+    ("GET", "/api/v1/session/1738195200000/prompts-status", {"promptsReady": False}),
+    ("POST", "/api/v1/session/save", {"success": False}),
+    ("GET", "/api/v1/session/latest", {"success": False}),
+    ("GET", "/api/v1/session/list", {"success": False}),
+    ("GET", "/api/v1/session/1738195200000", {"success": False}),
+    ("PUT", "/api/v1/session/1738195200000", {"success": False}),
+]
+
+
+def test_the_table_of_endpoints_is_whole():
+    assert len(ENDPOINTS) + 1 == len(service.ROUTES)  # /health is the other one
+
+
+@pytest.mark.parametrize(("method", "path", "shape"), ENDPOINTS)
+def test_without_a_token_each_endpoint_is_a_401_in_its_own_shape(make_app, method, path, shape):
+    app = make_app()
+    del app.extra_environ["HTTP_AUTHORIZATION"]
+    answer = app.request(path, method=method, status=401)
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert answer.json == {**shape, "error": answer.json["error"]}
+    assert answer.json["error"]
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["", "Bearer", f"Basic {TOKEN}", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN} {TOKEN}", TOKEN,
+     "Bearer \xff\xfe", "Bearer \udc80"],
+)  # fmt: skip
+def test_what_is_not_the_token_is_a_401(make_app, header):
+    app = make_app()
+    app.extra_environ["HTTP_AUTHORIZATION"] = header
+    app.get("/api/v1/notifications/check", status=401)
+
+
+@pytest.mark.parametrize("header", [f"bearer {TOKEN}", f"BEARER   {TOKEN}", f" Bearer {TOKEN} "])
+def test_the_schemes_case_and_blanks_do_not_matter(make_app, header):
+    app = make_app()
+    app.extra_environ["HTTP_AUTHORIZATION"] = header
+    app.get("/api/v1/notifications/check", status=200)
+
+
+def test_an_unknown_path_needs_a_token_too(make_app):
+    app = make_app()
+    app.get("/api/v1/nothing", status=404)
+    del app.extra_environ["HTTP_AUTHORIZATION"]
+    assert "error" in app.get("/api/v1/nothing", status=401).json
+
+
+def test_an_application_without_a_token_is_not_made(make_app):
+    with pytest.raises(ValueError, match="token"):
+        make_app(api_token="")
+
+
+# ======================================================================================================
+# HTTP application
+# ======================================================================================================
+
+
+@pytest.fixture
+def dead_app(make_app):
+    """The application on a Redis that is not there."""
+    with contextlib.closing(service.RedisStore(f"redis://127.0.0.1:{free_port()}/0")) as store:
+        yield make_app(store)
+
+
+def make_pending(app: webtest.TestApp, **fields: Any) -> str:
+    """Create a notification; its id."""
+    return app.post_json("/api/v1/notifications", {**NOTIFICATION, "totalPrompts": 48, **fields}).json["id"]
+
+
+def pending(app: webtest.TestApp, query: str = "") -> list[dict[str, Any]]:
+    return app.get(f"/api/v1/notifications/check{query}").json["notifications"]
+
+
+def save(app: webtest.TestApp, document: dict[str, Any]) -> int:
+    """Save a session; its timestamp."""
+    return int(app.post_json("/api/v1/session/save", document).json["sessionKey"].split(":")[1])
+
+
+def with_beats(*beats: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {**SESSION, "analyzedEpisode": {"episodeNumber": 2, "scenes": [{"beats": list(beats)}]}, **fields}
+
+
+DONE, OPEN = {"prompts": {"cinematic": "a wide shot"}}, {"prompts": {}}
+
+
+def test_health_is_open_to_all(app, store):
+    del app.extra_environ["HTTP_AUTHORIZATION"]
+    assert app.get("/health").json == {"status": "ok", "store": store.name}
+
+
+def test_health_tells_that_the_store_is_away(dead_app):
+    assert dead_app.get("/health", status=503).json == {"status": "degraded", "store": "redis"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "shape"),
+    [one for one in ENDPOINTS if "gpu" not in one[1] and "swarmui" not in one[1]],
+)
+def test_while_the_store_is_away_calls_that_need_it_are_503_in_their_own_shape(dead_app, method, path, shape):
+    bodies = {"/api/v1/notifications": {**NOTIFICATION, "totalPrompts": 1}}
+    body = json.dumps(bodies.get(path, SESSION)).encode()
+    answer = dead_app.request(path, method=method, body=body, status=503)
+    assert answer.json == {**shape, "error": answer.json["error"]}
+    assert "Redis" in answer.json["error"]
+    assert int(answer.headers["Retry-After"]) >= 1
+
+
+def test_while_the_store_is_away_gpu_and_swarmui_answer_as_before(dead_app):
+    assert "nvidia-smi" in dead_app.get("/api/v1/gpu/status", status=500).json["error"]
+    assert "SWARMUI_PATH" in dead_app.post("/api/v1/swarmui/start", status=500).json["error"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/", 404), ("GET", "/api/v1/gpu", 404), ("GET", "/api/v1/session/1/2/3", 404), ("POST", "/health", 405),
+     ("GET", "/api/v1/swarmui/start", 405), ("DELETE", "/api/v1/session/1", 405), ("OPTIONS", "/health", 405)],
+)  # fmt: skip
+def test_any_other_path_or_method_is_an_error_in_json(make_app, method, path, status):
+    answer = make_app().request(path, method=method, status=status)
+    assert list(answer.json) == ["error"]
+    assert ("Allow" in answer.headers) == (status == 405)
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/health"), ("GET", "/nothing"), ("GET", "/api/v1/session/1")])
+def test_no_answer_is_kept_by_a_browser(make_app, method, path):
+    answer = make_app().request(path, method=method, expect_errors=True)
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["Content-Type"] == "application/json"
+
+
+def test_an_unexpected_exception_is_a_500_with_the_traceback_in_the_log_alone(make_app, sqlite_store, caplog):
+    app = make_app(sqlite_store)
+    sqlite_store.session = lambda timestamp: 1 / 0
+    answer = app.get("/api/v1/session/5", status=500)
+    assert answer.json == {"error": "Internal server error"}
+    assert "ZeroDivisionError" in caplog.text
+
+
+# ------------------------------------------------------------------------------- notifications ----
+
+
+def test_a_created_notification_is_answered_as_check_shows_it(app):
+    answer = app.post_json("/api/v1/notifications", {**NOTIFICATION, "totalPrompts": 48}, status=201)
+    assert list(answer.json) == [
+        "id", "type", "sessionTimestamp", "storyUuid", "episodeNumber", "totalPrompts", "timestamp",
+    ]  # fmt: skip
+    assert {**NOTIFICATION, "totalPrompts": 48}.items() <= answer.json.items()
+    assert pending(app) == [answer.json]
+
+
+def test_a_beats_ready_notification_has_its_own_total(app):
+    made = app.post_json("/api/v1/notifications", {**NOTIFICATION, "type": "beats_ready", "totalBeats": 7}, status=201)
+    assert "totalPrompts" not in made.json
+    assert made.json["totalBeats"] == 7
+    assert pending(app) == []
+    assert pending(app, "?type=beats_ready") == pending(app, "?type=all") == [made.json]
+
+
+def test_one_of_the_same_type_and_session_that_is_pending_is_given_again(app):
+    made = make_pending(app)
+    again = app.post_json("/api/v1/notifications", {**NOTIFICATION, "totalPrompts": 9}, status=200)
+    assert again.json["id"] == made
+    app.post(f"/api/v1/notifications/{made}/ack")
+    assert make_pending(app) != made
+
+
+def test_check_gives_the_oldest_first_and_no_more_than_asked_for(app):
+    made = [make_pending(app, sessionTimestamp=number) for number in range(102)]
+    assert [one["id"] for one in pending(app)] == made[:100]
+    assert [one["id"] for one in pending(app, "?limit=3")] == made[:3]
+    assert len(pending(app, "?limit=1000")) == 102
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=1001", "limit=x", "limit=", "limit=-1", "limit=1&limit=2",
+                                   "limit=%D9%A1", "type=other", "type=", "type=%ff"])  # fmt: skip
+def test_a_query_that_does_not_fit_is_a_400_that_names_it(make_app, query):
+    answer = make_app().get(f"/api/v1/notifications/check?{query}", status=400)
+    assert query.split("=")[0] in answer.json["error"] or "UTF-8" in answer.json["error"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"type": "other"}, {"type": None}, {"sessionTimestamp": "1738195200000"}, {"sessionTimestamp": -1},
+     {"sessionTimestamp": 10**14}, {"sessionTimestamp": True}, {"sessionTimestamp": 1.5}, {"storyUuid": 7},
+     {"storyUuid": None}, {"episodeNumber": "2"}, {"totalPrompts": None}, {"totalPrompts": -1},
+     {"type": "beats_ready"}],
+)  # fmt: skip
+def test_a_notification_that_does_not_fit_is_a_400_that_names_the_field(make_app, changed):
+    app = make_app()
+    answer = app.post_json("/api/v1/notifications", {**NOTIFICATION, "totalPrompts": 1, **changed}, status=400)
+    assert ("totalBeats" if changed == {"type": "beats_ready"} else next(iter(changed))) in answer.json["error"]
+    assert pending(app, "?type=all") == []
+
+
+def test_an_acknowledged_notification_does_not_come_again(app):
+    first, second = make_pending(app), make_pending(app, sessionTimestamp=2)
+    answer = app.post(f"/api/v1/notifications/{first}/ack")
+    assert answer.json == {"success": True, "notificationId": first}
+    assert [one["id"] for one in pending(app)] == [second]
+
+
+def test_acknowledging_twice_is_good_both_times(app):
+    made = make_pending(app)
+    assert app.post(f"/api/v1/notifications/{made}/ack").json == app.post(f"/api/v1/notifications/{made}/ack").json
+
+
+@pytest.mark.parametrize("id", ["notif_1738195200000_0123456789abcdef", "other", "%C3%BC"])
+def test_an_id_that_never_was_is_a_404(app, id):
+    make_pending(app)
+    answer = app.post(f"/api/v1/notifications/{id}/ack", status=404)
+    assert answer.json == {"success": False, "error": "Notification not found"}
+
+
+@pytest.mark.parametrize("id", ["a%00b", "a%0Ab", "x" * 201, "a%ffb"])
+def test_an_id_that_cannot_be_one_is_a_400(make_app, id):
+    assert make_app().post(f"/api/v1/notifications/{id}/ack", status=400).json["success"] is False
+
+
+def test_ids_made_here_fit_into_a_path_unescaped(app):
+    assert service.re.fullmatch(r"[A-Za-z0-9_-]{1,64}", make_pending(app))
+
+
+# ------------------------------------------------------------------------------------ sessions ----
+
+
+def test_prompts_status_has_exactly_the_keys_asked_for(app):
+    timestamp = save(app, with_beats(DONE, OPEN, timestamp=1738195200000))
+    answer = app.get(f"/api/v1/session/{timestamp}/prompts-status").json
+    assert answer == {
+        "promptsReady": False,
+        "sessionTimestamp": 1738195200000,
+        "totalBeats": 2,
+        "totalPrompts": 1,
+        "lastUpdated": answer["lastUpdated"],
+    }
+    assert service.read_time(answer["lastUpdated"]) > 1738195200000
+
+
+def test_the_real_episode_is_ready_with_fewer_prompts_than_beats(app):
+    timestamp = save(app, make_session())
+    answer = app.get(f"/api/v1/session/{timestamp}/prompts-status").json
+    assert (answer["promptsReady"], answer["totalBeats"], answer["totalPrompts"]) == (True, 249, 240)
+
+
+def test_a_session_that_is_not_there_is_a_404(app):
+    answer = app.get("/api/v1/session/1738195200000/prompts-status", status=404)
+    assert answer.json == {"promptsReady": False, "error": "Session not found"}
+    answer = app.get("/api/v1/session/1738195200000", status=404)
+    assert answer.json == {"success": False, "error": "Session not found"}
+    assert app.get("/api/v1/session/latest", status=404).json == {"success": False, "error": "No session found"}
+    assert app.get("/api/v1/session/list").json == {"success": True, "count": 0, "sessions": []}
+
+
+@pytest.mark.parametrize("timestamp", ["x", "-5", "1.5", "1" * 15, "%D9%A1", "1e3", "%20"])
+@pytest.mark.parametrize("tail", ["", "/prompts-status"])
+def test_a_timestamp_that_is_no_whole_number_is_a_400(make_app, timestamp, tail):
+    assert "timestamp" in make_app().get(f"/api/v1/session/{timestamp}{tail}", status=400).json["error"]
+
+
+def test_a_saved_session_comes_back_as_it_was(app, store):
+    document = {**make_session(size=5000), "timestamp": 1738195200000, "of": {"its": ["own", 1.5, None, "\U0001f600"]}}
+    answer = app.post_json("/api/v1/session/save", document)
+    assert answer.json == {
+        "success": True, "message": "Session saved", "sessionKey": "session:1738195200000", "storage": store.name,
+    }  # fmt: skip
+    expected = {"success": True, "data": document, "storage": store.name}
+    assert app.get("/api/v1/session/1738195200000").json == expected
+    assert app.get("/api/v1/session/latest").json == expected
+
+
+def test_a_session_without_a_timestamp_gets_the_next_free_one(app, monkeypatch):
+    monkeypatch.setattr(service, "now_ms", lambda: 1738195200000)
+    assert [save(app, SESSION) for _ in range(3)] == [1738195200000, 1738195200001, 1738195200002]
+    assert app.get("/api/v1/session/1738195200001").json["data"] == {**SESSION, "timestamp": 1738195200001}
+
+
+def test_put_creates_and_replaces(app):
+    created = app.put_json("/api/v1/session/1738195200000", SESSION)
+    assert created.json["sessionKey"] == "session:1738195200000"
+    replaced = {**SESSION, "scriptText": "the end", "timestamp": 1738195200000}
+    app.put_json("/api/v1/session/1738195200000", replaced)
+    assert app.get("/api/v1/session/1738195200000").json["data"] == replaced
+
+
+def test_put_refuses_a_timestamp_that_is_not_the_paths(app):
+    answer = app.put_json("/api/v1/session/5", {**SESSION, "timestamp": 6}, status=400)
+    assert "timestamp" in answer.json["error"]
+    app.get("/api/v1/session/5", status=404)
+    app.get("/api/v1/session/6", status=404)
+
+
+BAD_SESSIONS = [
+    pytest.param(b"", "JSON", id="nothing"),
+    pytest.param(b"{", "JSON", id="half"),
+    pytest.param(b"[1]", "object", id="an array"),
+    pytest.param(b"null", "object", id="null"),
+    pytest.param(b'{"scriptText": "\xff"}', "UTF-8", id="not UTF-8"),
+    pytest.param(b'{"scriptText": "x", "a": NaN}', "NaN", id="NaN"),
+    pytest.param(b'{"scriptText": "x", "a": 1e999}', "too large", id="1e999"),
+    pytest.param(rb'{"scriptText": "\ud800"}', "surrogate", id="half a surrogate pair"),
+    pytest.param(b'{"scriptText": "x", "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "deeply", id="too deep"),
+    pytest.param(b"{}", "scriptText or analyzedEpisode", id="neither text nor episode"),
+    pytest.param(b'{"scriptText": null}', "scriptText or analyzedEpisode", id="null is absent"),
+    *(
+        pytest.param(json.dumps({**SESSION, field: value}).encode(), field, id=f"{field} {value!r}")
+        for field, value in [
+            ("timestamp", "5"), ("timestamp", -1), ("timestamp", 10**14), ("timestamp", 1.5), ("timestamp", True),
+            ("scriptText", 5), ("episodeContext", {}), ("storyUuid", []), ("analyzedEpisode", "x"),
+            ("analyzedEpisode", []), ("promptMode", 1), ("retrievalMode", False), ("selectedLLM", 0.5),
+        ]
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/api/v1/session/save"), ("PUT", "/api/v1/session/5")])
+@pytest.mark.parametrize(("body", "words"), BAD_SESSIONS)
+def test_a_body_that_is_no_session_is_a_400_and_keeps_nothing(make_app, method, path, body, words):
+    app = make_app()
+    answer = app.request(path, method=method, body=body, content_type="application/json", status=400)
+    assert answer.json == {"success": False, "error": answer.json["error"]}
+    assert words in answer.json["error"]
+    assert app.get("/api/v1/session/list").json["count"] == 0
+
+
+def test_a_list_shows_summaries_newest_first(app):
+    for timestamp in (5, 7, 6):
+        save(app, with_beats(DONE, OPEN, timestamp=timestamp, scriptText="s" * 501))
+    answer = app.get("/api/v1/session/list?limit=2").json
+    assert [one["timestamp"] for one in answer["sessions"]] == [7, 6]
+    assert answer["count"] == 2
+    assert answer["sessions"][0] == {
+        "timestamp": 7,
+        "storyUuid": "u-1",
+        "promptMode": "storyswarm",
+        "scriptText": "s" * 500,
+        "analyzedEpisode": {
+            "episodeNumber": 2,
+            "title": None,
+            "scenes": [{"sceneNumber": None, "title": None, "totalBeats": 2}],
+        },
+    }
+
+
+@pytest.mark.parametrize("limit", ["0", "201", "x"])
+def test_a_lists_limit_is_1_to_200(make_app, limit):
+    assert "limit" in make_app().get(f"/api/v1/session/list?limit={limit}", status=400).json["error"]
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [(b"\xff", "UTF-8"), (b"{", "JSON"), (b"[]", "an array"), (b'{"scriptText": "x"}', "scenes"),
+     (b'{"analyzedEpisode": {"scenes": [{"beats": [{"prompts": {"cinematic": 5}}]}]}}',
+      "analyzedEpisode.scenes[0].beats[0].prompts.cinematic is a number")],
+)  # fmt: skip
+def test_a_document_that_is_no_session_is_a_500_that_names_session_and_fault(make_app, sqlite_store, document, words):
+    sqlite_store.save(1738195200000, document, None)
+    answer = make_app(sqlite_store).get("/api/v1/session/1738195200000/prompts-status", status=500)
+    assert answer.json["promptsReady"] is False
+    assert "1738195200000" in answer.json["error"]
+    assert words in answer.json["error"]
+
+
+# --------------------------------------------------------------------------- what a session announces ----
+
+
+def test_a_session_announces_its_beats_when_saved_and_its_prompts_when_ready(app):
+    timestamp = save(app, with_beats(OPEN, OPEN))
+    (beats,) = pending(app, "?type=all")
+    assert (beats["type"], beats["sessionTimestamp"], beats["totalBeats"]) == ("beats_ready", timestamp, 2)
+    assert (beats["storyUuid"], beats["episodeNumber"]) == ("u-1", 2)
+    app.put_json(f"/api/v1/session/{timestamp}", with_beats(DONE, DONE))
+    (prompts,) = pending(app)
+    assert (prompts["sessionTimestamp"], prompts["totalPrompts"]) == (timestamp, 2)
+
+
+def test_a_step_is_announced_once(app):
+    timestamp = save(app, with_beats(DONE))
+    (made,) = pending(app, "?type=all")
+    app.post(f"/api/v1/notifications/{made['id']}/ack")
+    app.put_json(f"/api/v1/session/{timestamp}", with_beats(DONE))
+    app.get(f"/api/v1/session/{timestamp}/prompts-status")
+    assert pending(app, "?type=all") == []
+
+
+def test_a_session_found_ready_by_a_poll_is_announced(make_app, redis_store, other_program):
+    """StorySwarm may have written it straight into Redis."""
+    app = make_app(redis_store)
+    other_program.set("session:1738195200000", json.dumps(with_beats(DONE)))
+    for _ in range(2):
+        assert app.get("/api/v1/session/1738195200000/prompts-status").json["promptsReady"] is True
+    assert [one["sessionTimestamp"] for one in pending(app, "?type=all")] == [1738195200000]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [with_beats(DONE, promptMode="storyart"), with_beats(), SESSION, with_beats({"prompts": 5})],
+    ids=["not for StorySwarm", "no beats", "a script alone", "wrong types"],
+)
+def test_a_session_that_waits_for_nobody_announces_nothing(app, document):
+    timestamp = save(app, document)
+    app.get(f"/api/v1/session/{timestamp}/prompts-status", expect_errors=True)
+    assert pending(app, "?type=all") == []
+
+
+# ======================================================================================================
+# End to end
+# ======================================================================================================
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+def test_the_pipeline_runs_from_beats_to_images(
+    request, start_service, nvidia_smi, swarmui_folder, leash, settings, kind
+):
+    """The End-to-End Test of the requirements, over a socket, against both stores."""
+    store = {"REDIS_URL": request.getfixturevalue("redis_url")} if kind == "redis" else {}
+    running = start_service(
+        **store,
+        NVIDIA_SMI=nvidia_smi(GOOD, {"print": "41\n42\n"}),
+        SWARMUI_PATH=str(swarmui_folder(delay=0.3)),
+        SWARMUI_API_URL=settings.swarmui_api_url,
+        SWARMUI_POLL_INTERVAL="0.05",
+    )
+    assert running.call("GET", "/health", headers={}) == (200, {"status": "ok", "store": kind})
+
+    # StoryArt saves the beats; StorySwarm is told.
+    status, saved = running.call("POST", "/api/v1/session/save", make_session(prompts=0))
+    assert (status, saved["storage"]) == (200, kind)
+    timestamp = saved["sessionKey"].removeprefix("session:")
+    status, answer = running.call("GET", "/api/v1/notifications/check?type=beats_ready")
+    (beats,) = answer["notifications"]
+    assert (beats["sessionTimestamp"], beats["totalBeats"], beats["episodeNumber"]) == (int(timestamp), 249, 2)
+    assert running.call("POST", f"/api/v1/notifications/{beats['id']}/ack")[0] == 200
+    status, answer = running.call("GET", f"/api/v1/session/{timestamp}/prompts-status")
+    assert (answer["promptsReady"], answer["totalBeats"], answer["totalPrompts"]) == (False, 249, 0)
+
+    # StorySwarm reads the session, fills in the prompts, and writes it back; StoryArt is told.
+    status, answer = running.call("GET", f"/api/v1/session/{timestamp}")
+    assert len(json.dumps(answer["data"])) == pytest.approx(850_000, rel=0.1)
+    finished = {**make_session(), "timestamp": int(timestamp)}
+    assert running.call("PUT", f"/api/v1/session/{timestamp}", finished)[0] == 200
+    status, answer = running.call("GET", f"/api/v1/session/{timestamp}/prompts-status")
+    assert (answer["promptsReady"], answer["totalBeats"], answer["totalPrompts"]) == (True, 249, 240)
+    status, answer = running.call("GET", "/api/v1/notifications/check")
+    (prompts,) = answer["notifications"]
+    assert (prompts["type"], prompts["totalPrompts"]) == ("prompts_ready", 240)
+    assert running.call("POST", f"/api/v1/notifications/{prompts['id']}/ack")[0] == 200
+    assert running.call("GET", "/api/v1/notifications/check")[1] == {"notifications": []}
+
+    # The GPU is free, and SwarmUI is made ready.
+    status, gpu = running.call("GET", "/api/v1/gpu/status")
+    assert (status, gpu["available"], gpu["utilization"], gpu["processCount"]) == (200, True, 8, 2)
+    status, answer = running.call("POST", "/api/v1/swarmui/start")
+    assert (status, answer["success"], answer["port"]) == (200, True, settings.swarmui_port)
+    assert leash.next().is_alive()
+
+
+def test_a_body_over_the_limit_is_a_413_over_the_socket(start_service):
+    running = start_service()
+    size = service.MAX_BODY + 1
+    with socket.create_connection(("127.0.0.1", running.port), PATIENCE) as client:
+        head = f"POST /api/v1/session/save HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
+        client.sendall(f"{head}Content-Length: {size}\r\nContent-Type: application/json\r\n\r\n".encode())
+        for _ in range(0, size, 1 << 20):
+            client.sendall(b" " * min(1 << 20, size))
+            size -= 1 << 20
+        answer = http.client.HTTPResponse(client)
+        answer.begin()
+        assert answer.status == 413
+        assert json.loads(answer.read()) == {"success": False, "error": "The body is too large: 50 MiB at most."}
+
+
+def test_a_chunked_body_is_taken(start_service):
+    running = start_service()
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        pieces = iter([json.dumps(SESSION)[:10].encode(), json.dumps(SESSION)[10:].encode()])
+        headers = {**BEARER, "Content-Type": "application/json"}
+        connection.request("PUT", "/api/v1/session/5", pieces, headers, encode_chunked=True)
+        assert connection.getresponse().status == 200
+    assert running.call("GET", "/api/v1/session/5")[1]["data"] == {**SESSION, "timestamp": 5}
+
+
+# ======================================================================================================
+# Server
+# ======================================================================================================
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+LOCALHOST = ["127.0.0.1", "::1"] if has_ipv6() else ["127.0.0.1"]
+
+
+@contextlib.contextmanager
+def opened(host: str, port: int = 0) -> Iterator[list[tuple[str, int]]]:
+    """The addresses and ports that open_sockets listens on, while the block lasts."""
+    sockets = service.open_sockets(host, port)
+    try:
+        yield [one.getsockname()[:2] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def test_localhost_is_both_addresses_on_one_port(start_service):
+    port = start_service().port
+    for address in LOCALHOST:
+        connection = http.client.HTTPConnection(address, port, timeout=PATIENCE)
+        with contextlib.closing(connection):
+            connection.request("GET", "/health")
+            assert connection.getresponse().status == 200
+
+
+@pytest.mark.parametrize("number", sorted(service._NOT_HERE))
+def test_localhost_without_ipv6_is_127_0_0_1_alone(monkeypatch, number):
+    listen = service.listen
+
+    def no_ipv6(address, port):
+        if ":" in address:
+            raise OSError(number, "no IPv6")
+        return listen(address, port)
+
+    monkeypatch.setattr(service, "listen", no_ipv6)
+    with opened("localhost") as found:
+        assert [address for address, _ in found] == ["127.0.0.1"]
+
+
+def test_a_port_that_is_free_on_one_address_alone_is_not_picked(monkeypatch):
+    """The system picks one for 127.0.0.1; on ::1 another program has it."""
+    listen, refused = service.listen, []
+
+    def listen_late(address, port):
+        if ":" not in address:
+            return listen(address, port)
+        if not refused:
+            refused.append(port)
+            raise OSError(service.errno.EADDRINUSE, "in use")
+        return listen("127.0.0.2", port)
+
+    monkeypatch.setattr(service, "listen", listen_late)
+    with opened("localhost") as found:
+        assert [address for address, _ in found] == ["127.0.0.1", "127.0.0.2"]
+        assert len({port for _, port in found}) == 1
+
+
+@pytest.mark.parametrize("address", LOCALHOST)
+def test_a_port_held_on_either_address_of_localhost_is_refused(address):
+    with service.listen(address, 0) as held:
+        port = held.getsockname()[1]
+        with pytest.raises(service.StartError, match=f"^Port {port} is in use .* STORYTELLER_PORT") as refused:
+            service.open_sockets("localhost", port)
+    with opened("localhost", port):  # nothing was left open; while the traceback lives, that would show
+        del refused
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        pytest.param("192.0.2.1", "^Cannot listen on 192.0.2.1 .*: set STORYTELLER_HOST", id="an address elsewhere"),
+        pytest.param("256.1.1.1.1", "^STORYTELLER_HOST 256.1.1.1.1 is not known: set it", id="no address"),
+        pytest.param("a..b", "^STORYTELLER_HOST a..b is not known: set it", id="no name"),
+    ],
+)
+def test_a_host_that_cannot_be_listened_on_is_refused_by_name(host, words):
+    with pytest.raises(service.StartError, match=words):
+        service.open_sockets(host, 0)
+
+
+@pytest.mark.skipif(service.WINDOWS, reason="Windows has no signal that another process can send to end it kindly")
+@pytest.mark.parametrize("kind", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_it_with_code_0(start_service, kind):
+    made = start_service()
+    assert made.call("GET", "/health")[0] == 200
+    made.process.send_signal(getattr(signal, kind))
+    assert made.process.wait(PATIENCE) == 0
+    with opened("localhost", made.port):  # and its port is free again
+        pass
+
+
+def test_an_answer_does_not_name_the_server(start_service):
+    connection = http.client.HTTPConnection("127.0.0.1", start_service().port, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("GET", "/health")
+        assert connection.getresponse().getheader("Server") is None
+
+
+# ======================================================================================================
+# Command line
+# ======================================================================================================
+
+
+@pytest.fixture
+def run_module(module_copy: Path, clean_environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the module to its end, as a user does, where there is neither nvidia-smi nor SwarmUI unless given."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        nowhere = {"NVIDIA_SMI": str(module_copy / "none"), "SWARMUI_API_URL": f"http://localhost:{free_port()}"}
+        return subprocess.run(
+            [sys.executable, str(module_copy), *arguments], cwd=module_copy.parent.parent, timeout=PATIENCE,
+            env={**clean_environment, "STORYTELLER_PORT": "0", **nowhere, **environment},
+            stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def other_program_port() -> Iterator[int]:
+    """A port that a web server holds, which is not this service but answers much like it."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"status": "ok"}')
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def test_start_up_prints_what_a_person_needs(start_service, module_copy, tmp_path):
+    nvidia_smi = write_program(tmp_path / "an nvidia-smi", NVIDIA_SMI, {})
+    swarmui = write_swarmui_folder(tmp_path / "SwarmUI", {})
+    made = start_service(NVIDIA_SMI=str(nvidia_smi), SWARMUI_PATH=str(swarmui))
+    data = module_copy.parent / "data"
+    rows = dict(line.split(maxsplit=1) for line in made.printed.replace("API token", "token").splitlines()[1:])
+    assert rows == {
+        "address": f"http://localhost:{made.port}",
+        "store": f"sqlite, {data / 'storyteller.sqlite3'}",
+        "nvidia-smi": str(nvidia_smi),
+        "SwarmUI": str(swarmui / service.LAUNCH_SCRIPT),
+        "token": "in STORYTELLER_API_TOKEN",
+        "log": str(data / "storyteller.log"),
+    }
+
+
+def test_start_up_says_what_was_not_found(start_service, tmp_path):
+    printed = start_service(NVIDIA_SMI=str(tmp_path / "none"), SWARMUI_PATH=str(tmp_path / "nowhere")).printed
+    assert "nvidia-smi  not found" in printed
+    assert "SwarmUI     cannot be launched: SWARMUI_PATH" in printed
+
+
+def test_neither_start_up_nor_the_log_shows_a_secret(start_service, module_copy):
+    made = start_service(REDIS_URL=f"redis://:pass-word@127.0.0.1:{free_port()}/1", SWARMUI_TOKEN="cookie-word")
+    assert made.call("GET", "/health")[0] == 503
+    made.call("GET", "/api/v1/session/1", headers={"Authorization": "Bearer wrong-token-0123456789"})
+    written = made.printed + (module_copy.parent / "data" / "storyteller.log").read_text("utf-8")
+    assert not any(word in written for word in (TOKEN, "pass-word", "cookie-word", "wrong-token"))
+
+
+def test_the_token_is_made_at_the_first_start_and_kept(start_service, module_copy):
+    path = module_copy.parent / "data" / "api_token"
+    kept = []
+    for _ in range(2):
+        made = start_service(STORYTELLER_API_TOKEN="")
+        kept.append(path.read_text())
+        assert f"API token   in {path}" in made.printed
+        assert kept[-1].strip() not in made.printed
+        bearer = {"Authorization": f"Bearer {kept[-1].strip()}"}
+        assert made.call("GET", "/api/v1/session/list", headers=bearer)[0] == 200
+        assert made.call("GET", "/api/v1/session/list")[0] == 401
+        made.stop()
+    assert kept[0] == kept[1]
+    assert len(kept[0].strip()) >= 16
+    if not service.WINDOWS:
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_env_file_beside_the_module_is_read(start_service, module_copy):
+    (module_copy.parent / ".env").write_text(
+        "STORYTELLER_API_TOKEN=the-token-of-the-env-file\nSTORYTELLER_DATA_DIR=kept"
+    )
+    made = start_service(STORYTELLER_API_TOKEN="")
+    bearer = {"Authorization": "Bearer the-token-of-the-env-file"}
+    assert made.call("GET", "/api/v1/session/list", headers=bearer)[0] == 200
+    assert (module_copy.parent / "kept" / "storyteller.sqlite3").is_file()
+
+
+def test_arguments_win_over_variables(start_service, tmp_path, other_program_port):
+    made = start_service(
+        "--host", "127.0.0.1", "--port", "0", "--data-dir", str(tmp_path / "a"),
+        STORYTELLER_PORT=str(other_program_port), STORYTELLER_DATA_DIR=str(tmp_path / "b"),
+    )  # fmt: skip
+    assert made.printed.count(f"http://127.0.0.1:{made.port}") == 1
+    assert ((tmp_path / "a").is_dir(), (tmp_path / "b").exists()) == (True, False)
+
+
+def test_an_argument_that_is_empty_counts_as_unset(run_module, module_copy):
+    run_module("check", "--host", "", "--port", "", "--data-dir", "")
+
+    assert (module_copy.parent / "data" / "storyteller.sqlite3").is_file()
+
+
+def test_help_names_every_setting(run_module):
+    done = run_module("--help")
+    names = {row.metadata["name"] for row in dataclasses.fields(service.Settings)}
+    assert (done.returncode, names - set(done.stdout.split())) == (0, set())
+
+
+@pytest.fixture
+def wrong(tmp_path: Path, module_copy: Path, other_program_port: int) -> dict[str, str]:
+    """Values for a start that fails, by their names."""
+    data = tmp_path / "data"
+    (data / "log-is-a-folder" / "storyteller.log").mkdir(parents=True)
+    for name, file, text in [
+        ("token is short", "api_token", "short"),
+        ("token is no text", "api_token", "\xff\xff"),
+        ("store is no database", "storyteller.sqlite3", "this is no database " * 100),
+    ]:
+        (data / name).mkdir()
+        (data / name / file).write_text(text, "latin-1")
+    (data / "a file").touch()
+    made = {path.name: str(path) for path in data.iterdir()}
+    return {**made, "held port": str(other_program_port), "port 0": "0"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        pytest.param("STORYTELLER_PORT", "held port", r"^Port \d+ is in use by another program", id="port in use"),
+        pytest.param("GPU_CACHE_SECONDS", "five", "^GPU_CACHE_SECONDS is 'five': expected", id="bad setting"),
+        pytest.param("STORYTELLER_HOST", "192.0.2.1", "^Cannot listen on 192.0.2.1", id="host"),
+        pytest.param("STORYTELLER_DATA_DIR", "a file", "^The data folder .* cannot be written", id="data folder"),
+        pytest.param("STORYTELLER_DATA_DIR", "token is short", "api_token holds no token", id="token too short"),
+        pytest.param("STORYTELLER_DATA_DIR", "token is no text", "api_token holds no token", id="token no text"),
+        pytest.param("STORYTELLER_DATA_DIR", "store is no database", "^The store .* cannot be used", id="store"),
+        pytest.param("STORYTELLER_DATA_DIR", "log-is-a-folder", "log .*cannot be written", id="log"),
+    ],
+)
+def test_a_start_that_cannot_be_says_so_in_one_sentence_with_exit_code_2(run_module, wrong, setting, value, words):
+    done = run_module(**{setting: wrong.get(value, value)})
+    assert done.returncode == 2
+    assert [done.stdout, len(done.stderr.splitlines())] == ["", 1]
+    assert service.re.search(words, done.stderr)
+
+
+def test_an_env_file_that_is_not_utf_8_ends_the_start_too(run_module, module_copy):
+    (module_copy.parent / ".env").write_bytes(b"A=\xfc")
+    done = run_module()
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"{module_copy.parent / '.env'} is not UTF-8" in done.stderr
+
+
+def relay(listener: socket.socket, known: dict[str, Any]) -> None:
+    """Hand every connection on to the Redis that is known: so one comes up on a port where none was."""
+
+    def carry(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError), source, target:
+            while data := source.recv(65536):
+                target.sendall(data)
+
+    with contextlib.suppress(OSError):
+        while True:
+            near = listener.accept()[0]
+            far = socket.create_connection((known.get("host", "localhost"), known.get("port", 6379)))
+            for pair in ((near, far), (far, near)):
+                threading.Thread(target=carry, args=pair, daemon=True).start()
+
+
+def test_a_redis_that_is_away_at_the_start_is_waited_for(start_service, module_copy, redis_url):
+    known = redis.connection.parse_url(redis_url)
+    port = free_port()
+    made = start_service(REDIS_URL=f"redis://127.0.0.1:{port}/{known.get('db', 0)}")
+    assert f"redis, 127.0.0.1:{port}" in made.printed
+    assert made.call("GET", "/health") == (503, {"status": "degraded", "store": "redis"})
+    status, answer = made.call("GET", "/api/v1/session/1/prompts-status")
+    assert (status, answer["promptsReady"]) == (503, False)
+    assert "WARNING store: Redis at 127.0.0.1" in (module_copy.parent / "data" / "storyteller.log").read_text("utf-8")
+
+    with socket.create_server(("127.0.0.1", port)) as back:
+        threading.Thread(target=relay, args=[back, known], daemon=True).start()
+        assert made.call("GET", "/api/v1/session/1/prompts-status")[0] == 404
+
+
+def read_check(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """OK, WARN or FAIL of each line of `check`, by what it is about."""
+    assert done.stderr == ""
+    levels = {}
+    for line in done.stdout.splitlines():
+        level, subject = line.split(":")[0].split(maxsplit=1)
+        assert level in ("OK", "WARN", "FAIL")
+        levels[subject] = level
+    return levels
+
+
+CHECKED = ["settings", "store", "nvidia-smi", "SWARMUI_PATH", "SwarmUI", "port"]
+
+
+def test_check_is_content_with_a_pc_where_all_is_well(run_module, leash, redis_url, tmp_path):
+    gpus = {"print": "8, 819, 8192, 45, 1\n"}
+    nvidia_smi = write_program(
+        tmp_path / "an nvidia-smi", NVIDIA_SMI, {"gpus": gpus, "processes": {}, "runs": str(tmp_path / "runs")}
+    )
+    swarmui = write_swarmui_folder(tmp_path / "SwarmUI", {"leash": leash.port})
+    port = free_port()
+    arguments = ["--port", str(port)]
+    started = service.launch_detached(swarmui / service.LAUNCH_SCRIPT, arguments, swarmui, tmp_path / "log")
+    leash.next()
+    given = service.Settings(swarmui_api_url=f"http://localhost:{port}")
+    wait_until(lambda: service.probe(given).ready)
+    done = run_module(
+        "check", NVIDIA_SMI=str(nvidia_smi), SWARMUI_PATH=str(swarmui), SWARMUI_API_URL=given.swarmui_api_url,
+        REDIS_URL=redis_url,
+    )  # fmt: skip
+    assert (read_check(done), done.returncode) == (dict.fromkeys(CHECKED, "OK"), 0)
+    assert "store: redis, " in done.stdout
+    leash.close()
+    started.wait(PATIENCE)
+
+
+def test_check_warns_of_what_is_not_there_yet(run_module):
+    done = run_module("check")
+    warned = dict.fromkeys(["nvidia-smi", "SWARMUI_PATH", "SwarmUI"], "WARN")
+    assert (read_check(done), done.returncode) == (dict.fromkeys(CHECKED, "OK") | warned, 0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "subject", "advice"),
+    [
+        pytest.param("REDIS_PORT", str(free_port()), "store", "REDIS_PORT", id="Redis does not answer"),
+        pytest.param("STORYTELLER_DATA_DIR", "a file", "store", "set STORYTELLER_DATA_DIR", id="data folder"),
+        pytest.param("SWARMUI_PATH", "nowhere", "SWARMUI_PATH", "does not exist: set it", id="SWARMUI_PATH not there"),
+        pytest.param("SWARMUI_PATH", ".", "SWARMUI_PATH", "holds no launch-", id="SWARMUI_PATH another folder"),
+        pytest.param("STORYTELLER_PORT", "held port", "port", "set STORYTELLER_PORT", id="port held"),
+    ],
+)
+def test_check_fails_for_what_stops_the_service(run_module, wrong, setting, value, subject, advice):
+    done = run_module("check", **{setting: wrong.get(value, value)})
+    levels = read_check(done)
+    assert list(levels) == CHECKED  # it goes on to the others
+    assert ([name for name, level in levels.items() if level == "FAIL"], done.returncode) == ([subject], 1)
+    assert advice in next(line for line in done.stdout.splitlines() if line.startswith("FAIL"))
+
+
+@pytest.mark.parametrize("value", ["http://127.0.0.1:99999", "swarmui"])
+def test_check_fails_for_a_bad_setting(run_module, value):
+    done = run_module("check", SWARMUI_API_URL=value)
+    assert (read_check(done), done.returncode) == ({"settings": "FAIL"}, 1)
+    assert f"SWARMUI_API_URL is '{value}'" in done.stdout
+
+
+def test_check_knows_this_service_on_the_port(start_service, run_module):
+    done = run_module("check", STORYTELLER_PORT=str(start_service().port))
+    assert (read_check(done)["port"], done.returncode) == ("OK", 0)
+
+
+# ======================================================================================================
+# run.sh
+# ======================================================================================================
+
+# The service that it starts here: it tells how, and ends as it is told to.
+STARTED = """
+import json, os, sys
+told = {"arguments": sys.argv[1:], "folder": os.getcwd(), "prefix": sys.prefix, "pid": os.getpid()}
+print(json.dumps({**told, "environment": dict(os.environ)}))
+sys.exit(int(sys.argv[1]) if sys.argv[1:2] and sys.argv[1].isdigit() else 0)
+"""
+
+# pip, once the real one was seen to work: fails for what it cannot find.
+PIP = "import sys; __name__ != '__main__' or sys.exit('no-such-package' in open(sys.argv[-1]).read())"
+
+# It runs the question that it is asked as a Python 3.9 would.
+OLD_PYTHON = f'exec "{sys.executable}" -c "import sys; sys.version_info = (3, 9, 25); $2"'
+
+ENSUREPIP = "The virtual environment was not created successfully because ensurepip is not available."
+
+
+class Project:
+    """A copy of run.sh in a path with spaces, beside a small service that needs no packages; and the only programs
+    on its PATH. When there is a finished venv, python3 makes one by copying that, and keeps count."""
+
+    def __init__(self, folder: Path, finished: Path | None = None) -> None:
+        self.outside = folder
+        self.folder = folder / "render & (story) teller"
+        self.programs = folder / "programs"
+        self.script = self.folder / "run.sh"
+        self.venv = self.folder / ".venv"
+        self.stamp = self.venv / "installed.txt"
+        self.requirements = self.folder / "requirements.txt"
+        self._made = folder / "made"
+        self.folder.mkdir()
+        self.programs.mkdir()
+        shutil.copy(HERE / "run.sh", self.script)
+        (self.folder / "storyteller_automation.py").write_text(STARTED)
+        (self.folder / "pytest.py").write_text(STARTED)  # `python -m pytest` finds it before any other
+        self.requirements.write_text("# none\n")
+        for name in ("cat", "cp", "dirname", "mkdir", "readlink", "rm"):
+            (self.programs / name).symlink_to(shutil.which(name))
+        self.program("sleep", f"exec {shutil.which('sleep')} 0.01")
+        copy = f'echo >>"{self._made}"; rm -rf "$4"; exec cp -R "{finished}" "$4"'
+        self.program("python3", f'if [ "$2" = venv ]; then {copy}; fi' if finished else "", then=sys.executable)
+
+    def program(self, name: str, lines: str, then: str = "") -> None:
+        """A program on its PATH, which at its end becomes another."""
+        last = f'exec "{then}" "$@"\n' if then else ""
+        (self.programs / name).write_text(f"#!/bin/sh\n{lines}\n{last}")
+        (self.programs / name).chmod(0o755)
+
+    def start(self, *arguments: str, script: Path | None = None, **environment: str) -> subprocess.Popen[str]:
+        kept = {name: value for name, value in os.environ.items() if name in ("HOME", "TMPDIR", "LANG")}
+        offline = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
+        return subprocess.Popen(
+            [str(script or self.script), *arguments], cwd=self.outside, encoding="utf-8",
+            env={**kept, **offline, "PATH": str(self.programs), **environment},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        with self.start(*arguments, **options) as process:
+            try:
+                output = process.communicate(timeout=PATIENCE)
+            finally:
+                process.kill()
+            return subprocess.CompletedProcess(process.args, process.returncode, *output)
+
+    def venvs_made(self) -> int:
+        return len(self._made.read_text()) if self._made.exists() else 0
+
+
+def told(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """What the service told that run.sh started."""
+    assert done.stderr == ""
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def first_start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A venv that was really made, by a first start, and what that printed."""
+    if service.WINDOWS:
+        pytest.skip("run.sh is for Linux and macOS; its twin for Windows is run.bat")
+    project = Project(tmp_path_factory.mktemp("first"))
+    return project.venv, project.run("--port", "1")
+
+
+@pytest.fixture(scope="session")
+def finished_venv(first_start: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That venv with PIP in pip's place, so that copying and installing take no time."""
+    copy = tmp_path_factory.mktemp("finished") / "venv"
+    ignored = shutil.ignore_patterns("pip*", "setuptools*")
+    shutil.copytree(first_start[0], copy, symlinks=True, ignore=ignored)
+    packages = next(copy.glob("lib/*/site-packages"))
+    (packages / "pip.py").write_text(PIP)
+    return copy
+
+
+@pytest.fixture
+def fresh(finished_venv: Path, tmp_path: Path) -> Project:
+    """A project that was never started."""
+    return Project(tmp_path, finished_venv)
+
+
+@pytest.fixture
+def started(fresh: Project, finished_venv: Path) -> Project:
+    """A project that is set up."""
+    shutil.copytree(finished_venv, fresh.venv, symlinks=True)
+    return fresh
+
+
+def test_the_first_start_sets_up_and_starts(first_start):
+    venv, done = first_start
+    report = told(done)
+    assert ["making .venv" in done.stdout, "installing" in done.stdout] == [True, True]
+    assert report["arguments"] == ["--port", "1"]
+    assert Path(report["prefix"]).samefile(venv)
+
+
+def test_a_second_start_needs_neither_python_nor_pip(started):
+    (started.programs / "python3").unlink()
+    next(started.venv.glob("lib/*/site-packages/pip.py")).unlink()
+    done = started.run()
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) == 1  # only what the service tells
+
+
+def test_changed_requirements_are_installed_once(started):
+    started.requirements.write_text("# others\n")
+    assert ["installing" in started.run().stdout for _ in range(2)] == [True, False]
+    assert started.venvs_made() == 0
+
+
+def test_an_install_that_fails_says_so_and_is_done_again(started):
+    started.requirements.write_text("no-such-package==1\n")
+    for _ in range(2):
+        done = started.run()
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+        assert "The packages could not be installed: see above, check the internet connection" in done.stderr
+    started.requirements.write_text("# none\n")
+    assert "installing" in started.run().stdout
+
+
+def cut_off(*patterns: str) -> Callable[[Project], None]:
+    """The install never came to its end, nor to what is at `patterns`."""
+
+    def damage(project: Project) -> None:
+        project.stamp.unlink()
+        for pattern in patterns:
+            found = next(project.venv.glob(pattern))
+            shutil.rmtree(found) if found.is_dir() else found.unlink()
+
+    return damage
+
+
+def upgrade_in_place(project: Project) -> None:
+    project.stamp.write_text(project.stamp.read_text().replace(sys.version, "3.10.0 (an older one)"))
+
+
+def upgrade_to_the_next(project: Project) -> None:
+    """Another version behind the same name: it looks for its packages in a folder of its own."""
+    upgrade_in_place(project)
+    next(project.venv.glob("lib/*")).rename(project.venv / "lib" / "python3.9")
+
+
+def remove_base_python(project: Project) -> None:
+    (project.venv / "bin" / "python").unlink()
+    (project.venv / "bin" / "python").symlink_to(project.outside / "gone")
+
+
+@pytest.mark.parametrize(
+    ("damage", "venvs"),
+    [
+        pytest.param(cut_off(), 0, id="install cut off"),
+        pytest.param(lambda project: project.stamp.write_text(""), 0, id="its last step cut off"),
+        pytest.param(cut_off("bin"), 1, id="venv cut off"),
+        pytest.param(cut_off("lib/*/site-packages/pip.py"), 1, id="venv cut off before pip"),
+        pytest.param(upgrade_in_place, 0, id="Python upgraded in place"),
+        pytest.param(upgrade_to_the_next, 1, id="Python upgraded to the next"),
+        pytest.param(remove_base_python, 1, id="Python moved away"),
+    ],
+)
+def test_a_start_mends_what_was_cut_off_or_outgrown(started, damage, venvs):
+    damage(started)
+    done = started.run()
+    assert (done.returncode, done.stderr, started.venvs_made()) == (0, "", venvs)
+    assert "installing" in done.stdout
+    assert len(started.run().stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("python3", "advice"),
+    [
+        pytest.param(None, "Python is missing: install Python 3.10 or newer", id="no Python"),
+        pytest.param(OLD_PYTHON, "Python is older than 3.10: install a newer one", id="an old Python"),
+        pytest.param(f"echo {ENSUREPIP}; exit 1", "install it .*python3-venv", id="no ensurepip"),
+        pytest.param("echo No module named venv >&2; exit 1", "install it .*python3-venv", id="no venv module"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_sentence_and_a_later_start_works(fresh, python3, advice):
+    usual = (fresh.programs / "python3").read_text()
+    (fresh.programs / "python3").unlink()
+    if python3 == OLD_PYTHON:
+        fresh.program("python3", python3)
+    elif python3:
+        fresh.program("python3", f'if [ "$2" = venv ]; then mkdir "$4"; {python3}; fi', then=sys.executable)
+    done = fresh.run()
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert service.re.search(f"^run.sh: .*{advice}", done.stderr)
+    (fresh.programs / "python3").unlink(missing_ok=True)
+    fresh.program("python3", usual)
+    assert told(fresh.run())["prefix"] == str(fresh.venv)
+
+
+def test_a_newer_python_is_found_beside_an_old_one(fresh):
+    (fresh.programs / "python3").rename(fresh.programs / "python3.12")
+    fresh.program("python3", OLD_PYTHON)
+    assert told(fresh.run())["prefix"] == str(fresh.venv)
+
+
+def test_arguments_exit_code_and_folder_are_passed_through(started):
+    done = started.run("7", "two words", "", "*")
+    assert (done.returncode, told(done)["arguments"]) == (7, ["7", "two words", "", "*"])
+    assert Path(told(done)["folder"]).samefile(started.outside)
+
+
+def test_the_service_takes_the_scripts_place(started):
+    """So that a signal to what systemd started reaches it."""
+    with started.start() as process:
+        assert json.loads(process.communicate(timeout=PATIENCE)[0])["pid"] == process.pid
+
+
+def test_the_venv_is_not_activated(started):
+    environment = told(started.run(PYTHONHOME=str(started.outside)))["environment"]
+    assert environment["PATH"] == str(started.programs)
+    assert {"VIRTUAL_ENV", "PYTHONHOME"} & environment.keys() == set()
+
+
+def test_it_is_found_through_a_link(started):
+    (started.outside / "links").mkdir()
+    (started.outside / "links" / "one").symlink_to("../render & (story) teller/run.sh")
+    (started.outside / "start").symlink_to(started.outside / "links" / "one")
+    done = started.run(script=started.outside / "start", CDPATH=str(started.outside))
+    assert told(done)["prefix"] == str(started.venv)
+
+
+def test_the_argument_test_runs_pytest_beside_it(started):
+    done = started.run("test", "-k", "two words")
+    assert told(done)["arguments"][-2:] == ["-k", "two words"]
+    assert Path(told(done)["folder"]).samefile(started.folder)
+
+
+def test_two_first_starts_at_once_set_up_once(fresh):
+    with ThreadPoolExecutor() as pool:
+        both = [pool.submit(fresh.run) for _ in range(2)]
+    assert [one.result().returncode for one in both] == [0, 0]
+    assert fresh.venvs_made() == 1
+
+
+def test_a_lock_that_is_given_back_at_that_moment_is_taken(fresh):
+    """Held when a start asks for it, gone when it looks at who holds it."""
+    asked = fresh.outside / "asked"
+    (fresh.programs / "mkdir").unlink()
+    fresh.program("mkdir", f'[ -e "{asked}" ] || {{ echo >"{asked}"; exit 1; }}', then=shutil.which("mkdir"))
+    assert told(fresh.run())["prefix"] == str(fresh.venv)
+
+
+@pytest.mark.parametrize("owner", ["a number", "", None], ids=["", "as it wrote", "before it wrote"])
+def test_what_a_killed_set_up_left_holds_up_no_later_one(fresh, owner):
+    lock = fresh.folder / ".venv.lock"
+    lock.mkdir()
+    if owner is not None:
+        ended = subprocess.Popen([sys.executable, "-c", ""])
+        ended.wait(PATIENCE)
+        (lock / "owner").write_text(owner and f"{ended.pid}\n")
+    assert fresh.run().returncode == 0
+    assert not lock.exists()
