@@ -124,7 +124,10 @@ def write_program(path: Path, code: str, plan: dict[str, Any]) -> Path:
     """An executable of this system that runs `code` with `plan` and LEASH at hand; returns its path."""
     source = f"{LEASH}\nplan = json.loads({json.dumps(plan)!r})\n{code}"
     if not service.WINDOWS:
-        path.write_text(f"#!{sys.executable} -SE\n{source}", encoding="utf-8")
+        # Through sh, since the path of an interpreter in the first line cannot hold a space.
+        code_file = path.with_name(f"{path.name}.py")
+        code_file.write_text(source, encoding="utf-8")
+        path.write_text(f"#!/bin/sh\nexec '{sys.executable}' -SE '{code_file}' \"$@\"\n", encoding="utf-8")
         path.chmod(0o755)
         return path
     # A real .exe: pip's launcher, which runs the Python program that is zipped to its end.
