@@ -2081,7 +2081,7 @@ def test_swarmui_is_launched_in_its_folder_with_its_arguments(
 
 def test_an_executable_runs_in_the_folder_of_the_launch_scripts(make_launcher, swarmui_folder, leash):
     folder = swarmui_folder()
-    (program,) = (folder / "src" / "bin" / "live_release").iterdir()
+    program = folder / "src" / "bin" / "live_release" / ("SwarmUI.exe" if service.WINDOWS else "SwarmUI")
     make_launcher(swarmui_path=program).start()
     assert Path(leash.next().report["folder"]) == folder
 
