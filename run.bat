@@ -34,9 +34,9 @@ call :try python
 if defined python goto set_up
 set "code=1"
 if defined old (
-    echo run.bat: this computer's Python is too old: install 3.10 or newer from python.org, then start run.bat again.
+    >&2 echo run.bat: this computer's Python is too old: install 3.10 or newer from python.org, then start run.bat again.
 ) else (
-    echo run.bat: Python was not found: install 3.10 or newer from python.org, then start run.bat again.
+    >&2 echo run.bat: Python was not found: install 3.10 or newer from python.org, then start run.bat again.
 )
 goto end
 
