@@ -6,26 +6,28 @@ process under waitress; sessions and notifications live in Redis, or in SQLite w
 
 The rooms of this file, each under a banner, each knowing only those above it:
 
-    settings                one table: name, default, how it is read, what it means
-    errors                  the exceptions that mean an answer, each with its status
-    this system             everything that differs between Windows, Linux and macOS
-    stores                  the interface, then Redis and SQLite in the same order of methods
-    sessions and prompts    pure functions of a document: how many prompts, is it ready, its summary
-    notifications           what one is, which are valid, when a session announces one
-    GPU                     the parser (pure) and the monitor (one run at a time, kept 5 s)
-    SwarmUI                 the probe, what to launch, and the launcher that owns the start
-    authentication          who may call
-    HTTP application        the table of routes, the checking of input, create_app(...)
-    server                  sockets and waitress's settings
-    command line            serve, check
+    settings                    one table: name, default, how it is read, what it means
+    errors                      the exceptions that mean an answer, each with its status
+    this system                 everything that differs between Windows, Linux and macOS
+    stores: the interface       the dozen verbs that both have; then Redis and SQLite, in the same order
+    sessions and prompts        pure functions of a document: how many prompts, is it ready, its summary
+    notifications               what one is, which are valid, when a session announces one
+    GPU                         the parser (pure) and the monitor (one run at a time, kept 5 s)
+    SwarmUI: the probe          what answers at its URL, and whose pages it answers
+    SwarmUI: the launcher       what to launch, and the one owner of the start
+    authentication              tokens, permissions, trusted pages, names of this PC
+    HTTP application            what comes in; the handlers; the routes, one table; who answers
+    server                      sockets, waitress's settings with their reasons, the end in order
+    command line                serve, check, token
 
-The way of one poll: a socket of the server, the route in ROUTES, who calls (authentication), its handler,
+The way of one poll: a socket of the server, the routes of its path, who calls, the check of its input, its handler,
 a verb of the store, an Answer, JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
@@ -73,6 +75,7 @@ import waitress.task
 import waitress.wasyncore
 
 log = logging.getLogger("storyteller")
+log.addHandler(logging.NullHandler())  # until the service starts its log nobody is told
 
 # ======================================================================================================
 # Settings
@@ -185,6 +188,15 @@ def _origin_or_all(text: str) -> str:
     return text if text == "*" else _origin(text)
 
 
+def _one_of(*known: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text.lower() not in known:
+            raise ValueError(f"one of {', '.join(known)}")
+        return text.lower()
+
+    return read
+
+
 def _list(text: str) -> list[str]:
     """Separated by commas or spaces; `none` is an empty one."""
     return [] if text.lower() == "none" else re.findall(r"[^,\s]+", text)
@@ -237,6 +249,10 @@ class Settings:
     token_failures: int = _option(
         "STORYTELLER_TOKEN_FAILURES", 20, _whole(1, 1_000_000), "wrong tokens a minute that one address may send"
     )
+    log_level: str = _option(
+        "STORYTELLER_LOG_LEVEL", "info", _one_of("debug", "info", "warning", "error"), "debug shows each poll too"
+    )
+    log_format: str = _option("STORYTELLER_LOG_FORMAT", "text", _one_of("text", "json"), "text or json, a line each")
     redis_url: str | None = _option(
         "REDIS_URL", None, _redis_url, "the Redis to use; wins over the two below", secret=True
     )
@@ -609,6 +625,67 @@ def launch_detached(program: Path, arguments: Sequence[str], folder: Path, outpu
         os.close(log_file)
 
 
+def lock_file(path: Path) -> Any:
+    """The open file, locked until it is closed or this process ends; None when another process holds the lock.
+    What it contains can be read meanwhile."""
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - it stays open as long as the lock is held
+    try:
+        if WINDOWS:
+            import msvcrt
+
+            file.seek(1 << 20)  # past what is written: a locked byte could not be read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def process_identity(pid: int) -> str | None:
+    """What tells a process from a later one of the same number: when it started. None when there is none."""
+    try:
+        if WINDOWS:
+            return _windows_start_time(pid)
+        if MACOS:
+            command = ["ps", "-o", "lstart=", "-p", str(pid)]
+            found = subprocess.run(command, capture_output=True, timeout=5, check=False).stdout.strip()
+            return found.decode("ascii", "replace") or None
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        # After the name, which may hold spaces and parentheses: state, then 19 on, the start in ticks since boot.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else f"{boot} {fields[19]}"
+    except (OSError, IndexError, subprocess.TimeoutExpired):
+        return None
+
+
+def _windows_start_time(pid: int) -> str | None:
+    void, word = ctypes.c_void_p, ctypes.c_uint32
+    process = _win32("kernel32", "OpenProcess", void, word, word, word)(0x1000, 0, pid)  # ..._LIMITED_INFORMATION
+    if not process:
+        return None
+    times = (ctypes.c_uint64 * 4)()
+    each = [ctypes.byref(times, 8 * number) for number in range(4)]
+    code = word()
+    done = _win32("kernel32", "GetProcessTimes", word, void, void, void, void, void)(process, *each)
+    _win32("kernel32", "GetExitCodeProcess", word, void, void)(process, ctypes.byref(code))
+    _win32("kernel32", "CloseHandle", word, void)(process)
+    return str(times[0]) if done and code.value == 259 else None  # STILL_ACTIVE
+
+
+def descriptor_limit() -> int:
+    """How many sockets and files this process may hold; `select` on Windows takes 512 sockets."""
+    if WINDOWS:
+        return 512
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+
+
 def listen(address: str, port: int) -> socket.socket:
     """A listening socket that no other program shares. Raises OSError."""
     made = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
@@ -666,6 +743,14 @@ def prepare_console(title: str | None = None) -> None:
 # ======================================================================================================
 # Stores: the interface
 # ======================================================================================================
+
+
+def is_address(host: str) -> bool:
+    """An IP address, not a name."""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return False
+
 
 KEEP_MS = 7 * 24 * 3600 * 1000  # sessions, pending notifications and marks of acknowledgement: 7 days
 
@@ -832,6 +917,46 @@ end
 """
 
 
+class _BoundedConnect:
+    """Mixed into a connection of redis-py: looking a name up has no time-out of its own."""
+
+    def _connect(self) -> Any:
+        made: Future[Any] = Future()
+
+        def connect() -> None:
+            try:
+                made.set_result(super(_BoundedConnect, self)._connect())
+            except BaseException as error:
+                made.set_exception(error)
+
+        host = getattr(self, "host", None)
+        if host is None or is_address(host):
+            return super()._connect()
+        threading.Thread(target=connect, name="redis-connect", daemon=True).start()
+        try:
+            return made.result(timeout=RedisStore.CONNECT_TIMEOUT)
+        except concurrent.futures.TimeoutError:
+            made.add_done_callback(lambda late: late.exception() or late.result().close())
+            raise redis.TimeoutError("connecting took too long") from None
+
+
+class _Pool(redis.ConnectionPool):
+    """Connections that were idle for a while are made anew: they may have died silently (the PC slept)."""
+
+    IDLE = 5.0
+
+    def release(self, connection: Any) -> None:
+        connection.released = time.time()  # the clock on the wall goes on while the PC sleeps
+        super().release(connection)
+
+    def get_connection(self, *arguments: Any, **options: Any) -> Any:
+        connection = super().get_connection(*arguments, **options)
+        if not 0 <= time.time() - getattr(connection, "released", time.time()) < self.IDLE:
+            connection.disconnect()
+            connection.connect()
+        return connection
+
+
 _REDIS_CODES = r"\b(READONLY|OOM|MISCONF|BUSY|NOPERM|NOAUTH|WRONGPASS|LOADING|MASTERDOWN|WRONGTYPE)\b"
 
 
@@ -844,11 +969,26 @@ class RedisStore:
     INDEX, STORYART_INDEX = "storyteller:sessions", "storyart:sessions:index"
     NEWEST = "storyteller:newest"  # the newest time that a notification was given
 
+    # A call ends within 3 s, also where it has to connect first and Redis hangs.
+    CONNECT_TIMEOUT, ANSWER_TIMEOUT = 1.0, 1.5
+    CALLS_AT_ONCE = 24  # the others of the server's threads stay free for what needs no store
+    LOOK_INTERVAL = 1.0  # seconds between two looks for a Redis that is away
+
     def __init__(self, url: str, clock: Callable[[], int] = now_ms) -> None:
         # RESP2, since Redis 5 refuses HELLO 3. from_url, since Redis(...) retries, and sleeps in between.
-        self._redis: redis.Redis = redis.Redis.from_url(
-            url, protocol=2, socket_timeout=2, socket_connect_timeout=2, max_connections=256
+        pool = _Pool.from_url(
+            url,
+            protocol=2,
+            socket_timeout=self.ANSWER_TIMEOUT,
+            socket_connect_timeout=self.CONNECT_TIMEOUT,
+            max_connections=256,
         )
+        pool.connection_class = type("BoundedConnection", (_BoundedConnect, pool.connection_class), {})
+        self._redis: redis.Redis = redis.Redis(connection_pool=pool)
+        self._places = threading.BoundedSemaphore(self.CALLS_AT_ONCE)
+        self._lock = threading.Lock()
+        self._away = ""  # why Redis is known to be away; "" while it is not
+        self._closing = threading.Event()
         self._clock = clock
         options = self._redis.connection_pool.connection_kwargs
         options.update(decode_responses=False, protocol=2)  # the URL's own options would win
@@ -863,20 +1003,51 @@ class RedisStore:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
+        """Around each call: it fails at once while Redis is known to be away."""
+        if self._away:
+            raise self._unavailable(self._away)
+        if not self._places.acquire(timeout=0.1):
+            raise self._unavailable("too many calls wait for it")
         try:
             yield
         except (redis.RedisError, OSError, UnicodeError) as error:
             # Not the error's text: redis-py puts the command into it, session and all.
             code = re.search(_REDIS_CODES, str(error))
             reason = code[1] if code else type(error).__name__
-            raise Unavailable(f"Redis at {self.place} does not answer as it should ({reason}).", 1) from None
+            if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
+                self._lose(reason)
+            raise self._unavailable(reason) from None
+        finally:
+            self._places.release()
+
+    def _unavailable(self, reason: str) -> Unavailable:
+        return Unavailable(f"Redis at {self.place} does not answer as it should ({reason}).", 1)
+
+    def _lose(self, reason: str) -> None:
+        """Redis is away: look for it until it is back, or close() was called."""
+        with self._lock:
+            if self._away or self._closing.is_set():
+                return
+            self._away = reason
+        log.warning("store: Redis at %s is away (%s)", self.place, reason)
+        self._redis.connection_pool.disconnect(inuse_connections=False)
+        threading.Thread(target=self._look, name="redis-look", daemon=True).start()
+
+    def _look(self) -> None:
+        while not self._closing.wait(self.LOOK_INTERVAL):
+            with contextlib.suppress(redis.RedisError, OSError):
+                self._redis.ping()
+                self._away = ""
+                log.warning("store: Redis at %s is back", self.place)
+                return
 
     def ping(self) -> None:
         with self._errors():
             self._redis.ping()
 
     def close(self) -> None:
-        self._redis.close()
+        self._closing.set()
+        self._redis.connection_pool.disconnect()
 
     @staticmethod
     def _session_keys(timestamp: int) -> list[str]:
@@ -923,7 +1094,7 @@ class RedisStore:
                     yield found
                 elif math.isfinite(score):
                     keys = [*self._session_keys(int(score)), self.INDEX, self.STORYART_INDEX]
-                    with self._errors():
+                    with contextlib.suppress(Unavailable), self._errors():  # a replica takes no writes: read on
                         self._trim(keys=keys)
             if floor == -math.inf:
                 return
@@ -1064,6 +1235,7 @@ class SqliteStore:
         self._path = path
         self._clock = clock
         self._writer_lock = threading.Lock()
+        self._damaged = False  # seen at run time: the file is "malformed"
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()  # as many as threads that read at once
         self._closed = False
         try:
@@ -1087,6 +1259,9 @@ class SqliteStore:
 
     def _prepare(self) -> None:
         self._writer.execute("PRAGMA journal_mode = WAL")
+        damage = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if damage != "ok":
+            raise StartError(f"The store {self.place} is damaged ({damage}): move it away, or mend it.")
         with self._writing() as database:
             version = database.execute("PRAGMA user_version").fetchone()[0]
             if version > len(_SCHEMA_STEPS):
@@ -1101,6 +1276,7 @@ class SqliteStore:
         try:
             yield
         except sqlite3.Error as error:
+            self._damaged = self._damaged or "malformed" in str(error)
             raise Unavailable(f"The store {self.place} does not answer as it should ({error}).", 1) from None
 
     @contextlib.contextmanager
@@ -1136,6 +1312,8 @@ class SqliteStore:
             self._writer_lock.release()
 
     def ping(self) -> None:
+        if self._damaged:
+            raise Unavailable(f"The store {self.place} is damaged: stop the service, and move the file away.", 60)
         with self._reading() as database:
             database.execute("SELECT time FROM newest").fetchone()
 
@@ -1821,7 +1999,7 @@ class GpuMonitor:
 
 
 # ======================================================================================================
-# SwarmUI
+# SwarmUI: the probe
 # ======================================================================================================
 
 
@@ -1993,6 +2171,31 @@ def allow_page(found: Probe, settings: Settings) -> Started:
 _NOT_HERE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, 10047, 10049, 10051, 10065}
 
 
+# ======================================================================================================
+# SwarmUI: the launcher
+# ======================================================================================================
+
+LOG_LIMIT, LOGS_KEPT = 5_000_000, 3  # bytes of a log, and older ones beside it
+
+
+def shorten_log(path: Path) -> None:
+    """Copy a log that is too long, and empty it: SwarmUI holds it open and outlives us, so it cannot be moved.
+    Lines written in between are lost."""
+    try:
+        if path.stat().st_size <= LOG_LIMIT:
+            return
+        for number in range(LOGS_KEPT - 1, 0, -1):
+            older = path.with_name(f"{path.name}.{number}")
+            if older.exists():
+                os.replace(older, path.with_name(f"{path.name}.{number + 1}"))
+        shutil.copyfile(path, path.with_name(f"{path.name}.1"))
+        os.truncate(path, 0)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("swarmui: %s cannot be shortened (%s)", path, error.strerror)
+
+
 class LaunchError(Exception):
     """Why SwarmUI did not start, for the end of "SwarmUI failed to start: "."""
 
@@ -2061,11 +2264,22 @@ def last_lines(path: Path, since: int, count: int = 5) -> str:
     return " | ".join([line for line in printable if line][-count:])
 
 
+class FoundProcess:
+    """A process that an earlier run of this service launched. How it ended cannot be known: that counts as 0."""
+
+    def __init__(self, pid: int, identity: str) -> None:
+        self.pid = pid
+        self._identity = identity
+
+    def poll(self) -> int | None:
+        return None if process_identity(self.pid) == self._identity else 0
+
+
 @dataclass(frozen=True)
 class _Launch:
     """A process that was launched, when (monotonic seconds), and where its part of the log begins."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | FoundProcess
     at: float
     log_start: int
 
@@ -2080,10 +2294,11 @@ class SwarmUILauncher:
         self._output = settings.data_dir / "swarmui.log"
         self._lock = threading.Lock()
         self._attempt: Future[Started] | None = None
-        self._launch: _Launch | None = None  # the last one; only the attempt's thread touches it
+        self._record = settings.data_dir / "swarmui.json"
+        self._launch: _Launch | None = self._find_launch()  # the last one; only the attempt's thread touches it
         self._failure = ""  # why the last launch failed; likewise
         self._wake = threading.Event()  # the process ended, or close() was called
-        self._closed = False
+        self._closed = threading.Event()
 
     def start(self) -> Started:
         """Return once SwarmUI answers. Raises Fault with what went wrong, TooSoon between two launches."""
@@ -2096,8 +2311,37 @@ class SwarmUILauncher:
 
     def close(self) -> None:
         """End an attempt that waits. SwarmUI goes on."""
-        self._closed = True
+        self._closed.set()
         self._wake.set()
+
+    def keep_log_short(self) -> None:
+        """Look at SwarmUI's log about once a second, in a thread that ends with close()."""
+
+        def look() -> None:
+            while not self._closed.wait(1.0):
+                shorten_log(self._output)
+
+        threading.Thread(target=look, name="swarmui-log", daemon=True).start()
+
+    def _find_launch(self) -> _Launch | None:
+        """What an earlier run launched, when it is alive still: it may be starting, and must not be launched twice."""
+        try:
+            kept = json.loads(self._record.read_text(encoding="utf-8"))
+            pid, identity = int(kept["pid"]), str(kept["identity"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        if process_identity(pid) != identity:
+            return None
+        log.info("swarmui: found process %d, which was launched before", pid)
+        return _Launch(FoundProcess(pid, identity), -math.inf, 0)
+
+    def _keep_launch(self, pid: int) -> None:
+        try:
+            draft = self._record.with_suffix(".new")
+            draft.write_text(json.dumps({"pid": pid, "identity": process_identity(pid)}), encoding="utf-8")
+            os.replace(draft, self._record)
+        except OSError as error:
+            log.warning("swarmui: %s cannot be written (%s)", self._record, error.strerror)
 
     def _run(self, attempt: Future[Started]) -> None:
         try:
@@ -2132,6 +2376,7 @@ class SwarmUILauncher:
             wait = self._settings.start_interval - (now - self._launch.at)
             why = f" ({self._failure})" if self._failure else ""
             raise TooSoon(f"SwarmUI was launched a moment ago{why}: ask again in {math.ceil(wait)} s.", wait)
+        shorten_log(self._output)
         try:
             log_start = self._output.stat().st_size if self._output.exists() else 0
             process = launch_detached(plan.program, plan.arguments, plan.folder, self._output)
@@ -2140,6 +2385,7 @@ class SwarmUILauncher:
             raise LaunchError(f"{plan.program} cannot be launched ({reason}): check SWARMUI_PATH") from None
         log.info("swarmui: launched %s as process %d", plan.program, process.pid)
         self._launch, self._failure = _Launch(process, now, log_start), ""
+        self._keep_launch(process.pid)
         # Waits as long as the process lives, so that its end is seen at once and leaves no zombie.
         threading.Thread(target=self._watch, args=[process], name="swarmui-watch", daemon=True).start()
         return self._launch
@@ -2167,7 +2413,7 @@ class SwarmUILauncher:
     def _pause(self, launch: _Launch, until: float) -> None:
         """Until the next probe is due. Raises LaunchError when the process fails meanwhile, or the service stops."""
         while True:
-            if self._closed:
+            if self._closed.is_set():
                 raise Unavailable("SwarmUI failed to start: the service is stopping.", 5)
             code = launch.process.poll()
             if code:  # 0 counts as a wrapper that went to the background: it may still come
@@ -2356,9 +2602,7 @@ def is_own_host(host: str | None, settings: Settings) -> bool:
     if not found:
         return False
     name = found[1].strip("[]").lower()
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(name))
-    return name in ("localhost", settings.host.lower(), *settings.allowed_hosts)
+    return is_address(name) or name in ("localhost", settings.host.lower(), *settings.allowed_hosts)
 
 
 def own_token(settings: Settings) -> str:
@@ -2404,6 +2648,7 @@ class Parts:
     notifications: Notifications
     authenticator: Authenticator
     waiting_starts: threading.Semaphore
+    large_bodies: threading.Lock
 
 
 @dataclass(frozen=True)
@@ -2560,8 +2805,13 @@ def read_body(environ: Mapping[str, Any]) -> bytes:
     return environ["wsgi.input"].read(length)
 
 
-def read_call(route: Route, environ: Mapping[str, Any], path: Mapping[str, str], **known: Any) -> Call:
-    """The request as the route declares it. Raises BadRequest, TooLarge, NotJson."""
+LARGE_BODY = 4 * 1024 * 1024  # bytes; parsing one holds every other thread up, so one at a time
+
+
+def read_call(
+    route: Route, environ: Mapping[str, Any], path: Mapping[str, str], large_bodies: threading.Lock, **known: Any
+) -> Call:
+    """The request as the route declares it. Raises BadRequest, TooLarge, NotJson, Unavailable."""
     found, query = read_path(environ, path), read_query(environ, route.query)
     if route.body is None:
         return Call(**known, path=found, query=query)
@@ -2569,10 +2819,16 @@ def read_call(route: Route, environ: Mapping[str, Any], path: Mapping[str, str],
     if kind != "application/json":
         raise NotJson("The body: expected Content-Type application/json.")
     raw = read_body(environ)
+    large = len(raw) > LARGE_BODY
+    if large and not large_bodies.acquire(timeout=30):
+        raise Unavailable("Other large bodies are being read: ask again.", 5)
     try:
         value = parse_json(raw, from_request=True)
     except ValueError as fault:
         raise BadRequest(f"The body: expected a JSON object ({fault}).") from None
+    finally:
+        if large:
+            large_bodies.release()
     return Call(**known, path=found, query=query, body=check_body(value, route.body), raw_body=raw)
 
 
@@ -3094,6 +3350,21 @@ COMMON_HEADERS: Mapping[str, str] = {
 }
 
 
+def request_id_of(environ: Mapping[str, Any]) -> str:
+    """A caller's own, when it is one that a log can hold; else a new one."""
+    given = str(environ.get("HTTP_X_REQUEST_ID", ""))
+    return given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else secrets.token_hex(8)
+
+
+def log_request(environ: Mapping[str, Any], request_id: str, subject: str, status: int, began: float) -> None:
+    """One line a request: polls are many, so they are shown only when asked for."""
+    level = logging.DEBUG if status < 400 and environ["REQUEST_METHOD"] in ("GET", "HEAD", "OPTIONS") else logging.INFO
+    if log.isEnabledFor(level):
+        ms = (time.monotonic() - began) * 1000
+        path = environ.get("bottle.raw_path", "")
+        log.log(level, "http: %s %s %d %s %.1f ms %s", environ["REQUEST_METHOD"], path, status, subject, ms, request_id)
+
+
 def known_origin(origin: str | None, settings: Settings) -> str | None:
     """The origin of a page that may read our answers, else None."""
     return origin if origin in (*settings.cors_origins, *settings.trusted_origins) else None
@@ -3144,59 +3415,54 @@ def create_app(
             raise ValueError(f"{route.method} {route.path} names no permission")
     authenticator = Authenticator(settings, store)
     waiting_starts = threading.BoundedSemaphore(WAITING_STARTS)
-    parts = Parts(settings, store, gpu, swarmui, Notifications(store), authenticator, waiting_starts)
+    parts = Parts(settings, store, gpu, swarmui, Notifications(store), authenticator, waiting_starts, threading.Lock())
 
     def check_host(environ: Mapping[str, Any]) -> None:
         if not is_own_host(environ.get("HTTP_HOST"), settings):
             raise Misdirected("The Host header names another machine: add its name to STORYTELLER_ALLOWED_HOSTS.")
 
-    def run(route: Route, environ: Mapping[str, Any], path: Mapping[str, str], origin: str | None) -> Answer:
-        if stopping and stopping.is_set():
-            raise Unavailable("The service is stopping: ask again.", 5)
-        check_host(environ)
-        caller = None
-        if route.permission != "open":
-            caller = authenticator.identify(environ)
-            if not caller.may(route.permission):
-                raise Forbidden(f"This token lacks the permission {route.permission}.")
-        return route.handler(parts, read_call(route, environ, path, caller=caller, origin=origin))
+    def run(route: Route, caller: Caller | None, path: Mapping[str, str], origin: str | None) -> Answer:
+        if caller and not caller.may(route.permission):
+            raise Forbidden(f"This token lacks the permission {route.permission}.")
+        environ = bottle.request.environ
+        call = read_call(route, environ, path, parts.large_bodies, caller=caller, origin=origin)
+        return route.handler(parts, call)
 
-    def answer_path(routes: Mapping[str, Route], **path: str) -> bottle.HTTPResponse:
+    def answer(routes: Mapping[str, Route], **path: str) -> bottle.HTTPResponse:
+        """The way of every request; `routes` are those of its path, by their methods."""
+        began = time.monotonic()
         environ = bottle.request.environ
         origin = known_origin(environ.get("HTTP_ORIGIN"), settings)
-        method = environ["REQUEST_METHOD"]
+        method, request_id = environ["REQUEST_METHOD"], request_id_of(environ)
         route = routes.get("GET" if method == "HEAD" else method)
-        shape = route.error_shape if route else {}
+        subject = "-"
         try:
+            if stopping and stopping.is_set():
+                raise Unavailable("The service is stopping: ask again.", 5)
+            if not is_own_host(environ.get("HTTP_HOST"), settings):
+                raise Misdirected("The Host header names another machine: add its name to STORYTELLER_ALLOWED_HOSTS.")
+            caller = None
+            asks_first = method == "OPTIONS" and routes
+            if not asks_first and (route is None or route.permission != "open"):
+                caller = authenticator.identify(environ)
+                subject = caller.subject
             if route:
-                answer = run(route, environ, path, origin)
+                found = run(route, caller, path, origin)
+            elif asks_first:
+                found = preflight(environ, origin, sorted(routes))
+            elif routes:
+                allow = {"Allow": ", ".join(sorted(routes))}
+                found = Answer({"error": "Method not allowed on this path."}, 405, allow)
             else:
-                check_host(environ)
-                if method == "OPTIONS":
-                    answer = preflight(environ, origin, sorted(routes))
-                else:
-                    authenticator.identify(environ)
-                    allow = {"Allow": ", ".join(sorted(routes))}
-                    answer = Answer({"error": "Method not allowed on this path."}, 405, allow)
+                found = Answer({"error": "Not found: there is no such path."}, 404)
         except Fault as fault:
-            answer = error_answer(shape, fault)
+            found = error_answer(route.error_shape if route else {}, fault)
         except Exception:
-            log.exception("http: %s %s failed", method, route.path if route else "")
-            answer = Answer({"error": "Internal server error"}, 500)
-        return bottle.HTTPResponse(to_bytes(answer), answer.status, {**headers_for(origin), **answer.headers})
-
-    def answer_unrouted(error: bottle.HTTPError) -> bottle.HTTPResponse:
-        """A path that is none of ours, for which a token is needed too."""
-        environ = bottle.request.environ
-        origin = known_origin(environ.get("HTTP_ORIGIN"), settings)
-        try:
-            check_host(environ)
-            authenticator.identify(environ)
-            text = "Not found: there is no such path." if error.status_code == 404 else "Internal server error"
-            answer = Answer({"error": text}, error.status_code)
-        except Fault as fault:
-            answer = error_answer({}, fault)
-        return bottle.HTTPResponse(to_bytes(answer), answer.status, {**headers_for(origin), **answer.headers})
+            log.exception("http: %s %s failed, request %s", method, route.path if route else "", request_id)
+            found = Answer({"error": "Internal server error"}, 500)
+        log_request(environ, request_id, subject, found.status, began)
+        headers = {**headers_for(origin), **found.headers, "X-Request-Id": request_id}
+        return bottle.HTTPResponse(to_bytes(found), found.status, headers)
 
     app = bottle.Bottle()
     by_path: dict[str, dict[str, Route]] = {}
@@ -3204,8 +3470,8 @@ def create_app(
         by_path.setdefault(route.path, {})[route.method] = route
     for path, routes in by_path.items():
         # One callback for every method: so a fixed path wins over one with a parameter whatever the method is.
-        app.route(path, "ANY", functools.partial(answer_path, routes))
-    app.default_error_handler = answer_unrouted
+        app.route(path, "ANY", functools.partial(answer, routes))
+    app.default_error_handler = lambda error: answer({})  # Bottle's own are paths that are none of ours
     return app
 
 
@@ -3213,16 +3479,28 @@ def create_app(
 # Server
 # ======================================================================================================
 
+CONNECTIONS = min(450, descriptor_limit() - 100)  # below what `select` on Windows takes, files and Redis beside them
+STUCK = 60.0  # seconds for a request to be whole, and for a client that takes nothing of its answer
+
 WAITRESS: Mapping[str, Any] = {
-    # A thread costs 150 KB. Half of them may wait for SwarmUI; the others serve calls that end at once.
+    # A thread costs 150 KB. Half of them may wait for SwarmUI, 24 more for Redis; the others serve what ends at once.
     "threads": 2 * WAITING_STARTS,
-    "connection_limit": 450,  # select on Windows takes 512 sockets at most
+    # At its limit waitress leaves new clients unanswered; ours is below it, and lets idle ones go first.
+    "connection_limit": CONNECTIONS + 40,
+    "backlog": 1024,
     "channel_timeout": 120,  # seconds that a kept connection may be idle
+    "cleanup_interval": 30,
+    "max_request_header_size": 64 * 1024,  # browsers send 16 KiB at most
     # Above our own limit: waitress refuses with a reset, the application with a 413 that says why.
     "max_request_body_size": MAX_BODY + 16 * 1024 * 1024,
+    # What is smaller stays in memory: a full temporary folder must not hold up a session.
+    "inbuf_overflow": 9 * 1024 * 1024,
+    "outbuf_overflow": 9 * 1024 * 1024,
+    "recv_bytes": 64 * 1024,  # an 850 KB session in 14 reads instead of 104
     "ident": None,  # no Server header
     "clear_untrusted_proxy_headers": False,  # a request that came through a proxy is never trusted: see them
     "asyncore_use_poll": hasattr(select, "poll"),  # select ends the service at a descriptor past 1023
+    "log_socket_errors": False,  # a client that leaves is no error
 }
 
 
@@ -3284,13 +3562,40 @@ def make_channel_class(settings: Settings) -> type[waitress.channel.HTTPChannel]
             body = to_bytes(Answer({"error": f"{error.reason}: {error.body}"}))
             self.status = f"{error.code} {error.reason}"
             origin = known_origin(self.request.headers.get("ORIGIN"), settings)
-            self.response_headers.extend(headers_for(origin).items())
+            headers = {**headers_for(origin), "X-Request-Id": secrets.token_hex(8)}
+            log.info("http: refused %d %s %s", error.code, error.reason, headers["X-Request-Id"])
+            self.response_headers.extend(headers.items())
             self.set_close_on_finish()
             self.content_length = len(body)
             self.write(body)
 
     class Channel(waitress.channel.HTTPChannel):
         error_task_class = JsonErrorTask
+        begun: float | None = None  # when the first byte came of a request that is not whole yet
+        taken: float | None = None  # when the client last took something of its answer
+
+        def received(self, data: bytes) -> bool:
+            result = super().received(data)
+            if self.request is None:
+                self.begun = None
+            elif self.begun is None:
+                self.begun = time.monotonic()
+            return result
+
+        def send(self, data: bytes, do_close: bool = True) -> int:
+            sent = super().send(data, do_close)
+            if sent:
+                self.taken = time.monotonic()
+            return sent
+
+        def is_idle(self) -> bool:
+            return not (self.requests or self.total_outbufs_len or self.begun)
+
+        def is_stuck(self, now: float) -> bool:
+            if not self.total_outbufs_len:
+                self.taken = now
+            since = min(self.begun or now, self.taken or now)
+            return now - since >= STUCK
 
     return Channel
 
@@ -3317,8 +3622,12 @@ class Server:
 
     def run(self) -> None:
         """Serve until stop() is called."""
+        swept = time.monotonic()
         while self._grace is None:
             self._turn(1.0)
+            if len(self._map) > CONNECTIONS or time.monotonic() - swept >= 1.0:
+                swept = time.monotonic()
+                self._sweep(swept)
         for listener in self._listeners():
             listener.accepting = False
             listener.socket.close()
@@ -3328,6 +3637,17 @@ class Server:
             self._turn(0.05)
         self._server.task_dispatcher.shutdown(timeout=0.5)
         waitress.wasyncore.close_all(self._map)
+
+    def _sweep(self, now: float) -> None:
+        """Close what waitress's own time-outs miss (a byte a second, a client that stopped reading), and near the
+        limit of connections those that are idle longest."""
+        channels = [one for one in self._map.values() if isinstance(one, waitress.channel.HTTPChannel)]
+        for channel in channels:
+            if channel.is_stuck(now):
+                channel.handle_close()
+        idle = sorted((one for one in channels if one.is_idle()), key=lambda one: one.last_activity)
+        for channel in idle[: max(0, len(self._map) - CONNECTIONS)]:
+            channel.handle_close()
 
     def _turn(self, seconds: float) -> None:
         """One round of waitress's loop."""
@@ -3356,17 +3676,55 @@ def prepare_data_dir(path: Path) -> None:
         ) from None
 
 
-def start_logging(path: Path) -> None:
-    """Everything into the file, 5 MB and three older ones; warnings to the console too. Raises StartError."""
+class LogFormatter(logging.Formatter):
+    """A line a record, as text or as JSON; what would break a line or a terminal is escaped."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self._as_json = as_json
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = re.sub(
+            r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], record.message
+        )
+        return super().formatMessage(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if not self._as_json:
+            return text
+        line = {"time": record.asctime, "level": record.levelname, "message": record.message}
+        if record.exc_text:
+            line["traceback"] = record.exc_text
+        return json.dumps(line, ensure_ascii=False)
+
+
+def own_data_dir(settings: Settings) -> Any:
+    """Take the data folder for this process: the open lock file, to be closed at the end. Raises StartError when
+    another service has it."""
+    path = settings.data_dir / "running"
+    file = lock_file(path)
+    if file is None:
+        where = path.read_text(encoding="utf-8").strip() or "an address that it has not told yet"
+        raise StartError(
+            f"The data folder {settings.data_dir} is in use by the service at {where}: use that one, stop it, or set "
+            "STORYTELLER_DATA_DIR."
+        )
+    return file
+
+
+def start_logging(path: Path, settings: Settings) -> None:
+    """Into the file, 5 MB and three older ones; warnings to the console too. Raises StartError."""
     try:
-        file = logging.handlers.RotatingFileHandler(path, maxBytes=5_000_000, backupCount=3, encoding="utf-8")
+        file = logging.handlers.RotatingFileHandler(path, maxBytes=LOG_LIMIT, backupCount=LOGS_KEPT, encoding="utf-8")
     except OSError as error:
         raise StartError(f"The log {path} cannot be written ({error.strerror}): move it away, or mend it.") from None
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    file.setFormatter(LogFormatter(as_json=settings.log_format == "json"))
     console = logging.StreamHandler()
     console.setLevel(logging.WARNING)
     console.setFormatter(logging.Formatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[file, console], force=True)
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[file, console], force=True)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of each request that waits for a moment
     logging.raiseExceptions = False  # a log that cannot be written must not spoil what it tells of
 
 
@@ -3385,7 +3743,8 @@ def describe_swarmui(settings: Settings) -> str:
 def serve(settings: Settings) -> int:
     """Run until told to stop. Raises StartError."""
     prepare_data_dir(settings.data_dir)
-    start_logging(settings.data_dir / "storyteller.log")
+    running = own_data_dir(settings)
+    start_logging(settings.data_dir / "storyteller.log", settings)
     token_place = "STORYTELLER_API_TOKEN" if settings.api_token else str(token_path(settings))
     settings = dataclasses.replace(settings, api_token=own_token(settings))
     stopping, ended = threading.Event(), threading.Event()
@@ -3405,10 +3764,15 @@ def serve(settings: Settings) -> int:
 
             handler = on_end_signal(stop, ended)
             port = sockets[0].getsockname()[1]
+            running.truncate(0)
+            running.write(url_of(settings, port))
+            running.flush()
+            swarmui.keep_log_short()
             greet(settings, store, port, token_place)
             log.info("server: listening on %s", url_of(settings, port))
             server.run()
     log.info("server: stopped")
+    running.close()
     ended.set()
     del handler
     return 0

@@ -549,6 +549,8 @@ def test_what_is_not_set_has_its_default(tmp_path):
         "STORYTELLER_ALLOWED_HOSTS": (),
         "STORYTELLER_TOKEN_FAILURES": 20,
         "SWARMUI_ALLOW_ORIGIN": None,
+        "STORYTELLER_LOG_LEVEL": "info",
+        "STORYTELLER_LOG_FORMAT": "text",
         "REDIS_URL": None,
         "REDIS_HOST": None,
         "REDIS_PORT": None,
@@ -3899,7 +3901,7 @@ def test_a_redis_that_is_away_at_the_start_is_waited_for(start_service, module_c
 
     with socket.create_server(("127.0.0.1", port)) as back:
         threading.Thread(target=relay, args=[back, known], daemon=True).start()
-        assert made.call("GET", "/api/v1/session/1/prompts-status")[0] == 404
+        wait_until(lambda: made.call("GET", "/api/v1/session/1/prompts-status")[0] == 404)
 
 
 def read_check(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
