@@ -61,7 +61,7 @@ take_lock() {
             rm -rf "$lock"
             continue
         fi
-        [ $waited -gt 0 ] || echo "Another start is setting up: waiting for it."
+        [ $waited -gt 0 ] || echo "Another start is setting up: waiting for it." >&2
         [ $waited -lt 600 ] || fail "Another start has been setting up for 10 minutes: end it, then try again."
         sleep 1
         waited=$((waited + 1))
@@ -80,7 +80,7 @@ set_up() {
     rm -f "$stamp" || fail "The folder $venv cannot be written: give it to your user, or remove it."
     wanted=$("$name" -c 'import sys; print(sys.version, sys.base_prefix)')
     if [ "$("$venv/bin/python" -c 'import sys, pip; print(sys.version, sys.base_prefix)' 2>/dev/null)" != "$wanted" ]; then
-        echo "Setting up: making .venv with Python $("$name" -c 'import platform; print(platform.python_version())')."
+        echo "Setting up: making .venv with Python $("$name" -c 'import platform; print(platform.python_version())')." >&2
         output=$("$name" -m venv --clear "$venv" 2>&1) || {
             case $output in
             *ensurepip* | *"No module named venv"*) fail "Python's venv is missing: install it (on Debian and Ubuntu: sudo apt install python3-venv)." ;;
@@ -88,7 +88,7 @@ set_up() {
             esac
         }
     fi
-    echo "Setting up: installing the packages of requirements.txt, which takes up to a minute."
+    echo "Setting up: installing the packages of requirements.txt, which takes up to a minute." >&2
     "$venv/bin/python" -m pip install --disable-pip-version-check --quiet -r "$here/requirements.txt" ||
         fail "The packages could not be installed: see above, check the internet connection, then try again."
     "$venv/bin/python" -c "$stamp_code" "$here/requirements.txt" "$stamp" write

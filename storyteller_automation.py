@@ -139,8 +139,8 @@ def _program(text: str) -> str:
 
 
 def _token(text: str) -> str:
-    if not re.fullmatch(r"[!-~]{16,1024}", text):
-        raise ValueError("16 to 1024 printable ASCII characters without spaces")
+    if not re.fullmatch(r"[!-+\--~]{16,1024}", text):
+        raise ValueError("16 to 1024 printable ASCII characters without spaces or commas")
     return text
 
 
@@ -173,13 +173,17 @@ def _http_url(text: str) -> str:
     return text.rstrip("/")
 
 
-_ORIGIN = r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?"
-
-
 def _origin(text: str) -> str:
     """One origin, exactly as browsers send it: what differs from that would never match."""
-    fits = re.fullmatch(_ORIGIN, text) and not re.fullmatch(r"http://.*:80|https://.*:443", text)
-    if not fits:
+    found = re.fullmatch(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([1-9][0-9]{0,4}))?", text)
+    good = found and int(found[3] or 1) < 65536 and (found[1], found[3]) not in (("http", "80"), ("https", "443"))
+    if good and re.search(r"\]$|(^|\.)[0-9]+\.?$", found[2]):  # an address has one spelling
+        try:
+            address = ipaddress.ip_address(found[2].strip("[]"))
+            good = found[2] == (f"[{address.compressed}]" if address.version == 6 else str(address))
+        except ValueError:
+            good = False
+    if not good or ".." in found[2]:
         raise ValueError("an origin as browsers send it, like http://localhost:3000, without a slash at its end")
     return text
 
@@ -207,7 +211,10 @@ def _origins(text: str) -> tuple[str, ...]:
 
 
 def _hosts(text: str) -> tuple[str, ...]:
-    return tuple(_host(one).lower() for one in _list(text))
+    names = tuple(_host(one).lower() for one in _list(text))
+    if any(":" in name for name in names):
+        raise ValueError("names without ports")  # any port is allowed; an IP address need not be named
+    return names
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -1494,6 +1501,11 @@ def parse_json(data: bytes, *, from_request: bool = False) -> Any:
             raise ValueError(f"the number {text[:40]} is too large")
         return number
 
+    def whole(text: str) -> int:
+        if len(text) > 300:  # it may be too large for a double, as which JavaScript reads it
+            finite(text)
+        return int(text)
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
@@ -1505,6 +1517,7 @@ def parse_json(data: bytes, *, from_request: bool = False) -> Any:
             data.decode("utf-8"),
             parse_constant=refuse,
             parse_float=finite,
+            parse_int=whole,
             object_pairs_hook=unique if from_request else None,
         )
         if re.search(rb"\\u[dD][89a-fA-F]", data):
@@ -2012,6 +2025,7 @@ class Probe:
     words: str
     session_id: str = ""  # what SwarmUI gave when it is ready
     allow_origin: str | None = None  # whose pages SwarmUI answers
+    url: str = ""  # where it answered
 
 
 @dataclass(frozen=True)
@@ -2139,7 +2153,8 @@ def _probe_one(url: str, settings: Settings) -> Probe:
         answer = {}
     session_id = answer.get("session_id")
     if reply.status == 200 and isinstance(session_id, str):
-        return Probe(True, True, "SwarmUI answers", session_id, reply.headers.get("Access-Control-Allow-Origin"))
+        allow_origin = reply.headers.get("Access-Control-Allow-Origin")
+        return Probe(True, True, "SwarmUI answers", session_id, allow_origin, url)
     text = answer.get("error") or answer.get("error_id") or reply.body.decode("utf-8", "replace")
     words = f"{where} answered {reply.status}: {' '.join(str(text).split())[:200]}"
     if "unauthorized" in words.lower() or reply.status == 401:
@@ -2156,7 +2171,7 @@ def allow_page(found: Probe, settings: Settings) -> Started:
     instead = f" instead of {before}" if before else ""
     change = {"session_id": found.session_id, "settings": {"Network.AccessControlAllowOrigin": wanted}}
     try:
-        call_swarmui(settings.swarmui_api_url, "ChangeServerSettings", change, settings)
+        call_swarmui(found.url, "ChangeServerSettings", change, settings)
     except (OSError, http.client.HTTPException) as error:
         log.warning("swarmui: its answer to ChangeServerSettings is missing (%s)", type(error).__name__)
     after = probe(settings).allow_origin  # its own `success` proves nothing
@@ -2481,7 +2496,8 @@ def read_token(digest: str, record: bytes) -> Caller | None:
     try:
         value = parse_json(record)
         subject, permissions, expires = value["subject"], value["permissions"], value["expiresAt"]
-    except (ValueError, TypeError, KeyError):
+        iso_time(int(expires))
+    except (ValueError, TypeError, KeyError, OverflowError):
         return None
     good = isinstance(subject, str) and re.fullmatch(SUBJECT_PATTERN, subject) and is_whole(expires)
     if not good or not isinstance(permissions, list) or not all(one in PERMISSIONS for one in permissions):
@@ -2516,7 +2532,12 @@ class Authenticator:
         if header is not None and "," in header:
             raise BadRequest("Authorization: expected one header.")  # two of them arrive as one
         found = re.fullmatch(r"[Bb][Ee][Aa][Rr][Ee][Rr] +(\S+)", (header or "").strip(" \t"))
-        caller = self._by_token(found[1]) if found else None
+        try:
+            caller = self._by_token(found[1]) if found else None
+        except Unavailable:
+            if not self._by_origin(environ):  # a trusted page needs no store, whatever token it sends
+                raise
+            caller = None
         caller = caller or self._by_origin(environ)
         if caller:
             return caller
@@ -2531,7 +2552,12 @@ class Authenticator:
             self._revoked[digest] = None
             self._known.pop(digest, None)
             _bound(self._revoked)
-        self._store.revoke_token(digest)
+        try:
+            self._store.revoke_token(digest)
+        except Unavailable:
+            with self._lock:
+                self._revoked.pop(digest, None)  # it is not revoked: the caller asks again
+            raise
 
     def _by_token(self, token: str) -> Caller | None:
         # Bytes, since compare_digest refuses text beyond ASCII, which a header may hold.
@@ -2553,7 +2579,9 @@ class Authenticator:
         except Unavailable:
             if before is None:
                 raise
-            return before  # known already: it goes on while the store is away
+            with self._lock:
+                self._known[digest] = (at, before)  # it goes on while the store is away
+            return before
         caller = read_token(digest, record) if record is not None else None
         with self._lock:
             self._known.pop(digest, None)
@@ -2701,6 +2729,8 @@ def _expected(schema: Schema) -> str:
         return f"a string of {schema.get('minLength', 0)} to {schema['maxLength']} characters" + (
             f" of the pattern {schema['pattern']}" if "pattern" in schema else ""
         )
+    if schema.get("minItems"):
+        return f"an array of at least {schema['minItems']}"
     return {"string": "a string", "object": "a JSON object", "array": "an array"}.get(
         schema.get("type"), "it otherwise"
     )
@@ -2791,10 +2821,9 @@ def read_query(environ: Mapping[str, Any], declared: Mapping[str, Schema]) -> di
         raise BadRequest("The query: expected at most 100 parameters in UTF-8.") from None
     given: dict[str, Any] = {}
     for name, text in pairs:
-        if name in given:
-            raise BadRequest(f"{name} is given twice.")
-        if name in declared:
-            given[name] = check_text(name, text, declared[name])
+        if name in given or not text:
+            raise BadRequest(f"{name}: expected one value.")
+        given[name] = check_text(name, text, declared[name]) if name in declared else text
     return {name: given.get(name, schema["default"]) for name, schema in declared.items()}
 
 
@@ -2872,7 +2901,8 @@ def swarmui_start(parts: Parts, call: Call) -> Answer:
     finally:
         parts.waiting_starts.release()
     settings, message = parts.settings, started.message
-    if call.origin and started.allow_origin not in ("*", call.origin):
+    told = settings.swarmui_allow_origin in ("*", call.origin)
+    if call.origin and not told and started.allow_origin not in ("*", call.origin):
         message += (
             f"; but pages of {call.origin} cannot see it, since it answers "
             f"{started.allow_origin or 'no page'}: set SWARMUI_ALLOW_ORIGIN"
@@ -3165,10 +3195,12 @@ _TOKEN_WANTED: Schema = {
 }
 
 _CHECK_QUERY: Mapping[str, Schema] = {
-    "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
-    "type": {"type": "string", "enum": [*TOTALS, "all"], "default": "prompts_ready"},
+    "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100, "example": 100},
+    "type": {"type": "string", "enum": [*TOTALS, "all"], "default": "prompts_ready", "example": "all"},
 }
-_LIST_QUERY: Mapping[str, Schema] = {"limit": {"type": "integer", "minimum": 1, "maximum": 200, "default": 20}}
+_LIST_QUERY: Mapping[str, Schema] = {
+    "limit": {"type": "integer", "minimum": 1, "maximum": 200, "default": 20, "example": 5}
+}
 
 _GPU: Schema = _object(
     available=_FLAG,
@@ -3305,10 +3337,9 @@ def describe_api() -> dict[str, Any]:
             "operationId": route.handler.__name__,
             "parameters": parameters,
             "responses": answers,
+            "x-permission": route.permission,
             "security": [] if route.permission == "open" else [{"token": []}],
         }
-        if route.permission != "open":
-            operation["x-permission"] = route.permission
         if route.body is not None:
             required = route.body.get("required", ())
             nullable = {
@@ -3437,19 +3468,20 @@ def create_app(
         route = routes.get("GET" if method == "HEAD" else method)
         subject = "-"
         try:
-            if stopping and stopping.is_set():
+            if stopping and stopping.is_set() and not (route and route.permission == "open"):
                 raise Unavailable("The service is stopping: ask again.", 5)
             if not is_own_host(environ.get("HTTP_HOST"), settings):
                 raise Misdirected("The Host header names another machine: add its name to STORYTELLER_ALLOWED_HOSTS.")
             caller = None
-            asks_first = method == "OPTIONS" and routes
+            asks_first = method == "OPTIONS"
             if not asks_first and (route is None or route.permission != "open"):
                 caller = authenticator.identify(environ)
                 subject = caller.subject
             if route:
                 found = run(route, caller, path, origin)
             elif asks_first:
-                found = preflight(environ, origin, sorted(routes))
+                # Of a path that is none of ours too: else the page would never see the 404.
+                found = preflight(environ, origin, sorted(routes or {"GET", "POST", "PUT", "DELETE"}))
             elif routes:
                 allow = {"Allow": ", ".join(sorted(routes))}
                 found = Answer({"error": "Method not allowed on this path."}, 405, allow)
@@ -3459,7 +3491,7 @@ def create_app(
             found = error_answer(route.error_shape if route else {}, fault)
         except Exception:
             log.exception("http: %s %s failed, request %s", method, route.path if route else "", request_id)
-            found = Answer({"error": "Internal server error"}, 500)
+            found = Answer({**(route.error_shape if route else {}), "error": "Internal server error"}, 500)
         log_request(environ, request_id, subject, found.status, began)
         headers = {**headers_for(origin), **found.headers, "X-Request-Id": request_id}
         return bottle.HTTPResponse(to_bytes(found), found.status, headers)
@@ -3559,7 +3591,8 @@ def make_channel_class(settings: Settings) -> type[waitress.channel.HTTPChannel]
     class JsonErrorTask(waitress.task.ErrorTask):
         def execute(self) -> None:
             error = self.request.error
-            body = to_bytes(Answer({"error": f"{error.reason}: {error.body}"}))
+            words = error.body.partition('"')[0].rstrip()  # what waitress quotes is a header, perhaps the token's
+            body = to_bytes(Answer({"error": f"{error.reason}: {words}"}))
             self.status = f"{error.code} {error.reason}"
             origin = known_origin(self.request.headers.get("ORIGIN"), settings)
             headers = {**headers_for(origin), "X-Request-Id": secrets.token_hex(8)}
@@ -3792,7 +3825,7 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
     print("StoryTeller automation service. Ctrl+C stops it.")
     for name, text in rows.items():
         print(f"  {name:<11} {text}", flush=True)
-    if settings.host != "localhost" and not is_loopback(settings.host):
+    if settings.host.lower() != "localhost" and not is_loopback(settings.host):
         log.warning("server: what is sent over the network is not encrypted: set STORYTELLER_HOST=localhost if you can")
     try:
         store.ping()
@@ -3894,8 +3927,9 @@ def make_parser() -> argparse.ArgumentParser:
     tokens.add_argument("--subject", help="whom it is for: letters, digits, dot, hyphen, underscore; 64 at most")
     tokens.add_argument("--permission", action="append", choices=PERMISSIONS, default=[], help="as often as needed")
     tokens.add_argument("--ttl", type=read_ttl, default=TOKEN_TTL, help="like 90s, 45m, 12h (unless said), 30d")
-    tokens.add_argument("--list", action="store_true", help="show who has tokens, never the tokens")
-    tokens.add_argument("--revoke", metavar="SUBJECT", help="revoke every token of that subject")
+    instead = tokens.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="show who has tokens, never the tokens")
+    instead.add_argument("--revoke", metavar="SUBJECT", help="revoke every token of that subject")
     return parser
 
 
@@ -3916,13 +3950,18 @@ def token_command(settings: Settings, given: Mapping[str, Any]) -> int:
         with contextlib.closing(open_store(settings)) as store:
             if given["list"] or given["revoke"]:
                 callers = [caller for digest, record in store.tokens() if (caller := read_token(digest, record))]
-                for caller in sorted(callers, key=lambda one: (one.subject, one.expires)):
-                    if given["list"]:
+                callers.sort(key=lambda one: (one.subject, one.expires))
+                if given["list"]:
+                    for caller in callers:
                         print(caller.subject, iso_time(caller.expires), *caller.permissions)
-                    elif caller.subject == given["revoke"]:
-                        store.revoke_token(caller.digest)
-                        print(f"revoked: {caller.subject}, which would have expired {iso_time(caller.expires)}")
-                return 0
+                    return 0
+                theirs = [caller for caller in callers if caller.subject == given["revoke"]]
+                for caller in theirs:
+                    store.revoke_token(caller.digest)
+                    print(f"revoked: {caller.subject}, which would have expired {iso_time(caller.expires)}")
+                if not theirs:
+                    print(f"{given['revoke']} has no token.", file=sys.stderr)
+                return int(not theirs)
             if not re.fullmatch(SUBJECT_PATTERN, given["subject"] or "") or not given["permission"]:
                 raise StartError("A token needs --subject NAME and at least one --permission: see --help.")
             token, _ = issue_token(store, given["subject"], given["permission"], given["ttl"], now_ms())

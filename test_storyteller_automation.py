@@ -632,6 +632,17 @@ def test_an_env_file_that_cannot_be_used_is_refused_by_name(tmp_path, data, word
         "STORYTELLER_PORT": ["65536", "-1", "80.0", "http", " 80", "1e3"],
         "STORYTELLER_API_TOKEN": ["fifteen-letters", "sixteen letters here", "sixteen-lettérs!", "x" * 1025],
         "STORYTELLER_DATA_DIR": ["a\0b"],
+        "STORYTELLER_CORS_ORIGINS": [
+            *["*", "null", "http://localhost:3000/", "localhost:3000", "http://Localhost", "http://localhost:80"],
+            *["https://a.example:443", "http://localhost:03000", "http://localhost:99999", "http://127.1"],
+            *["http://[0:0:0:0:0:0:0:1]:3000", "http://..", "http://localhost:3000, *", "http://a@b", "http://a?b"],
+        ],
+        "STORYTELLER_TRUSTED_ORIGINS": ["*", "null", "http://localhost:3000/"],
+        "SWARMUI_ALLOW_ORIGIN": ["null", "http://localhost:3000/", "http://a http://b"],
+        "STORYTELLER_ALLOWED_HOSTS": ["pc:8000", "http://pc", "a/b"],
+        "STORYTELLER_TOKEN_FAILURES": ["0", "x"],
+        "STORYTELLER_LOG_LEVEL": ["loud"],
+        "STORYTELLER_LOG_FORMAT": ["xml"],
         "REDIS_URL": ["localhost:6379", "http://localhost", "redis://localhost:port", "redis://localhost:99999"],
         "REDIS_HOST": ["redis://localhost"],
         "REDIS_PORT": ["0", "65536", "x"],
@@ -652,6 +663,21 @@ def test_a_bad_value_is_refused_by_name(tmp_path, name, values):
     for value in values:
         with pytest.raises(service.SettingError, match=f"^{name}\\b.*: expected "):
             service.load_settings({}, {name: value}, tmp_path / ".env")
+
+
+@pytest.mark.parametrize(
+    ("text", "origins"),
+    [
+        ("none", ()),
+        ("http://a:1,http://b", ("http://a:1", "http://b")),
+        ("http://a:1 ,  https://b:80", ("http://a:1", "https://b:80")),
+        ("http://[::1]:3000 http://127.0.0.1", ("http://[::1]:3000", "http://127.0.0.1")),
+        ("chrome-extension://abcdef", ("chrome-extension://abcdef",)),
+    ],
+)
+def test_origins_are_separated_by_commas_or_spaces(tmp_path, text, origins):
+    found = service.load_settings({}, {"STORYTELLER_CORS_ORIGINS": text}, tmp_path / ".env")
+    assert found.cors_origins == origins
 
 
 @pytest.mark.parametrize(
@@ -2628,7 +2654,7 @@ def test_an_unexpected_exception_is_a_500_with_the_traceback_in_the_log_alone(ma
     app = make_app(sqlite_store)
     sqlite_store.session = lambda timestamp: 1 / 0
     answer = app.get("/api/v1/session/5", status=500)
-    assert answer.json == {"error": "Internal server error"}
+    assert answer.json == {"success": False, "error": "Internal server error"}
     assert "ZeroDivisionError" in caplog.text
 
 
@@ -2667,7 +2693,8 @@ def test_check_gives_the_oldest_first_and_no_more_than_asked_for(app):
     assert len(pending(app, "?limit=1000")) == 102
 
 
-@pytest.mark.parametrize("query", ["limit=0", "limit=1001", "limit=x", "limit=", "limit=-1", "limit=1&limit=2",
+@pytest.mark.parametrize("query", ["x=1&x=2", "x=",
+                                   "limit=0", "limit=1001", "limit=x", "limit=", "limit=-1", "limit=1&limit=2",
                                    "limit=%D9%A1", "type=other", "type=", "type=%ff"])  # fmt: skip
 def test_a_query_that_does_not_fit_is_a_400_that_names_it(make_app, query):
     answer = make_app().get(f"/api/v1/notifications/check?{query}", status=400)
@@ -2793,6 +2820,8 @@ BAD_SESSIONS = [
     pytest.param(b'{"scriptText": "\xff"}', "UTF-8", id="not UTF-8"),
     pytest.param(b'{"scriptText": "x", "a": NaN}', "NaN", id="NaN"),
     pytest.param(b'{"scriptText": "x", "a": 1e999}', "too large", id="1e999"),
+    pytest.param(b'{"scriptText": "x", "a": 1' + b"0" * 400 + b"}", "too large", id="400 digits"),
+    pytest.param(b'{"scriptText": "x", "a": 1' + b"0" * 5000 + b"}", "too large", id="5000 digits"),
     pytest.param(rb'{"scriptText": "\ud800"}', "surrogate", id="half a surrogate pair"),
     pytest.param(b'{"scriptText": "x", "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "deeply", id="too deep"),
     pytest.param(b"{}", "scriptText or analyzedEpisode", id="neither text nor episode"),
@@ -2963,7 +2992,8 @@ def test_a_token_is_good_at_every_instance_on_one_redis(make_app, redis_store, r
 @pytest.mark.parametrize(
     "record",
     [b"\xff", b"[]", b"{}", b'{"subject": "a b", "permissions": [], "expiresAt": 9e15}',
-     b'{"subject": "a", "permissions": ["root"], "expiresAt": 9e15}', b'{"subject": "a", "permissions": 5}'],
+     b'{"subject": "a", "permissions": ["root"], "expiresAt": 9e15}',
+     b'{"subject": "a", "permissions": ["admin"], "expiresAt": 1e300}', b'{"subject": "a", "permissions": 5}'],
 )  # fmt: skip
 def test_a_record_that_cannot_be_read_is_an_unknown_token(make_app, store, record):
     store.keep_token(service.digest_of("a-token"), record, 60_000)
@@ -3120,6 +3150,32 @@ def test_a_token_never_reaches_the_log_or_an_answer(make_app, sqlite_store, capl
     assert not [one for one in (token, TOKEN, "wr0ng-t0ken") if one in caplog.text + "".join(texts)]
 
 
+def test_a_header_that_is_refused_is_not_echoed(start_service):
+    request = f"GET /health HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\nX: y\r\n\r\n"
+    status, _, body = raw_exchange(start_service().port, request.encode())
+    assert status == 400
+    assert TOKEN not in body["error"]
+
+
+def test_a_revocation_that_failed_can_be_repeated(authenticator, sqlite_store, clock):
+    token, caller = service.issue_token(sqlite_store, "a", ["gpu:read"], 60, clock())
+    with contextlib.closing(sqlite3.connect(sqlite_store.place, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        sqlite_store._writer.execute("PRAGMA busy_timeout = 10")
+        with pytest.raises(service.Unavailable):
+            authenticator.revoke(caller.digest)
+    assert identify(authenticator, token) == caller
+    authenticator.revoke(caller.digest)
+    with pytest.raises(service.Unauthorized):
+        identify(authenticator, token)
+
+
+def test_a_trusted_page_needs_no_store_whatever_token_it_sends(make_app, redis_server):
+    with contextlib.closing(service.RedisStore(f"redis://127.0.0.1:{free_port()}/0")) as away:
+        app = as_caller(make_app(away, trusted_origins=(TRUSTED,)), "of-another-backend", TRUSTED)
+        app.get("/api/v1/auth/session", extra_environ={"REMOTE_ADDR": "127.0.0.1"}, status=200)
+
+
 def test_two_authorization_headers_are_refused(make_app):
     app = as_caller(make_app(), f"{TOKEN}, Bearer {TOKEN}")
     assert "Authorization" in app.get("/api/v1/notifications/check", status=400).json["error"]
@@ -3151,6 +3207,12 @@ def test_a_preflight_is_answered_without_a_token(page_app, path, origin):
     assert sent["Access-Control-Allow-Headers"] == "Authorization, Content-Type, Last-Event-ID"
     assert sent["Access-Control-Allow-Private-Network"] == "true"
     assert int(sent["Access-Control-Max-Age"]) > 0
+
+
+def test_a_preflight_of_an_unknown_path_lets_the_page_see_the_404(page_app):
+    answer = page_app.options("/api/v1/nothing", headers={"Origin": PAGE, "Access-Control-Request-Method": "GET"})
+    assert answer.status_int == 204
+    assert answer.headers["Access-Control-Allow-Origin"] == PAGE
 
 
 def test_private_network_access_is_granted_only_when_asked_for(page_app):
@@ -4049,10 +4111,17 @@ class Project:
         return len(self._made.read_text()) if self._made.exists() else 0
 
 
+def complaints(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What it said beside the service's own words, less what it is setting up."""
+    lines = done.stderr.splitlines()
+    return [line for line in lines if not line.startswith(("Setting up: ", "Another start is setting up: "))]
+
+
 def told(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     """What the service told that run.sh started."""
-    assert done.stderr == ""
-    return json.loads(done.stdout.splitlines()[-1])
+    assert complaints(done) == []
+    (line,) = done.stdout.splitlines()
+    return json.loads(line)
 
 
 @pytest.fixture(scope="session")
@@ -4091,7 +4160,7 @@ def started(fresh: Project, finished_venv: Path) -> Project:
 def test_the_first_start_sets_up_and_starts(first_start):
     venv, done = first_start
     report = told(done)
-    assert ["making .venv" in done.stdout, "installing" in done.stdout] == [True, True]
+    assert ["making .venv" in done.stderr, "installing" in done.stderr] == [True, True]
     assert report["arguments"] == ["--port", "1"]
     assert Path(report["prefix"]).samefile(venv)
 
@@ -4106,7 +4175,7 @@ def test_a_second_start_needs_neither_python_nor_pip(started):
 
 def test_changed_requirements_are_installed_once(started):
     started.requirements.write_text("# others\n")
-    assert ["installing" in started.run().stdout for _ in range(2)] == [True, False]
+    assert ["installing" in started.run().stderr for _ in range(2)] == [True, False]
     assert started.venvs_made() == 0
 
 
@@ -4114,10 +4183,10 @@ def test_an_install_that_fails_says_so_and_is_done_again(started):
     started.requirements.write_text("no-such-package==1\n")
     for _ in range(2):
         done = started.run()
-        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+        assert (done.returncode, len(complaints(done))) == (1, 1)
         assert "The packages could not be installed: see above, check the internet connection" in done.stderr
     started.requirements.write_text("# none\n")
-    assert "installing" in started.run().stdout
+    assert "installing" in started.run().stderr
 
 
 def cut_off(*patterns: str) -> Callable[[Project], None]:
@@ -4162,8 +4231,8 @@ def remove_base_python(project: Project) -> None:
 def test_a_start_mends_what_was_cut_off_or_outgrown(started, damage, venvs):
     damage(started)
     done = started.run()
-    assert (done.returncode, done.stderr, started.venvs_made()) == (0, "", venvs)
-    assert "installing" in done.stdout
+    assert (done.returncode, started.venvs_made()) == (0, venvs)
+    assert "installing" in done.stderr
     assert len(started.run().stdout.splitlines()) == 1
 
 
@@ -4185,8 +4254,8 @@ def test_what_is_missing_is_said_in_one_sentence_and_a_later_start_works(fresh, 
         fresh.program("python3", f'if [ "$2" = venv ]; then mkdir "$4"; {python3}; fi', then=sys.executable)
     done = fresh.run()
     assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
-    assert re.search(f"^run.sh: .*{advice}", done.stderr)
+    (complaint,) = complaints(done)
+    assert re.search(f"^run.sh: .*{advice}", complaint)
     (fresh.programs / "python3").unlink(missing_ok=True)
     fresh.program("python3", usual)
     assert told(fresh.run())["prefix"] == str(fresh.venv)
