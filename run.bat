@@ -34,9 +34,9 @@ call :try python
 if defined python goto set_up
 set "code=1"
 if defined old (
-    echo run.bat: this computer's Python is too old: install 3.10 or newer from python.org, then start run.bat again.
+    >&2 echo run.bat: this computer's Python is too old: install 3.10 or newer from python.org, then start run.bat again.
 ) else (
-    echo run.bat: Python was not found: install 3.10 or newer from python.org, then start run.bat again.
+    >&2 echo run.bat: Python was not found: install 3.10 or newer from python.org, then start run.bat again.
 )
 goto end
 
@@ -111,9 +111,9 @@ def finish():  # by the venv's Python
         file.write("\n".join(wanted()) + "\n")
 
 
-def run(*command):
+def run(*command, **options):
     try:
-        return subprocess.call(command)
+        return subprocess.call(command, **options)
     except OSError:
         return -1
 
@@ -141,7 +141,7 @@ def set_up():
         sys.exit("run.bat: this folder cannot be written to: move it to one of your own, then start run.bat again.")
     if not held:
         sys.exit("run.bat: another start has been at its set-up for 10 minutes: close its window, then start run.bat again.")
-    state = run(*venv_python, "-x", __file__, "check")
+    state = run(*venv_python, "-x", __file__, "check", stderr=subprocess.DEVNULL)
     if state == 0:
         return 0  # the start that was waited for has done it
     if os.path.exists(stamp):

@@ -433,13 +433,13 @@ def _user_sid() -> str:
     return sid.value or ""
 
 
-def _make_job() -> int:
-    """A job object, which ends every process in it when it is closed, be it by our own end."""
+def _make_job(limits: int = 0x2000) -> int:
+    """A job object; unless told otherwise one that ends every process in it when it is closed, be it by our own end."""
     void, word = ctypes.c_void_p, ctypes.c_uint32
     job = _win32("kernel32", "CreateJobObjectW", void, void, void)(None, None)
-    limits = ctypes.create_string_buffer(144 if ctypes.sizeof(void) == 8 else 112)  # ..._EXTENDED_LIMIT_INFORMATION
-    struct.pack_into("<I", limits, 16, 0x2000)  # its LimitFlags: ..._KILL_ON_JOB_CLOSE
-    if not _win32("kernel32", "SetInformationJobObject", word, void, word, void, word)(job, 9, limits, len(limits)):
+    about = ctypes.create_string_buffer(144 if ctypes.sizeof(void) == 8 else 112)  # ..._EXTENDED_LIMIT_INFORMATION
+    struct.pack_into("<I", about, 16, limits)  # its LimitFlags; 0x2000 is ..._KILL_ON_JOB_CLOSE
+    if not _win32("kernel32", "SetInformationJobObject", word, void, word, void, word)(job, 9, about, len(about)):
         raise ctypes.WinError(ctypes.get_last_error())
     return job
 
@@ -491,16 +491,22 @@ def launch_detached(program: Path, arguments: Sequence[str], folder: Path, outpu
             if any(re.search(r'["%\r\n]', word) for word in words):
                 raise ValueError("a batch file's path and arguments cannot hold \" or %")
             quoted = " ".join(f'"{word}"' for word in words)
-            command = f'"{os.environ.get("COMSPEC", "cmd.exe")}" /d /s /c "{quoted}"'
+            # Of a batch file that ends in "pause" cmd tells no exit code by itself.
+            code = "if errorlevel 1 (exit 1) else if not errorlevel 0 exit 1"
+            command = f'"{os.environ.get("COMSPEC", "cmd.exe")}" /d /s /c "{quoted} & {code}"'
     else:
         options["start_new_session"] = True
         if program.suffix == ".sh" and not os.access(program, os.X_OK):
             command = ["bash", *command]
     log_file = open_log(output)
+    options |= {"cwd": folder, "env": environment, "stdin": subprocess.DEVNULL, "stdout": log_file, "stderr": log_file}
     try:
-        return subprocess.Popen(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, **options
-        )
+        if WINDOWS:
+            # The task scheduler, for one, runs us in a job that may end with us: out of it, where that is allowed.
+            with contextlib.suppress(PermissionError):
+                out_of_it = options["creationflags"] | subprocess.CREATE_BREAKAWAY_FROM_JOB
+                return subprocess.Popen(command, **{**options, "creationflags": out_of_it})
+        return subprocess.Popen(command, **options)
     finally:
         os.close(log_file)
 
@@ -531,22 +537,23 @@ CLOSING_GRACE = 3.0  # the same where Windows ends us 5 s after the console's cl
 def on_end_signal(stop: Callable[[float], None], ended: threading.Event) -> object:
     """Call stop(grace in seconds) when this process is told to end: SIGINT, SIGTERM; on Windows Ctrl+C, Ctrl+Break,
     and the console's closing. `ended` is to be set when all is done. Keep what it returns: Windows does not."""
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda number, frame: stop(GRACE))
     if not WINDOWS:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: stop(GRACE))
         return None
 
+    # Python's own signals would wait there until the main thread's select has ended, and know no closing.
     @ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint32)
-    def closing(event: int) -> bool:
-        if event < 2:  # Ctrl+C, Ctrl+Break: Python's own handler makes signals of them
-            return False
-        stop(CLOSING_GRACE)  # the window is closed, or its user logs off
-        ended.wait(CLOSING_GRACE + 1.5)  # this process is ended as soon as this returns
+    def told(event: int) -> bool:
+        if event in (0, 1):  # Ctrl+C, Ctrl+Break
+            stop(GRACE)
+        else:  # the window is closed, or its user logs off
+            stop(CLOSING_GRACE)
+            ended.wait(CLOSING_GRACE + 1.5)  # this process is ended as soon as this returns
         return True
 
-    ctypes.WinDLL("kernel32").SetConsoleCtrlHandler(closing, True)
-    return closing
+    ctypes.WinDLL("kernel32").SetConsoleCtrlHandler(told, True)
+    return told
 
 
 def prepare_console(title: str | None = None) -> None:
@@ -914,6 +921,7 @@ class SqliteStore:
         self._clock = clock
         self._writer_lock = threading.Lock()
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()  # as many as threads that read at once
+        self._closed = False
         try:
             self._writer = self._connect()
             try:
@@ -926,7 +934,11 @@ class SqliteStore:
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, timeout=self.WAIT, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA synchronous = FULL")
+        try:
+            connection.execute("PRAGMA synchronous = FULL")
+        except BaseException:
+            connection.close()  # on Windows nobody could move the file away meanwhile
+            raise
         return connection
 
     def _prepare(self) -> None:
@@ -958,6 +970,8 @@ class SqliteStore:
                 yield connection
             finally:
                 self._readers.put(connection)
+                if self._closed:  # while this one was out
+                    self._close_readers()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
@@ -982,11 +996,15 @@ class SqliteStore:
             database.execute("SELECT time FROM newest").fetchone()
 
     def close(self) -> None:
+        self._closed = True
+        self._close_readers()
+        with self._writer_lock:
+            self._writer.close()
+
+    def _close_readers(self) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._readers.get_nowait().close()
-        with self._writer_lock:
-            self._writer.close()
 
     _SESSION = "SELECT timestamp, document, saved, announced FROM session"
 
@@ -1906,10 +1924,10 @@ class SwarmUILauncher:
             if found.ready:
                 return "SwarmUI started successfully"
             if self._clock() >= deadline:
-                raise LaunchError(
-                    f"no answer within {self._settings.start_timeout:g} s (last: {found.words}); it keeps running, "
-                    f"so ask again, or look into {self._output}"
-                )
+                late = f"no answer within {self._settings.start_timeout:g} s (last: {found.words})"
+                if launch.process.poll() is not None:
+                    raise LaunchError(f"{late}; it exited with code 0: {self._last_words(launch)}")
+                raise LaunchError(f"{late}; it keeps running, so ask again, or look into {self._output}")
             self._pause(launch, min(next_probe, deadline))
 
     def _pause(self, launch: _Launch, until: float) -> None:
@@ -1919,13 +1937,15 @@ class SwarmUILauncher:
                 raise Unavailable("SwarmUI failed to start: the service is stopping.", 5)
             code = launch.process.poll()
             if code:  # 0 counts as a wrapper that went to the background: it may still come
-                words = last_lines(self._output, launch.log_start) or "its log is empty"
-                raise LaunchError(f"it exited with code {code}: {words}")
+                raise LaunchError(f"it exited with code {code}: {self._last_words(launch)}")
             left = until - self._clock()
             if left <= 0:
                 return
             self._wake.wait(left)
             self._wake.clear()
+
+    def _last_words(self, launch: _Launch) -> str:
+        return last_lines(self._output, launch.log_start) or "its log is empty"
 
 
 # ======================================================================================================

@@ -7,7 +7,9 @@ real: a redis-server, SQLite files, sockets, child processes, the service itself
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import errno
 import http.client
 import http.server
 import io
@@ -406,14 +408,35 @@ def app(make_app: Callable[..., webtest.TestApp], store: service.Store) -> webte
     return make_app(store)
 
 
+# Windows tells a key only to those in its console, so who presses it must join them, and is told too.
+PRESS_CTRL_C = """
+import ctypes, sys
+kernel32 = ctypes.WinDLL("kernel32")
+kernel32.FreeConsole()
+if not (kernel32.AttachConsole(int(sys.argv[1])) and kernel32.SetConsoleCtrlHandler(None, True)):
+    sys.exit("no such console")
+kernel32.GenerateConsoleCtrlEvent(0, 0)
+"""
+
+
 class Service:
-    """The service as a process, started as a user starts it."""
+    """The service as a process, started as a user starts it: in a console of its own, which is not seen."""
 
     def __init__(self, module: Path, arguments: list[str], environment: dict[str, str]) -> None:
+        self.folder = module.parent
+        command = [sys.executable, str(module), *arguments]
+        if service.WINDOWS:
+            console: dict[str, Any] = {"creationflags": subprocess.CREATE_NO_WINDOW, "stdin": subprocess.DEVNULL}
+        else:
+            self._keys, terminal = os.openpty()
+            # The first in a session that opens a terminal gets it as its console.
+            command = ["sh", "-c", 'exec "$@" <"$0"', os.ttyname(terminal), *command]
+            console = {"start_new_session": True, "stdin": terminal}
         self.process = subprocess.Popen(
-            [sys.executable, str(module), *arguments],
-            env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **console
+        )
+        if not service.WINDOWS:
+            os.close(terminal)
         self.printed = ""
         for line in self.process.stdout:
             self.printed += line.decode("utf-8", "replace")
@@ -439,11 +462,24 @@ class Service:
             response = connection.getresponse()
             return response.status, json.loads(response.read() or b"null")
 
+    def press_ctrl_c(self) -> None:
+        if service.WINDOWS:
+            pressed = [sys.executable, "-c", PRESS_CTRL_C, str(self.process.pid)]
+            subprocess.run(pressed, check=True, timeout=PATIENCE)
+        else:
+            os.write(self._keys, b"\x03")
+
     def stop(self) -> None:
+        """End it if it runs, on Windows as a killed one ends; may be called again."""
         if self.process.poll() is None:
             self.process.terminate()
         self.process.wait(PATIENCE)
         self._reader.join(PATIENCE)
+
+    def close(self) -> None:
+        self.stop()
+        if not service.WINDOWS:
+            os.close(self._keys)
 
 
 @pytest.fixture
@@ -469,7 +505,7 @@ def start_service(module_copy: Path, clean_environment: dict[str, str]) -> Itera
         def start(*arguments: str, **environment: str) -> Service:
             given = {"STORYTELLER_API_TOKEN": TOKEN, "STORYTELLER_PORT": "0", **environment}
             made = Service(module_copy, list(arguments), {**clean_environment, **given})
-            stack.callback(made.stop)
+            stack.callback(made.close)
             return made
 
         yield start
@@ -600,13 +636,22 @@ def test_a_bad_value_is_refused_by_name(tmp_path, name, values):
     ("name", "value"),
     [
         pytest.param("REDIS_URL", "redis://localhost?unknown=1", id="an unknown option of Redis"),
-        pytest.param("SWARMUI_PATH", "~no-such-user-here/SwarmUI", id="the home of nobody"),
         pytest.param("SWARMUI_API_URL", "http://localhost:7801?", id="an empty query"),
     ],
 )
 def test_a_value_that_only_fails_when_used_is_refused_by_name_too(tmp_path, name, value):
     with pytest.raises(service.SettingError, match=f"^{name}\\b.*: expected "):
         service.load_settings({}, {name: value}, tmp_path / ".env")
+
+
+def test_the_home_of_nobody(tmp_path):
+    """sh knows every user; to Windows' Python each has a folder beside one's own, be it there or not."""
+    if service.WINDOWS:
+        found = read_settings(tmp_path, SWARMUI_PATH="~no-such-user-here/SwarmUI").swarmui_path
+        assert found == Path.home().parent / "no-such-user-here" / "SwarmUI"
+    else:
+        with pytest.raises(service.SettingError, match=r"^SWARMUI_PATH .*: expected a path"):
+            read_settings(tmp_path, SWARMUI_PATH="~no-such-user-here/SwarmUI")
 
 
 @pytest.mark.parametrize(
@@ -700,16 +745,37 @@ def test_a_private_file_is_whole(tmp_path):
     assert [one.name for one in tmp_path.iterdir()] == ["kept"]
 
 
-@ONLY_POSIX
+def windows_rights(path: Path) -> set[str]:
+    """The users and groups that Windows gives any right to a file."""
+    void, word, text = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_wchar_p
+    rights, written = void(), text()
+    ask = service._win32("advapi32", "GetNamedSecurityInfoW", word, text, word, word, void, void, void, void, void)
+    assert ask(str(path), 1, 4, None, None, None, None, ctypes.byref(rights)) == 0  # of a file, the access list
+    name = "ConvertSecurityDescriptorToStringSecurityDescriptorW"
+    assert service._win32("advapi32", name, word, void, word, word, void, void)(
+        rights, 1, 4, ctypes.byref(written), None
+    )
+    return set(service.re.findall(r"([^;]+)\)", written.value))
+
+
+def is_its_owners(path: Path) -> bool:
+    """Whether nobody else may read it (but Windows itself, "SY", which may anything)."""
+    if service.WINDOWS:
+        return windows_rights(path) - {"SY"} == {service._user_sid()}
+    return path.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_private_file_is_its_owners_from_the_first_moment(tmp_path, monkeypatch):
-    modes = []
-    monkeypatch.setattr(service.os, "fsync", lambda file: modes.append(os.fstat(file).st_mode & 0o777))
+    seen = []
+    monkeypatch.setattr(service.os, "fsync", lambda file: seen.extend(map(is_its_owners, tmp_path.iterdir())))
     before = os.umask(0)
     try:
         service.write_private(tmp_path / "kept", "text")
+        (tmp_path / "a plain one").touch()
     finally:
         os.umask(before)
-    assert [*modes, (tmp_path / "kept").stat().st_mode & 0o777] == [0o600, 0o600]
+    assert [*seen, is_its_owners(tmp_path / "kept")] == [True, True]
+    assert service.WINDOWS or not is_its_owners(tmp_path / "a plain one")
 
 
 def test_a_private_file_that_cannot_be_finished_is_not_there_at_all(tmp_path, monkeypatch):
@@ -807,6 +873,27 @@ def test_a_launched_program_outlives_the_one_that_launched_it(tmp_path, leash):
     assert leash.next().is_alive()
 
 
+@pytest.mark.skipif(not service.WINDOWS, reason="job objects are Windows'; a group is left on the other systems")
+@pytest.mark.parametrize(("limits", "lives"), [(0x2000 | 0x800, True), (0x2000, False)], ids=["lets out", "does not"])
+def test_a_launched_program_leaves_the_job_that_ends_with_the_service(tmp_path, leash, limits, lives):
+    """The task scheduler runs the service in one. KILL_ON_JOB_CLOSE, and BREAKAWAY_OK."""
+    program = write_program(
+        tmp_path / "a program", "hold_leash(plan['leash']); threading.Event().wait()", {"leash": leash.port}
+    )
+    code = (
+        "import ctypes, pathlib, sys, storyteller_automation as service; a = pathlib.Path(sys.argv[1])\n"
+        f"job, ourselves = service._make_job({limits}), ctypes.c_void_p(-1)\n"
+        "assert ctypes.WinDLL('kernel32').AssignProcessToJobObject(ctypes.c_void_p(job), ourselves)\n"
+        "service.launch_detached(a, [], a.parent, a.parent / 'log')\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(program)], cwd=HERE, stdin=subprocess.PIPE) as process:
+        held = leash.next()
+        process.stdin.close()
+        process.wait(PATIENCE)
+    assert held.is_alive() if lives else held.has_ended()
+
+
 @pytest.mark.parametrize("executable", [True, pytest.param(False, marks=ONLY_POSIX)], ids=["", "without the x bit"])
 def test_a_launch_script_is_run_in_a_folder_with_a_space_and_an_ampersand(tmp_path, leash, executable):
     folder = write_swarmui_folder(tmp_path / "render & (story) teller", {"leash": leash.port, "exit": 0})
@@ -825,10 +912,12 @@ def test_a_port_is_not_shared():
         with pytest.raises(OSError) as refused:
             service.listen("127.0.0.1", port).close()
         assert refused.value.errno in service._IN_USE
-        with socket.socket() as thief, pytest.raises(OSError):
+        with socket.socket() as thief, pytest.raises(OSError) as refused:
             thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             thief.bind(("127.0.0.1", port))
             thief.listen()
+        # Windows tells who may share a port that it is held exclusively.
+        assert refused.value.errno == (errno.EACCES if service.WINDOWS else errno.EADDRINUSE)
 
 
 def test_a_port_is_free_again_at_once_when_a_connection_was_open():
@@ -839,14 +928,23 @@ def test_a_port_is_free_again_at_once_when_a_connection_was_open():
     service.listen("127.0.0.1", port).close()
 
 
+@pytest.mark.parametrize("page", ["cp1252", "cp437"])
 @pytest.mark.parametrize("without", ["", "sys.stderr = None; "], ids=["a console", "a stream that is not there"])
-def test_what_the_code_page_lacks_is_printed_as_an_escape(clean_environment, without):
+def test_what_the_code_page_lacks_is_printed_as_an_escape(clean_environment, page, without):
     code = f"import sys, storyteller_automation as it; {without}it.prepare_console('a title'); print('\\u2192 \\xfc')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=HERE, capture_output=True, timeout=PATIENCE,
-        env={**clean_environment, "PYTHONIOENCODING": "cp1252"},
+        env={**clean_environment, "PYTHONIOENCODING": page},
     )  # fmt: skip
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, b"\\u2192 \xfc", b"")
+    assert (done.returncode, done.stdout.decode(page).strip(), done.stderr) == (0, "\\u2192 ü", b"")
+
+
+@pytest.mark.parametrize("page", ["cp1252", "cp437"])
+def test_a_message_comes_out_whole_on_a_console_that_lacks_a_letter(run_module, page):
+    done = run_module("check", PYTHONIOENCODING=page, SWARMUI_PATH="/Kunst → Müller/SwarmUI")
+    assert done.returncode == 1
+    assert "Kunst \\u2192 M" in done.stdout
+    assert list(read_check(done)) == CHECKED
 
 
 # ======================================================================================================
@@ -1248,14 +1346,36 @@ def test_an_error_of_redis_tells_nothing_of_the_command(redis_store, other_progr
 # ======================================================================================================
 
 
-def test_each_sqlite_connection_is_durable_and_the_file_in_wal_mode(tmp_path, monkeypatch):
-    made = []
+@pytest.fixture
+def connections(monkeypatch) -> list[sqlite3.Connection]:
+    """Every connection of SQLite that is made."""
+    made: list[sqlite3.Connection] = []
     connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: made.append(connect(*a, **k)) or made[-1])
+    return made
+
+
+def is_closed(connection: sqlite3.Connection) -> bool:
+    try:
+        connection.execute("SELECT 1")
+    except sqlite3.ProgrammingError:
+        return True
+    return False
+
+
+def test_each_sqlite_connection_is_durable_and_the_file_in_wal_mode(tmp_path, connections):
     with contextlib.closing(service.SqliteStore(tmp_path / "a store.sqlite3")) as store:
         store.session(T)
-        assert [one.execute("PRAGMA synchronous").fetchone() for one in made] == [(2,), (2,)]  # FULL
-        assert made[0].execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert [one.execute("PRAGMA synchronous").fetchone() for one in connections] == [(2,), (2,)]  # FULL
+        assert connections[0].execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_closing_leaves_no_connection_not_even_one_that_is_reading(tmp_path, connections):
+    """On Windows a file that is open cannot be moved away, and the log of the WAL mode stays."""
+    store = service.SqliteStore(tmp_path / "a store.sqlite3", lambda: store.close() or T)  # asked in each read
+    store.session(T)
+    assert [is_closed(one) for one in connections] == [True, True]
+    assert [one.name for one in tmp_path.iterdir()] == ["a store.sqlite3"]
 
 
 KILLED = """
@@ -1299,12 +1419,13 @@ def make_database(path: Path, *statements: str) -> None:
         pytest.param(lambda path: make_database(path, "CREATE TABLE session (x)"), "session", id="somebody else's"),
     ],
 )
-def test_a_file_that_cannot_be_the_store_stops_the_start_in_one_sentence(tmp_path, make, words):
+def test_a_file_that_cannot_be_the_store_stops_the_start_in_one_sentence(tmp_path, connections, make, words):
     path = tmp_path / "store.sqlite3"
     make(path)
     with pytest.raises(service.StartError, match=words) as raised:
         service.SqliteStore(path)
     assert str(path) in str(raised.value)
+    assert all(map(is_closed, connections))
 
 
 def test_a_store_that_another_process_holds_stops_the_start_too(sqlite_store, monkeypatch):
@@ -2000,6 +2121,16 @@ def make_launcher(settings):
         yield make
 
 
+RESET = b"closed with the request unread, which resets the connection"
+
+
+def read_request(connection: socket.socket) -> None:
+    """The whole of it, body and all: what is closed with something unread is reset, and on Windows the answer lost."""
+    with connection.makefile("rb") as stream:
+        stream.readline()
+        stream.read(int(http.client.parse_headers(stream)["Content-Length"]))
+
+
 @pytest.fixture
 def answering(settings):
     """Puts a server on SwarmUI's port that answers every connection with the bytes given, or holds it."""
@@ -2017,9 +2148,12 @@ def answering(settings):
                     with contextlib.suppress(TimeoutError, ConnectionError):
                         connection = listener.accept()[0]
                         held.append(connection)
-                        if answer is not None:
-                            connection.settimeout(PATIENCE)
-                            connection.recv(65536)
+                        connection.settimeout(PATIENCE)
+                        if answer is RESET:
+                            connection.recv(1)
+                            connection.close()
+                        elif answer is not None:
+                            read_request(connection)
                             connection.sendall(answer)
                             connection.close()
             for connection in held:
@@ -2155,10 +2289,17 @@ def test_the_start_ends_as_soon_as_the_process_does(make_launcher, swarmui_folde
     assert "\x1b" not in message
 
 
-@pytest.mark.skipif(service.WINDOWS, reason="a batch file's exit code need not be SwarmUI's")
 @pytest.mark.parametrize("code", [1, 134])
 def test_a_failure_names_the_exit_code(make_launcher, swarmui_folder, code):
-    assert f"exited with code {code}" in failure(make_launcher(swarmui_path=swarmui_folder(exit=code)))
+    """On Windows that of its launch script, which is not SwarmUI's: it pauses in between."""
+    message = failure(make_launcher(swarmui_path=swarmui_folder(exit=code, print="no CUDA\n")))
+    assert f"exited with code {1 if service.WINDOWS else code}: no CUDA" in message
+
+
+def test_a_failure_behind_an_exit_code_of_0_is_told_with_the_last_lines(make_launcher, swarmui_folder):
+    message = failure(make_launcher(swarmui_path=swarmui_folder(exit=0, print="no CUDA\n"), start_timeout=3.0))
+    assert "no answer within 3 s" in message
+    assert message.endswith("it exited with code 0: no CUDA")
 
 
 def test_a_wrapper_that_ends_with_0_is_waited_for(make_launcher, settings, tmp_path, leash):
@@ -2192,6 +2333,7 @@ def test_a_start_that_takes_too_long_goes_on_and_the_next_one_waits_for_it(make_
         pytest.param(response(200, '{"error": "Invalid or unauthorized."}'), "set SWARMUI_TOKEN", id="accounts"),
         pytest.param(b"220 mail.example ESMTP\r\n", "broke the connection off", id="no HTTP"),
         pytest.param(b"", "broke the connection off", id="closed"),
+        pytest.param(RESET, "broke the connection off", id="reset"),
         pytest.param(None, "did not answer within 0.3 s", id="silent"),
     ],
 )
@@ -2285,8 +2427,7 @@ def test_what_swarmui_prints_is_kept_and_swarmui_outlives_the_service(start_serv
     running.stop()
     assert service.probe(settings).ready
     assert held.is_alive()
-    (log,) = Path(running.process.args[1]).parent.glob("data/swarmui.log")
-    assert "hello from SwarmUI" in log.read_text()
+    assert "hello from SwarmUI" in (running.folder / "data" / "swarmui.log").read_text()
 
 
 def test_closing_the_launcher_ends_a_start_that_waits(make_launcher, swarmui_folder, leash):
@@ -2903,6 +3044,67 @@ def test_a_signal_ends_it_with_code_0(start_service, kind):
         pass
 
 
+def has_ended_in_order(made: Service) -> bool:
+    """The store was closed (its log is gone then), and the log tells of the end."""
+    data = made.folder / "data"
+    told = (data / "storyteller.log").read_text("utf-8").endswith("server: stopped\n")
+    return told and not (data / "storyteller.sqlite3-wal").exists()
+
+
+def test_ctrl_c_in_its_console_ends_it_in_order(start_service):
+    made = start_service()
+    assert made.call("PUT", "/api/v1/session/5", SESSION)[0] == 200
+    made.press_ctrl_c()
+    assert made.process.wait(PATIENCE) == 0
+    assert has_ended_in_order(made)
+    with opened("localhost", made.port):  # and its port is free again
+        pass
+
+
+# The service with a hand on what it told Windows to call: it calls that as Windows does, once a line has come.
+TOLD = """
+import ctypes, os, sys, threading
+sys.path.insert(0, sys.argv[1])
+import storyteller_automation as service
+tell_on = service.on_end_signal
+def keep(*given):
+    told = tell_on(*given)
+    def close():
+        sys.stdin.readline()
+        told(int(sys.argv[2]))
+        os._exit(0 if given[1].is_set() else 70)  # the console's closing ends the process when it returns
+    threading.Thread(target=close, daemon=True).start()
+    return told
+service.on_end_signal = keep
+sys.exit(service.main([]))
+"""
+
+
+@pytest.mark.skipif(not service.WINDOWS, reason="the other systems tell by signals alone")
+@pytest.mark.parametrize("event", [2, 5, 6], ids=["the window is closed", "log-off", "shutdown"])
+def test_the_consoles_closing_ends_it_in_order(module_copy, clean_environment, event):
+    """Nobody but Windows can tell a console's closing to a program, so a thread of its own does it here."""
+    given = {"STORYTELLER_API_TOKEN": TOKEN, "STORYTELLER_PORT": "0"}
+    command = [sys.executable, "-c", TOLD, str(module_copy.parent), str(event)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env={**clean_environment, **given}, **pipes) as process:
+        while b"  log " not in process.stdout.readline():
+            pass
+        process.communicate(b"\n", timeout=PATIENCE)
+    assert process.returncode == 0
+
+
+def test_after_a_kill_the_next_start_finds_nothing_amiss(start_service):
+    made = start_service()
+    assert made.call("PUT", "/api/v1/session/5", SESSION)[0] == 200
+    made.process.kill()
+    made.stop()
+    again = start_service("--port", str(made.port))
+    assert again.printed == made.printed
+    assert again.call("GET", "/api/v1/session/5")[1]["data"] == {**SESSION, "timestamp": 5}
+    assert again.call("PUT", "/api/v1/session/5", SESSION)[0] == 200
+
+
 def test_an_answer_does_not_name_the_server(start_service):
     connection = http.client.HTTPConnection("127.0.0.1", start_service().port, timeout=PATIENCE)
     with contextlib.closing(connection):
@@ -2990,8 +3192,7 @@ def test_the_token_is_made_at_the_first_start_and_kept(start_service, module_cop
         made.stop()
     assert kept[0] == kept[1]
     assert len(kept[0].strip()) >= 16
-    if not service.WINDOWS:
-        assert path.stat().st_mode & 0o777 == 0o600
+    assert is_its_owners(path)
 
 
 def test_the_env_file_beside_the_module_is_read(start_service, module_copy):
@@ -3451,3 +3652,276 @@ def test_what_a_killed_set_up_left_holds_up_no_later_one(fresh, owner):
         (lock / "owner").write_text(owner and f"{ended.pid}\n")
     assert fresh.run().returncode == 0
     assert not lock.exists()
+
+
+# ======================================================================================================
+# run.bat
+# ======================================================================================================
+
+# The Python on the PATH: it asks the real one, as a Python of `version`; but a venv it makes by copying a finished one,
+# when there is one, and keeps count, or hangs in the middle of it.
+PYTHON_BAT = """
+import json, os, shutil, subprocess, sys
+plan = json.loads({plan!r})
+call = subprocess.call
+def make_venv(command, **options):
+    if "venv" not in command or not plan["finished"]:
+        return call(command, **options)
+    with open(plan["made"], "a") as made:
+        made.write(".")
+    if plan["leash"]:
+        os.mkdir(".venv")
+        exec(plan["leash_code"], globals())
+        hold_leash(plan["leash"])
+        threading.Event().wait()
+    shutil.rmtree(".venv", ignore_errors=True)
+    shutil.copytree(plan["finished"], ".venv")
+    return 0
+subprocess.call = make_venv
+if sys.argv[1] == "-c":
+    sys.version_info = tuple(plan["version"])
+    code = sys.argv[2]
+else:
+    sys.argv = sys.argv[3:]  # less -I -x
+    __file__ = os.path.abspath(sys.argv[0])
+    code = open(__file__, encoding="utf-8").read().split("\\n", 1)[1]
+exec(code)
+"""
+
+STORE_STUB = (
+    "@echo Python was not found; run without arguments to install from the Microsoft Store.\r\n@exit /b 9009\r\n"
+)
+
+
+class BatchProject:
+    """A copy of run.bat in such a path as people have, beside a small service that needs no packages, and with one
+    Python on its PATH; PYTHON_BAT says how that makes a venv."""
+
+    def __init__(self, folder: Path, finished: Path | None = None) -> None:
+        self.outside = folder
+        self.folder = folder / "Müller & Co (1)"
+        self.programs = folder / "programs"
+        self.script = self.folder / "run.bat"
+        self.venv = self.folder / ".venv"
+        self.stamp = self.venv / "installed.txt"
+        self.requirements = self.folder / "requirements.txt"
+        self._finished = finished
+        self._made = folder / "made"
+        self.folder.mkdir()
+        self.programs.mkdir()
+        shutil.copy(HERE / "run.bat", self.script)
+        (self.folder / "storyteller_automation.py").write_text(STARTED)
+        (self.folder / "pytest.py").write_text(f"def main(arguments):\n    exec({STARTED!r})")
+        self.requirements.write_text("# none\n")
+        self.set_python()
+
+    def set_python(self, version: tuple[int, ...] = tuple(sys.version_info[:3]), leash: int = 0) -> None:
+        plan = {"finished": str(self._finished or ""), "made": str(self._made), "version": version}
+        plan |= {"leash": leash, "leash_code": LEASH}
+        (self.programs / "python.py").write_text(PYTHON_BAT.format(plan=json.dumps(plan)), encoding="utf-8")
+        # By variables, since cmd reads a batch file in its code page.
+        self.set_python_bat('@"%REAL_PYTHON%" "%PROGRAMS%\\python.py" %*\r\n')
+
+    def set_python_bat(self, lines: str | None) -> None:
+        """What `python` is; None: it is not there."""
+        (self.programs / "python.bat").unlink(missing_ok=True)
+        if lines:
+            (self.programs / "python.bat").write_bytes(lines.encode())
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        words = " ".join(f'"{word}"' for word in [str(self.script), *arguments])
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP", "VIRTUAL"))}
+        system = rf"{os.environ['SYSTEMROOT']}\System32"
+        offline = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
+        python = {"REAL_PYTHON": sys._base_executable, "PROGRAMS": str(self.programs)}
+        return subprocess.Popen(
+            f'cmd /d /s /c "{words}"', cwd=self.outside, encoding="utf-8", errors="replace",
+            env={**kept, **offline, **python, "PATH": f"{self.programs};{system}", **environment},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        with self.start(*arguments, **environment) as process:
+            output = process.communicate(timeout=4 * PATIENCE)
+            return subprocess.CompletedProcess(process.args, process.returncode, *output)
+
+    def venvs_made(self) -> int:
+        return len(self._made.read_text()) if self._made.exists() else 0
+
+
+@pytest.fixture(scope="session")
+def first_batch_start(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A venv that was really made, by a first start, and what that printed."""
+    if not service.WINDOWS:
+        pytest.skip("run.bat is for Windows; its twin here is run.sh")
+    project = BatchProject(tmp_path_factory.mktemp("first"))
+    return project.venv, project.run("--port", "1")
+
+
+@pytest.fixture(scope="session")
+def finished_batch_venv(first_batch_start: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That venv with PIP in pip's place, so that copying and installing take no time."""
+    copy = tmp_path_factory.mktemp("finished") / "venv"
+    shutil.copytree(first_batch_start[0], copy, ignore=shutil.ignore_patterns("pip*", "setuptools*"))
+    (copy / "Lib" / "site-packages" / "pip.py").write_text(PIP)
+    return copy
+
+
+@pytest.fixture
+def fresh_batch(finished_batch_venv: Path, tmp_path: Path) -> BatchProject:
+    """A project that was never started."""
+    return BatchProject(tmp_path, finished_batch_venv)
+
+
+@pytest.fixture
+def started_batch(fresh_batch: BatchProject, finished_batch_venv: Path) -> BatchProject:
+    """A project that is set up."""
+    shutil.copytree(finished_batch_venv, fresh_batch.venv)
+    return fresh_batch
+
+
+SETTING_UP = "run.bat: setting up Python packages, this takes about a minute ...\n"
+
+
+def test_the_first_start_on_windows_says_so_and_starts(first_batch_start):
+    venv, done = first_batch_start
+    assert (done.returncode, done.stderr) == (0, SETTING_UP.replace("setting", "First start: setting"))
+    report = json.loads(done.stdout)
+    assert report["arguments"] == ["--port", "1"]
+    assert Path(report["prefix"]).samefile(venv)
+
+
+def test_a_second_start_on_windows_needs_neither_python_nor_pip(started_batch):
+    started_batch.set_python_bat(None)
+    (started_batch.venv / "Lib" / "site-packages" / "pip.py").unlink()
+    report = told(started_batch.run())  # which is all that is printed
+    assert Path(report["prefix"]).samefile(started_batch.venv)
+
+
+def test_changed_requirements_are_installed_once_on_windows(started_batch):
+    started_batch.requirements.write_text("# others\n")
+    assert [started_batch.run().stderr for _ in range(2)] == [SETTING_UP, ""]
+    assert started_batch.venvs_made() == 0
+
+
+def test_an_install_that_fails_on_windows_says_so_and_is_done_again(started_batch):
+    started_batch.requirements.write_text("no-such-package==1\n")
+    for _ in range(2):
+        done = started_batch.run()
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.removeprefix(SETTING_UP).startswith(
+            "run.bat: pip could not install the packages (see above)"
+        )
+    started_batch.requirements.write_text("# none\n")
+    done = started_batch.run()
+    assert (done.returncode, done.stderr) == (0, SETTING_UP)
+
+
+def move_base_python(project: BatchProject) -> None:
+    settings = project.venv / "pyvenv.cfg"
+    settings.write_text(settings.read_text("utf-8").replace(sys.base_prefix, r"C:\gone"), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "venvs"),
+    [
+        pytest.param(lambda project: project.stamp.unlink(), 1, id="install cut off"),
+        pytest.param(lambda project: project.stamp.write_bytes(b"\xff"), 1, id="its last step cut off"),
+        pytest.param(lambda project: shutil.rmtree(project.venv / "Scripts"), 1, id="venv cut off"),
+        pytest.param(upgrade_in_place, 1, id="Python upgraded"),
+        pytest.param(move_base_python, 1, id="Python moved away"),
+    ],
+)
+def test_a_start_on_windows_mends_what_was_cut_off_or_outgrown(started_batch, damage, venvs):
+    damage(started_batch)
+    done = started_batch.run()
+    assert (done.returncode, done.stderr, started_batch.venvs_made()) == (0, SETTING_UP, venvs)
+    assert started_batch.run().stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("python", "words"),
+    [
+        pytest.param(None, "Python was not found: install 3.10 or newer", id="no Python"),
+        pytest.param(STORE_STUB, "Python was not found: install 3.10 or newer", id="the Store's stub"),
+        pytest.param((3, 9, 25), "this computer's Python is too old: install 3.10 or newer", id="an old Python"),
+    ],
+)
+def test_a_python_that_is_missing_is_said_in_one_sentence_and_a_later_start_works(fresh_batch, python, words):
+    if isinstance(python, tuple):
+        fresh_batch.set_python(version=python)
+    else:
+        fresh_batch.set_python_bat(python)
+    done = fresh_batch.run()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"run.bat: {words}") and done.stderr.count("\n") == 1
+    fresh_batch.set_python()
+    assert fresh_batch.run().returncode == 0
+
+
+def test_a_folder_that_cannot_be_written_is_said_in_one_sentence(fresh_batch):
+    (fresh_batch.folder / ".venv.lock").mkdir()  # what it would write first of all
+    done = fresh_batch.run()
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("run.bat: this folder cannot be written to: move it to one of your own")
+
+
+def test_arguments_exit_code_and_folder_are_passed_through_by_windows_too(started_batch):
+    done = started_batch.run("7", "two words", "", "*", "a&b", "^(c)", "100%", "!d!", PYTHONHOME=r"C:\gone")
+    assert (done.returncode, told(done)["arguments"]) == (7, ["7", "two words", "", "*", "a&b", "^(c)", "100%", "!d!"])
+    assert Path(told(done)["folder"]).samefile(started_batch.outside)
+    assert {"VIRTUAL_ENV", "PYTHONHOME"} & told(done)["environment"].keys() == set()
+
+
+def test_the_argument_test_runs_pytest_beside_it_on_windows_too(started_batch):
+    done = started_batch.run("test", "-k", "two words")
+    assert told(done)["arguments"] == ["test", "-k", "two words"]
+    assert Path(told(done)["folder"]).samefile(started_batch.folder)
+
+
+def test_two_first_starts_at_once_set_up_once_on_windows_too(fresh_batch):
+    with ThreadPoolExecutor() as pool:
+        both = [pool.submit(fresh_batch.run) for _ in range(2)]
+    assert [one.result().returncode for one in both] == [0, 0]
+    assert fresh_batch.venvs_made() == 1
+
+
+def test_a_set_up_whose_window_was_closed_holds_up_no_later_start(fresh_batch, leash):
+    fresh_batch.set_python(leash=leash.port)
+    with fresh_batch.start() as process:
+        held = leash.next()
+        subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], check=True, capture_output=True)
+        assert held.has_ended()
+    fresh_batch.set_python()
+    done = fresh_batch.run()
+    assert (done.returncode, done.stderr) == (0, SETTING_UP)
+
+
+CLICKED = r'''"C:\Windows\system32\cmd.exe" /c ""C:\Some & (1)\run.bat" "'''
+
+
+@pytest.mark.parametrize(
+    ("code", "environment", "waits"),
+    [
+        pytest.param("3", {"CMDCMDLINE": CLICKED, "SESSIONNAME": "Console"}, True, id="double-clicked"),
+        pytest.param("0", {"CMDCMDLINE": CLICKED, "SESSIONNAME": "Console"}, False, id="without an error"),
+        pytest.param("3", {"CMDCMDLINE": CLICKED, "SESSIONNAME": ""}, False, id="a scheduled task"),
+        pytest.param("3", {"CMDCMDLINE": "cmd", "SESSIONNAME": "Console"}, False, id="typed"),
+        pytest.param("3", {"CMDCMDLINE": "cmd /c run.bat 3", "SESSIONNAME": "Console"}, False, id="called"),
+    ],
+)
+def test_an_error_waits_for_a_key_where_the_window_would_close(started_batch, code, environment, waits):
+    done = started_batch.run(code, **environment)
+    assert waits or done.returncode == int(code)  # once somebody saw the error, nobody asks for its code
+    assert ("The service ended with an error, see above." in done.stdout) is waits
+    assert ("Press any key" in done.stdout) is waits
+
+
+def test_a_set_up_that_fails_waits_for_a_key_too(fresh_batch):
+    fresh_batch.set_python_bat(None)
+    done = fresh_batch.run(CMDCMDLINE=CLICKED, SESSIONNAME="Console")
+    assert done.returncode == 1
+    assert "run.bat ended with an error, see above." in done.stdout
+    assert "Press any key" in done.stdout
