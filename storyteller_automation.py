@@ -6,31 +6,34 @@ process under waitress; sessions and notifications live in Redis, or in SQLite w
 
 The rooms of this file, each under a banner, each knowing only those above it:
 
-    settings                one table: name, default, how it is read, what it means
-    errors                  the exceptions that mean an answer, each with its status
-    this system             everything that differs between Windows, Linux and macOS
-    stores                  the interface, then Redis and SQLite in the same order of methods
-    sessions and prompts    pure functions of a document: how many prompts, is it ready, its summary
-    notifications           what one is, which are valid, when a session announces one
-    GPU                     the parser (pure) and the monitor (one run at a time, kept 5 s)
-    SwarmUI                 the probe, what to launch, and the launcher that owns the start
-    authentication          who may call
-    HTTP application        the table of routes, the checking of input, create_app(...)
-    server                  sockets and waitress's settings
-    command line            serve, check
+    settings                    one table: name, default, how it is read, what it means
+    errors                      the exceptions that mean an answer, each with its status
+    this system                 everything that differs between Windows, Linux and macOS
+    stores: the interface       the dozen verbs that both have; then Redis and SQLite, in the same order
+    sessions and prompts        pure functions of a document: how many prompts, is it ready, its summary
+    notifications               what one is, which are valid, when a session announces one
+    GPU                         the parser (pure) and the monitor (one run at a time, kept 5 s)
+    SwarmUI: the probe          what answers at its URL, and whose pages it answers
+    SwarmUI: the launcher       what to launch, and the one owner of the start
+    authentication              tokens, permissions, trusted pages, names of this PC
+    HTTP application            what comes in; the handlers; the routes, one table; who answers
+    server                      sockets, waitress's settings with their reasons, the end in order
+    command line                serve, check, token
 
-The way of one poll: a socket of the server, the route in ROUTES, who calls (authentication), its handler,
+The way of one poll: a socket of the server, the routes of its path, who calls, the check of its input, its handler,
 a verb of the store, an Answer, JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
 import errno
 import functools
+import hashlib
 import hmac
 import http.client
 import ipaddress
@@ -68,9 +71,11 @@ import bottle
 import redis
 import waitress.channel
 import waitress.server
+import waitress.task
 import waitress.wasyncore
 
 log = logging.getLogger("storyteller")
+log.addHandler(logging.NullHandler())  # until the service starts its log nobody is told
 
 # ======================================================================================================
 # Settings
@@ -147,6 +152,8 @@ def _cookie(text: str) -> str:
 
 def _redis_url(text: str) -> str:
     try:
+        if not re.fullmatch(r"unix://.*|rediss?://[^/]*(/[0-9]*)?(\?.*)?", text):
+            raise ValueError  # redis-py takes a database that is no number for 0
         redis.ConnectionPool.from_url(text).make_connection()  # not connected yet; an unknown option is told here
     except (ValueError, TypeError, AttributeError):
         raise ValueError("redis://[user:password@]host[:port][/database]") from None
@@ -164,6 +171,43 @@ def _http_url(text: str) -> str:
     if not good or parts.username is not None or re.search(r"[^!-~]|[?#]", text):
         raise expected
     return text.rstrip("/")
+
+
+_ORIGIN = r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?"
+
+
+def _origin(text: str) -> str:
+    """One origin, exactly as browsers send it: what differs from that would never match."""
+    fits = re.fullmatch(_ORIGIN, text) and not re.fullmatch(r"http://.*:80|https://.*:443", text)
+    if not fits:
+        raise ValueError("an origin as browsers send it, like http://localhost:3000, without a slash at its end")
+    return text
+
+
+def _origin_or_all(text: str) -> str:
+    return text if text == "*" else _origin(text)
+
+
+def _one_of(*known: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text.lower() not in known:
+            raise ValueError(f"one of {', '.join(known)}")
+        return text.lower()
+
+    return read
+
+
+def _list(text: str) -> list[str]:
+    """Separated by commas or spaces; `none` is an empty one."""
+    return [] if text.lower() == "none" else re.findall(r"[^,\s]+", text)
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    return tuple(_origin(one) for one in _list(text))
+
+
+def _hosts(text: str) -> tuple[str, ...]:
+    return tuple(_host(one).lower() for one in _list(text))
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -190,6 +234,25 @@ class Settings:
     api_token: str | None = _option(
         "STORYTELLER_API_TOKEN", None, _token, "the service's own token; made at first start unless set", secret=True
     )
+    cors_origins: tuple[str, ...] = _option(
+        "STORYTELLER_CORS_ORIGINS",
+        ("http://localhost:3000", "http://localhost:5173", "http://127.0.0.1:3000", "http://127.0.0.1:5173"),
+        _origins,
+        "origins of pages that may call with a token; none switches it off",
+    )
+    trusted_origins: tuple[str, ...] = _option(
+        "STORYTELLER_TRUSTED_ORIGINS", (), _origins, "origins of pages on this PC that may call without one"
+    )
+    allowed_hosts: tuple[str, ...] = _option(
+        "STORYTELLER_ALLOWED_HOSTS", (), _hosts, "further names of this PC that a call's Host header may hold"
+    )
+    token_failures: int = _option(
+        "STORYTELLER_TOKEN_FAILURES", 20, _whole(1, 1_000_000), "wrong tokens a minute that one address may send"
+    )
+    log_level: str = _option(
+        "STORYTELLER_LOG_LEVEL", "info", _one_of("debug", "info", "warning", "error"), "debug shows each poll too"
+    )
+    log_format: str = _option("STORYTELLER_LOG_FORMAT", "text", _one_of("text", "json"), "text or json, a line each")
     redis_url: str | None = _option(
         "REDIS_URL", None, _redis_url, "the Redis to use; wins over the two below", secret=True
     )
@@ -208,6 +271,12 @@ class Settings:
     swarmui_args: tuple[str, ...] = _option("SWARMUI_ARGS", (), _words, "further arguments for SwarmUI")
     swarmui_token: str | None = _option(
         "SWARMUI_TOKEN", None, _cookie, "sent to SwarmUI as the cookie swarm_token", secret=True
+    )
+    swarmui_allow_origin: str | None = _option(
+        "SWARMUI_ALLOW_ORIGIN",
+        None,
+        _origin_or_all,
+        "the page that SwarmUI is told to answer; * is every one",
     )
     start_timeout: float = _option(
         "SWARMUI_START_TIMEOUT", 30.0, _positive_seconds, "how long a start waits for SwarmUI to answer"
@@ -296,12 +365,32 @@ class Unauthorized(Fault):
     status = 401
 
 
+class Forbidden(Fault):
+    status = 403
+
+
 class NotFound(Fault):
     status = 404
 
 
+class Conflict(Fault):
+    status = 409
+
+
 class TooLarge(Fault):
     status = 413
+
+
+class NotJson(Fault):
+    """A body of another content type."""
+
+    status = 415
+
+
+class Misdirected(Fault):
+    """A Host header that names another machine."""
+
+    status = 421
 
 
 class TooSoon(Fault):
@@ -471,6 +560,31 @@ def bounded_child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
                 child.wait(timeout=1)
 
 
+MAX_OUTPUT = 256 * 1024  # bytes of a child's output; one that prints more is held up by its full pipe
+
+
+def read_output(child: subprocess.Popen[bytes], timeout: float) -> tuple[str, str]:
+    """What a bounded child prints until it ends. Raises TimeoutExpired."""
+    found = [b"", b""]
+
+    def read(number: int, pipe: Any) -> None:
+        found[number] = pipe.read(MAX_OUTPUT)
+
+    readers = [
+        threading.Thread(target=read, args=(number, pipe), daemon=True)
+        for number, pipe in enumerate((child.stdout, child.stderr))
+    ]
+    for reader in readers:
+        reader.start()
+    deadline = time.monotonic() + timeout
+    child.wait(timeout)
+    for reader in readers:
+        reader.join(max(0.0, deadline - time.monotonic()))  # what it started may hold its pipes open
+        if reader.is_alive():
+            raise subprocess.TimeoutExpired(child.args, timeout)
+    return found[0].decode("utf-8", "replace"), found[1].decode("utf-8", "replace")
+
+
 def _kill_group(leader: int) -> None:
     """The group outlives its leader while a child of it is left."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -509,6 +623,67 @@ def launch_detached(program: Path, arguments: Sequence[str], folder: Path, outpu
         return subprocess.Popen(command, **options)
     finally:
         os.close(log_file)
+
+
+def lock_file(path: Path) -> Any:
+    """The open file, locked until it is closed or this process ends; None when another process holds the lock.
+    What it contains can be read meanwhile."""
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - it stays open as long as the lock is held
+    try:
+        if WINDOWS:
+            import msvcrt
+
+            file.seek(1 << 20)  # past what is written: a locked byte could not be read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def process_identity(pid: int) -> str | None:
+    """What tells a process from a later one of the same number: when it started. None when there is none."""
+    try:
+        if WINDOWS:
+            return _windows_start_time(pid)
+        if MACOS:
+            command = ["ps", "-o", "lstart=", "-p", str(pid)]
+            found = subprocess.run(command, capture_output=True, timeout=5, check=False).stdout.strip()
+            return found.decode("ascii", "replace") or None
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        # After the name, which may hold spaces and parentheses: state, then 19 on, the start in ticks since boot.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else f"{boot} {fields[19]}"
+    except (OSError, IndexError, subprocess.TimeoutExpired):
+        return None
+
+
+def _windows_start_time(pid: int) -> str | None:
+    void, word = ctypes.c_void_p, ctypes.c_uint32
+    process = _win32("kernel32", "OpenProcess", void, word, word, word)(0x1000, 0, pid)  # ..._LIMITED_INFORMATION
+    if not process:
+        return None
+    times = (ctypes.c_uint64 * 4)()
+    each = [ctypes.byref(times, 8 * number) for number in range(4)]
+    code = word()
+    done = _win32("kernel32", "GetProcessTimes", word, void, void, void, void, void)(process, *each)
+    _win32("kernel32", "GetExitCodeProcess", word, void, void)(process, ctypes.byref(code))
+    _win32("kernel32", "CloseHandle", word, void)(process)
+    return str(times[0]) if done and code.value == 259 else None  # STILL_ACTIVE
+
+
+def descriptor_limit() -> int:
+    """How many sockets and files this process may hold; `select` on Windows takes 512 sockets."""
+    if WINDOWS:
+        return 512
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
 def listen(address: str, port: int) -> socket.socket:
@@ -568,6 +743,14 @@ def prepare_console(title: str | None = None) -> None:
 # ======================================================================================================
 # Stores: the interface
 # ======================================================================================================
+
+
+def is_address(host: str) -> bool:
+    """An IP address, not a name."""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return False
+
 
 KEEP_MS = 7 * 24 * 3600 * 1000  # sessions, pending notifications and marks of acknowledgement: 7 days
 
@@ -641,6 +824,18 @@ class Store(Protocol):
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
         """Remove the members and mark the id, for 7 days. False, and nothing is changed, when no member was there
         and the id is not marked."""
+
+    def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
+        """Keep what is known of a session token, under its SHA-256, for `ttl` ms."""
+
+    def token(self, digest: str) -> bytes | None:
+        """None when it is unknown, has expired, or was revoked."""
+
+    def tokens(self) -> list[tuple[str, bytes]]:
+        """Each token's SHA-256 and record."""
+
+    def revoke_token(self, digest: str) -> bool:
+        """False when there was none."""
 
 
 # ======================================================================================================
@@ -722,6 +917,49 @@ end
 """
 
 
+class _BoundedConnect:
+    """Mixed into a connection of redis-py: looking a name up has no time-out of its own."""
+
+    def _connect(self) -> Any:
+        made: Future[Any] = Future()
+
+        def connect() -> None:
+            try:
+                made.set_result(super(_BoundedConnect, self)._connect())
+            except BaseException as error:
+                made.set_exception(error)
+
+        host = getattr(self, "host", None)
+        if host is None or is_address(host):
+            return super()._connect()
+        threading.Thread(target=connect, name="redis-connect", daemon=True).start()
+        try:
+            return made.result(timeout=RedisStore.CONNECT_TIMEOUT)
+        except concurrent.futures.TimeoutError:
+            made.add_done_callback(lambda late: late.exception() or late.result().close())
+            raise redis.TimeoutError("connecting took too long") from None
+
+
+class _Pool(redis.ConnectionPool):
+    """Connections that were idle for a while are made anew: they may have died silently (the PC slept)."""
+
+    IDLE = 5.0
+
+    def release(self, connection: Any) -> None:
+        connection.released = time.time()  # the clock on the wall goes on while the PC sleeps
+        super().release(connection)
+
+    def get_connection(self, *arguments: Any, **options: Any) -> Any:
+        connection = super().get_connection(*arguments, **options)
+        if not 0 <= time.time() - getattr(connection, "released", time.time()) < self.IDLE:
+            connection.disconnect()
+            connection.connect()
+        return connection
+
+
+_REDIS_CODES = r"\b(READONLY|OOM|MISCONF|BUSY|NOPERM|NOAUTH|WRONGPASS|LOADING|MASTERDOWN|WRONGTYPE)\b"
+
+
 class RedisStore:
     """Redis 5 or later. The keys that other programs use are those that were agreed on; ours begin with
     `storyteller:`."""
@@ -731,13 +969,29 @@ class RedisStore:
     INDEX, STORYART_INDEX = "storyteller:sessions", "storyart:sessions:index"
     NEWEST = "storyteller:newest"  # the newest time that a notification was given
 
+    # A call ends within 3 s, also where it has to connect first and Redis hangs.
+    CONNECT_TIMEOUT, ANSWER_TIMEOUT = 1.0, 1.5
+    CALLS_AT_ONCE = 24  # the others of the server's threads stay free for what needs no store
+    LOOK_INTERVAL = 1.0  # seconds between two looks for a Redis that is away
+
     def __init__(self, url: str, clock: Callable[[], int] = now_ms) -> None:
         # RESP2, since Redis 5 refuses HELLO 3. from_url, since Redis(...) retries, and sleeps in between.
-        self._redis: redis.Redis = redis.Redis.from_url(
-            url, protocol=2, socket_timeout=2, socket_connect_timeout=2, max_connections=256
+        pool = _Pool.from_url(
+            url,
+            protocol=2,
+            socket_timeout=self.ANSWER_TIMEOUT,
+            socket_connect_timeout=self.CONNECT_TIMEOUT,
+            max_connections=256,
         )
+        pool.connection_class = type("BoundedConnection", (_BoundedConnect, pool.connection_class), {})
+        self._redis: redis.Redis = redis.Redis(connection_pool=pool)
+        self._places = threading.BoundedSemaphore(self.CALLS_AT_ONCE)
+        self._lock = threading.Lock()
+        self._away = ""  # why Redis is known to be away; "" while it is not
+        self._closing = threading.Event()
         self._clock = clock
         options = self._redis.connection_pool.connection_kwargs
+        options.update(decode_responses=False, protocol=2)  # the URL's own options would win
         place = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
         self.place = f"{place}, database {options.get('db', 0)}"
         script = self._redis.register_script
@@ -749,20 +1003,51 @@ class RedisStore:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
+        """Around each call: it fails at once while Redis is known to be away."""
+        if self._away:
+            raise self._unavailable(self._away)
+        if not self._places.acquire(timeout=0.1):
+            raise self._unavailable("too many calls wait for it")
         try:
             yield
         except (redis.RedisError, OSError, UnicodeError) as error:
             # Not the error's text: redis-py puts the command into it, session and all.
-            code = re.match(r"[A-Z]{3,}", str(error)) if isinstance(error, redis.ResponseError) else None
-            reason = code.group() if code else type(error).__name__
-            raise Unavailable(f"Redis at {self.place} does not answer as it should ({reason}).", 1) from None
+            code = re.search(_REDIS_CODES, str(error))
+            reason = code[1] if code else type(error).__name__
+            if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
+                self._lose(reason)
+            raise self._unavailable(reason) from None
+        finally:
+            self._places.release()
+
+    def _unavailable(self, reason: str) -> Unavailable:
+        return Unavailable(f"Redis at {self.place} does not answer as it should ({reason}).", 1)
+
+    def _lose(self, reason: str) -> None:
+        """Redis is away: look for it until it is back, or close() was called."""
+        with self._lock:
+            if self._away or self._closing.is_set():
+                return
+            self._away = reason
+        log.warning("store: Redis at %s is away (%s)", self.place, reason)
+        self._redis.connection_pool.disconnect(inuse_connections=False)
+        threading.Thread(target=self._look, name="redis-look", daemon=True).start()
+
+    def _look(self) -> None:
+        while not self._closing.wait(self.LOOK_INTERVAL):
+            with contextlib.suppress(redis.RedisError, OSError):
+                self._redis.ping()
+                self._away = ""
+                log.warning("store: Redis at %s is back", self.place)
+                return
 
     def ping(self) -> None:
         with self._errors():
             self._redis.ping()
 
     def close(self) -> None:
-        self._redis.close()
+        self._closing.set()
+        self._redis.connection_pool.disconnect()
 
     @staticmethod
     def _session_keys(timestamp: int) -> list[str]:
@@ -809,7 +1094,7 @@ class RedisStore:
                     yield found
                 elif math.isfinite(score):
                     keys = [*self._session_keys(int(score)), self.INDEX, self.STORYART_INDEX]
-                    with self._errors():
+                    with contextlib.suppress(Unavailable), self._errors():  # a replica takes no writes: read on
                         self._trim(keys=keys)
             if floor == -math.inf:
                 return
@@ -817,12 +1102,16 @@ class RedisStore:
 
     def newest_copy(self) -> bytes | None:
         with self._errors():
-            try:
-                return self._redis.get(self.LATEST)
-            except redis.ResponseError as error:
-                if str(error).startswith("WRONGTYPE"):
-                    return None
-                raise
+            return self._get(self.LATEST)
+
+    def _get(self, key: str) -> bytes | None:
+        """The text of a key; None also for a key of another type."""
+        try:
+            return self._redis.get(key)
+        except redis.ResponseError as error:
+            if str(error).startswith("WRONGTYPE"):
+                return None
+            raise
 
     def _with_time(self, script: Any, draft: Draft | None, keys: Sequence[str], *further: Any) -> list[Any]:
         """Run a script that may add a notification, with a time that is past the newest one given so far."""
@@ -890,12 +1179,34 @@ class RedisStore:
     def _marker(id: str) -> str:
         return f"notifications:ack:{id}"
 
+    TOKEN = "auth:session:"
+
+    def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
+        with self._errors():
+            self._redis.set(self.TOKEN + digest, record, px=ttl)
+
+    def token(self, digest: str) -> bytes | None:
+        with self._errors():
+            return self._get(self.TOKEN + digest)
+
+    def tokens(self) -> list[tuple[str, bytes]]:
+        with self._errors():  # SCAN, since only people at the command line ask
+            keys = [key.decode("utf-8", "replace") for key in self._redis.scan_iter(f"{self.TOKEN}*", 1000)]
+            found = [(key.removeprefix(self.TOKEN), self._get(key)) for key in keys]
+        return [(digest, record) for digest, record in found if record is not None]
+
+    def revoke_token(self, digest: str) -> bool:
+        with self._errors():
+            return bool(self._redis.delete(self.TOKEN + digest))
+
 
 # ======================================================================================================
 # Stores: SQLite
 # ======================================================================================================
 
-_SCHEMA = """
+# Each made the next version of the file out of the one before; a file's own version is how many it has had.
+_SCHEMA_STEPS = (
+    """
 CREATE TABLE session (timestamp INTEGER PRIMARY KEY, document BLOB NOT NULL, saved INTEGER NOT NULL,
                       announced TEXT, expires INTEGER NOT NULL);
 CREATE INDEX session_expires ON session (expires);
@@ -905,14 +1216,18 @@ CREATE TABLE marker (id TEXT PRIMARY KEY, expires INTEGER NOT NULL);
 CREATE INDEX marker_expires ON marker (expires);
 CREATE TABLE newest (time INTEGER NOT NULL);
 INSERT INTO newest VALUES (0);
-"""
+""",
+    """
+CREATE TABLE token (digest TEXT PRIMARY KEY, record BLOB NOT NULL, expires INTEGER NOT NULL);
+CREATE INDEX token_expires ON token (expires);
+""",
+)
 
 
 class SqliteStore:
     """One file, in WAL mode: readers go on while one writes, and what was committed survives a killed process."""
 
     name = "sqlite"
-    SCHEMA_VERSION = 1
     WAIT = 3.0  # seconds for the lock of another writer, thread or process
 
     def __init__(self, path: Path, clock: Callable[[], int] = now_ms) -> None:
@@ -920,6 +1235,7 @@ class SqliteStore:
         self._path = path
         self._clock = clock
         self._writer_lock = threading.Lock()
+        self._damaged = False  # seen at run time: the file is "malformed"
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()  # as many as threads that read at once
         self._closed = False
         try:
@@ -943,20 +1259,24 @@ class SqliteStore:
 
     def _prepare(self) -> None:
         self._writer.execute("PRAGMA journal_mode = WAL")
+        damage = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if damage != "ok":
+            raise StartError(f"The store {self.place} is damaged ({damage}): move it away, or mend it.")
         with self._writing() as database:
             version = database.execute("PRAGMA user_version").fetchone()[0]
-            if version > self.SCHEMA_VERSION:
+            if version > len(_SCHEMA_STEPS):
                 raise StartError(f"The store {self.place} was made by a newer version: start that one.")
-            if version == 0:
-                for statement in _SCHEMA.split(";"):
+            for step in _SCHEMA_STEPS[version:]:
+                for statement in step.split(";"):
                     database.execute(statement)
-                database.execute(f"PRAGMA user_version = {self.SCHEMA_VERSION}")
+            database.execute(f"PRAGMA user_version = {len(_SCHEMA_STEPS)}")
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
+            self._damaged = self._damaged or "malformed" in str(error)
             raise Unavailable(f"The store {self.place} does not answer as it should ({error}).", 1) from None
 
     @contextlib.contextmanager
@@ -992,6 +1312,8 @@ class SqliteStore:
             self._writer_lock.release()
 
     def ping(self) -> None:
+        if self._damaged:
+            raise Unavailable(f"The store {self.place} is damaged: stop the service, and move the file away.", 60)
         with self._reading() as database:
             database.execute("SELECT time FROM newest").fetchone()
 
@@ -1114,12 +1436,34 @@ class SqliteStore:
             database.execute("INSERT OR REPLACE INTO marker (id, expires) VALUES (?, ?)", (id, now + KEEP_MS))
         return True
 
+    def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
+        now = self._clock()
+        with self._writing() as database:
+            self._purge(database, now)
+            database.execute("INSERT OR REPLACE INTO token VALUES (?, ?, ?)", (digest, record, now + ttl))
+
+    def token(self, digest: str) -> bytes | None:
+        with self._reading() as database:
+            row = database.execute(
+                "SELECT record FROM token WHERE digest = ? AND expires > ?", (digest, self._clock())
+            ).fetchone()
+        return row[0] if row else None
+
+    def tokens(self) -> list[tuple[str, bytes]]:
+        with self._reading() as database:
+            return database.execute("SELECT digest, record FROM token WHERE expires > ?", (self._clock(),)).fetchall()
+
+    def revoke_token(self, digest: str) -> bool:
+        with self._writing() as database:
+            return database.execute("DELETE FROM token WHERE digest = ?", (digest,)).rowcount > 0
+
     @staticmethod
     def _purge(database: sqlite3.Connection, now: int) -> None:
         """End what is over: Redis does it by itself, here each write does."""
         database.execute("DELETE FROM session WHERE expires <= ?", (now,))
         database.execute("DELETE FROM pending WHERE time <= ?", (now - KEEP_MS,))
         database.execute("DELETE FROM marker WHERE expires <= ?", (now,))
+        database.execute("DELETE FROM token WHERE expires <= ?", (now,))
 
 
 def open_store(settings: Settings) -> Store:
@@ -1134,9 +1478,12 @@ def open_store(settings: Settings) -> Store:
 # ======================================================================================================
 
 
-def parse_json(data: bytes) -> Any:
-    """Strict JSON: UTF-8, no NaN or Infinity (which browsers refuse), nothing that cannot be written back.
-    Raises ValueError with what is wrong."""
+MAX_DEPTH = 100  # levels of a request's body: writing back what is nested much deeper would fail
+
+
+def parse_json(data: bytes, *, from_request: bool = False) -> Any:
+    """Strict JSON: UTF-8, no NaN or Infinity (which browsers refuse), nothing that cannot be written back; in a
+    request also no key twice, and MAX_DEPTH levels at most. Raises ValueError with what is wrong."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is no JSON")
@@ -1147,8 +1494,19 @@ def parse_json(data: bytes) -> Any:
             raise ValueError(f"the number {text[:40]} is too large")
         return number
 
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key is given twice")
+        return found
+
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=refuse, parse_float=finite)
+        value = json.loads(
+            data.decode("utf-8"),
+            parse_constant=refuse,
+            parse_float=finite,
+            object_pairs_hook=unique if from_request else None,
+        )
         if re.search(rb"\\u[dD][89a-fA-F]", data):
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair cannot be written back
     except UnicodeDecodeError:
@@ -1159,7 +1517,17 @@ def parse_json(data: bytes) -> Any:
         raise ValueError(f"not JSON ({error.msg} at character {error.pos})") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if from_request and isinstance(value, (dict, list)) and _is_deeper(value, MAX_DEPTH):
+        raise ValueError(f"nested too deeply: {MAX_DEPTH} levels at most")
     return value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    level = [value]
+    for _ in range(levels):
+        inner = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [part for parts in inner for part in parts if isinstance(part, (dict, list))]
+    return bool(level)
 
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
@@ -1174,7 +1542,7 @@ def iso_time(ms: int) -> str:
 def read_time(value: object) -> int | None:
     """Milliseconds of an ISO 8601 string (UTC unless it says otherwise) or of a number of them; None for the rest."""
     try:
-        if isinstance(value, str):
+        if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d", value):
             moment = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", value))
             ms = round((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() * 1000)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -1190,6 +1558,13 @@ def read_time(value: object) -> int | None:
 def is_whole(value: object) -> bool:
     """5 and 5.0, not True: JSON has one kind of number, and JavaScript writes whole ones either way."""
     return value.is_integer() if isinstance(value, float) else isinstance(value, int) and not isinstance(value, bool)
+
+
+LARGEST = 2**53  # past it a whole number is not the same in JavaScript
+
+
+def is_count(value: object) -> bool:
+    return is_whole(value) and 0 <= value <= LARGEST
 
 
 class NotASession(ValueError):
@@ -1376,7 +1751,7 @@ def read_member(member: bytes, time: float) -> Notification:
     if not isinstance(kind, str) or kind not in TOTALS:
         raise ValueError("no known type")
     for name in ("sessionTimestamp", TOTALS[kind]):
-        if not is_whole(value.get(name)) or value[name] < 0:
+        if not is_count(value.get(name)):
             raise ValueError(f"{name} is not a whole number")
     episode, story, timestamp = value.get("episodeNumber"), value.get("storyUuid"), value.get("timestamp")
     return Notification(
@@ -1384,7 +1759,7 @@ def read_member(member: bytes, time: float) -> Notification:
         type=kind,
         session_timestamp=int(value["sessionTimestamp"]),
         story_uuid=story if isinstance(story, str) else "",
-        episode_number=int(episode) if is_whole(episode) else 0,
+        episode_number=int(episode) if is_count(episode) else 0,
         total=int(value[TOTALS[kind]]),
         timestamp=timestamp if isinstance(timestamp, str) and read_time(timestamp) is not None else iso_time(int(time)),
         acknowledged=value.get("acknowledged") is True,
@@ -1413,7 +1788,7 @@ def due_notification(timestamp: int, document: dict[str, Any], found: Progress) 
         "prompts_ready" if found.ready else "beats_ready",
         timestamp,
         storyUuid=story if isinstance(story, str) else "",
-        episodeNumber=int(episode) if is_whole(episode) else 0,
+        episodeNumber=int(episode) if is_count(episode) else 0,
         totalPrompts=found.total_prompts,
         totalBeats=found.total_beats,
     )
@@ -1571,7 +1946,7 @@ def query_gpus(program: str | None, timeout: float = NVIDIA_SMI_TIMEOUT) -> GpuS
     try:
         with bounded_child([program, *GPU_QUERY]) as gpus, bounded_child([program, *PROCESS_QUERY]) as processes:
             try:
-                outputs = [text.decode("utf-8", "replace") for text in gpus.communicate(timeout=timeout)]
+                outputs = read_output(gpus, timeout)
             except subprocess.TimeoutExpired:
                 return GpuStatus(error=f"nvidia-smi did not answer within {timeout:g} s", fault=True)
             if any("no devices were found" in text.lower() for text in outputs):
@@ -1583,9 +1958,9 @@ def query_gpus(program: str | None, timeout: float = NVIDIA_SMI_TIMEOUT) -> GpuS
             if status.fault:
                 return status
             with contextlib.suppress(subprocess.TimeoutExpired):
-                listed, _ = processes.communicate(timeout=max(0.0, deadline - time.monotonic()))
+                listed, _ = read_output(processes, max(0.0, deadline - time.monotonic()))
                 if processes.returncode == 0:
-                    return dataclasses.replace(status, process_count=count_processes(listed.decode("utf-8", "replace")))
+                    return dataclasses.replace(status, process_count=count_processes(listed))
             return status
     except OSError as error:
         return GpuStatus(error=f"nvidia-smi cannot be run ({error.strerror}): {program}", fault=True)
@@ -1624,7 +1999,7 @@ class GpuMonitor:
 
 
 # ======================================================================================================
-# SwarmUI
+# SwarmUI: the probe
 # ======================================================================================================
 
 
@@ -1635,6 +2010,16 @@ class Probe:
     ready: bool
     held: bool
     words: str
+    session_id: str = ""  # what SwarmUI gave when it is ready
+    allow_origin: str | None = None  # whose pages SwarmUI answers
+
+
+@dataclass(frozen=True)
+class Started:
+    """SwarmUI is ready: what to tell, and whose pages it answers."""
+
+    message: str
+    allow_origin: str | None
 
 
 class _UntilHandler(urllib.request.AbstractHTTPHandler):
@@ -1711,28 +2096,32 @@ def _is_refusal(error: object) -> bool:
 
 def probe(settings: Settings) -> Probe:
     """Ask SwarmUI for a session, as everything that uses it does first: 200 with a session_id is ready."""
-    url = f"{settings.swarmui_api_url}/API/GetNewSession"
-    parts = urllib.parse.urlsplit(url)
-    urls = [url]
+    urls = [settings.swarmui_api_url]
+    parts = urllib.parse.urlsplit(settings.swarmui_api_url)
     if parts.hostname == "localhost" and parts.scheme == "http":
         # 127.0.0.1 first: where nothing listens on ::1, Windows takes 2 s to say so.
         hosts = [f"{address}:{settings.swarmui_port}" for address in ("127.0.0.1", "[::1]")]
         urls = [urllib.parse.urlunsplit(parts._replace(netloc=host)) for host in hosts]
-    headers = {"Content-Type": "application/json", "Host": parts.netloc}
-    if settings.swarmui_token:
-        headers["Cookie"] = f"swarm_token={settings.swarmui_token}"
     found = Probe(ready=False, held=False, words=f"nobody answers at {settings.swarmui_api_url}")
     for url in urls:
-        answer = _probe_one(url, headers, settings)
+        answer = _probe_one(url, settings)
         if answer.ready or answer.held:
             return answer
     return found
 
 
-def _probe_one(url: str, headers: Mapping[str, str], settings: Settings) -> Probe:
+def call_swarmui(url: str, route: str, body: Mapping[str, Any], settings: Settings) -> Reply:
+    """One call of SwarmUI's API at `url`, which is POST with JSON and nothing else. Raises as call() does."""
+    headers = {"Content-Type": "application/json", "Host": urllib.parse.urlsplit(settings.swarmui_api_url).netloc}
+    if settings.swarmui_token:
+        headers["Cookie"] = f"swarm_token={settings.swarmui_token}"
+    return call(f"{url}/API/{route}", settings.health_timeout, data=json.dumps(body).encode(), headers=headers)
+
+
+def _probe_one(url: str, settings: Settings) -> Probe:
     where = settings.swarmui_api_url
     try:
-        reply = call(url, settings.health_timeout, data=b"{}", headers=headers)
+        reply = call_swarmui(url, "GetNewSession", {}, settings)
     except (OSError, http.client.HTTPException) as error:
         if _is_refusal(error):
             return Probe(ready=False, held=False, words=f"nobody answers at {where}")
@@ -1748,8 +2137,9 @@ def _probe_one(url: str, headers: Mapping[str, str], settings: Settings) -> Prob
         answer = None
     if not isinstance(answer, dict):
         answer = {}
-    if reply.status == 200 and isinstance(answer.get("session_id"), str):
-        return Probe(ready=True, held=True, words="SwarmUI answers")
+    session_id = answer.get("session_id")
+    if reply.status == 200 and isinstance(session_id, str):
+        return Probe(True, True, "SwarmUI answers", session_id, reply.headers.get("Access-Control-Allow-Origin"))
     text = answer.get("error") or answer.get("error_id") or reply.body.decode("utf-8", "replace")
     words = f"{where} answered {reply.status}: {' '.join(str(text).split())[:200]}"
     if "unauthorized" in words.lower() or reply.status == 401:
@@ -1758,8 +2148,52 @@ def _probe_one(url: str, headers: Mapping[str, str], settings: Settings) -> Prob
     return Probe(ready=False, held=True, words=words)
 
 
+def allow_page(found: Probe, settings: Settings) -> Started:
+    """See to it that SwarmUI answers the page of SWARMUI_ALLOW_ORIGIN: as it is installed no page can see it."""
+    wanted, before = settings.swarmui_allow_origin, found.allow_origin
+    if wanted is None or before in ("*", wanted):
+        return Started(found.words, before)
+    instead = f" instead of {before}" if before else ""
+    change = {"session_id": found.session_id, "settings": {"Network.AccessControlAllowOrigin": wanted}}
+    try:
+        call_swarmui(settings.swarmui_api_url, "ChangeServerSettings", change, settings)
+    except (OSError, http.client.HTTPException) as error:
+        log.warning("swarmui: its answer to ChangeServerSettings is missing (%s)", type(error).__name__)
+    after = probe(settings).allow_origin  # its own `success` proves nothing
+    if after != wanted:
+        log.warning("swarmui: it would not answer pages of %s", wanted)
+        return Started(f"{found.words}; but it would not be told to answer pages of {wanted}", after)
+    log.info("swarmui: it now answers pages of %s%s", wanted, instead)
+    return Started(f"{found.words}; it now answers pages of {wanted}{instead}", after)
+
+
 # No route or no such address, as ::1 where there is no IPv6; WinSock has numbers of its own.
 _NOT_HERE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, 10047, 10049, 10051, 10065}
+
+
+# ======================================================================================================
+# SwarmUI: the launcher
+# ======================================================================================================
+
+LOG_LIMIT, LOGS_KEPT = 5_000_000, 3  # bytes of a log, and older ones beside it
+
+
+def shorten_log(path: Path) -> None:
+    """Copy a log that is too long, and empty it: SwarmUI holds it open and outlives us, so it cannot be moved.
+    Lines written in between are lost."""
+    try:
+        if path.stat().st_size <= LOG_LIMIT:
+            return
+        for number in range(LOGS_KEPT - 1, 0, -1):
+            older = path.with_name(f"{path.name}.{number}")
+            if older.exists():
+                os.replace(older, path.with_name(f"{path.name}.{number + 1}"))
+        shutil.copyfile(path, path.with_name(f"{path.name}.1"))
+        os.truncate(path, 0)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("swarmui: %s cannot be shortened (%s)", path, error.strerror)
 
 
 class LaunchError(Exception):
@@ -1830,11 +2264,22 @@ def last_lines(path: Path, since: int, count: int = 5) -> str:
     return " | ".join([line for line in printable if line][-count:])
 
 
+class FoundProcess:
+    """A process that an earlier run of this service launched. How it ended cannot be known: that counts as 0."""
+
+    def __init__(self, pid: int, identity: str) -> None:
+        self.pid = pid
+        self._identity = identity
+
+    def poll(self) -> int | None:
+        return None if process_identity(self.pid) == self._identity else 0
+
+
 @dataclass(frozen=True)
 class _Launch:
     """A process that was launched, when (monotonic seconds), and where its part of the log begins."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | FoundProcess
     at: float
     log_start: int
 
@@ -1848,13 +2293,15 @@ class SwarmUILauncher:
         self._clock = clock
         self._output = settings.data_dir / "swarmui.log"
         self._lock = threading.Lock()
-        self._attempt: Future[str] | None = None
-        self._launch: _Launch | None = None  # the last one; only the attempt's thread touches it
+        self._attempt: Future[Started] | None = None
+        self._record = settings.data_dir / "swarmui.json"
+        self._launch: _Launch | None = self._find_launch()  # the last one; only the attempt's thread touches it
+        self._failure = ""  # why the last launch failed; likewise
         self._wake = threading.Event()  # the process ended, or close() was called
-        self._closed = False
+        self._closed = threading.Event()
 
-    def start(self) -> str:
-        """Return a message once SwarmUI answers. Raises Fault with what went wrong, TooSoon between two launches."""
+    def start(self) -> Started:
+        """Return once SwarmUI answers. Raises Fault with what went wrong, TooSoon between two launches."""
         with self._lock:
             attempt = self._attempt
             if attempt is None or attempt.done():
@@ -1864,27 +2311,57 @@ class SwarmUILauncher:
 
     def close(self) -> None:
         """End an attempt that waits. SwarmUI goes on."""
-        self._closed = True
+        self._closed.set()
         self._wake.set()
 
-    def _run(self, attempt: Future[str]) -> None:
+    def keep_log_short(self) -> None:
+        """Look at SwarmUI's log about once a second, in a thread that ends with close()."""
+
+        def look() -> None:
+            while not self._closed.wait(1.0):
+                shorten_log(self._output)
+
+        threading.Thread(target=look, name="swarmui-log", daemon=True).start()
+
+    def _find_launch(self) -> _Launch | None:
+        """What an earlier run launched, when it is alive still: it may be starting, and must not be launched twice."""
         try:
-            message = self._make_ready()
+            kept = json.loads(self._record.read_text(encoding="utf-8"))
+            pid, identity = int(kept["pid"]), str(kept["identity"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        if process_identity(pid) != identity:
+            return None
+        log.info("swarmui: found process %d, which was launched before", pid)
+        return _Launch(FoundProcess(pid, identity), -math.inf, 0)
+
+    def _keep_launch(self, pid: int) -> None:
+        try:
+            draft = self._record.with_suffix(".new")
+            draft.write_text(json.dumps({"pid": pid, "identity": process_identity(pid)}), encoding="utf-8")
+            os.replace(draft, self._record)
+        except OSError as error:
+            log.warning("swarmui: %s cannot be written (%s)", self._record, error.strerror)
+
+    def _run(self, attempt: Future[Started]) -> None:
+        try:
+            started = allow_page(self._make_ready(), self._settings)
         except Fault as fault:
             attempt.set_exception(fault)
         except LaunchError as error:
+            self._failure = str(error)
             log.error("swarmui: failed to start: %s", error)
             attempt.set_exception(Fault(f"SwarmUI failed to start: {error}"))
         except Exception as error:
             log.exception("swarmui: failed to start")
             attempt.set_exception(Fault(f"SwarmUI failed to start: {type(error).__name__}, see the service's log"))
         else:
-            attempt.set_result(message)
+            attempt.set_result(started)
 
-    def _make_ready(self) -> str:
+    def _make_ready(self) -> Probe:
         found = probe(self._settings)
         if found.ready:
-            return "SwarmUI is already running"
+            return dataclasses.replace(found, words="SwarmUI is already running")
         launch = self._launch
         if launch is None or launch.process.poll() is not None:
             if found.held:
@@ -1897,7 +2374,9 @@ class SwarmUILauncher:
         now = self._clock()
         if self._launch and now - self._launch.at < self._settings.start_interval:
             wait = self._settings.start_interval - (now - self._launch.at)
-            raise TooSoon(f"SwarmUI was launched a moment ago: ask again in {math.ceil(wait)} s.", wait)
+            why = f" ({self._failure})" if self._failure else ""
+            raise TooSoon(f"SwarmUI was launched a moment ago{why}: ask again in {math.ceil(wait)} s.", wait)
+        shorten_log(self._output)
         try:
             log_start = self._output.stat().st_size if self._output.exists() else 0
             process = launch_detached(plan.program, plan.arguments, plan.folder, self._output)
@@ -1905,7 +2384,8 @@ class SwarmUILauncher:
             reason = getattr(error, "strerror", None) or error
             raise LaunchError(f"{plan.program} cannot be launched ({reason}): check SWARMUI_PATH") from None
         log.info("swarmui: launched %s as process %d", plan.program, process.pid)
-        self._launch = _Launch(process, now, log_start)
+        self._launch, self._failure = _Launch(process, now, log_start), ""
+        self._keep_launch(process.pid)
         # Waits as long as the process lives, so that its end is seen at once and leaves no zombie.
         threading.Thread(target=self._watch, args=[process], name="swarmui-watch", daemon=True).start()
         return self._launch
@@ -1915,14 +2395,14 @@ class SwarmUILauncher:
         log.info("swarmui: process %d ended with exit code %d", process.pid, code)
         self._wake.set()
 
-    def _await_ready(self, launch: _Launch) -> str:
+    def _await_ready(self, launch: _Launch) -> Probe:
         deadline = self._clock() + self._settings.start_timeout
         while True:
             next_probe = self._clock() + self._settings.poll_interval
             self._wake.clear()
             found = probe(self._settings)
             if found.ready:
-                return "SwarmUI started successfully"
+                return dataclasses.replace(found, words="SwarmUI started successfully")
             if self._clock() >= deadline:
                 late = f"no answer within {self._settings.start_timeout:g} s (last: {found.words})"
                 if launch.process.poll() is not None:
@@ -1933,7 +2413,7 @@ class SwarmUILauncher:
     def _pause(self, launch: _Launch, until: float) -> None:
         """Until the next probe is due. Raises LaunchError when the process fails meanwhile, or the service stops."""
         while True:
-            if self._closed:
+            if self._closed.is_set():
                 raise Unavailable("SwarmUI failed to start: the service is stopping.", 5)
             code = launch.process.poll()
             if code:  # 0 counts as a wrapper that went to the background: it may still come
@@ -1953,14 +2433,176 @@ class SwarmUILauncher:
 # ======================================================================================================
 
 
-def authenticate(authorization: str | None, api_token: str) -> None:
-    """Raises Unauthorized unless the header is `Bearer` with the API token. Compared in constant time."""
-    found = re.fullmatch(r"[Bb][Ee][Aa][Rr][Ee][Rr] +(\S+)", (authorization or "").strip(" \t"))
+PERMISSIONS = (
+    "gpu:read",
+    "swarmui:control",
+    "notifications:read",
+    "notifications:write",
+    "sessions:read",
+    "sessions:write",
+    "admin",
+)
+
+SUBJECT_PATTERN = r"[A-Za-z0-9._-]{1,64}"
+TOKEN_TTL = 12 * 3600  # seconds unless said
+TOKEN_TTL_RANGE = (60, 30 * 24 * 3600)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls, and what for. `expires` in ms; None for the API token and for a trusted page."""
+
+    subject: str
+    permissions: tuple[str, ...]
+    expires: int | None = None
+    digest: str | None = None  # of the session token, where one was sent
+
+    def may(self, permission: str) -> bool:
+        return permission == "any" or permission in self.permissions or "admin" in self.permissions
+
+
+def digest_of(token: str) -> str:
+    """What is kept of a session token; it has 256 random bits, so a plain SHA-256 is enough."""
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def issue_token(store: Store, subject: str, permissions: Iterable[str], ttl: int, now: int) -> tuple[str, Caller]:
+    """Make a session token for `ttl` seconds. The token itself is kept nowhere."""
+    token = secrets.token_urlsafe(32)
+    given = set(permissions)
+    caller = Caller(subject, tuple(one for one in PERMISSIONS if one in given), now + ttl * 1000, digest_of(token))
+    record = {"subject": subject, "permissions": caller.permissions, "expiresAt": caller.expires}
+    store.keep_token(caller.digest, json.dumps(record).encode("ascii"), ttl * 1000)
+    return token, caller
+
+
+def read_token(digest: str, record: bytes) -> Caller | None:
+    """What the store holds under a token's digest; None for what cannot be read."""
+    try:
+        value = parse_json(record)
+        subject, permissions, expires = value["subject"], value["permissions"], value["expiresAt"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    good = isinstance(subject, str) and re.fullmatch(SUBJECT_PATTERN, subject) and is_whole(expires)
+    if not good or not isinstance(permissions, list) or not all(one in PERMISSIONS for one in permissions):
+        return None
+    return Caller(subject, tuple(permissions), int(expires), digest)
+
+
+class Authenticator:
+    """Knows callers by their tokens, or by the trusted page that they are."""
+
+    KEPT = 5.0  # seconds that a token looked up is good for without asking again
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], int] = now_ms,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._lock = threading.Lock()
+        self._known: dict[str, tuple[float, Caller]] = {}  # digest -> when it was looked up; 1000 at most
+        self._revoked: dict[str, None] = {}  # digests revoked here: also against a look-up under way; 1000 at most
+        self._failures: dict[str, list[float]] = {}  # address -> when it sent wrong tokens; 1000 at most
+
+    def identify(self, environ: Mapping[str, Any]) -> Caller:
+        """Who sent this request. Raises Unauthorized, TooSoon, and Unavailable when the store is needed and away."""
+        header = environ.get("HTTP_AUTHORIZATION")  # not request.headers, which raises for what is no latin-1 text
+        if header is not None and "," in header:
+            raise BadRequest("Authorization: expected one header.")  # two of them arrive as one
+        found = re.fullmatch(r"[Bb][Ee][Aa][Rr][Ee][Rr] +(\S+)", (header or "").strip(" \t"))
+        caller = self._by_token(found[1]) if found else None
+        caller = caller or self._by_origin(environ)
+        if caller:
+            return caller
+        if not found:
+            raise Unauthorized("A token is needed: send the header Authorization: Bearer <token>.")
+        self._count_failure(str(environ.get("REMOTE_ADDR", "")))
+        raise Unauthorized("The token is unknown, revoked or has expired: ask for another one.")
+
+    def revoke(self, digest: str) -> None:
+        """At once for this instance; within KEPT seconds for others on the same store."""
+        with self._lock:
+            self._revoked[digest] = None
+            self._known.pop(digest, None)
+            _bound(self._revoked)
+        self._store.revoke_token(digest)
+
+    def _by_token(self, token: str) -> Caller | None:
+        # Bytes, since compare_digest refuses text beyond ASCII, which a header may hold.
+        own = (self._settings.api_token or "").encode("ascii")
+        if hmac.compare_digest(token.encode("utf-8", "surrogateescape"), own):
+            return Caller("api-token", PERMISSIONS)
+        digest = digest_of(token)
+        at, caller = self._known.get(digest, (-math.inf, None))
+        if caller is None or self._clock() - at >= self.KEPT:
+            caller = self._look_up(digest, caller)
+        if caller is None or digest in self._revoked or caller.expires <= self._wall_clock():
+            return None
+        return caller
+
+    def _look_up(self, digest: str, before: Caller | None) -> Caller | None:
+        at = self._clock()
+        try:
+            record = self._store.token(digest)
+        except Unavailable:
+            if before is None:
+                raise
+            return before  # known already: it goes on while the store is away
+        caller = read_token(digest, record) if record is not None else None
+        with self._lock:
+            self._known.pop(digest, None)
+            if caller:
+                self._known[digest] = (at, caller)
+            _bound(self._known)
+        return caller
+
+    def _by_origin(self, environ: Mapping[str, Any]) -> Caller | None:
+        """A trusted page of this PC. Behind a proxy on this machine everybody would come from a loopback address."""
+        origin = environ.get("HTTP_ORIGIN")
+        if origin not in self._settings.trusted_origins or not is_loopback(str(environ.get("REMOTE_ADDR", ""))):
+            return None
+        if any(name in ("HTTP_FORWARDED", "HTTP_VIA") or name.startswith("HTTP_X_FORWARDED_") for name in environ):
+            return None
+        return Caller(f"origin:{origin}", tuple(one for one in PERMISSIONS if one != "admin"))
+
+    def _count_failure(self, address: str) -> None:
+        """Raises TooSoon past so many wrong tokens a minute. Missing ones do not count: any page could send those."""
+        now = self._clock()
+        with self._lock:
+            recent = [at for at in self._failures.pop(address, ()) if now - at < 60]
+            full = len(recent) >= self._settings.token_failures
+            self._failures[address] = recent if full else [*recent, now]
+            _bound(self._failures)
+        if full:
+            raise TooSoon("Too many wrong tokens from this address: ask again later.", recent[0] + 60 - now)
+
+
+def _bound(kept: dict[str, Any]) -> None:
+    """Drop the oldest past 1000."""
+    while len(kept) > 1000:
+        del kept[next(iter(kept))]
+
+
+def is_loopback(address: str) -> bool:
+    with contextlib.suppress(ValueError):
+        found = ipaddress.ip_address(address)
+        return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+    return False
+
+
+def is_own_host(host: str | None, settings: Settings) -> bool:
+    """Whether a Host header names this PC: by an IP address, which no page can rebind, or by a name that is known."""
+    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?", host or "")
     if not found:
-        raise Unauthorized("A token is needed: send the header Authorization: Bearer <token>.")
-    # Bytes, since compare_digest refuses text beyond ASCII, which a header may hold.
-    if not hmac.compare_digest(found[1].encode("utf-8", "surrogateescape"), api_token.encode("ascii")):
-        raise Unauthorized("The token is not known: see <data>/api_token of the service.")
+        return False
+    name = found[1].strip("[]").lower()
+    return is_address(name) or name in ("localhost", settings.host.lower(), *settings.allowed_hosts)
 
 
 def own_token(settings: Settings) -> str:
@@ -1990,8 +2632,9 @@ def token_path(settings: Settings) -> Path:
 MAX_BODY = 50 * 1024 * 1024  # bytes; as much as StoryArt's own server takes
 WAITING_STARTS = 32  # calls that may wait for SwarmUI at once: half of the server's threads
 
-Schema = Mapping[str, Any]  # a subset of JSON Schema: type, minimum, maximum, minLength, maxLength, pattern, enum,
-#                             properties, required
+# A subset of JSON Schema: type, const, enum, minimum, maximum, minLength, maxLength, pattern, items, minItems,
+# properties, required, additionalProperties: False, anyOf whose `title` says in words what is expected.
+Schema = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -2003,13 +2646,17 @@ class Parts:
     gpu: GpuMonitor
     swarmui: SwarmUILauncher
     notifications: Notifications
+    authenticator: Authenticator
     waiting_starts: threading.Semaphore
+    large_bodies: threading.Lock
 
 
 @dataclass(frozen=True)
 class Call:
     """A request whose input was checked against its route: path parameters and query by name, and the body."""
 
+    caller: Caller | None  # None on a route that is open to all
+    origin: str | None  # of the page that calls, when it is an allowed or a trusted one
     path: Mapping[str, Any]
     query: Mapping[str, Any]
     body: Any = None
@@ -2027,51 +2674,93 @@ class Answer:
 
 @dataclass(frozen=True)
 class Route:
-    """One endpoint: what it takes, who answers, and what its errors hold beside `error`."""
+    """One endpoint: who may call it, what it takes, who answers, with what. All that is checked, and all that
+    /openapi.json says, is made from this."""
 
     method: str
     path: str
     handler: Callable[[Parts, Call], Answer]
-    error_shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    permission: str  # one of PERMISSIONS; `any` is any good token, `open` is everybody
+    summary: str
+    answers: Mapping[int, Schema | None]  # status -> what is answered; None is no body
+    error_shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what errors hold beside `error`
+    errors: tuple[int, ...] = ()  # beside those that every route of its kind has
     query: Mapping[str, Schema] = dataclasses.field(default_factory=dict)
     body: Schema | None = None
-    open: bool = False  # to callers without a token
 
 
 def _expected(schema: Schema) -> str:
     """A schema in words."""
     if "enum" in schema:
-        return "one of " + ", ".join(schema["enum"])
-    if schema["type"] == "integer":
-        return f"a whole number from {schema.get('minimum', 0)} to {schema['maximum']}"
-    if schema["type"] == "string" and "maxLength" in schema:
-        return f"a string of {schema.get('minLength', 0)} to {schema['maxLength']} characters"
-    return {"string": "a string", "object": "an object"}[schema["type"]]
-
-
-def _fits(value: object, schema: Schema) -> bool:
-    if schema["type"] == "integer":
-        return is_whole(value) and schema["minimum"] <= value <= schema["maximum"]
-    if schema["type"] == "object":
-        return isinstance(value, dict)
-    return (
-        isinstance(value, str)
-        and schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", math.inf)
-        and (value in schema["enum"] if "enum" in schema else True)
-        and (re.fullmatch(schema["pattern"], value) is not None if "pattern" in schema else True)
+        return "one of " + ", ".join(map(str, schema["enum"]))
+    if isinstance(schema.get("type"), list):
+        return " or ".join(schema["type"])
+    if schema.get("type") == "integer":
+        return "a whole number" + (f" from {schema['minimum']} to {schema['maximum']}" if "maximum" in schema else "")
+    if schema.get("type") == "string" and "maxLength" in schema:
+        return f"a string of {schema.get('minLength', 0)} to {schema['maxLength']} characters" + (
+            f" of the pattern {schema['pattern']}" if "pattern" in schema else ""
+        )
+    return {"string": "a string", "object": "a JSON object", "array": "an array"}.get(
+        schema.get("type"), "it otherwise"
     )
 
 
+_TYPES: Mapping[str, Callable[[Any], bool]] = {
+    "integer": is_whole,
+    "string": lambda value: isinstance(value, str),
+    "object": lambda value: isinstance(value, dict),
+    "array": lambda value: isinstance(value, list),
+    "boolean": lambda value: isinstance(value, bool),
+    "null": lambda value: value is None,
+}
+
+
+def find_misfit(value: Any, schema: Schema, name: str) -> str | None:
+    """Which part of a value does not fit, and what was expected there; None when all does."""
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    wrong = f"{name}: expected {_expected(schema)}."
+    if kinds and not any(_TYPES[kind](value) for kind in kinds):
+        return wrong
+    if value not in schema.get("enum", [value]) or value != schema.get("const", value):
+        return wrong
+    if is_whole(value) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
+        return wrong
+    if isinstance(value, str):
+        short, long = schema.get("minLength", 0), schema.get("maxLength", len(value))
+        if not short <= len(value) <= long or not re.fullmatch(schema.get("pattern", r"[\s\S]*"), value):
+            return wrong
+    if isinstance(value, list):
+        if len(value) < schema.get("minItems", 0):
+            return wrong
+        parts = ((part, schema.get("items", {}), f"{name}[{number}]") for number, part in enumerate(value))
+        return next(filter(None, (find_misfit(*part) for part in parts)), None)
+    if isinstance(value, dict):
+        return _find_misfit_in_object(value, schema, name)
+    return None
+
+
+def _find_misfit_in_object(value: dict[str, Any], schema: Schema, name: str) -> str | None:
+    properties = schema.get("properties", {})
+    for key in schema.get("required", ()):
+        if key not in value:
+            return f"{key} is missing: expected {_expected(properties.get(key, {}))}."
+    if schema.get("additionalProperties") is False and (unknown := value.keys() - properties.keys()):
+        return f"{min(unknown)} is not known: expected {', '.join(properties)}."
+    for key, part in properties.items():
+        if key in value and (found := find_misfit(value[key], part, key)):
+            return found
+    if "anyOf" in schema and all(find_misfit(value, part, name) for part in schema["anyOf"]):
+        return f"{name}: expected {' or '.join(part['title'] for part in schema['anyOf'])}."
+    return None
+
+
 def check_body(value: object, schema: Schema) -> dict[str, Any]:
-    """An object whose documented fields have their types; null counts as absent. Raises BadRequest."""
-    if not isinstance(value, dict):
-        raise BadRequest("The body: expected a JSON object.")
-    for name, part in schema["properties"].items():
-        if value.get(name) is None:
-            if name in schema.get("required", ()):
-                raise BadRequest(f"{name} is missing: expected {_expected(part)}.")
-        elif not _fits(value[name], part):
-            raise BadRequest(f"{name}: expected {_expected(part)}.")
+    """An object that fits; null at its top level counts as absent. Raises BadRequest."""
+    given = {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else value
+    if found := find_misfit(given, schema, "The body"):
+        raise BadRequest(found)
     return value
 
 
@@ -2079,9 +2768,9 @@ def check_text(name: str, text: str, schema: Schema) -> Any:
     """A parameter of a path or a query. Raises BadRequest."""
     value: Any = text
     if schema["type"] == "integer":
-        value = int(text) if re.fullmatch(r"[0-9]{1,15}", text) else None
-    if not _fits(value, schema):
-        raise BadRequest(f"{name}: expected {_expected(schema)}.")
+        value = int(text) if re.fullmatch(rf"[0-9]{{1,{len(str(schema['maximum']))}}}", text) else None
+    if found := find_misfit(value, schema, name):
+        raise BadRequest(found)
     return value
 
 
@@ -2116,17 +2805,31 @@ def read_body(environ: Mapping[str, Any]) -> bytes:
     return environ["wsgi.input"].read(length)
 
 
-def read_call(route: Route, environ: Mapping[str, Any], path: Mapping[str, str]) -> Call:
-    """The request as the route declares it. Raises BadRequest, TooLarge."""
+LARGE_BODY = 4 * 1024 * 1024  # bytes; parsing one holds every other thread up, so one at a time
+
+
+def read_call(
+    route: Route, environ: Mapping[str, Any], path: Mapping[str, str], large_bodies: threading.Lock, **known: Any
+) -> Call:
+    """The request as the route declares it. Raises BadRequest, TooLarge, NotJson, Unavailable."""
     found, query = read_path(environ, path), read_query(environ, route.query)
     if route.body is None:
-        return Call(found, query)
+        return Call(**known, path=found, query=query)
+    kind = str(environ.get("CONTENT_TYPE") or "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise NotJson("The body: expected Content-Type application/json.")
     raw = read_body(environ)
+    large = len(raw) > LARGE_BODY
+    if large and not large_bodies.acquire(timeout=30):
+        raise Unavailable("Other large bodies are being read: ask again.", 5)
     try:
-        value = parse_json(raw)
+        value = parse_json(raw, from_request=True)
     except ValueError as fault:
         raise BadRequest(f"The body: expected a JSON object ({fault}).") from None
-    return Call(found, query, check_body(value, route.body), raw)
+    finally:
+        if large:
+            large_bodies.release()
+    return Call(**known, path=found, query=query, body=check_body(value, route.body), raw_body=raw)
 
 
 # ======================================================================================================
@@ -2165,10 +2868,15 @@ def swarmui_start(parts: Parts, call: Call) -> Answer:
     if not parts.waiting_starts.acquire(blocking=False):
         raise Unavailable("Too many calls wait for SwarmUI already: ask again.", parts.settings.poll_interval)
     try:
-        message = parts.swarmui.start()
+        started = parts.swarmui.start()
     finally:
         parts.waiting_starts.release()
-    settings = parts.settings
+    settings, message = parts.settings, started.message
+    if call.origin and started.allow_origin not in ("*", call.origin):
+        message += (
+            f"; but pages of {call.origin} cannot see it, since it answers "
+            f"{started.allow_origin or 'no page'}: set SWARMUI_ALLOW_ORIGIN"
+        )
     return Answer(
         {"success": True, "message": message, "port": settings.swarmui_port, "apiUrl": settings.swarmui_api_url}
     )
@@ -2181,8 +2889,6 @@ def notifications_check(parts: Parts, call: Call) -> Answer:
 
 def notification_create(parts: Parts, call: Call) -> Answer:
     body = call.body
-    if body.get(TOTALS[body["type"]]) is None:
-        raise BadRequest(f"{TOTALS[body['type']]} is missing: a {body['type']} notification needs it.")
     given = {
         name: body[name] for name in ("storyUuid", "episodeNumber", *TOTALS.values()) if body.get(name) is not None
     }
@@ -2283,6 +2989,34 @@ def session_put(parts: Parts, call: Call) -> Answer:
     return _keep_session(parts, timestamp, call.body, call.raw_body)
 
 
+def token_create(parts: Parts, call: Call) -> Answer:
+    ttl = int(call.body.get("ttlSeconds") or TOKEN_TTL)
+    token, caller = issue_token(parts.store, call.body["subject"], call.body["permissions"], ttl, now_ms())
+    log.info("authentication: %s gave %s a token for %d s", call.caller.subject, caller.subject, ttl)
+    return Answer({"token": token, **caller_json(caller)}, 201)
+
+
+def caller_json(caller: Caller) -> dict[str, Any]:
+    expires = None if caller.expires is None else iso_time(caller.expires)
+    return {"subject": caller.subject, "permissions": list(caller.permissions), "expiresAt": expires}
+
+
+def token_show(parts: Parts, call: Call) -> Answer:
+    return Answer(caller_json(call.caller))
+
+
+def token_revoke(parts: Parts, call: Call) -> Answer:
+    if call.caller.digest is None:
+        raise Conflict("No session token was sent, so there is none to revoke.")
+    parts.authenticator.revoke(call.caller.digest)
+    log.info("authentication: %s revoked its token", call.caller.subject)
+    return Answer(b"", 204)
+
+
+def openapi(parts: Parts, call: Call) -> Answer:
+    return Answer(describe_api())
+
+
 def _keep_with_timestamp(parts: Parts, timestamp: int, body: Mapping[str, Any], *, replace: bool = True) -> Any:
     document = {**body, "timestamp": timestamp}
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
@@ -2293,8 +3027,6 @@ def _keep_session(
     parts: Parts, timestamp: int, document: dict[str, Any], text: bytes, *, replace: bool = True
 ) -> Answer | None:
     """None when the timestamp is taken and must not be replaced."""
-    if document.get("scriptText") is None and document.get("analyzedEpisode") is None:
-        raise BadRequest("scriptText or analyzedEpisode is missing: a session needs one of them.")
     try:
         draft = due_notification(timestamp, document, progress(document))
     except NotASession:  # it may be a script alone; prompts-status says what is wrong with it
@@ -2309,15 +3041,40 @@ def _keep_session(
 # HTTP application: the routes
 # ======================================================================================================
 
-_TIMESTAMP: Schema = {"type": "integer", "minimum": 0, "maximum": 99_999_999_999_999}
-_COUNT: Schema = {"type": "integer", "minimum": 0, "maximum": 1_000_000}
-_STORY: Schema = {"type": "string", "maxLength": 200}
-_TEXT: Schema = {"type": "string"}
+_TIMESTAMP: Schema = {"type": "integer", "minimum": 0, "maximum": 99_999_999_999_999, "example": 1738195200000}
+_COUNT: Schema = {"type": "integer", "minimum": 0, "maximum": 1_000_000, "example": 48}
+_STORY: Schema = {"type": "string", "maxLength": 200, "example": "59f64b1e-726a-439d-a6bc-0dfefcababdb"}
+_ID: Schema = {
+    "type": "string", "minLength": 1, "maxLength": 200, "pattern": ID_PATTERN,
+    "example": "notif_1738195200000_0123456789abcdef",
+}  # fmt: skip
+_TIME: Schema = {"type": "string", "example": "2026-01-29T10:00:00Z"}
+_TEXT: Schema = {"type": "string", "example": "..."}
+_FLAG: Schema = {"type": "boolean", "example": True}
+_ANY: Schema = {"example": None}
 
-PATH_PARAMETERS: Mapping[str, Schema] = {
-    "timestamp": _TIMESTAMP,
-    "notification_id": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": ID_PATTERN},
-}
+PATH_PARAMETERS: Mapping[str, Schema] = {"timestamp": _TIMESTAMP, "notification_id": _ID}
+
+
+def _object(**properties: Schema) -> Schema:
+    """Exactly these keys."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _array(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+def _total(kind: str) -> Schema:
+    """A notification's own total, without which it is none."""
+    part = {"type": {"const": kind}, TOTALS[kind]: {"type": "integer"}}
+    return {"title": f"{TOTALS[kind]} with {kind}", "properties": part, "required": [TOTALS[kind]]}
+
 
 _SESSION: Schema = {
     "type": "object",
@@ -2326,48 +3083,252 @@ _SESSION: Schema = {
         "scriptText": _TEXT,
         "episodeContext": _TEXT,
         "storyUuid": _TEXT,
-        "analyzedEpisode": {"type": "object"},
-        "promptMode": _TEXT,
+        "analyzedEpisode": {"type": "object", "example": {"scenes": []}},
+        "promptMode": {"type": "string", "example": "storyswarm"},
         "retrievalMode": _TEXT,
         "selectedLLM": _TEXT,
     },
+    "anyOf": [
+        {"title": "scriptText", "properties": {"scriptText": {"type": "string"}}, "required": ["scriptText"]},
+        {
+            "title": "analyzedEpisode",
+            "properties": {"analyzedEpisode": {"type": "object"}},
+            "required": ["analyzedEpisode"],
+        },
+    ],
 }
+_SAVED = _object(success=_FLAG, message=_TEXT, sessionKey=_TEXT, storage={"enum": ["redis", "sqlite"]})
+_WHOLE_SESSION = _object(success=_FLAG, data={"type": "object", "example": {}}, storage={"enum": ["redis", "sqlite"]})
+_SUMMARY = _object(
+    timestamp=_TIMESTAMP,
+    storyUuid=_ANY,
+    promptMode=_ANY,
+    scriptText=_TEXT,
+    analyzedEpisode=_object(
+        episodeNumber=_ANY, title=_ANY, scenes=_array(_object(sceneNumber=_ANY, title=_ANY, totalBeats=_COUNT))
+    ),
+)
 
-_NOTIFICATION: Schema = {
+_NEW_NOTIFICATION: Schema = {
     "type": "object",
-    "required": ("type", "sessionTimestamp", "storyUuid", "episodeNumber"),
+    "required": ["type", "sessionTimestamp", "storyUuid", "episodeNumber"],
     "properties": {
-        "type": {"type": "string", "enum": tuple(TOTALS)},
+        "type": {"type": "string", "enum": list(TOTALS)},
         "sessionTimestamp": _TIMESTAMP,
         "storyUuid": _STORY,
         "episodeNumber": _COUNT,
         "totalPrompts": _COUNT,
         "totalBeats": _COUNT,
     },
+    "anyOf": [_total(kind) for kind in TOTALS],
+}
+_NOTIFICATION: Schema = {
+    "type": "object",
+    "required": ["id", "type", "sessionTimestamp", "storyUuid", "episodeNumber", "timestamp"],
+    "properties": {
+        "id": _ID,
+        "type": {"type": "string", "enum": list(TOTALS)},
+        "sessionTimestamp": {"type": "integer", "example": 1738195200000},
+        "storyUuid": {"type": "string", "example": "59f64b1e-726a-439d-a6bc-0dfefcababdb"},
+        "episodeNumber": {"type": "integer", "example": 2},
+        "totalPrompts": {"type": "integer", "example": 48},
+        "totalBeats": {"type": "integer", "example": 48},
+        "timestamp": _TIME,
+    },
+    "additionalProperties": False,
+}
+
+_CALLER: Mapping[str, Schema] = {
+    "subject": {"type": "string", "example": "storyart"},
+    "permissions": _array({"type": "string", "enum": list(PERMISSIONS)}),
+    "expiresAt": {"type": ["string", "null"], "example": "2026-01-29T22:00:00Z"},
+}
+_TOKEN_WANTED: Schema = {
+    "type": "object",
+    "required": ["subject", "permissions"],
+    "properties": {
+        "subject": {
+            "type": "string",
+            "minLength": 1,
+            "maxLength": 64,
+            "pattern": SUBJECT_PATTERN,
+            "example": "storyart",
+        },
+        "permissions": {"type": "array", "minItems": 1, "items": {"type": "string", "enum": list(PERMISSIONS)}},
+        "ttlSeconds": {
+            "type": "integer",
+            "minimum": TOKEN_TTL_RANGE[0],
+            "maximum": TOKEN_TTL_RANGE[1],
+            "example": TOKEN_TTL,
+        },
+    },
 }
 
 _CHECK_QUERY: Mapping[str, Schema] = {
     "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
-    "type": {"type": "string", "enum": (*TOTALS, "all"), "default": "prompts_ready"},
+    "type": {"type": "string", "enum": [*TOTALS, "all"], "default": "prompts_ready"},
 }
 _LIST_QUERY: Mapping[str, Schema] = {"limit": {"type": "integer", "minimum": 1, "maximum": 200, "default": 20}}
 
+_GPU: Schema = _object(
+    available=_FLAG,
+    **{name: {"type": "integer", "example": 8} for name in gpu_json(GpuStatus()) if name not in ("available", "error")},
+    error={"type": ["string", "null"], "example": None},
+)
+_STARTED = _object(success=_FLAG, message=_TEXT, port={"type": "integer", "example": 7801}, apiUrl=_TEXT)
+_PROMPTS = _object(
+    promptsReady=_FLAG, sessionTimestamp=_TIMESTAMP, totalBeats=_COUNT, totalPrompts=_COUNT, lastUpdated=_TIME
+)
+_HEALTH = _object(status={"enum": ["ok", "degraded"]}, store={"enum": ["redis", "sqlite"]})
+
 _FAILED = {"success": False}
+_API = "/api/v1"
 
 ROUTES: tuple[Route, ...] = (
-    Route("GET", "/health", health, open=True),
-    Route("GET", "/api/v1/gpu/status", gpu_status, gpu_json(GpuStatus())),
-    Route("POST", "/api/v1/swarmui/start", swarmui_start, _FAILED),
-    Route("GET", "/api/v1/notifications/check", notifications_check, query=_CHECK_QUERY),
-    Route("POST", "/api/v1/notifications", notification_create, body=_NOTIFICATION),
-    Route("POST", "/api/v1/notifications/<notification_id>/ack", notification_ack, _FAILED),
-    Route("GET", "/api/v1/session/<timestamp>/prompts-status", prompts_status, {"promptsReady": False}),
-    Route("POST", "/api/v1/session/save", session_save, _FAILED, body=_SESSION),
-    Route("GET", "/api/v1/session/latest", session_latest, _FAILED),
-    Route("GET", "/api/v1/session/list", session_list, _FAILED, query=_LIST_QUERY),
-    Route("GET", "/api/v1/session/<timestamp>", session_get, _FAILED),
-    Route("PUT", "/api/v1/session/<timestamp>", session_put, _FAILED, body=_SESSION),
-)
+    Route("GET", "/health", health, "open", "Does the service answer, and its store?", {200: _HEALTH, 503: _HEALTH}),
+    Route("GET", "/openapi.json", openapi, "open", "This description.", {200: {"type": "object", "example": {}}}),
+    Route("GET", f"{_API}/gpu/status", gpu_status, "gpu:read", "Is the GPU free?", {200: _GPU}, gpu_json(GpuStatus())),
+    Route(
+        "POST", f"{_API}/swarmui/start", swarmui_start, "swarmui:control", "Make SwarmUI ready.", {200: _STARTED},
+        _FAILED,
+    ),
+    Route(
+        "GET", f"{_API}/notifications/check", notifications_check, "notifications:read",
+        "What is not acknowledged, oldest first.", {200: _object(notifications=_array(_NOTIFICATION))},
+        query=_CHECK_QUERY,
+    ),
+    Route(
+        "POST", f"{_API}/notifications", notification_create, "notifications:write", "Make a notification.",
+        {201: _NOTIFICATION, 200: _NOTIFICATION}, body=_NEW_NOTIFICATION,
+    ),
+    Route(
+        "POST", f"{_API}/notifications/<notification_id>/ack", notification_ack, "notifications:read",
+        "It was dealt with.", {200: _object(success=_FLAG, notificationId=_ID)}, _FAILED, (404,),
+    ),
+    Route(
+        "GET", f"{_API}/session/<timestamp>/prompts-status", prompts_status, "sessions:read",
+        "Are its prompts complete?", {200: _PROMPTS}, {"promptsReady": False}, (404,),
+    ),
+    Route(
+        "POST", f"{_API}/session/save", session_save, "sessions:write", "Keep a session.", {200: _SAVED}, _FAILED,
+        body=_SESSION,
+    ),
+    Route(
+        "GET", f"{_API}/session/latest", session_latest, "sessions:read", "The newest session.", {200: _WHOLE_SESSION},
+        _FAILED, (404,),
+    ),
+    Route(
+        "GET", f"{_API}/session/list", session_list, "sessions:read", "Summaries, newest first.",
+        {200: _object(success=_FLAG, count=_COUNT, sessions=_array(_SUMMARY))}, _FAILED, query=_LIST_QUERY,
+    ),
+    Route(
+        "GET", f"{_API}/session/<timestamp>", session_get, "sessions:read", "A whole session.", {200: _WHOLE_SESSION},
+        _FAILED, (404,),
+    ),
+    Route(
+        "PUT", f"{_API}/session/<timestamp>", session_put, "sessions:write", "Create or replace a session.",
+        {200: _SAVED}, _FAILED, body=_SESSION,
+    ),
+    Route(
+        "POST", f"{_API}/auth/session", token_create, "admin", "Make a session token.",
+        {201: _object(token=_TEXT, **_CALLER)}, body=_TOKEN_WANTED,
+    ),
+    Route("GET", f"{_API}/auth/session", token_show, "any", "Who am I?", {200: _object(**_CALLER)}),
+    Route("DELETE", f"{_API}/auth/session", token_revoke, "any", "Revoke the token sent.", {204: None}, errors=(409,)),
+)  # fmt: skip
+
+
+def error_statuses(route: Route) -> list[int]:
+    """Each status other than its answers that a route may give."""
+    found = {400, 421, 500, 503, *route.errors}
+    if route.permission != "open":
+        found |= {401, 403, 429}
+    if route.body is not None:
+        found |= {413, 415}
+    return sorted(found - route.answers.keys())
+
+
+def error_schema(route: Route) -> Schema:
+    shape = {name: {"const": value} for name, value in route.error_shape.items()}
+    return _object(**{**shape, "error": {"type": "string", "example": "What happened, and what to do next."}})
+
+
+def example_of(schema: Schema) -> Any:
+    if "example" in schema or "default" in schema or "const" in schema:
+        return schema.get("example", schema.get("default", schema.get("const")))
+    if "enum" in schema:
+        return schema["enum"][0]
+    if schema.get("type") == "array":
+        return [example_of(schema["items"])]
+    return {name: example_of(part) for name, part in schema.get("properties", {}).items()}
+
+
+def _for_openapi(schema: Any) -> Any:
+    """JSON Schema 2020-12 has `examples` where we have one, and patterns that match anywhere."""
+    if isinstance(schema, list):
+        return [_for_openapi(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: _for_openapi(value) for name, value in schema.items() if name != "example"}
+    if "example" in schema:
+        made["examples"] = [schema["example"]]
+    if "pattern" in schema and isinstance(schema["pattern"], str):
+        made["pattern"] = f"^{schema['pattern']}$"
+    return made
+
+
+@functools.cache
+def describe_api() -> dict[str, Any]:
+    """OpenAPI 3.1 of all routes."""
+    paths: dict[str, Any] = {}
+    for route in ROUTES:
+
+        def content(schema: Schema) -> dict[str, Any]:
+            return {"application/json": {"schema": _for_openapi(schema), "example": example_of(schema)}}
+
+        parameters = [
+            {"name": name, "in": "path", "required": True, "schema": _for_openapi(PATH_PARAMETERS[name])}
+            for name in re.findall(r"<(\w+)>", route.path)
+        ] + [{"name": name, "in": "query", "schema": _for_openapi(schema)} for name, schema in route.query.items()]
+        answers: dict[str, Any] = {}
+        for status, schema in route.answers.items():
+            answers[str(status)] = {"description": http.client.responses[status]}
+            if schema:
+                answers[str(status)]["content"] = content(schema)
+        for status in error_statuses(route):
+            answers[str(status)] = {
+                "description": http.client.responses[status],
+                "content": content(error_schema(route)),
+            }
+        operation: dict[str, Any] = {
+            "summary": route.summary,
+            "operationId": route.handler.__name__,
+            "parameters": parameters,
+            "responses": answers,
+            "security": [] if route.permission == "open" else [{"token": []}],
+        }
+        if route.permission != "open":
+            operation["x-permission"] = route.permission
+        if route.body is not None:
+            required = route.body.get("required", ())
+            nullable = {
+                name: part if name in required else {**part, "type": [part["type"], "null"]}
+                for name, part in route.body["properties"].items()
+            }
+            body = {**route.body, "properties": nullable}
+            operation["requestBody"] = {"required": True, "content": content(body)}
+        paths.setdefault(re.sub(r"<(\w+)>", r"{\1}", route.path), {})[route.method.lower()] = operation
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "StoryTeller automation service", "version": "1"},
+        "paths": paths,
+        "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+    }
+
+
+# ======================================================================================================
+# HTTP application: who answers
+# ======================================================================================================
 
 
 def error_answer(shape: Mapping[str, Any], fault: Fault) -> Answer:
@@ -2380,12 +3341,62 @@ def error_answer(shape: Mapping[str, Any], fault: Fault) -> Answer:
     return Answer({**shape, "error": str(fault)}, fault.status, headers)
 
 
-def to_response(answer: Answer) -> bottle.HTTPResponse:
+COMMON_HEADERS: Mapping[str, str] = {
+    "Content-Type": "application/json",
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Vary": "Origin",
+}
+
+
+def request_id_of(environ: Mapping[str, Any]) -> str:
+    """A caller's own, when it is one that a log can hold; else a new one."""
+    given = str(environ.get("HTTP_X_REQUEST_ID", ""))
+    return given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else secrets.token_hex(8)
+
+
+def log_request(environ: Mapping[str, Any], request_id: str, subject: str, status: int, began: float) -> None:
+    """One line a request: polls are many, so they are shown only when asked for."""
+    level = logging.DEBUG if status < 400 and environ["REQUEST_METHOD"] in ("GET", "HEAD", "OPTIONS") else logging.INFO
+    if log.isEnabledFor(level):
+        ms = (time.monotonic() - began) * 1000
+        path = environ.get("bottle.raw_path", "")
+        log.log(level, "http: %s %s %d %s %.1f ms %s", environ["REQUEST_METHOD"], path, status, subject, ms, request_id)
+
+
+def known_origin(origin: str | None, settings: Settings) -> str | None:
+    """The origin of a page that may read our answers, else None."""
+    return origin if origin in (*settings.cors_origins, *settings.trusted_origins) else None
+
+
+def headers_for(origin: str | None) -> dict[str, str]:
+    """What every answer carries; `origin` is a known one or None. Without them an error is a network failure to
+    the page."""
+    if origin is None:
+        return dict(COMMON_HEADERS)
+    return {
+        **COMMON_HEADERS,
+        "Access-Control-Allow-Origin": origin,
+        "Access-Control-Expose-Headers": "Retry-After, WWW-Authenticate",
+    }
+
+
+def preflight(environ: Mapping[str, Any], origin: str | None, methods: Sequence[str]) -> Answer:
+    """A browser's question before it calls, without a token."""
+    headers = {"Allow": ", ".join(methods)}
+    if origin:
+        headers["Access-Control-Allow-Methods"] = headers["Allow"]
+        headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, Last-Event-ID"
+        headers["Access-Control-Max-Age"] = "600"
+        if environ.get("HTTP_ACCESS_CONTROL_REQUEST_PRIVATE_NETWORK") == "true":
+            headers["Access-Control-Allow-Private-Network"] = "true"
+    return Answer(b"", 204, headers)
+
+
+def to_bytes(answer: Answer) -> bytes:
     body = answer.body
-    if not isinstance(body, bytes):
-        body = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    headers = {"Content-Type": "application/json", "Cache-Control": "no-store", **answer.headers}
-    return bottle.HTTPResponse(body, answer.status, headers)
+    return body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def create_app(
@@ -2395,47 +3406,72 @@ def create_app(
     swarmui: SwarmUILauncher,
     stopping: threading.Event | None = None,
 ) -> bottle.Bottle:
-    """The service as a WSGI application. `settings.api_token` must be set, else ValueError. Once `stopping` is set,
-    new requests are answered 503."""
+    """The service as a WSGI application. Raises ValueError for an empty `settings.api_token` and for a route that
+    names no permission. Once `stopping` is set, new requests are answered 503."""
     if not settings.api_token:
         raise ValueError("an API token is needed")
+    for route in ROUTES:
+        if route.permission not in (*PERMISSIONS, "any", "open"):
+            raise ValueError(f"{route.method} {route.path} names no permission")
+    authenticator = Authenticator(settings, store)
     waiting_starts = threading.BoundedSemaphore(WAITING_STARTS)
-    parts = Parts(settings, store, gpu, swarmui, Notifications(store), waiting_starts)
-    app = bottle.Bottle()
+    parts = Parts(settings, store, gpu, swarmui, Notifications(store), authenticator, waiting_starts, threading.Lock())
 
-    def authorize(environ: Mapping[str, Any]) -> None:
-        # Not request.headers, which raises for a header that is no latin-1 text.
-        authenticate(environ.get("HTTP_AUTHORIZATION"), settings.api_token)
+    def check_host(environ: Mapping[str, Any]) -> None:
+        if not is_own_host(environ.get("HTTP_HOST"), settings):
+            raise Misdirected("The Host header names another machine: add its name to STORYTELLER_ALLOWED_HOSTS.")
 
-    def answer_route(route: Route, **path: str) -> bottle.HTTPResponse:
+    def run(route: Route, caller: Caller | None, path: Mapping[str, str], origin: str | None) -> Answer:
+        if caller and not caller.may(route.permission):
+            raise Forbidden(f"This token lacks the permission {route.permission}.")
         environ = bottle.request.environ
+        call = read_call(route, environ, path, parts.large_bodies, caller=caller, origin=origin)
+        return route.handler(parts, call)
+
+    def answer(routes: Mapping[str, Route], **path: str) -> bottle.HTTPResponse:
+        """The way of every request; `routes` are those of its path, by their methods."""
+        began = time.monotonic()
+        environ = bottle.request.environ
+        origin = known_origin(environ.get("HTTP_ORIGIN"), settings)
+        method, request_id = environ["REQUEST_METHOD"], request_id_of(environ)
+        route = routes.get("GET" if method == "HEAD" else method)
+        subject = "-"
         try:
             if stopping and stopping.is_set():
                 raise Unavailable("The service is stopping: ask again.", 5)
-            if not route.open:
-                authorize(environ)
-            answer = route.handler(parts, read_call(route, environ, path))
+            if not is_own_host(environ.get("HTTP_HOST"), settings):
+                raise Misdirected("The Host header names another machine: add its name to STORYTELLER_ALLOWED_HOSTS.")
+            caller = None
+            asks_first = method == "OPTIONS" and routes
+            if not asks_first and (route is None or route.permission != "open"):
+                caller = authenticator.identify(environ)
+                subject = caller.subject
+            if route:
+                found = run(route, caller, path, origin)
+            elif asks_first:
+                found = preflight(environ, origin, sorted(routes))
+            elif routes:
+                allow = {"Allow": ", ".join(sorted(routes))}
+                found = Answer({"error": "Method not allowed on this path."}, 405, allow)
+            else:
+                found = Answer({"error": "Not found: there is no such path."}, 404)
         except Fault as fault:
-            answer = error_answer(route.error_shape, fault)
+            found = error_answer(route.error_shape if route else {}, fault)
         except Exception:
-            log.exception("http: %s %s failed", route.method, route.path)
-            answer = Answer({"error": "Internal server error"}, 500)
-        return to_response(answer)
+            log.exception("http: %s %s failed, request %s", method, route.path if route else "", request_id)
+            found = Answer({"error": "Internal server error"}, 500)
+        log_request(environ, request_id, subject, found.status, began)
+        headers = {**headers_for(origin), **found.headers, "X-Request-Id": request_id}
+        return bottle.HTTPResponse(to_bytes(found), found.status, headers)
 
-    def answer_unrouted(error: bottle.HTTPError) -> bottle.HTTPResponse:
-        """What Bottle refuses itself: another path or method, which needs a token too."""
-        try:
-            authorize(bottle.request.environ)
-        except Unauthorized as fault:
-            return to_response(error_answer({}, fault))
-        words = {404: "Not found: there is no such path.", 405: "Method not allowed on this path."}
-        allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-        text = words.get(error.status_code, "Internal server error")
-        return to_response(Answer({"error": text}, error.status_code, allow))
-
+    app = bottle.Bottle()
+    by_path: dict[str, dict[str, Route]] = {}
     for route in ROUTES:
-        app.route(route.path, route.method, functools.partial(answer_route, route))
-    app.default_error_handler = answer_unrouted
+        by_path.setdefault(route.path, {})[route.method] = route
+    for path, routes in by_path.items():
+        # One callback for every method: so a fixed path wins over one with a parameter whatever the method is.
+        app.route(path, "ANY", functools.partial(answer, routes))
+    app.default_error_handler = lambda error: answer({})  # Bottle's own are paths that are none of ours
     return app
 
 
@@ -2443,15 +3479,28 @@ def create_app(
 # Server
 # ======================================================================================================
 
+CONNECTIONS = min(450, descriptor_limit() - 100)  # below what `select` on Windows takes, files and Redis beside them
+STUCK = 60.0  # seconds for a request to be whole, and for a client that takes nothing of its answer
+
 WAITRESS: Mapping[str, Any] = {
-    # A thread costs 150 KB. Half of them may wait for SwarmUI; the others serve calls that end at once.
+    # A thread costs 150 KB. Half of them may wait for SwarmUI, 24 more for Redis; the others serve what ends at once.
     "threads": 2 * WAITING_STARTS,
-    "connection_limit": 450,  # select on Windows takes 512 sockets at most
+    # At its limit waitress leaves new clients unanswered; ours is below it, and lets idle ones go first.
+    "connection_limit": CONNECTIONS + 40,
+    "backlog": 1024,
     "channel_timeout": 120,  # seconds that a kept connection may be idle
+    "cleanup_interval": 30,
+    "max_request_header_size": 64 * 1024,  # browsers send 16 KiB at most
     # Above our own limit: waitress refuses with a reset, the application with a 413 that says why.
     "max_request_body_size": MAX_BODY + 16 * 1024 * 1024,
+    # What is smaller stays in memory: a full temporary folder must not hold up a session.
+    "inbuf_overflow": 9 * 1024 * 1024,
+    "outbuf_overflow": 9 * 1024 * 1024,
+    "recv_bytes": 64 * 1024,  # an 850 KB session in 14 reads instead of 104
     "ident": None,  # no Server header
+    "clear_untrusted_proxy_headers": False,  # a request that came through a proxy is never trusted: see them
     "asyncore_use_poll": hasattr(select, "poll"),  # select ends the service at a descriptor past 1023
+    "log_socket_errors": False,  # a client that leaves is no error
 }
 
 
@@ -2503,36 +3552,102 @@ def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
         raise
 
 
+def make_channel_class(settings: Settings) -> type[waitress.channel.HTTPChannel]:
+    """A connection that gives what waitress refuses by itself (bad chunks, malformed or too large headers) our
+    shape and our headers."""
+
+    class JsonErrorTask(waitress.task.ErrorTask):
+        def execute(self) -> None:
+            error = self.request.error
+            body = to_bytes(Answer({"error": f"{error.reason}: {error.body}"}))
+            self.status = f"{error.code} {error.reason}"
+            origin = known_origin(self.request.headers.get("ORIGIN"), settings)
+            headers = {**headers_for(origin), "X-Request-Id": secrets.token_hex(8)}
+            log.info("http: refused %d %s %s", error.code, error.reason, headers["X-Request-Id"])
+            self.response_headers.extend(headers.items())
+            self.set_close_on_finish()
+            self.content_length = len(body)
+            self.write(body)
+
+    class Channel(waitress.channel.HTTPChannel):
+        error_task_class = JsonErrorTask
+        begun: float | None = None  # when the first byte came of a request that is not whole yet
+        taken: float | None = None  # when the client last took something of its answer
+
+        def received(self, data: bytes) -> bool:
+            result = super().received(data)
+            if self.request is None:
+                self.begun = None
+            elif self.begun is None:
+                self.begun = time.monotonic()
+            return result
+
+        def send(self, data: bytes, do_close: bool = True) -> int:
+            sent = super().send(data, do_close)
+            if sent:
+                self.taken = time.monotonic()
+            return sent
+
+        def is_idle(self) -> bool:
+            return not (self.requests or self.total_outbufs_len or self.begun)
+
+        def is_stuck(self, now: float) -> bool:
+            if not self.total_outbufs_len:
+                self.taken = now
+            since = min(self.begun or now, self.taken or now)
+            return now - since >= STUCK
+
+    return Channel
+
+
 class Server:
     """waitress with an end in order: its own shutdown drops what it holds, or leaves it unanswered."""
 
-    def __init__(self, app: Callable[..., Any], sockets: Sequence[socket.socket]) -> None:
+    def __init__(self, app: Callable[..., Any], sockets: Sequence[socket.socket], settings: Settings) -> None:
         self._map: dict[int, Any] = {}
         self._server = waitress.server.create_server(app, map=self._map, sockets=list(sockets), **WAITRESS)
+        for listener in self._listeners():
+            listener.channel_class = make_channel_class(settings)
         self._grace: float | None = None
+
+    def _listeners(self) -> list[Any]:
+        return [one for one in self._map.values() if isinstance(one, waitress.server.BaseWSGIServer)]
 
     def stop(self, grace: float) -> None:
         """End within about `grace` seconds: no new connections, requests in flight are answered whole. May be called
         from a signal handler and from any thread."""
         self._grace = grace
-        for one in list(self._map.values()):
-            if isinstance(one, waitress.server.BaseWSGIServer):
-                one.pull_trigger()  # wakes the loop
+        for listener in self._listeners():
+            listener.pull_trigger()  # wakes the loop
 
     def run(self) -> None:
         """Serve until stop() is called."""
+        swept = time.monotonic()
         while self._grace is None:
             self._turn(1.0)
-        for one in list(self._map.values()):
-            if isinstance(one, waitress.server.BaseWSGIServer):
-                one.accepting = False
-                one.socket.close()
-                one.del_channel()
+            if len(self._map) > CONNECTIONS or time.monotonic() - swept >= 1.0:
+                swept = time.monotonic()
+                self._sweep(swept)
+        for listener in self._listeners():
+            listener.accepting = False
+            listener.socket.close()
+            listener.del_channel()
         deadline = time.monotonic() + self._grace
         while time.monotonic() < deadline and any(map(self._is_busy, list(self._map.values()))):
             self._turn(0.05)
         self._server.task_dispatcher.shutdown(timeout=0.5)
         waitress.wasyncore.close_all(self._map)
+
+    def _sweep(self, now: float) -> None:
+        """Close what waitress's own time-outs miss (a byte a second, a client that stopped reading), and near the
+        limit of connections those that are idle longest."""
+        channels = [one for one in self._map.values() if isinstance(one, waitress.channel.HTTPChannel)]
+        for channel in channels:
+            if channel.is_stuck(now):
+                channel.handle_close()
+        idle = sorted((one for one in channels if one.is_idle()), key=lambda one: one.last_activity)
+        for channel in idle[: max(0, len(self._map) - CONNECTIONS)]:
+            channel.handle_close()
 
     def _turn(self, seconds: float) -> None:
         """One round of waitress's loop."""
@@ -2561,16 +3676,55 @@ def prepare_data_dir(path: Path) -> None:
         ) from None
 
 
-def start_logging(path: Path) -> None:
-    """Everything into the file, 5 MB and three older ones; warnings to the console too. Raises StartError."""
+class LogFormatter(logging.Formatter):
+    """A line a record, as text or as JSON; what would break a line or a terminal is escaped."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self._as_json = as_json
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = re.sub(
+            r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], record.message
+        )
+        return super().formatMessage(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if not self._as_json:
+            return text
+        line = {"time": record.asctime, "level": record.levelname, "message": record.message}
+        if record.exc_text:
+            line["traceback"] = record.exc_text
+        return json.dumps(line, ensure_ascii=False)
+
+
+def own_data_dir(settings: Settings) -> Any:
+    """Take the data folder for this process: the open lock file, to be closed at the end. Raises StartError when
+    another service has it."""
+    path = settings.data_dir / "running"
+    file = lock_file(path)
+    if file is None:
+        where = path.read_text(encoding="utf-8").strip() or "an address that it has not told yet"
+        raise StartError(
+            f"The data folder {settings.data_dir} is in use by the service at {where}: use that one, stop it, or set "
+            "STORYTELLER_DATA_DIR."
+        )
+    return file
+
+
+def start_logging(path: Path, settings: Settings) -> None:
+    """Into the file, 5 MB and three older ones; warnings to the console too. Raises StartError."""
     try:
-        file = logging.handlers.RotatingFileHandler(path, maxBytes=5_000_000, backupCount=3, encoding="utf-8")
+        file = logging.handlers.RotatingFileHandler(path, maxBytes=LOG_LIMIT, backupCount=LOGS_KEPT, encoding="utf-8")
     except OSError as error:
         raise StartError(f"The log {path} cannot be written ({error.strerror}): move it away, or mend it.") from None
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    file.setFormatter(LogFormatter(as_json=settings.log_format == "json"))
     console = logging.StreamHandler()
     console.setLevel(logging.WARNING)
-    logging.basicConfig(level=logging.INFO, handlers=[file, console], force=True)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[file, console], force=True)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of each request that waits for a moment
     logging.raiseExceptions = False  # a log that cannot be written must not spoil what it tells of
 
 
@@ -2589,7 +3743,8 @@ def describe_swarmui(settings: Settings) -> str:
 def serve(settings: Settings) -> int:
     """Run until told to stop. Raises StartError."""
     prepare_data_dir(settings.data_dir)
-    start_logging(settings.data_dir / "storyteller.log")
+    running = own_data_dir(settings)
+    start_logging(settings.data_dir / "storyteller.log", settings)
     token_place = "STORYTELLER_API_TOKEN" if settings.api_token else str(token_path(settings))
     settings = dataclasses.replace(settings, api_token=own_token(settings))
     stopping, ended = threading.Event(), threading.Event()
@@ -2598,7 +3753,7 @@ def serve(settings: Settings) -> int:
         with contextlib.closing(SwarmUILauncher(settings)) as swarmui:
             app = create_app(settings, store, gpu, swarmui, stopping)
             sockets = open_sockets(settings.host, settings.port)
-            server = Server(app, sockets)
+            server = Server(app, sockets, settings)
 
             def stop(grace: float) -> None:
                 if stopping.is_set():  # told twice: at once
@@ -2609,10 +3764,15 @@ def serve(settings: Settings) -> int:
 
             handler = on_end_signal(stop, ended)
             port = sockets[0].getsockname()[1]
+            running.truncate(0)
+            running.write(url_of(settings, port))
+            running.flush()
+            swarmui.keep_log_short()
             greet(settings, store, port, token_place)
             log.info("server: listening on %s", url_of(settings, port))
             server.run()
     log.info("server: stopped")
+    running.close()
     ended.set()
     del handler
     return 0
@@ -2631,8 +3791,9 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
     }
     print("StoryTeller automation service. Ctrl+C stops it.")
     for name, text in rows.items():
-        print(f"  {name:<11} {text}")
-    sys.stdout.flush()
+        print(f"  {name:<11} {text}", flush=True)
+    if settings.host != "localhost" and not is_loopback(settings.host):
+        log.warning("server: what is sent over the network is not encrypted: set STORYTELLER_HOST=localhost if you can")
     try:
         store.ping()
     except Unavailable as fault:
@@ -2653,7 +3814,8 @@ def check(arguments: Mapping[str, str | None]) -> int:
     except SettingError as error:
         say("FAIL", "settings", str(error))
         return 1
-    say("OK", "settings", f"read from arguments, environment and {HERE / '.env'}")
+    env_file = HERE / ".env"
+    say("OK", "settings", f"read from arguments, environment and {env_file if env_file.exists() else 'no .env file'}")
     say(*check_store(settings))
     status = query_gpus(find_nvidia_smi(settings))
     good = f"{status.gpu_count} GPU(s), {status.memory_total} MiB"
@@ -2661,13 +3823,28 @@ def check(arguments: Mapping[str, str | None]) -> int:
     say(*check_swarmui_path(settings))
     found = probe(settings)
     say("OK" if found.ready else "WARN", "SwarmUI", found.words)
+    for words in describe_pages(settings):
+        say("WARN", "SwarmUI's pages", words)
     say(*check_port(settings))
     return int(failed)
+
+
+def describe_pages(settings: Settings) -> list[str]:
+    """What is unwise about the pages that may see SwarmUI."""
+    if settings.swarmui_allow_origin == "*":
+        return ["SWARMUI_ALLOW_ORIGIN is *, which opens SwarmUI to every page: set it to StoryArt's origin"]
+    if settings.trusted_origins and not settings.swarmui_allow_origin:
+        return [
+            f"a page of {settings.trusted_origins[0]} cannot see SwarmUI as installed: set SWARMUI_ALLOW_ORIGIN to it"
+        ]
+    return []
 
 
 def check_store(settings: Settings) -> tuple[str, str, str]:
     try:
         prepare_data_dir(settings.data_dir)
+        if token_path(settings).exists():
+            own_token(settings)
         with contextlib.closing(open_store(settings)) as store:
             store.ping()
             return "OK", "store", f"{store.name}, {store.place}"
@@ -2694,7 +3871,7 @@ def check_port(settings: Settings) -> tuple[str, str, str]:
         host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
         url = url_of(dataclasses.replace(settings, host=host), settings.port)
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-            answer = json.loads(call(f"{url}/health", 2).body)
+            answer = json.loads(call(f"{url}/health", 6).body)  # a store that hangs takes 3 s to be told
             if isinstance(answer, dict) and answer.keys() == {"status", "store"}:
                 return "OK", "port", f"this service runs on {settings.port} already"
         return "FAIL", "port", str(error)
@@ -2708,24 +3885,68 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=f"settings, from the environment or a .env file beside this module:\n{table}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", nargs="?", choices=("serve", "check"), default="serve", help="serve unless said")
+    commands = ("serve", "check", "token")
+    parser.add_argument("command", nargs="?", choices=commands, default="serve", help="serve unless said")
     parser.add_argument("--host", help="wins over STORYTELLER_HOST")
     parser.add_argument("--port", help="wins over STORYTELLER_PORT")
     parser.add_argument("--data-dir", help="wins over STORYTELLER_DATA_DIR")
+    tokens = parser.add_argument_group("token", "makes a session token, and prints it alone")
+    tokens.add_argument("--subject", help="whom it is for: letters, digits, dot, hyphen, underscore; 64 at most")
+    tokens.add_argument("--permission", action="append", choices=PERMISSIONS, default=[], help="as often as needed")
+    tokens.add_argument("--ttl", type=read_ttl, default=TOKEN_TTL, help="like 90s, 45m, 12h (unless said), 30d")
+    tokens.add_argument("--list", action="store_true", help="show who has tokens, never the tokens")
+    tokens.add_argument("--revoke", metavar="SUBJECT", help="revoke every token of that subject")
     return parser
+
+
+def read_ttl(text: str) -> int:
+    """Seconds of a duration like 30d."""
+    found = re.fullmatch(r"([0-9]{1,8})([smhd]?)", text)
+    seconds = int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2] or "s"] if found else 0
+    low, high = TOKEN_TTL_RANGE
+    if not low <= seconds <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time from 60s to 30d")
+    return seconds
+
+
+def token_command(settings: Settings, given: Mapping[str, Any]) -> int:
+    """Make, list or revoke session tokens; a running service sees it within 5 s. Raises StartError."""
+    prepare_data_dir(settings.data_dir)
+    try:
+        with contextlib.closing(open_store(settings)) as store:
+            if given["list"] or given["revoke"]:
+                callers = [caller for digest, record in store.tokens() if (caller := read_token(digest, record))]
+                for caller in sorted(callers, key=lambda one: (one.subject, one.expires)):
+                    if given["list"]:
+                        print(caller.subject, iso_time(caller.expires), *caller.permissions)
+                    elif caller.subject == given["revoke"]:
+                        store.revoke_token(caller.digest)
+                        print(f"revoked: {caller.subject}, which would have expired {iso_time(caller.expires)}")
+                return 0
+            if not re.fullmatch(SUBJECT_PATTERN, given["subject"] or "") or not given["permission"]:
+                raise StartError("A token needs --subject NAME and at least one --permission: see --help.")
+            token, _ = issue_token(store, given["subject"], given["permission"], given["ttl"], now_ms())
+            print(token)
+            return 0
+    except Unavailable as fault:
+        raise StartError(str(fault)) from None
+
+
+OWN_ARGUMENTS = ("host", "port", "data_dir")  # those that are settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0, 1 when `check` found a fault, 2 when the service cannot start."""
     prepare_console()
-    arguments = vars(make_parser().parse_args(argv))
-    command = arguments.pop("command")
-    if arguments["data_dir"]:  # one that is typed begins where it is typed, not at the module
-        arguments["data_dir"] = os.path.abspath(arguments["data_dir"])
+    given = vars(make_parser().parse_args(argv))
+    if given["data_dir"]:  # one that is typed begins where it is typed, not at the module
+        given["data_dir"] = os.path.abspath(given["data_dir"])
+    arguments = {name: given[name] for name in OWN_ARGUMENTS}
     try:
-        if command == "check":
+        if given["command"] == "check":
             return check(arguments)
-        return serve(load_settings(arguments, os.environ))
+        settings = load_settings(arguments, os.environ)
+        return token_command(settings, given) if given["command"] == "token" else serve(settings)
     except (SettingError, StartError) as error:
         print(error, file=sys.stderr)
         return 2

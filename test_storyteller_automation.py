@@ -15,6 +15,7 @@ import http.server
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +94,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def answer(self, status, headers, body):
         self.send_response(status)
+        if plan.get("allow_origin"):
+            self.send_header("Access-Control-Allow-Origin", plan["allow_origin"])
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
@@ -112,6 +116,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(200, {}, json.dumps({"error": "Invalid or unauthorized."}))
         elif self.path == "/API/GetNewSession":
             self.answer(200, {}, json.dumps({"session_id": "0" * 40, "user_id": "local", "version": "0.9.8.2"}))
+        elif json.loads(body).get("session_id") != "0" * 40:
+            self.answer(401, {}, json.dumps({"error_id": "invalid_session_id", "error": "Invalid session ID."}))
+        elif self.path == "/API/ChangeServerSettings":
+            if not plan.get("stubborn"):
+                plan["allow_origin"] = json.loads(body)["settings"]["Network.AccessControlAllowOrigin"]
+            self.answer(200, {}, json.dumps({"success": True}))
         else:
             self.answer(400, {}, json.dumps({"error_id": "bad_route", "error": "Unknown API route."}))
     def log_message(self, *arguments):
@@ -529,6 +539,18 @@ def test_what_is_not_set_has_its_default(tmp_path):
         "STORYTELLER_PORT": 8000,
         "STORYTELLER_DATA_DIR": HERE / "data",
         "STORYTELLER_API_TOKEN": None,
+        "STORYTELLER_CORS_ORIGINS": (
+            "http://localhost:3000",
+            "http://localhost:5173",
+            "http://127.0.0.1:3000",
+            "http://127.0.0.1:5173",
+        ),
+        "STORYTELLER_TRUSTED_ORIGINS": (),
+        "STORYTELLER_ALLOWED_HOSTS": (),
+        "STORYTELLER_TOKEN_FAILURES": 20,
+        "SWARMUI_ALLOW_ORIGIN": None,
+        "STORYTELLER_LOG_LEVEL": "info",
+        "STORYTELLER_LOG_FORMAT": "text",
         "REDIS_URL": None,
         "REDIS_HOST": None,
         "REDIS_PORT": None,
@@ -2038,6 +2060,13 @@ def test_a_process_query_that_hangs_counts_none_and_is_ended_with_its_child(nvid
     assert leash.next().has_ended()
 
 
+def test_an_nvidia_smi_that_prints_without_end_is_a_fault(tmp_path):
+    program = write_program(tmp_path / "nvidia-smi", "while True: sys.stdout.write('8, 819, 8192, 45, 1' * 1000)", {})
+    status = service.query_gpus(str(program), timeout=3 if service.WINDOWS else 1)
+    assert status.fault
+    assert "did not answer within" in status.error
+
+
 def test_an_nvidia_smi_that_hangs_is_ended_with_its_child(nvidia_smi, leash):
     program = nvidia_smi({"hang": True}, {"print": "41\n"})
     status = service.query_gpus(program, timeout=6 if service.WINDOWS else 1.5)
@@ -2195,8 +2224,8 @@ def test_swarmui_that_answers_is_not_launched_again(make_launcher, swarmui_folde
     launcher = make_launcher(swarmui_path=swarmui_folder())
     launcher.start()
     leash.next()
-    assert launcher.start() == "SwarmUI is already running"
-    assert make_launcher().start() == "SwarmUI is already running"  # another instance, which knows no path
+    assert launcher.start().message == "SwarmUI is already running"
+    assert make_launcher().start().message == "SwarmUI is already running"  # another instance, which knows no path
     assert leash.count_further() == 0
 
 
@@ -2230,7 +2259,7 @@ def test_an_executable_without_launch_scripts_above_it_runs_in_its_own_folder(ma
 def test_calls_share_the_start_that_is_in_flight(make_launcher, swarmui_folder, leash):
     launcher = make_launcher(swarmui_path=swarmui_folder(delay=0.3))
     with ThreadPoolExecutor(8) as pool:
-        messages = {call.result() for call in [pool.submit(launcher.start) for _ in range(8)]}
+        messages = {call.result().message for call in [pool.submit(launcher.start) for _ in range(8)]}
     assert messages == {"SwarmUI started successfully"}
     leash.next()
     assert leash.count_further() == 0
@@ -2265,6 +2294,7 @@ def test_a_second_launch_within_the_interval_is_a_429(make_app, swarmui_folder, 
     app.post("/api/v1/swarmui/start", status=500)
     answer = app.post("/api/v1/swarmui/start", status=429)
     assert answer.json["success"] is False
+    assert "(it exited with code 3" in answer.json["error"] or service.WINDOWS
     assert 0 < int(answer.headers["Retry-After"]) <= 60
 
 
@@ -2307,7 +2337,7 @@ def test_a_wrapper_that_ends_with_0_is_waited_for(make_launcher, settings, tmp_p
     server = write_program(tmp_path / "server", SWARMUI, {"leash": leash.port, "delay": 0.3})
     code = "import subprocess; subprocess.Popen([plan['server'], *sys.argv[1:]])"
     wrapper = write_program(tmp_path / "wrapper", code, {"server": str(server)})
-    assert make_launcher(swarmui_path=wrapper).start() == "SwarmUI started successfully"
+    assert make_launcher(swarmui_path=wrapper).start().message == "SwarmUI started successfully"
     leash.next()
 
 
@@ -2376,13 +2406,13 @@ def test_nobody_at_the_port_is_told_from_somebody(settings):
 
 def test_the_token_is_sent_as_a_cookie(make_launcher, swarmui_folder, leash):
     launcher = make_launcher(swarmui_path=swarmui_folder(token="t0k3n"), swarmui_token="t0k3n")
-    assert launcher.start() == "SwarmUI started successfully"
+    assert launcher.start().message == "SwarmUI started successfully"
     leash.next()
 
 
 def test_no_proxy_is_asked(make_launcher, swarmui_folder, leash, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    assert make_launcher(swarmui_path=swarmui_folder()).start() == "SwarmUI started successfully"
+    assert make_launcher(swarmui_path=swarmui_folder()).start().message == "SwarmUI started successfully"
     leash.next()
 
 
@@ -2455,6 +2485,9 @@ GPU_ZEROS = {
 # Each endpoint with a path that fits, and what its errors hold beside `error`.
 ENDPOINTS = [
     ("GET", "/api/v1/gpu/status", GPU_ZEROS),
+    ("GET", "/api/v1/auth/session", {}),
+    ("POST", "/api/v1/auth/session", {}),
+    ("DELETE", "/api/v1/auth/session", {}),
     ("POST", "/api/v1/swarmui/start", {"success": False}),
     ("GET", "/api/v1/notifications/check", {}),
     ("POST", "/api/v1/notifications", {}),
@@ -2469,7 +2502,7 @@ ENDPOINTS = [
 
 
 def test_the_table_of_endpoints_is_whole():
-    assert len(ENDPOINTS) + 1 == len(service.ROUTES)  # /health is the other one
+    assert len(ENDPOINTS) == len([route for route in service.ROUTES if route.permission != "open"])
 
 
 @pytest.mark.parametrize(("method", "path", "shape"), ENDPOINTS)
@@ -2556,12 +2589,12 @@ def test_health_tells_that_the_store_is_away(dead_app):
 
 @pytest.mark.parametrize(
     ("method", "path", "shape"),
-    [one for one in ENDPOINTS if "gpu" not in one[1] and "swarmui" not in one[1]],
+    [one for one in ENDPOINTS if not re.search("gpu|swarmui|auth", one[1])],
 )
 def test_while_the_store_is_away_calls_that_need_it_are_503_in_their_own_shape(dead_app, method, path, shape):
     bodies = {"/api/v1/notifications": {**NOTIFICATION, "totalPrompts": 1}}
     body = json.dumps(bodies.get(path, SESSION)).encode()
-    answer = dead_app.request(path, method=method, body=body, status=503)
+    answer = dead_app.request(path, method=method, body=body, content_type="application/json", status=503)
     assert answer.json == {**shape, "error": answer.json["error"]}
     assert "Redis" in answer.json["error"]
     assert int(answer.headers["Retry-After"]) >= 1
@@ -2575,7 +2608,8 @@ def test_while_the_store_is_away_gpu_and_swarmui_answer_as_before(dead_app):
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [("GET", "/", 404), ("GET", "/api/v1/gpu", 404), ("GET", "/api/v1/session/1/2/3", 404), ("POST", "/health", 405),
-     ("GET", "/api/v1/swarmui/start", 405), ("DELETE", "/api/v1/session/1", 405), ("OPTIONS", "/health", 405)],
+     ("GET", "/api/v1/swarmui/start", 405), ("DELETE", "/api/v1/session/1", 405),
+     ("PATCH", "/health", 405), ("PUT", "/api/v1/session/latest", 405)],
 )  # fmt: skip
 def test_any_other_path_or_method_is_an_error_in_json(make_app, method, path, status):
     answer = make_app().request(path, method=method, status=status)
@@ -2679,7 +2713,7 @@ def test_an_id_that_cannot_be_one_is_a_400(make_app, id):
 
 
 def test_ids_made_here_fit_into_a_path_unescaped(app):
-    assert service.re.fullmatch(r"[A-Za-z0-9_-]{1,64}", make_pending(app))
+    assert re.fullmatch(r"[A-Za-z0-9_-]{1,64}", make_pending(app))
 
 
 # ------------------------------------------------------------------------------------ sessions ----
@@ -2713,7 +2747,7 @@ def test_a_session_that_is_not_there_is_a_404(app):
     assert app.get("/api/v1/session/list").json == {"success": True, "count": 0, "sessions": []}
 
 
-@pytest.mark.parametrize("timestamp", ["x", "-5", "1.5", "1" * 15, "%D9%A1", "1e3", "%20"])
+@pytest.mark.parametrize("timestamp", ["x", "-5", "1.5", "1" * 15, "0" * 15, "%D9%A1", "1e3", "%20"])
 @pytest.mark.parametrize("tail", ["", "/prompts-status"])
 def test_a_timestamp_that_is_no_whole_number_is_a_400(make_app, timestamp, tail):
     assert "timestamp" in make_app().get(f"/api/v1/session/{timestamp}{tail}", status=400).json["error"]
@@ -2862,6 +2896,575 @@ def test_a_session_that_waits_for_nobody_announces_nothing(app, document):
     timestamp = save(app, document)
     app.get(f"/api/v1/session/{timestamp}/prompts-status", expect_errors=True)
     assert pending(app, "?type=all") == []
+
+
+# ------------------------------------------------------------------------------ session tokens ----
+
+PAGE, TRUSTED, FOREIGN = "http://localhost:3000", "http://localhost:4000", "http://evil.example:3000"
+
+
+def as_caller(app: webtest.TestApp, token: str | None, origin: str | None = None) -> webtest.TestApp:
+    """The same application, called with another token (None: with none), from a page."""
+    environ = {name: value for name, value in app.extra_environ.items() if name != "HTTP_AUTHORIZATION"}
+    if token is not None:
+        environ["HTTP_AUTHORIZATION"] = f"Bearer {token}"
+    if origin is not None:
+        environ["HTTP_ORIGIN"] = origin
+    return webtest.TestApp(app.app, extra_environ=environ)
+
+
+def make_token(app: webtest.TestApp, *permissions: str, subject: str = "storyswarm", **fields: Any) -> str:
+    body = {"subject": subject, "permissions": list(permissions), **fields}
+    return app.post_json("/api/v1/auth/session", body, status=201).json["token"]
+
+
+def test_a_session_token_is_made_shown_and_revoked(app, store):
+    wanted = {"subject": "story.swarm-1", "permissions": ["notifications:read", "gpu:read"], "ttlSeconds": 60}
+    made = app.post_json("/api/v1/auth/session", wanted, status=201).json
+    assert list(made) == ["token", "subject", "permissions", "expiresAt"]
+    assert len(made["token"]) >= 43  # 256 bits
+    left = service.read_time(made["expiresAt"]) - service.now_ms()
+    assert 0 < left <= 60_000
+    caller = as_caller(app, made["token"])
+    shown = caller.get("/api/v1/auth/session").json
+    assert shown == {name: made[name] for name in ("subject", "permissions", "expiresAt")}
+    assert sorted(shown["permissions"]) == sorted(wanted["permissions"])
+    caller.delete("/api/v1/auth/session", status=204)
+    caller.get("/api/v1/auth/session", status=401)
+    assert store.tokens() == []
+
+
+def test_the_api_token_has_every_permission_and_no_end(app):
+    shown = app.get("/api/v1/auth/session").json
+    assert shown["expiresAt"] is None
+    assert shown["permissions"] == list(service.PERMISSIONS)
+    app.delete("/api/v1/auth/session", status=409)
+
+
+def test_only_a_tokens_digest_is_kept(app, store):
+    token = make_token(app, "gpu:read")
+    ((digest, record),) = store.tokens()
+    assert digest == service.digest_of(token)
+    assert token.encode() not in record
+
+
+def test_a_token_ends_in_redis_by_itself(make_app, redis_store, other_program):
+    make_token(make_app(redis_store), "gpu:read", ttlSeconds=60)
+    (key,) = other_program.keys("auth:session:*")
+    assert 0 < other_program.pttl(key) <= 60_000
+
+
+def test_a_token_is_good_at_every_instance_on_one_redis(make_app, redis_store, redis_url):
+    token = make_token(make_app(redis_store), "notifications:read")
+    with contextlib.closing(service.RedisStore(redis_url)) as other:
+        as_caller(make_app(other), token).get("/api/v1/notifications/check")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [b"\xff", b"[]", b"{}", b'{"subject": "a b", "permissions": [], "expiresAt": 9e15}',
+     b'{"subject": "a", "permissions": ["root"], "expiresAt": 9e15}', b'{"subject": "a", "permissions": 5}'],
+)  # fmt: skip
+def test_a_record_that_cannot_be_read_is_an_unknown_token(make_app, store, record):
+    store.keep_token(service.digest_of("a-token"), record, 60_000)
+    as_caller(make_app(store), "a-token").get("/api/v1/auth/session", status=401)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"subject": ""}, {"subject": "a b"}, {"subject": "a\n"}, {"subject": "x" * 65}, {"subject": None},
+     {"permissions": None},
+     {"permissions": []}, {"permissions": ["root"]}, {"permissions": "gpu:read"}, {"ttlSeconds": 59},
+     {"ttlSeconds": 2592001}, {"ttlSeconds": "60"}],
+)  # fmt: skip
+def test_a_token_that_does_not_fit_is_a_400_that_names_the_field(make_app, changed):
+    body = {"subject": "a", "permissions": ["gpu:read"], **changed}
+    assert next(iter(changed)) in make_app().post_json("/api/v1/auth/session", body, status=400).json["error"]
+
+
+# ----------------------------------------------------------------------------- the permission matrix ----
+
+KINDS = ["none", "api token", "expired", "revoked", *service.PERMISSIONS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("route", service.ROUTES, ids=lambda route: f"{route.method} {route.path}")
+def test_each_route_is_open_to_those_who_may(make_app, sqlite_store, route, kind):
+    """Over the registered routes, so that a new one cannot be forgotten."""
+    app = make_app(sqlite_store)
+    token = None if kind == "none" else TOKEN
+    if kind in service.PERMISSIONS or kind == "revoked":
+        token = make_token(app, "admin" if kind == "revoked" else kind)
+    if kind == "expired":
+        token, _ = service.issue_token(sqlite_store, "a", ["admin"], 60, service.now_ms() - 60_000)
+    if kind == "revoked":
+        as_caller(app, token).delete("/api/v1/auth/session")
+    path = re.sub("<.*?>", "1738195200000", route.path)
+    answer = as_caller(app, token).request(path, method=route.method, expect_errors=True)
+    may = kind in ("api token", "admin", route.permission)
+    if may or route.permission == "open" or (route.permission == "any" and kind in service.PERMISSIONS):
+        assert answer.status_int not in (401, 403)
+        return
+    assert answer.status_int == (403 if kind in service.PERMISSIONS else 401)
+    assert answer.json == {**route.error_shape, "error": answer.json["error"]}
+    if answer.status_int == 403:
+        assert route.permission in answer.json["error"]
+    else:
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_a_route_that_names_no_permission_is_refused(make_app, monkeypatch):
+    route = dataclasses.replace(service.ROUTES[0], permission="")
+    monkeypatch.setattr(service, "ROUTES", (route,))
+    with pytest.raises(ValueError, match="permission"):
+        make_app()
+
+
+# ------------------------------------------------------------------------- looking a token up ----
+
+
+@pytest.fixture
+def authenticator(settings, sqlite_store, clock):
+    """With a clock in seconds of its own, and a store that counts what it is asked."""
+    seconds = Clock(1000.0)
+    made = service.Authenticator(settings, sqlite_store, seconds, clock)
+    made.seconds, made.asked = seconds, []
+    real = sqlite_store.token
+    sqlite_store.token = lambda digest: made.asked.append(digest) or real(digest)
+    return made
+
+
+def identify(authenticator: service.Authenticator, token: str, address: str = "192.0.2.7") -> service.Caller:
+    return authenticator.identify({"HTTP_AUTHORIZATION": f"Bearer {token}", "REMOTE_ADDR": address})
+
+
+def test_a_token_looked_up_is_kept_for_5_seconds(authenticator, sqlite_store, clock):
+    token, _ = service.issue_token(sqlite_store, "a", ["gpu:read"], 60, clock())
+    for _ in range(3):
+        identify(authenticator, token)
+    authenticator.seconds.now += 4.9
+    identify(authenticator, token)
+    assert len(authenticator.asked) == 1
+    authenticator.seconds.now += 0.1
+    identify(authenticator, token)
+    assert len(authenticator.asked) == 2
+
+
+def test_an_unknown_token_is_not_kept(authenticator, sqlite_store):
+    for _ in range(2):
+        with pytest.raises(service.Unauthorized):
+            identify(authenticator, "unknown")
+    assert len(authenticator.asked) == 2
+
+
+def test_a_token_kept_ends_at_its_time(authenticator, sqlite_store, clock):
+    token, _ = service.issue_token(sqlite_store, "a", ["gpu:read"], 60, clock())
+    identify(authenticator, token)
+    clock.now += 60_000
+    with pytest.raises(service.Unauthorized):
+        identify(authenticator, token)
+
+
+def test_a_revocation_takes_effect_against_a_look_up_under_way(authenticator, sqlite_store, clock):
+    token, _ = service.issue_token(sqlite_store, "a", ["gpu:read"], 60, clock())
+    real = sqlite_store.token
+
+    def look_up(digest: str) -> bytes | None:
+        found = real(digest)
+        authenticator.revoke(digest)  # after the store was read, before its answer is used
+        return found
+
+    sqlite_store.token = look_up
+    for _ in range(2):
+        with pytest.raises(service.Unauthorized):
+            identify(authenticator, token)
+
+
+def test_while_the_store_is_silent_known_callers_go_on_and_others_are_503(authenticator, settings, sqlite_store, clock):
+    token, _ = service.issue_token(sqlite_store, "a", ["gpu:read"], 3600, clock())
+    identify(authenticator, token)
+
+    def fail(digest: str) -> None:
+        raise service.Unavailable("away")
+
+    sqlite_store.token = fail
+    authenticator.seconds.now += 60
+    assert identify(authenticator, token).subject == "a"
+    assert identify(authenticator, settings.api_token).subject == "api-token"
+    with pytest.raises(service.Unavailable):
+        identify(authenticator, "another")
+
+
+def test_many_wrong_tokens_from_one_address_are_refused_for_a_while(authenticator, settings):
+    for _ in range(20):
+        with pytest.raises(service.Unauthorized):
+            identify(authenticator, "wrong")
+    with pytest.raises(service.TooSoon) as caught:
+        identify(authenticator, "wrong")
+    assert 0 < caught.value.retry_after <= 60
+    with pytest.raises(service.Unauthorized):
+        identify(authenticator, "wrong", "192.0.2.8")
+    assert identify(authenticator, settings.api_token).subject == "api-token"
+    with pytest.raises(service.Unauthorized):  # a missing one is no guess
+        authenticator.identify({"REMOTE_ADDR": "192.0.2.7"})
+    authenticator.seconds.now += 60
+    with pytest.raises(service.Unauthorized):
+        identify(authenticator, "wrong")
+
+
+def test_a_token_never_reaches_the_log_or_an_answer(make_app, sqlite_store, caplog):
+    caplog.set_level("DEBUG")
+    app = make_app(sqlite_store)
+    token = make_token(app, "gpu:read")
+    texts = [as_caller(app, one).get("/api/v1/session/list", expect_errors=True).text for one in (token, "wr0ng-t0ken")]
+    assert not [one for one in (token, TOKEN, "wr0ng-t0ken") if one in caplog.text + "".join(texts)]
+
+
+def test_two_authorization_headers_are_refused(make_app):
+    app = as_caller(make_app(), f"{TOKEN}, Bearer {TOKEN}")
+    assert "Authorization" in app.get("/api/v1/notifications/check", status=400).json["error"]
+
+
+# ------------------------------------------------------------------------------------ browsers ----
+
+
+@pytest.fixture
+def page_app(make_app):
+    """With an allowed page (PAGE) and a trusted one; no token is sent."""
+    made = as_caller(make_app(cors_origins=(PAGE,), trusted_origins=(TRUSTED,)), None)
+    made.extra_environ["REMOTE_ADDR"] = "127.0.0.1"
+    return made
+
+
+@pytest.mark.parametrize("origin", [PAGE, TRUSTED, FOREIGN])
+@pytest.mark.parametrize("path", ["/api/v1/gpu/status", "/api/v1/session/5", "/api/v1/auth/session", "/health"])
+def test_a_preflight_is_answered_without_a_token(page_app, path, origin):
+    asked = {"Origin": origin, "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "content-type"}
+    answer = page_app.options(path, headers={**asked, "Access-Control-Request-Private-Network": "true"}, status=204)
+    sent = {name: value for name, value in answer.headers.items() if name.startswith("Access-Control")}
+    if origin == FOREIGN:
+        assert sent == {}
+        return
+    methods = sorted(route.method for route in service.ROUTES if re.sub("<.*?>", "5", route.path) == path)
+    assert sent["Access-Control-Allow-Origin"] == origin
+    assert sent["Access-Control-Allow-Methods"] == ", ".join(methods)
+    assert sent["Access-Control-Allow-Headers"] == "Authorization, Content-Type, Last-Event-ID"
+    assert sent["Access-Control-Allow-Private-Network"] == "true"
+    assert int(sent["Access-Control-Max-Age"]) > 0
+
+
+def test_private_network_access_is_granted_only_when_asked_for(page_app):
+    answer = page_app.options("/health", headers={"Origin": PAGE, "Access-Control-Request-Method": "GET"})
+    assert "Access-Control-Allow-Private-Network" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/health", 200), ("GET", "/api/v1/gpu/status", 401), ("GET", "/api/v1/nothing", 401),
+     ("PATCH", "/health", 401), ("POST", "/api/v1/session/save", 401)],
+)  # fmt: skip
+@pytest.mark.parametrize("origin", [PAGE, FOREIGN, None, "null"])
+def test_an_allowed_page_may_read_every_answer_and_no_other_page_any(page_app, method, path, status, origin):
+    headers = {"Origin": origin} if origin else {}
+    answer = page_app.request(path, method=method, headers=headers, status=status)
+    assert answer.headers.get("Access-Control-Allow-Origin") == (PAGE if origin == PAGE else None)
+    assert ("Access-Control-Expose-Headers" in answer.headers) == (origin == PAGE)
+    assert answer.headers["Vary"] == "Origin"
+    assert "Access-Control-Allow-Credentials" not in answer.headers
+
+
+def test_every_answer_carries_the_safe_headers(page_app):
+    headers = page_app.get("/health").headers
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Referrer-Policy"] == "no-referrer"
+
+
+def test_a_trusted_page_needs_no_token_and_is_no_admin(page_app):
+    shown = page_app.get("/api/v1/auth/session", headers={"Origin": TRUSTED}).json
+    assert shown["subject"] == f"origin:{TRUSTED}"
+    assert set(shown["permissions"]) == set(service.PERMISSIONS) - {"admin"}
+    page_app.get("/api/v1/notifications/check", headers={"Origin": TRUSTED}, status=200)
+    body = {"subject": "a", "permissions": ["gpu:read"]}
+    page_app.post_json("/api/v1/auth/session", body, headers={"Origin": TRUSTED}, status=403)
+    page_app.delete("/api/v1/auth/session", headers={"Origin": TRUSTED}, status=409)
+
+
+def test_on_a_trusted_page_a_good_token_wins_and_a_strange_one_does_no_harm(page_app):
+    path, origin = "/api/v1/auth/session", {"Origin": TRUSTED}
+    assert page_app.get(path, headers={**origin, "Authorization": f"Bearer {TOKEN}"}).json["subject"] == "api-token"
+    strange = page_app.get(path, headers={**origin, "Authorization": "Bearer of-another-backend"})
+    assert strange.json["subject"] == f"origin:{TRUSTED}"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"REMOTE_ADDR": "192.168.1.7"}, {"REMOTE_ADDR": ""}, {"HTTP_ORIGIN": PAGE}, {"HTTP_ORIGIN": f"{TRUSTED}/"},
+     {"HTTP_ORIGIN": FOREIGN}, {"HTTP_FORWARDED": "for=1.2.3.4"}, {"HTTP_VIA": "1.1 proxy"},
+     {"HTTP_X_FORWARDED_FOR": "1.2.3.4"}, {"HTTP_X_FORWARDED_ANYTHING": "1"}],
+)  # fmt: skip
+def test_what_is_not_the_trusted_page_on_this_pc_is_not_trusted(page_app, changed):
+    environ = {"HTTP_ORIGIN": TRUSTED, **changed}
+    page_app.get("/api/v1/notifications/check", extra_environ=environ, status=401)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.3.2.1", "::1", "::ffff:127.0.0.1"])
+def test_each_loopback_address_is_this_pc(page_app, address):
+    environ = {"HTTP_ORIGIN": TRUSTED, "REMOTE_ADDR": address}
+    page_app.get("/api/v1/notifications/check", extra_environ=environ, status=200)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "LOCALHOST:8000", "127.0.0.1:8000", "192.168.1.7", "[::1]:8000", "render-pc:80", "Studio.Example"],
+)
+def test_a_host_header_that_names_this_pc_is_answered(make_app, host):
+    app = make_app(host="render-pc", allowed_hosts=("studio.example",))
+    app.get("/health", headers={"Host": host}, status=200)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "localhost.evil.example", "localhost:80:80", "", "localhost, localhost", "127.0.0.1.evil.example",
+     "local host", "localhost:x"],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/health", "/api/v1/nothing"])
+def test_a_host_header_that_names_another_machine_is_a_421(make_app, host, path):
+    assert "STORYTELLER_ALLOWED_HOSTS" in make_app().get(path, headers={"Host": host}, status=421).json["error"]
+
+
+# ------------------------------------------------------------------------------------ bad input ----
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", "application/jsonx"])
+def test_a_body_of_another_content_type_is_a_415(make_app, kind):
+    body = json.dumps(SESSION).encode()
+    answer = make_app().request("/api/v1/session/5", method="PUT", body=body, content_type=kind, status=415)
+    assert answer.json["success"] is False
+
+
+def test_a_content_type_may_name_its_charset(make_app):
+    kind = "application/json; charset=utf-8"
+    make_app().request(
+        "/api/v1/session/5", method="PUT", body=json.dumps(SESSION).encode(), content_type=kind, status=200
+    )
+
+
+def test_the_body_of_a_get_does_not_matter(make_app):
+    make_app().request("/api/v1/notifications/check", method="GET", body=b"\xff", content_type="text/plain", status=200)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        pytest.param(b'{"scriptText": "a", "scriptText": "b"}', "twice", id="a key twice"),
+        pytest.param(b'{"scriptText": "a", "b": {"c": 1, "c": 1}}', "twice", id="a key twice within"),
+        pytest.param(b'{"scriptText": "a", "b": ' + b"[" * 100 + b"]" * 100 + b"}", "100 levels", id="101 levels"),
+    ],
+)
+def test_a_body_that_others_would_read_differently_is_a_400(make_app, body, words):
+    answer = make_app().request(
+        "/api/v1/session/5", method="PUT", body=body, content_type="application/json", status=400
+    )
+    assert words in answer.json["error"]
+
+
+def test_100_levels_and_whole_floats_are_taken_and_come_back(make_app):
+    app = make_app()
+    body = b'{"scriptText": "a", "timestamp": 5.0, "b": ' + b"[" * 99 + b"]" * 99 + b"}"
+    app.request("/api/v1/session/5", method="PUT", body=body, content_type="application/json", status=200)
+    assert app.get("/api/v1/session/5").json["data"] == json.loads(body)
+
+
+def raw_exchange(port: int, request: bytes) -> tuple[int, dict[str, str], Any]:
+    """Status, headers and JSON of what is answered to bytes as they are."""
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
+        client.sendall(request)
+        answer = http.client.HTTPResponse(client)
+        answer.begin()
+        return answer.status, dict(answer.headers), json.loads(answer.read())
+
+
+def test_what_the_server_refuses_by_itself_has_our_shape_and_headers(start_service):
+    running = start_service()
+    origin = f"Host: localhost\r\nOrigin: {PAGE}\r\n".encode()
+    cases = [
+        (b"GET /health HTTP/1.1\r\n" + origin + b"Content-Length: x\r\n\r\n", 400),
+        (b"POST /health HTTP/1.1\r\n" + origin + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+        (b"POST /health HTTP/1.1\r\n" + origin + b"Transfer-Encoding: gzip\r\n\r\n", 501),
+        (b"GET /health HTTP/1.1\r\n" + origin + b"X: " + b"x" * 300_000 + b"\r\n\r\n", 431),
+    ]
+    for request, expected in cases:
+        status, headers, body = raw_exchange(running.port, request)
+        assert (status, list(body)) == (expected, ["error"])
+        assert headers["Content-Type"] == "application/json"
+        assert headers["Cache-Control"] == "no-store"
+        assert "Server" not in headers
+    assert raw_exchange(running.port, cases[1][0])[1]["Access-Control-Allow-Origin"] == PAGE
+    assert running.call("GET", "/health")[0] == 200
+
+
+@pytest.mark.parametrize("hosts", [b"", b"Host: localhost\r\nHost: localhost\r\n"], ids=["none", "two"])
+def test_a_request_with_no_host_or_two_is_a_421(start_service, hosts):
+    assert raw_exchange(start_service().port, b"GET /health HTTP/1.0\r\n" + hosts + b"\r\n")[0] == 421
+
+
+# ------------------------------------------------------------------------------ its description ----
+
+
+def test_every_route_is_described_and_nothing_else(make_app):
+    app = as_caller(make_app(), None)
+    described = app.get("/openapi.json").json
+    assert described["openapi"].startswith("3.1")
+    found = {(method.upper(), path) for path, methods in described["paths"].items() for method in methods}
+    assert found == {(route.method, re.sub("<(.*?)>", r"{\1}", route.path)) for route in service.ROUTES}
+    for path, methods in described["paths"].items():
+        for operation in methods.values():
+            assert {one["name"] for one in operation["parameters"] if one["in"] == "path"} == set(
+                re.findall("{(.*?)}", path)
+            )
+            assert operation.get("x-permission", "open") in (*service.PERMISSIONS, "any", "open")
+
+
+def test_every_example_fits_its_own_schema():
+    for route in service.ROUTES:
+        schemas = [*filter(None, route.answers.values()), service.error_schema(route), *route.query.values()]
+        for schema in schemas + ([route.body] if route.body else []):
+            example = service.example_of(schema)
+            assert service.find_misfit(example, schema, "example") is None
+
+
+@pytest.fixture
+def recorded(make_app, store, nvidia_smi):
+    """An application on each store whose answers, errors too, are held against what their routes declare."""
+    app = make_app(store, nvidia_smi=nvidia_smi(GOOD, {"print": "41\n"}))
+    seen: set[tuple[str, int]] = set()
+
+    def call(method: str, path: str, body: Any = None, token: str | None = TOKEN) -> Any:
+        data = b"" if body is None else json.dumps(body).encode()
+        kind = "application/json"
+        answer = as_caller(app, token).request(path, method=method, body=data, content_type=kind, expect_errors=True)
+        by_length = sorted(service.ROUTES, key=lambda route: "<" in route.path)
+        matching = (
+            one for one in by_length if re.fullmatch(re.sub("<.*?>", "[^/]+", one.path), path.partition("?")[0])
+        )
+        route = next(one for one in matching if one.method == method)
+        seen.add((f"{method} {route.path}", answer.status_int))
+        if answer.status_int in route.answers:
+            schema = route.answers[answer.status_int]
+        else:
+            assert answer.status_int in service.error_statuses(route)
+            schema = service.error_schema(route)
+        assert (schema is None) == (answer.body == b"")
+        if schema:
+            assert service.find_misfit(answer.json, schema, "answer") is None
+        return answer.json if answer.body else None
+
+    call.seen = seen
+    return call
+
+
+def test_real_answers_fit_what_their_routes_declare(recorded):
+    token = recorded("POST", "/api/v1/auth/session", {"subject": "a", "permissions": ["gpu:read"]})["token"]
+    for route in service.ROUTES:
+        path = re.sub("<timestamp>", "1738195200000", re.sub("<notification_id>", "notif_1", route.path))
+        if route.handler is not service.swarmui_start:
+            recorded(route.method, path, {}, token=None)
+            recorded(route.method, path, {"scriptText": 5}, token)
+        recorded(route.method, path, {"timestamp": "x"})
+    recorded("GET", "/api/v1/auth/session", token=token)
+    recorded("DELETE", "/api/v1/auth/session", token=token)
+    for document in (with_beats(OPEN), with_beats(DONE)):
+        recorded("PUT", "/api/v1/session/1738195200000", document)
+        recorded("GET", "/api/v1/session/1738195200000/prompts-status")
+    recorded("POST", "/api/v1/session/save", SESSION)
+    made = recorded("POST", "/api/v1/notifications", {**NOTIFICATION, "totalPrompts": 1, "sessionTimestamp": 5})
+    recorded("POST", "/api/v1/notifications", {**NOTIFICATION, "totalPrompts": 1, "sessionTimestamp": 5})
+    for path in ("notifications/check?type=all", "session/latest", "session/list", "session/1738195200000"):
+        recorded("GET", f"/api/v1/{path}")
+    recorded("POST", f"/api/v1/notifications/{made['id']}/ack")
+    recorded("GET", "/api/v1/session/x/prompts-status")
+    good = {f"{route.method} {route.path}" for route in service.ROUTES for status in route.answers}
+    assert {name for name, status in recorded.seen if status < 300} == good - {"POST /api/v1/swarmui/start"}
+
+
+# ---------------------------------------------------------------- the page that SwarmUI answers ----
+
+
+@pytest.mark.parametrize(
+    ("wanted", "before", "words", "after"),
+    [
+        pytest.param(PAGE, None, f"; it now answers pages of {PAGE}", PAGE, id="nothing is replaced"),
+        pytest.param(
+            PAGE, "http://a", f"; it now answers pages of {PAGE} instead of http://a", PAGE, id="another one is"
+        ),
+        pytest.param(PAGE, "*", "", "*", id="every page is left alone"),
+        pytest.param(PAGE, PAGE, "", PAGE, id="it is there already"),
+        pytest.param(
+            "*", "http://a", "; it now answers pages of * instead of http://a", "*", id="every page is wanted"
+        ),
+        pytest.param(None, "http://a", "", "http://a", id="nothing is wanted"),
+    ],
+)
+def test_swarmui_is_told_which_page_to_answer(make_launcher, swarmui_folder, leash, wanted, before, words, after):
+    started = make_launcher(swarmui_path=swarmui_folder(allow_origin=before), swarmui_allow_origin=wanted).start()
+    leash.next()
+    assert started == service.Started(f"SwarmUI started successfully{words}", after)
+
+
+def test_a_start_that_finds_swarmui_running_sees_to_it_too(make_launcher, swarmui_folder, leash):
+    make_launcher(swarmui_path=swarmui_folder()).start()
+    leash.next()
+    started = make_launcher(swarmui_allow_origin=PAGE).start()
+    assert started == service.Started(f"SwarmUI is already running; it now answers pages of {PAGE}", PAGE)
+
+
+def test_a_swarmui_that_will_not_be_told_is_ready_all_the_same(make_launcher, swarmui_folder, leash):
+    """Its `success` proves nothing: what it sends is looked at again."""
+    started = make_launcher(swarmui_path=swarmui_folder(stubborn=True), swarmui_allow_origin=PAGE).start()
+    leash.next()
+    assert started.allow_origin is None
+    assert f"would not be told to answer pages of {PAGE}" in started.message
+
+
+@pytest.mark.parametrize(("origin", "told"), [(PAGE, True), (TRUSTED, True), (None, False)])
+def test_a_start_from_a_page_that_cannot_see_swarmui_says_so(make_app, swarmui_folder, leash, origin, told):
+    app = as_caller(
+        make_app(swarmui_path=swarmui_folder(), cors_origins=(PAGE,), trusted_origins=(TRUSTED,)), TOKEN, origin
+    )
+    answer = app.post("/api/v1/swarmui/start")
+    leash.next()
+    assert answer.json["success"] is True
+    assert ("SWARMUI_ALLOW_ORIGIN" in answer.json["message"]) == told
+
+
+def test_storyarts_own_calls_work_without_a_token(start_service, nvidia_smi, swarmui_folder, leash, settings):
+    """Its four calls and its probe of SwarmUI, as the page sends them; from anywhere else they get 401."""
+    page = "http://localhost:3000"
+    running = start_service(
+        STORYTELLER_TRUSTED_ORIGINS=page,
+        SWARMUI_ALLOW_ORIGIN=page,
+        NVIDIA_SMI=nvidia_smi(GOOD, {}),
+        SWARMUI_PATH=str(swarmui_folder()),
+        SWARMUI_API_URL=settings.swarmui_api_url,
+        SWARMUI_POLL_INTERVAL="0.05",
+    )
+    calls = [
+        ("PUT", "/api/v1/session/1738195200000", with_beats(DONE)),
+        ("GET", "/api/v1/gpu/status", None),
+        ("POST", "/api/v1/swarmui/start", None),
+        ("GET", "/api/v1/notifications/check", None),
+        ("GET", "/api/v1/session/1738195200000/prompts-status", None),
+    ]
+    for method, path, body in calls:
+        assert running.call(method, path, body, {"Origin": page})[0] == 200
+        assert running.call(method, path, body, {"Origin": "http://localhost:3001"})[0] == 401
+        assert running.call(method, path, body, {})[0] == 401
+    leash.next()
+    probe = urllib.request.Request(
+        f"http://127.0.0.1:{settings.swarmui_port}/API/GetNewSession", headers={"Origin": page}
+    )
+    with urllib.request.urlopen(probe, timeout=PATIENCE) as seen:
+        assert (seen.status, seen.headers["Access-Control-Allow-Origin"]) == (200, page)
 
 
 # ======================================================================================================
@@ -3260,7 +3863,7 @@ def test_a_start_that_cannot_be_says_so_in_one_sentence_with_exit_code_2(run_mod
     done = run_module(**{setting: wrong.get(value, value)})
     assert done.returncode == 2
     assert [done.stdout, len(done.stderr.splitlines())] == ["", 1]
-    assert service.re.search(words, done.stderr)
+    assert re.search(words, done.stderr)
 
 
 def test_an_env_file_that_is_not_utf_8_ends_the_start_too(run_module, module_copy):
@@ -3298,7 +3901,7 @@ def test_a_redis_that_is_away_at_the_start_is_waited_for(start_service, module_c
 
     with socket.create_server(("127.0.0.1", port)) as back:
         threading.Thread(target=relay, args=[back, known], daemon=True).start()
-        assert made.call("GET", "/api/v1/session/1/prompts-status")[0] == 404
+        wait_until(lambda: made.call("GET", "/api/v1/session/1/prompts-status")[0] == 404)
 
 
 def read_check(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
@@ -3583,7 +4186,7 @@ def test_what_is_missing_is_said_in_one_sentence_and_a_later_start_works(fresh, 
     done = fresh.run()
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
-    assert service.re.search(f"^run.sh: .*{advice}", done.stderr)
+    assert re.search(f"^run.sh: .*{advice}", done.stderr)
     (fresh.programs / "python3").unlink(missing_ok=True)
     fresh.program("python3", usual)
     assert told(fresh.run())["prefix"] == str(fresh.venv)
@@ -3927,3 +4530,54 @@ def test_a_set_up_that_fails_waits_for_a_key_too(fresh_batch):
     assert done.returncode == 1
     assert "run.bat ended with an error, see above." in done.stdout
     assert "Press any key" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------- token ----
+
+
+def test_a_token_made_at_the_command_line_is_good_at_a_running_service(start_service, run_module):
+    running = start_service()
+    made = run_module("token", "--subject", "storyswarm", "--permission", "notifications:read", "--ttl", "30d")
+    (token,) = made.stdout.split()
+    bearer = {"Authorization": f"Bearer {token}"}
+    assert running.call("GET", "/api/v1/notifications/check", headers=bearer)[0] == 200
+    assert running.call("GET", "/api/v1/gpu/status", headers=bearer)[0] == 403
+    listed = run_module("token", "--list").stdout
+    assert "storyswarm" in listed
+    assert "notifications:read" in listed
+    assert token not in listed
+    assert "storyswarm" in run_module("token", "--revoke", "storyswarm").stdout
+    assert run_module("token", "--list").stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--subject", "a"], ["--permission", "gpu:read"], ["--subject", "a b", "--permission", "gpu:read"],
+     ["--subject", "a", "--permission", "root"], ["--subject", "a", "--permission", "gpu:read", "--ttl", "59s"],
+     ["--subject", "a", "--permission", "gpu:read", "--ttl", "31d"]],
+)  # fmt: skip
+def test_a_token_that_cannot_be_made_is_refused_with_exit_code_2(run_module, arguments):
+    done = run_module("token", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("60", 60), ("90s", 90), ("45m", 2700), ("12h", 43200), ("30d", 2592000)]
+)
+def test_a_time_to_live_is_read_in_its_unit(text, seconds):
+    assert service.read_ttl(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"swarmui_allow_origin": "*"}, "every page"),
+        ({"trusted_origins": ("http://localhost:3000",)}, "SWARMUI_ALLOW_ORIGIN"),
+        ({}, None),
+        ({"trusted_origins": ("http://localhost:3000",), "swarmui_allow_origin": "http://localhost:3000"}, None),
+    ],
+)
+def test_check_warns_of_pages_that_see_too_little_or_too_much(settings, changed, words):
+    said = service.describe_pages(dataclasses.replace(settings, **changed))
+    assert (words in said[0]) if words else said == []
