@@ -111,9 +111,9 @@ def finish():  # by the venv's Python
         file.write("\n".join(wanted()) + "\n")
 
 
-def run(*command):
+def run(*command, **options):
     try:
-        return subprocess.call(command)
+        return subprocess.call(command, **options)
     except OSError:
         return -1
 
@@ -141,7 +141,7 @@ def set_up():
         sys.exit("run.bat: this folder cannot be written to: move it to one of your own, then start run.bat again.")
     if not held:
         sys.exit("run.bat: another start has been at its set-up for 10 minutes: close its window, then start run.bat again.")
-    state = run(*venv_python, "-x", __file__, "check")
+    state = run(*venv_python, "-x", __file__, "check", stderr=subprocess.DEVNULL)
     if state == 0:
         return 0  # the start that was waited for has done it
     if os.path.exists(stamp):
