@@ -959,8 +959,12 @@ class _Pool(redis.ConnectionPool):
     def get_connection(self, *arguments: Any, **options: Any) -> Any:
         connection = super().get_connection(*arguments, **options)
         if not 0 <= time.time() - getattr(connection, "released", time.time()) < self.IDLE:
-            connection.disconnect()
-            connection.connect()
+            try:
+                connection.disconnect()
+                connection.connect()
+            except BaseException:
+                self.release(connection)  # else each outage would use up some of max_connections
+                raise
         return connection
 
 
