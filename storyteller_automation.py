@@ -1046,15 +1046,23 @@ class RedisStore:
 
     def _look(self) -> None:
         while not self._closing.wait(self.LOOK_INTERVAL):
-            with contextlib.suppress(redis.RedisError, OSError):
-                self._redis.ping()
-                self._away = ""
-                log.warning("store: Redis at %s is back", self.place)
-                return
+            try:
+                self._ask()
+            except redis.ResponseError:
+                pass  # it answers: what it refuses is told to each call
+            except (redis.RedisError, OSError, UnicodeError):
+                continue
+            self._away = ""
+            log.warning("store: Redis at %s is back", self.place)
+            return
+
+    def _ask(self) -> None:
+        """A command that reads: PING is refused with MISCONF where only writes are."""
+        self._redis.exists(self.NEWEST)
 
     def ping(self) -> None:
         with self._errors():
-            self._redis.ping()
+            self._ask()
 
     def close(self) -> None:
         self._closing.set()
