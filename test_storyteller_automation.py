@@ -299,6 +299,120 @@ def make_session(scenes: int = 4, beats: int = 249, prompts: int = 240, size: in
     }
 
 
+class Forwarder:
+    """Stands between the service and a Redis, and fails as networks and PCs do. One that was cut off refuses
+    connections until mend()."""
+
+    def __init__(self, target: tuple[str, int], database: int = 0) -> None:
+        self._target = target
+        self._database = database
+        self._passing = threading.Event()
+        self._lock = threading.Lock()
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._round = 0  # connections of an earlier round are dead
+        self.port = free_port()
+        self.mend()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/{self._database}"
+
+    def mend(self) -> None:
+        self._passing.set()
+        if not self._threads or not self._threads[0].is_alive():
+            self._listener = socket.create_server(("127.0.0.1", self.port))
+            self._threads.insert(0, threading.Thread(target=self._accept, daemon=True))
+            self._threads[0].start()
+
+    def hang(self) -> None:
+        """Connections stay open and new ones are taken, but not a byte passes until mend()."""
+        self._passing.clear()
+
+    def end_connections(self) -> None:
+        """Each connection ends; new ones are taken."""
+        with self._lock:
+            for one in self._sockets:
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
+            self._sockets.clear()
+
+    def forget_connections(self) -> None:
+        """Each connection dies silently, as while a PC sleeps: nobody is told. New ones work."""
+        self._round += 1
+
+    def refuse(self) -> None:
+        """New connections are refused; those that are know nothing of it."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        with contextlib.suppress(OSError):  # on Windows closing it does not wake who waits in accept
+            socket.create_connection(("127.0.0.1", self.port), 0.1).close()
+        self._threads[0].join(PATIENCE)
+
+    def cut(self) -> None:
+        """Connections end and new ones are refused."""
+        self.refuse()
+        self.end_connections()
+
+    def close(self) -> None:
+        self._passing.set()
+        self.cut()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near = self._listener.accept()[0]
+                far = socket.create_connection(self._target)
+                with self._lock:
+                    self._sockets += [near, far]
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=[*pair, self._round], daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket, born: int) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                self._passing.wait()
+                if born == self._round:
+                    target.sendall(data)
+        for one in (source, target):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        source.close()  # each of the two that carry closes its own
+
+
+class OwnRedis:
+    """A redis-server of the test's own, which it may harm."""
+
+    def __init__(self, folder: Path, options: list[str]) -> None:
+        self._command = [shutil.which("redis-server"), "--bind", "127.0.0.1", "--dir", str(folder), *options]
+        self.folder = folder
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self, *options: str, wait: bool = True) -> None:
+        command = [*self._command, "--port", str(self.port), *options]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        wait_until(lambda: can_connect(self.port))
+        if wait:
+            wait_until(self._answers)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(redis.RedisError):
+            return bool(self.tell("PING"))
+        return False
+
+    def tell(self, *command: Any) -> Any:
+        """One command, over a connection of its own."""
+        with redis.Redis.from_url(self.url, protocol=2) as client:
+            return client.execute_command(*command)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(PATIENCE)
+
+
 class Clock:
     """Seconds or milliseconds that pass when the test says so."""
 
@@ -342,6 +456,35 @@ def redis_url(redis_server: str) -> Iterator[str]:
     with redis.Redis.from_url(redis_server, protocol=2) as client:
         client.flushdb()
     yield redis_server
+
+
+@pytest.fixture
+def forwarder(redis_url: str) -> Iterator[Forwarder]:
+    """A way to the Redis of this run that can be made to fail."""
+    known = redis.connection.parse_url(redis_url)
+    target = known.get("host", "localhost"), known.get("port", 6379)
+    with contextlib.closing(Forwarder(target, known.get("db", 0))) as made:
+        yield made
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[Callable[..., OwnRedis]]:
+    """Starts a redis-server that the test may harm."""
+    if not shutil.which("redis-server"):
+        message = "redis-server is not installed here, so its own faults were not tested"
+        if os.environ.get("REQUIRE_REDIS") and not service.WINDOWS:
+            pytest.fail(message)
+        pytest.skip(message)
+    with contextlib.ExitStack() as stack:
+
+        def start(*options: str) -> OwnRedis:
+            folder = tmp_path / f"redis-{free_port()}"
+            folder.mkdir()
+            made = OwnRedis(folder, list(options))
+            stack.callback(made.kill)
+            return made
+
+        yield start
 
 
 @pytest.fixture
@@ -3527,6 +3670,305 @@ def test_storyarts_own_calls_work_without_a_token(start_service, nvidia_smi, swa
     )
     with urllib.request.urlopen(probe, timeout=PATIENCE) as seen:
         assert (seen.status, seen.headers["Access-Control-Allow-Origin"]) == (200, page)
+
+
+# ======================================================================================================
+# It keeps running
+# ======================================================================================================
+
+# ------------------------------------------------------------------------------ the store goes away ----
+
+ANSWER_BOUND = 3.0 + 1.5  # a call that needs the store ends within 3 s, and this machine may be busy
+RETURN_BOUND = 1.5 + 1.5  # calls succeed within 1.5 s of its return
+
+# Each call that needs the store, and what its errors hold beside `error`.
+READS = [
+    ("GET", "/api/v1/notifications/check", None, {}),
+    ("GET", f"/api/v1/session/{T}/prompts-status", None, {"promptsReady": False}),
+    ("GET", "/api/v1/session/latest", None, {"success": False}),
+    ("GET", "/api/v1/session/list", None, {"success": False}),
+    ("GET", f"/api/v1/session/{T}", None, {"success": False}),
+]
+WRITES = [
+    ("POST", "/api/v1/notifications", {**NOTIFICATION, "sessionTimestamp": T + 3, "totalPrompts": 1}, {}),
+    ("POST", "/api/v1/session/save", {**SESSION, "timestamp": T + 1}, {"success": False}),
+    ("PUT", f"/api/v1/session/{T + 2}", SESSION, {"success": False}),
+    ("POST", "/api/v1/auth/session", {"subject": "a", "permissions": ["gpu:read"]}, {}),
+]
+HIDDEN = "a-word-of-the-session"  # which an error must not tell
+
+
+def ask(app: webtest.TestApp, method: str, path: str, body: Any = None) -> tuple[webtest.TestResponse, float]:
+    """What is answered, and after how many seconds."""
+    data = b"" if body is None else json.dumps({**body, "storyUuid": HIDDEN} if "storyUuid" in body else body).encode()
+    began = time.monotonic()
+    answer = app.request(
+        path, method=method, body=data, headers={"Content-Type": "application/json"}, expect_errors=True
+    )
+    return answer, time.monotonic() - began
+
+
+def assert_refused(app: webtest.TestApp, calls: list[Any], bound: float = ANSWER_BOUND) -> None:
+    """Each is a 503 in its own shape, in time, with when to come back; it tells nothing of what was asked."""
+    for method, path, body, shape in calls:
+        answer, seconds = ask(app, method, path, body)
+        assert (path, answer.status_int, {**answer.json, "error": ""}) == (path, 503, {**shape, "error": ""})
+        assert int(answer.headers["Retry-After"]) >= 1
+        assert seconds < bound
+        assert not [word for word in (HIDDEN, "EVALSHA", "ZRANGE", "Command #") if word in answer.json["error"]]
+
+
+def assert_good(app: webtest.TestApp, calls: list[Any]) -> None:
+    for method, path, body, _ in calls:
+        assert (path, ask(app, method, path, body)[0].status_int // 100) == (path, 2)
+
+
+def seconds_until_good(app: webtest.TestApp, calls: list[Any]) -> float:
+    began = time.monotonic()
+    for method, path, body, _ in calls:
+        wait_until(lambda method=method, path=path, body=body: ask(app, method, path, body)[0].status_int < 500)
+    return time.monotonic() - began
+
+
+@pytest.fixture
+def make_redis_app(make_app) -> Iterator[Callable[..., webtest.TestApp]]:
+    """The application on the Redis of a URL, where the session T is kept."""
+    with contextlib.ExitStack() as stack:
+
+        def make(url: str, **changed: Any) -> webtest.TestApp:
+            store = stack.enter_context(contextlib.closing(service.RedisStore(url)))
+            app = make_app(store, **changed)
+            with contextlib.suppress(service.Unavailable):
+                store.save(T, json.dumps({**make_session(size=1000), "timestamp": T}).encode(), None)
+            return app
+
+        yield make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fail", [Forwarder.cut, Forwarder.hang], ids=["refused", "hung"])
+def test_a_redis_that_goes_away_is_a_503_in_time_and_is_found_again(make_redis_app, forwarder, caplog, fail):
+    app = make_redis_app(forwarder.url)
+    assert_good(app, READS)
+    others = [("GET", "/api/v1/gpu/status"), ("POST", "/api/v1/swarmui/start")]
+    before = [ask(app, *other)[0].json for other in others]
+
+    fail(forwarder)
+    assert_refused(app, READS[:1])
+    assert ask(app, "GET", "/health")[0].json == {"status": "degraded", "store": "redis"}
+    assert_refused(app, READS + WRITES, bound=0.5)  # it is known by now: at once
+    assert [ask(app, *other)[0].json for other in others] == before
+
+    forwarder.mend()
+    assert seconds_until_good(app, READS + WRITES) < RETURN_BOUND
+    assert ask(app, "GET", "/health")[0].json == {"status": "ok", "store": "redis"}
+    assert HIDDEN not in caplog.text
+    assert [record.getMessage().rpartition(" is ")[2][:4] for record in caplog.records if "Redis" in record.msg] == [
+        "away",
+        "back",
+    ]
+
+
+@pytest.mark.slow
+def test_while_redis_is_away_one_probe_a_second_looks_for_it(make_redis_app, forwarder):
+    app = make_redis_app(forwarder.url)
+    forwarder.cut()
+    tried: list[float] = []
+    with socket.create_server(("127.0.0.1", forwarder.port)) as listener:  # takes connections and ends them
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    listener.accept()[0].close()
+                    tried.append(time.monotonic())
+
+        threading.Thread(target=accept, daemon=True).start()
+        assert_refused(app, READS)
+        tried.clear()
+        wait_until(lambda: assert_refused(app, READS, bound=0.5) or len(tried) >= 3)
+        assert tried[2] - tried[0] > 1.5
+        listener.close()
+
+
+def replicate(own: OwnRedis) -> None:
+    own.tell("REPLICAOF", "127.0.0.1", free_port())
+
+
+def fail_to_save(own: OwnRedis) -> None:
+    (own.folder / "dump.rdb").mkdir()  # the file cannot take its place
+    own.tell("CONFIG", "SET", "save", "3600 1")
+    own.tell("BGSAVE")
+    wait_until(lambda: own.tell("INFO", "persistence")["rdb_last_bgsave_status"] == "err")
+
+
+def save_again(own: OwnRedis) -> None:
+    (own.folder / "dump.rdb").rmdir()
+    own.tell("BGSAVE")
+
+
+def keep_busy(own: OwnRedis) -> None:
+    def run() -> None:
+        with contextlib.suppress(redis.RedisError):
+            own.tell("EVAL", "while true do end", 0)
+
+    own.tell("CONFIG", "SET", "lua-time-limit", 1)
+    threading.Thread(target=run, daemon=True).start()
+
+    def is_busy() -> bool:
+        try:
+            return not own.tell("PING")
+        except redis.ResponseError:
+            return True
+
+    wait_until(is_busy)
+
+
+def end_clients(own: OwnRedis, *commands: tuple[Any, ...]) -> None:
+    """Change how it takes connections, and end those that are."""
+    with redis.Redis.from_url(own.url, protocol=2, single_connection_client=True) as client:
+        for command in commands:
+            client.execute_command(*command)
+        client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+
+def load_slowly(own: OwnRedis) -> None:
+    for number in range(40):
+        own.tell("SET", f"filling:{number}", "x" * 2000)
+    own.tell("SAVE")
+    own.kill()
+    own.start("--key-load-delay", "200000", "--loading-process-events-interval-bytes", "1024", wait=False)
+
+
+def take_every_place(own: OwnRedis) -> None:
+    own.held = redis.Redis.from_url(own.url, protocol=2, single_connection_client=True)
+    own.held.execute_command("CONFIG", "SET", "maxclients", 1)
+    own.held.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+
+def give_places(own: OwnRedis) -> None:
+    own.held.execute_command("CONFIG", "SET", "maxclients", 100)
+    own.held.close()
+
+
+ALL = [*READS, *WRITES]
+OWN_FAULTS = {
+    "READONLY": (replicate, lambda own: own.tell("REPLICAOF", "NO", "ONE"), WRITES),
+    "OOM": (
+        lambda own: own.tell("CONFIG", "SET", "maxmemory", 1),
+        lambda own: own.tell("CONFIG", "SET", "maxmemory", 0),
+        WRITES,
+    ),
+    "MISCONF": (fail_to_save, save_again, WRITES),
+    "NOPERM to write": (
+        lambda own: own.tell("ACL", "SETUSER", "default", "-@write"),
+        lambda own: own.tell("ACL", "SETUSER", "default", "+@all"),
+        WRITES,
+    ),
+    "NOPERM at all": (
+        lambda own: own.tell("ACL", "SETUSER", "default", "-@all", "+acl"),
+        lambda own: own.tell("ACL", "SETUSER", "default", "+@all"),
+        ALL,
+    ),
+    "BUSY": (keep_busy, lambda own: own.tell("SCRIPT", "KILL"), ALL),
+    "out of clients": (take_every_place, give_places, ALL),
+    "a password": (
+        lambda own: end_clients(own, ("CONFIG", "SET", "requirepass", "pass-word")),
+        lambda own: redis.Redis.from_url(own.url, protocol=2, password="pass-word").config_set("requirepass", ""),
+        ALL,
+    ),
+    "LOADING": (load_slowly, lambda own: own.tell("CONFIG", "SET", "key-load-delay", 0), ALL),
+    "killed": (OwnRedis.kill, OwnRedis.start, ALL),
+    "stopped": (
+        lambda own: own.process.send_signal(signal.SIGSTOP),
+        lambda own: own.process.send_signal(signal.SIGCONT),
+        ALL,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", OWN_FAULTS)
+def test_what_redis_refuses_is_a_503_in_time_and_the_rest_goes_on(make_redis_app, own_redis, caplog, fault):
+    fail, mend, refused = OWN_FAULTS[fault]
+    own = own_redis("--save", "", "--rdbcompression", "no")
+    app = make_redis_app(own.url)
+    assert_good(app, READS)
+    fail(own)
+    try:
+        assert_refused(app, refused)
+        assert_good(app, [call for call in READS if call not in refused])
+        assert ask(app, "GET", "/health")[0].status_int == (200 if refused is WRITES else 503)
+        assert ask(app, "GET", "/api/v1/gpu/status")[1] < 0.5
+    finally:
+        mend(own)
+    assert seconds_until_good(app, ALL) < RETURN_BOUND + (1.0 if fault in ("LOADING", "killed") else 0.0)
+    assert HIDDEN not in caplog.text
+
+
+def test_an_announcement_that_cannot_be_written_comes_at_a_later_poll(make_redis_app, own_redis):
+    own = own_redis("--save", "")
+    app = make_redis_app(own.url)  # T is ready, and nobody was told
+    replicate(own)
+    assert app.get(f"/api/v1/session/{T}/prompts-status").json["promptsReady"] is True
+    assert app.get("/api/v1/notifications/check").json == {"notifications": []}
+    own.tell("REPLICAOF", "NO", "ONE")
+    assert app.get(f"/api/v1/session/{T}/prompts-status").json["promptsReady"] is True
+    (announced,) = app.get("/api/v1/notifications/check").json["notifications"]
+    assert announced["sessionTimestamp"] == T
+
+
+@pytest.mark.parametrize("die", [Forwarder.end_connections, Forwarder.forget_connections], ids=["ended", "silent"])
+def test_connections_that_died_while_idle_cost_no_503(make_redis_app, forwarder, monkeypatch, die):
+    monkeypatch.setattr(service._Pool, "IDLE", 0.2)
+    app = make_redis_app(forwarder.url)
+    at_once(*[lambda: app.get("/api/v1/notifications/check") for _ in range(8)])
+    die(forwarder)
+    idle_until = time.monotonic() + 0.25
+    wait_until(lambda: time.monotonic() > idle_until)
+    answers = at_once(*[lambda: ask(app, "GET", "/api/v1/notifications/check")[0].status_int for _ in range(8)])
+    assert answers == [200] * 8
+
+
+def test_outages_use_up_no_connection(forwarder, monkeypatch):
+    """Each that is made anew and fails must go back to the pool."""
+    monkeypatch.setattr(service._Pool, "IDLE", 0.0)
+    monkeypatch.setattr(service.RedisStore, "LOOK_INTERVAL", 0.02)
+    with contextlib.closing(service.RedisStore(forwarder.url)) as store:
+        store._redis.connection_pool.max_connections = 4
+        for _ in range(6):
+            wait_until(lambda: not store._away)
+            store.ping()
+            forwarder.refuse()
+            with pytest.raises(service.Unavailable):
+                store.ping()
+            forwarder.mend()
+        wait_until(lambda: not store._away)
+        store.ping()
+
+
+@pytest.mark.slow
+def test_a_name_that_does_not_resolve_is_a_503_in_time(make_redis_app):
+    assert_refused(make_redis_app("redis://redis.invalid:6379/0"), READS)
+
+
+@pytest.mark.slow
+def test_a_name_that_resolves_too_slowly_is_a_503_in_time_and_is_found_once_it_does(
+    make_redis_app, forwarder, monkeypatch
+):
+    """A look-up has no time-out of its own."""
+    look_up, answers = socket.getaddrinfo, threading.Event()
+
+    def slow_look_up(host, *arguments, **options):
+        if host == "redis.test":
+            answers.wait(PATIENCE)
+            host = "127.0.0.1"
+        return look_up(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow_look_up)
+    app = make_redis_app(forwarder.url.replace("127.0.0.1", "redis.test"))
+    assert_refused(app, READS)
+    answers.set()
+    assert seconds_until_good(app, READS[:1]) < RETURN_BOUND
 
 
 # ======================================================================================================
