@@ -15,6 +15,7 @@ import http.server
 import io
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -559,6 +560,34 @@ def make_app(settings: service.Settings) -> Iterator[Callable[..., webtest.TestA
 def app(make_app: Callable[..., webtest.TestApp], store: service.Store) -> webtest.TestApp:
     """The application on both stores; it carries the token."""
     return make_app(store)
+
+
+class Serving:
+    """The service's Server in a thread of the test, where a limit can be made small."""
+
+    def __init__(self, app: Any, settings: service.Settings) -> None:
+        sockets = service.open_sockets("127.0.0.1", 0)
+        self.port = sockets[0].getsockname()[1]
+        self.server = service.Server(app, sockets, settings)
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+
+    def stop(self, grace: float = PATIENCE) -> None:
+        self.server.stop(grace)
+        self.thread.join(PATIENCE)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def serving(settings: service.Settings) -> Iterator[Callable[[Any], Serving]]:
+    with contextlib.ExitStack() as stack:
+
+        def serve(app: Any) -> Serving:
+            made = Serving(app, settings)
+            stack.callback(made.stop)
+            return made
+
+        yield serve
 
 
 # Windows tells a key only to those in its console, so who presses it must join them, and is told too.
@@ -3969,6 +3998,476 @@ def test_a_name_that_resolves_too_slowly_is_a_503_in_time_and_is_found_once_it_d
     assert_refused(app, READS)
     answers.set()
     assert seconds_until_good(app, READS[:1]) < RETURN_BOUND
+
+
+# ----------------------------------------------------------------------------------- nothing is lost ----
+
+
+def load(port: int, number: int, told: dict[str, Any], lock: threading.Lock) -> None:
+    """One client that creates, acknowledges and saves without pause, until the service is gone. `told` holds what
+    was answered 2xx, and what was asked for last."""
+    bearer = {**BEARER, "Content-Type": "application/json"}
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as connection:
+
+        def call(method: str, path: str, body: Any = None) -> Any:
+            connection.request(method, path, None if body is None else json.dumps(body), bearer)
+            response = connection.getresponse()
+            answer = json.loads(response.read())
+            assert response.status in (200, 201), answer
+            return answer
+
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while True:
+                with lock:
+                    told["count"] += 1
+                    count = told["count"]
+                made = call("POST", "/api/v1/notifications", {**NOTIFICATION, "sessionTimestamp": T + count,
+                                                              "totalPrompts": 1})["id"]  # fmt: skip
+                with lock:
+                    told["created"].append(made)
+                told["asked"][number] = count
+                call("PUT", f"/api/v1/session/{number}", {"scriptText": f"{count}," * 20_000})
+                told["saved"][number] = count
+                if count % 2:
+                    with lock:
+                        told["asked to acknowledge"].add(made)
+                    call("POST", f"/api/v1/notifications/{made}/ack")
+                    with lock:
+                        told["acknowledged"].add(made)
+
+
+@pytest.mark.slow
+def test_a_service_killed_50_times_under_load_loses_nothing_that_it_answered(start_service, module_copy):
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    chance = random.Random(seed)
+    clients = 3
+    told: dict[str, Any] = {"count": 0, "created": [], "asked": {}, "saved": {}}
+    told |= {"asked to acknowledge": set(), "acknowledged": set()}
+    lock = threading.Lock()
+    for _ in range(50):
+        running = start_service()
+        until = len(told["created"]) + chance.randint(1, 12)
+        threads = [threading.Thread(target=load, args=[running.port, number, told, lock]) for number in range(clients)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda until=until: len(told["created"]) >= until)
+        running.process.kill()
+        running.stop()
+        for thread in threads:
+            thread.join(PATIENCE)
+
+        with contextlib.closing(service.SqliteStore(module_copy.parent / "data" / "storyteller.sqlite3")) as store:
+            ids = [one["id"] for one in members_of(store)]
+            for number in told["asked"]:
+                stored = store.session(number)
+                assert stored or number not in told["saved"]
+                if stored:
+                    count, _, rest = json.loads(stored.document)["scriptText"].partition(",")
+                    assert rest == f"{count}," * 19_999
+                    assert told["saved"].get(number, 0) <= int(count) <= told["asked"][number]
+        assert len(ids) == len(set(ids))
+        assert not set(ids) & told["acknowledged"]
+        assert set(told["created"]) - told["asked to acknowledge"] <= set(ids)
+    assert len(told["acknowledged"]) > 50
+
+
+# The verbs of a store in a process that can be killed: a line of JSON in, a line out.
+ACTOR = """
+import json, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import storyteller_automation as service
+service.RedisStore.LOOK_INTERVAL = 0.02
+place = sys.argv[2]
+store = service.RedisStore(place) if "://" in place else service.SqliteStore(pathlib.Path(place))
+notifications = service.Notifications(store)
+def draft(kind, session):
+    return service.draft_notification(kind, session, totalPrompts=1, totalBeats=1)
+def state(sessions):
+    found = notifications.check(list(service.TOTALS), 1000)
+    kept = [store.session(one) for one in sessions]
+    return [[[one.type, one.session_timestamp, one.id] for one in found],
+            [one and [one.document.decode(), one.announced] for one in kept]]
+verbs = {
+    "create": lambda kind, session: notifications.create(draft(kind, session))[0].id,
+    "ack": notifications.acknowledge,
+    "save": lambda kind, session, text: store.save(session, text.encode(), draft(kind, session)),
+    "check": state,
+}
+print("ready", flush=True)
+for line in sys.stdin:
+    verb, *arguments = json.loads(line)
+    try:
+        answer = ["ok", verbs[verb](*arguments)]
+    except service.Unavailable as fault:
+        answer = ["unavailable", str(fault)]
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Actor:
+    """A store in a process of its own."""
+
+    def __init__(self, place: str) -> None:
+        self._command = [sys.executable, "-c", ACTOR, str(HERE), place]
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.process.stdout.readline().strip() == b"ready"
+
+    def send(self, *operation: Any) -> None:
+        self.process.stdin.write(json.dumps(operation).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> Any:
+        """["ok", ...], ["unavailable", why], or None when it died before."""
+        line = self.process.stdout.readline()
+        return json.loads(line) if line.endswith(b"\n") else None
+
+    def ask(self, *operation: Any) -> Any:
+        self.send(*operation)
+        return self.answer()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(PATIENCE)
+
+    def close(self) -> None:
+        self.kill()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+SESSIONS = [T, T + 1, T + 2]
+
+
+def apply(model: dict[str, Any], verb: str, *arguments: Any) -> tuple[dict[str, Any], Any]:
+    """The model after an operation, and what is answered. An id that only the store knows yet is None."""
+    pending, acknowledged, sessions = list(model["pending"]), set(model["acknowledged"]), dict(model["sessions"])
+    answer: Any = True
+    kind, session = (*arguments, None)[:2]
+
+    def add() -> Any:
+        for one in pending:
+            if one[:2] == [kind, session]:
+                return one[2]
+        pending.append([kind, session, None])
+        return None
+
+    if verb == "create":
+        answer = add()
+    elif verb == "ack":
+        left = [one for one in pending if one[2] != kind]
+        answer = left != pending or kind in acknowledged
+        if left != pending:
+            pending = left
+            acknowledged.add(kind)
+    elif verb == "save":
+        if sessions.get(session, [None, None])[1] != kind:
+            add()
+        sessions[session] = [arguments[2], kind]
+    return {"pending": pending, "acknowledged": acknowledged, "sessions": sessions}, answer
+
+
+def fits(model: dict[str, Any], state: Any) -> bool:
+    """Whether a store's state is the model's; fills in the ids that only the store knew."""
+    found, kept = state
+    if kept != [model["sessions"].get(one) for one in SESSIONS] or len(found) != len(model["pending"]):
+        return False
+    if any(one[:2] != ours[:2] or ours[2] not in (None, one[2]) for one, ours in zip(found, model["pending"])):
+        return False
+    known = {ours[2] for ours in model["pending"]} | model["acknowledged"]
+    if any(one[2] in known for one, ours in zip(found, model["pending"]) if ours[2] is None):
+        return False
+    model["pending"] = found
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+def test_500_interleavings_with_kills_agree_with_a_model(request, tmp_path, kind):
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    chance = random.Random(seed)
+    own = None
+    if kind == "redis":
+        own = request.getfixturevalue("own_redis")("--save", "", "--appendonly", "yes", "--appendfsync", "always")
+    model: dict[str, Any] = {"pending": [], "acknowledged": set(), "sessions": {}}
+    with contextlib.closing(Actor(own.url if own else str(tmp_path / "store.sqlite3"))) as actor:
+
+        def draw() -> list[Any]:
+            verb = chance.choice(["create", "ack", "ack", "save", "check"])
+            if verb == "check":
+                return [verb, SESSIONS]
+            if verb == "ack":
+                ids = [one[2] for one in model["pending"]] + sorted(model["acknowledged"])[-3:] + ["notif_of_nobody"]
+                return [verb, chance.choice(ids)]
+            text = json.dumps({"text": str(chance.random()) * chance.choice([1, 10_000])})
+            return [verb, chance.choice([BEATS, PROMPTS]), chance.choice(SESSIONS), *[text][: verb == "save"]]
+
+        def state() -> Any:
+            """What the store holds, once it answers."""
+            found: list[Any] = []
+
+            def answers() -> bool:
+                found[:] = actor.ask("check", SESSIONS)
+                return found[0] == "ok"
+
+            wait_until(answers)
+            return found[1]
+
+        for number in range(500):
+            for _ in range(chance.randint(1, 6)):
+                operation = draw()
+                after, expected = apply(model, *operation)
+                status, answer = actor.ask(*operation)
+                assert status == "ok", answer
+                if operation[0] == "create":
+                    assert expected in (None, answer)
+                    after["pending"] = [[*one[:2], one[2] or answer] for one in after["pending"]]
+                elif operation[0] == "check":
+                    assert fits(after, answer), number
+                else:
+                    assert answer is expected
+                    assert operation[0] == "ack" or fits(after, state()), (number, operation)
+                model = after
+            if chance.random() < 0.1:
+                operation = draw()
+                actor.send(*operation)
+                kill_at = time.perf_counter() + chance.random() * 0.003
+                while time.perf_counter() < kill_at:
+                    pass
+                (own or actor).kill()
+                answered = actor.answer()
+                if own:
+                    own.start()
+                else:
+                    actor.close()
+                    actor.start()
+                after, _ = apply(model, *operation)
+                found = state()
+                if fits(after, found):
+                    model = after
+                else:  # what was not answered may have happened, but wholly or not at all
+                    assert answered is None or answered[0] != "ok", (number, operation)
+                    assert fits(model, found), (number, operation)
+
+
+# --------------------------------------------------------------------- folders, disks and the clock ----
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+def test_a_second_service_on_one_data_folder_says_where_the_first_is(request, start_service, run_module, kind):
+    store = {"REDIS_URL": request.getfixturevalue("redis_url")} if kind == "redis" else {}
+    first = start_service(**store)
+    done = run_module(**store, STORYTELLER_PORT=str(first.port))  # which is in use as well: looked at later
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"is in use by the service at http://localhost:{first.port}:" in done.stderr
+    assert first.call("GET", "/health")[0] == 200
+
+
+def test_other_commands_work_beside_a_running_service(start_service, run_module):
+    running = start_service()
+    assert read_check(run_module("check", STORYTELLER_PORT=str(running.port)))["store"] == "OK"
+    assert run_module("token", "--subject", "a", "--permission", "gpu:read").returncode == 0
+
+
+def test_a_killed_service_leaves_no_lock(start_service):
+    killed = start_service()
+    killed.process.kill()
+    killed.stop()
+    assert start_service().call("GET", "/health")[0] == 200
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mounts a disk of so many bytes, with mount's further options."""
+    with contextlib.ExitStack() as stack:
+
+        def mount(size: int, *options: str) -> Path:
+            folder = tmp_path / f"disk-{len(list(tmp_path.iterdir()))}"
+            folder.mkdir()
+            command = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "none", str(folder)]
+            if not sys.platform.startswith("linux") or subprocess.run(command, capture_output=True).returncode:
+                pytest.skip("a small disk can be mounted by root on Linux only")
+            stack.callback(subprocess.run, ["umount", "-l", str(folder)], check=True)
+            return folder
+
+        yield mount
+
+
+def fill(folder: Path) -> Path:
+    """A file that leaves no room; returns it."""
+    path = folder / "filler"
+    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    return path
+
+
+def test_on_a_full_disk_reads_go_on_and_writes_once_there_is_room(start_service, small_disk):
+    disk = small_disk(4 << 20)
+    running = start_service(STORYTELLER_DATA_DIR=str(disk))
+    before = make_session(size=200_000)
+    assert running.call("PUT", "/api/v1/session/1", before)[0] == 200
+    filler = fill(disk)
+    status, answer = running.call("PUT", "/api/v1/session/1", make_session(size=700_000))
+    assert (status, "full" in answer["error"]) == (503, True)
+    assert running.call("PUT", "/api/v1/session/2", make_session(size=700_000))[0] == 503
+    assert running.call("GET", "/api/v1/session/1") == (
+        200,
+        {"success": True, "data": {**before, "timestamp": 1}, "storage": "sqlite"},
+    )
+    assert running.call("GET", "/api/v1/session/2")[0] == 404
+    assert running.call("GET", "/api/v1/notifications/check")[0] == 200
+    filler.unlink()
+    assert running.call("PUT", "/api/v1/session/2", make_session(size=700_000))[0] == 200
+
+
+def test_a_full_temporary_folder_holds_up_no_session_of_8_mib(serving, make_app, small_disk, monkeypatch):
+    disk = small_disk(1 << 20)
+    fill(disk)
+    monkeypatch.setattr(service.tempfile, "tempdir", str(disk))
+    port = serving(make_app().app).port
+    text = json.dumps({"scriptText": "x" * (8 << 20)})
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as connection:
+        for method, body in [("PUT", text), ("GET", None)]:
+            connection.request(method, "/api/v1/session/1", body, {**BEARER, "Content-Type": "application/json"})
+            answer = connection.getresponse()
+            assert (answer.status, json.loads(answer.read())["success"]) == (200, True)
+
+
+def test_a_data_folder_that_is_read_only_stops_the_start(run_module, small_disk):
+    done = run_module(STORYTELLER_DATA_DIR=str(small_disk(1 << 20, "ro")))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "cannot be written" in done.stderr
+
+
+def spoil(path: Path, start: int, end: int | None = None) -> None:
+    with open(path, "r+b") as file:
+        end = end or path.stat().st_size
+        file.seek(start)
+        file.write(b"\xa5" * (end - start))
+
+
+def make_damaged(path: Path) -> None:
+    with contextlib.closing(service.SqliteStore(path)) as store:
+        for number in range(50):
+            store.save(number, b"x" * 10_000, None)
+    spoil(path, 8192)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        pytest.param(lambda path: make_database(path, "PRAGMA user_version = 99"), "newer version", id="newer"),
+        pytest.param(lambda path: path.write_bytes(b"no database " * 500), "not a database", id="no database"),
+        pytest.param(lambda path: make_database(path, "CREATE TABLE session (x)"), "session", id="somebody else's"),
+        pytest.param(make_damaged, "damaged|malformed", id="damaged"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_not_written_to(tmp_path, make, words):
+    path = tmp_path / "store.sqlite3"
+    make(path)
+    before = path.read_bytes()
+    with pytest.raises(service.StartError, match=words):
+        service.SqliteStore(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("first", [0, 4096], ids=["its header too", "its pages"])
+def test_damage_found_at_run_time_is_a_503_and_health_is_degraded(make_app, tmp_path, first):
+    path = tmp_path / "damaged.sqlite3"
+    with contextlib.closing(service.SqliteStore(path)) as store:
+        for number in range(300):
+            store.save(number, json.dumps({"scriptText": "x" * 20_000}).encode(), None)
+    with contextlib.closing(service.SqliteStore(path)) as store:
+        app = make_app(store)
+        assert app.get("/health").json == {"status": "ok", "store": "sqlite"}
+        spoil(path, first)
+        assert app.get("/api/v1/session/250", status=503).json["success"] is False
+        assert app.get("/health", status=503).json == {"status": "degraded", "store": "sqlite"}
+        assert int(app.get("/health", status=503).headers.get("Retry-After", 1)) >= 1
+
+
+# Moves a process's clock on the wall, not the monotonic one, by the seconds that a file holds.
+MOVED_CLOCK = """
+import os, time
+def moved(read, unit):
+    def now():
+        with open(os.environ["CLOCK_MOVED_BY"]) as file:
+            return read() + type(read())(file.read() or 0) * unit
+    return now
+time.time, time.time_ns = moved(time.time, 1), moved(time.time_ns, 1_000_000_000)
+"""
+
+
+@pytest.fixture
+def moved_clock(tmp_path: Path) -> Iterator[tuple[Callable[[int], None], dict[str, str]]]:
+    """Sets the clock of the service that is started with these variables."""
+    folder = tmp_path / "clock"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(MOVED_CLOCK)
+
+    def move(seconds: int) -> None:
+        (folder / "new").write_text(str(seconds))
+        os.replace(folder / "new", folder / "moved by")
+
+    move(0)
+    return move, {"PYTHONPATH": str(folder), "CLOCK_MOVED_BY": str(folder / "moved by")}
+
+
+HOUR = 3600
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+def test_notifications_keep_their_order_when_the_clock_is_set(request, start_service, moved_clock, kind):
+    move, variables = moved_clock
+    store = {"REDIS_URL": request.getfixturevalue("redis_url")} if kind == "redis" else {}
+    running = start_service(**store, **variables)
+    made = []
+    for number, seconds in enumerate([0, HOUR, 0, -HOUR]):
+        move(seconds)
+        body = {**NOTIFICATION, "sessionTimestamp": number, "totalPrompts": 1}
+        status, answer = running.call("POST", "/api/v1/notifications", body)
+        assert status == 201
+        made.append(answer["id"])
+    running.stop()
+    running = start_service(**store, **variables)  # the newest time is kept in the store
+    made.append(running.call("POST", "/api/v1/notifications", {**NOTIFICATION, "totalPrompts": 1})[1]["id"])
+    found = running.call("GET", "/api/v1/notifications/check")[1]["notifications"]
+    assert [one["id"] for one in found] == made
+    assert [one["timestamp"] for one in found] == sorted({one["timestamp"] for one in found})
+
+
+@pytest.mark.parametrize("seconds", [HOUR, -HOUR])
+def test_caches_limits_and_waits_hold_when_the_clock_is_set(
+    start_service, moved_clock, nvidia_smi, swarmui_folder, leash, settings, tmp_path, seconds
+):
+    move, variables = moved_clock
+    running = start_service(
+        **variables,
+        NVIDIA_SMI=nvidia_smi(GOOD, {}),
+        GPU_CACHE_SECONDS="600",
+        SWARMUI_PATH=str(swarmui_folder(exit=3)),
+        SWARMUI_API_URL=settings.swarmui_api_url,
+        SWARMUI_START_TIMEOUT="1",
+        SWARMUI_POLL_INTERVAL="0.05",
+        STORYTELLER_TOKEN_FAILURES="1",
+    )
+    wrong = {"Authorization": "Bearer wrong"}
+    calls = [("GET", "/api/v1/gpu/status", BEARER), ("POST", "/api/v1/swarmui/start", BEARER), ("GET", "/x", wrong)]
+    assert [running.call(method, path, headers=who)[0] for method, path, who in calls] == [200, 500, 401]
+    with socket.create_connection(("127.0.0.1", running.port), PATIENCE) as slow:
+        slow.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+        move(seconds)
+        found = [running.call(method, path, headers=who)[0] for method, path, who in calls]
+        assert found == ([200, 429, 429] if not service.WINDOWS else [200, found[1], 429])
+        assert (tmp_path / "runs").read_text().split().count("gpus") == 1
+        slow.sendall(b"\r\n")
+        assert slow.recv(100).startswith(b"HTTP/1.1 200")
 
 
 # ======================================================================================================
