@@ -1277,7 +1277,6 @@ class SqliteStore:
         return connection
 
     def _prepare(self) -> None:
-        self._writer.execute("PRAGMA journal_mode = WAL")
         damage = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
         if damage != "ok":
             raise StartError(f"The store {self.place} is damaged ({damage}): move it away, or mend it.")
@@ -1289,6 +1288,7 @@ class SqliteStore:
                 for statement in step.split(";"):
                     database.execute(statement)
             database.execute(f"PRAGMA user_version = {len(_SCHEMA_STEPS)}")
+        self._writer.execute("PRAGMA journal_mode = WAL")  # writes to the file: not before it is known to be ours
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
