@@ -4651,9 +4651,9 @@ def test_a_signal_ends_it_with_code_0(start_service, kind):
         pass
 
 
-def has_ended_in_order(made: Service) -> bool:
+def has_ended_in_order(folder: Path) -> bool:
     """The store was closed (its log is gone then), and the log tells of the end."""
-    data = made.folder / "data"
+    data = folder / "data"
     told = (data / "storyteller.log").read_text("utf-8").endswith("server: stopped\n")
     return told and not (data / "storyteller.sqlite3-wal").exists()
 
@@ -4663,12 +4663,13 @@ def test_ctrl_c_in_its_console_ends_it_in_order(start_service):
     assert made.call("PUT", "/api/v1/session/5", SESSION)[0] == 200
     made.press_ctrl_c()
     assert made.process.wait(PATIENCE) == 0
-    assert has_ended_in_order(made)
+    assert has_ended_in_order(made.folder)
     with opened("localhost", made.port):  # and its port is free again
         pass
 
 
 # The service with a hand on what it told Windows to call: it calls that as Windows does, once a line has come.
+# The console's closing ends the process as soon as that returns.
 TOLD = """
 import ctypes, os, sys, threading
 sys.path.insert(0, sys.argv[1])
@@ -4679,7 +4680,8 @@ def keep(*given):
     def close():
         sys.stdin.readline()
         told(int(sys.argv[2]))
-        os._exit(0 if given[1].is_set() else 70)  # the console's closing ends the process when it returns
+        if int(sys.argv[2]) > 1:
+            os._exit(0 if given[1].is_set() else 70)
     threading.Thread(target=close, daemon=True).start()
     return told
 service.on_end_signal = keep
@@ -4688,9 +4690,9 @@ sys.exit(service.main([]))
 
 
 @pytest.mark.skipif(not service.WINDOWS, reason="the other systems tell by signals alone")
-@pytest.mark.parametrize("event", [2, 5, 6], ids=["the window is closed", "log-off", "shutdown"])
-def test_the_consoles_closing_ends_it_in_order(module_copy, clean_environment, event):
-    """Nobody but Windows can tell a console's closing to a program, so a thread of its own does it here."""
+@pytest.mark.parametrize("event", [1, 2, 5, 6], ids=["Ctrl+Break", "the window is closed", "log-off", "shutdown"])
+def test_what_windows_tells_it_ends_it_in_order(module_copy, clean_environment, event):
+    """Nobody but Windows tells these to one program alone, so a thread of its own does it here."""
     given = {"STORYTELLER_API_TOKEN": TOKEN, "STORYTELLER_PORT": "0"}
     command = [sys.executable, "-c", TOLD, str(module_copy.parent), str(event)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -4699,6 +4701,7 @@ def test_the_consoles_closing_ends_it_in_order(module_copy, clean_environment, e
             pass
         process.communicate(b"\n", timeout=PATIENCE)
     assert process.returncode == 0
+    assert has_ended_in_order(module_copy.parent)
 
 
 def test_after_a_kill_the_next_start_finds_nothing_amiss(start_service):
