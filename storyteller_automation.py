@@ -3524,6 +3524,7 @@ def create_app(
 # ======================================================================================================
 
 CONNECTIONS = min(450, descriptor_limit() - 100)  # below what `select` on Windows takes, files and Redis beside them
+IDLE = 120.0  # seconds that a kept connection may be idle
 STUCK = 60.0  # seconds for a request to be whole, and for a client that takes nothing of its answer
 
 WAITRESS: Mapping[str, Any] = {
@@ -3532,8 +3533,8 @@ WAITRESS: Mapping[str, Any] = {
     # At its limit waitress leaves new clients unanswered; ours is below it, and lets idle ones go first.
     "connection_limit": CONNECTIONS + 40,
     "backlog": 1024,
-    "channel_timeout": 120,  # seconds that a kept connection may be idle
-    "cleanup_interval": 30,
+    # Never: waitress counts by the clock on the wall, whose setting would end requests half sent. See IDLE.
+    "channel_timeout": 1_000_000_000,
     "max_request_header_size": 64 * 1024,  # browsers send 16 KiB at most
     # Above our own limit: waitress refuses with a reset, the application with a 413 that says why.
     "max_request_body_size": MAX_BODY + 16 * 1024 * 1024,
@@ -3616,21 +3617,27 @@ def make_channel_class(settings: Settings) -> type[waitress.channel.HTTPChannel]
 
     class Channel(waitress.channel.HTTPChannel):
         error_task_class = JsonErrorTask
+        active = math.inf  # when bytes last came or went
         begun: float | None = None  # when the first byte came of a request that is not whole yet
         taken: float | None = None  # when the client last took something of its answer
 
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.active = time.monotonic()
+
         def received(self, data: bytes) -> bool:
             result = super().received(data)
+            self.active = time.monotonic()
             if self.request is None:
                 self.begun = None
             elif self.begun is None:
-                self.begun = time.monotonic()
+                self.begun = self.active
             return result
 
         def send(self, data: bytes, do_close: bool = True) -> int:
             sent = super().send(data, do_close)
             if sent:
-                self.taken = time.monotonic()
+                self.active = self.taken = time.monotonic()
             return sent
 
         def is_idle(self) -> bool:
@@ -3688,9 +3695,9 @@ class Server:
         limit of connections those that are idle longest."""
         channels = [one for one in self._map.values() if isinstance(one, waitress.channel.HTTPChannel)]
         for channel in channels:
-            if channel.is_stuck(now):
+            if channel.is_stuck(now) or (channel.is_idle() and now - channel.active >= IDLE):
                 channel.handle_close()
-        idle = sorted((one for one in channels if one.is_idle()), key=lambda one: one.last_activity)
+        idle = sorted((one for one in channels if one.is_idle()), key=lambda one: one.active)
         for channel in idle[: max(0, len(self._map) - CONNECTIONS)]:
             channel.handle_close()
 
