@@ -3608,8 +3608,9 @@ def make_channel_class(settings: Settings) -> type[waitress.channel.HTTPChannel]
             body = to_bytes(Answer({"error": f"{error.reason}: {words}"}))
             self.status = f"{error.code} {error.reason}"
             origin = known_origin(self.request.headers.get("ORIGIN"), settings)
-            headers = {**headers_for(origin), "X-Request-Id": secrets.token_hex(8)}
-            log.info("http: refused %d %s %s", error.code, error.reason, headers["X-Request-Id"])
+            request_id = request_id_of({"HTTP_X_REQUEST_ID": self.request.headers.get("X_REQUEST_ID", "")})
+            headers = {**headers_for(origin), "X-Request-Id": request_id}
+            log.info("http: refused %d %s %s", error.code, error.reason, request_id)
             self.response_headers.extend(headers.items())
             self.set_close_on_finish()
             self.content_length = len(body)
