@@ -4414,11 +4414,13 @@ def moved_clock(tmp_path: Path) -> Iterator[tuple[Callable[[int], None], dict[st
     (folder / "sitecustomize.py").write_text(MOVED_CLOCK)
 
     def move(seconds: int) -> None:
-        (folder / "new").write_text(str(seconds))
-        os.replace(folder / "new", folder / "moved by")
+        # In place and of one length: Windows replaces no file that the service has open.
+        with open(place, "r+", encoding="ascii") as file:
+            file.write(f"{seconds:+08d}")
 
-    move(0)
-    return move, {"PYTHONPATH": str(folder), "CLOCK_MOVED_BY": str(folder / "moved by")}
+    place = folder / "moved by"
+    place.write_text("+0000000")
+    return move, {"PYTHONPATH": str(folder), "CLOCK_MOVED_BY": str(place)}
 
 
 HOUR = 3600
