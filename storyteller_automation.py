@@ -561,9 +561,11 @@ def bounded_child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
             yield child
         finally:
             ending.close()
-            for pipe in (child.stdout, child.stderr):
-                pipe.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # it may hang inside its driver, past any signal
+            # It may hang inside its driver, past any signal, and a pipe that is being read is closed only at its end.
+            closing = threading.Thread(target=lambda: (child.stdout.close(), child.stderr.close()), daemon=True)
+            closing.start()
+            closing.join(1)
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(timeout=1)
 
 
