@@ -3462,10 +3462,6 @@ def create_app(
     waiting_starts = threading.BoundedSemaphore(WAITING_STARTS)
     parts = Parts(settings, store, gpu, swarmui, Notifications(store), authenticator, waiting_starts, threading.Lock())
 
-    def check_host(environ: Mapping[str, Any]) -> None:
-        if not is_own_host(environ.get("HTTP_HOST"), settings):
-            raise Misdirected("The Host header names another machine: add its name to STORYTELLER_ALLOWED_HOSTS.")
-
     def run(route: Route, caller: Caller | None, path: Mapping[str, str], origin: str | None) -> Answer:
         if caller and not caller.may(route.permission):
             raise Forbidden(f"This token lacks the permission {route.permission}.")
