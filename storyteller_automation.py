@@ -27,6 +27,7 @@ a verb of the store, an Answer, JSON.
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import ctypes
@@ -37,6 +38,7 @@ import hashlib
 import hmac
 import http.client
 import ipaddress
+import itertools
 import json
 import logging
 import logging.handlers
@@ -65,7 +67,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import bottle
 import redis
@@ -73,6 +75,8 @@ import waitress.channel
 import waitress.server
 import waitress.task
 import waitress.wasyncore
+
+T = TypeVar("T")
 
 log = logging.getLogger("storyteller")
 log.addHandler(logging.NullHandler())  # until the service starts its log nobody is told
@@ -774,8 +778,17 @@ class StoredSession:
 
     timestamp: int
     document: bytes | None  # None: its key holds something that is no text
-    saved: int | None = None  # ms, when this service saved it last
+    saved: int | None = None  # ms, when this service saved it last; a later save has a later one
     announced: str | None = None  # the type of the notification that it announced last
+    state: object = dataclasses.field(default=None, compare=False)  # as Glance.sessions has it
+
+
+class Glance(NamedTuple):
+    """What the store says at little cost. A part that could not be read is None."""
+
+    pending: object  # the oldest pending members and their times: compare it, or give it to rows_of()
+    marked: bool  # whether an id that was asked for is marked as acknowledged
+    sessions: Sequence[object]  # of each, what differs once the session does; but see Store.glance
 
 
 @dataclass(frozen=True)
@@ -785,6 +798,11 @@ class Draft:
     type: str
     session: int
     member: Callable[[int], bytes]  # time in ms -> the JSON to keep
+
+
+def nothing_known(timestamp: int, state: object) -> bool:
+    """For Store.sessions: every session is wanted whole."""
+    return False
 
 
 class Store(Protocol):
@@ -803,8 +821,9 @@ class Store(Protocol):
     def session(self, timestamp: int) -> StoredSession | None:
         """None when there is none."""
 
-    def sessions(self) -> Iterator[StoredSession]:
-        """All of them, newest first, read one by one while the caller goes on."""
+    def sessions(self, known: Callable[[int, object], bool] = nothing_known) -> Iterator[StoredSession | int]:
+        """All of them, newest first, read one by one while the caller goes on. Of one for which known(timestamp,
+        state) is true, the timestamp alone."""
 
     def newest_copy(self) -> bytes | None:
         """The copy of the newest session that StorySwarm's tools keep; None when there is none."""
@@ -823,6 +842,14 @@ class Store(Protocol):
 
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
         """Members not older than 7 days with their times, oldest first, read `page` at a time."""
+
+    def glance(self, page: int, ids: Sequence[str], timestamps: Sequence[int], last: object = None) -> Glance:
+        """All in one round trip: the first `page` pending members (`last` is what they were before, as a hint),
+        and what tells whether sessions changed since. On Redis a document that another program replaced by one of
+        the same length is not told."""
+
+    def rows_of(self, pending: object) -> list[tuple[bytes, float]]:
+        """The members and times of a Glance."""
 
     def pending_at(self, time: int) -> list[bytes]:
         """The members of exactly that time."""
@@ -901,9 +928,10 @@ if ARGV[7] ~= '1' and redis.call('EXISTS', KEYS[4], KEYS[5]) > 0 then return {'t
 local result = {'silent'}
 if ARGV[4] ~= '' then result = announce() end
 if result[1] == 'late' then return result end
+local saved = math.max(ARGV[3], (redis.call('HGET', KEYS[6], 'saved') or 0) + 1)
 redis.call('SET', KEYS[4], ARGV[5], 'PX', week)
 redis.call('ZADD', KEYS[7], ARGV[6], KEYS[4])
-redis.call('HSET', KEYS[6], 'saved', ARGV[3])
+redis.call('HSET', KEYS[6], 'saved', string.format('%d', saved))
 redis.call('PEXPIRE', KEYS[6], week)
 return result
 """
@@ -968,6 +996,57 @@ class _Pool(redis.ConnectionPool):
                 self.release(connection)  # else each outage would use up some of max_connections
                 raise
         return connection
+
+
+def reply_of(data: bytes | bytearray, at: int) -> tuple[list[Any], int]:
+    """The reply that begins at `at`, as a flat list of its values (bytes, int, None, ResponseError), and where it ends;
+    IndexError when it is not whole yet."""
+    values: list[Any] = []
+    left = 1
+    while left:
+        end = data.find(b"\r\n", at)
+        if end < 0:
+            raise IndexError
+        kind, text, at = data[at], bytes(data[at + 1 : end]), end + 2
+        left -= 1
+        if kind == b"*"[0]:
+            left += max(0, int(text))
+        elif kind == b":"[0]:
+            values.append(int(text))
+        elif kind == b"-"[0]:
+            values.append(redis.ResponseError(text.decode("utf-8", "replace")))
+        elif kind == b"+"[0]:
+            values.append(text)
+        elif text == b"-1":
+            values.append(None)
+        else:
+            end = at + int(text)
+            if end + 2 > len(data):
+                raise IndexError
+            values.append(bytes(memoryview(data)[at:end]))
+            at = end + 2
+    return values, at
+
+
+def exchange(connection: Any, commands: Sequence[Sequence[Any]], last: object = None) -> list[bytes]:
+    """Send commands in one round trip over a connection of redis-py; the raw reply to each. `last` is what the first
+    one was before: to compare takes 2 us, to look for the end of 100 members 200. redis-py itself takes 250 us a
+    command and up to 2.5 ms for a session, most of it for reading."""
+    connection.send_packed_command(connection.pack_commands(commands))
+    received, replies, at = bytearray(), [], 0
+    while len(replies) < len(commands):
+        try:
+            same = last and not replies and received.startswith(last)
+            end = len(last) if same else reply_of(received, at)[1]
+        except IndexError:
+            data = connection._sock.recv(1 << 18)
+            if not data:
+                raise redis.ConnectionError("closed") from None
+            received += data
+            continue
+        replies.append(bytes(memoryview(received)[at:end]))
+        at = end
+    return replies
 
 
 _REDIS_CODES = r"\b(READONLY|OOM|MISCONF|BUSY|NOPERM|NOAUTH|WRONGPASS|LOADING|MASTERDOWN|WRONGTYPE)\b"
@@ -1078,27 +1157,46 @@ class RedisStore:
     def _meta_key(timestamp: int) -> str:
         return f"storyteller:session:{timestamp}"
 
-    def session(self, timestamp: int) -> StoredSession | None:
+    def _exchange(self, commands: Sequence[Sequence[Any]], last: object = None) -> list[bytes]:
         with self._errors():
-            pipe = self._redis.pipeline(transaction=False)  # MGET would hide a key of another type
-            for key in self._session_keys(timestamp):
-                pipe.get(key)
-            pipe.hmget(self._meta_key(timestamp), "saved", "announced")
-            *found, meta = pipe.execute(raise_on_error=False)
-            for document in found:
-                if document is None:
-                    continue
-                if isinstance(document, Exception):
-                    if not str(document).startswith("WRONGTYPE"):
+            connection = self._redis.connection_pool.get_connection()
+            try:
+                return exchange(connection, commands, last)
+            except BaseException:
+                connection.disconnect()  # what was not read would be the answer to the next
+                raise
+            finally:
+                self._redis.connection_pool.release(connection)
+
+    def _state_commands(self, timestamp: int) -> list[Sequence[Any]]:
+        lengths = [("STRLEN", key) for key in self._session_keys(timestamp)]
+        return [*lengths, ("HMGET", self._meta_key(timestamp), "saved", "announced")]
+
+    def session(self, timestamp: int) -> StoredSession | None:
+        texts = [("GET", key) for key in self._session_keys(timestamp)]  # MGET would hide a key of another type
+        # The state first: a session that changes in between differs at the next glance.
+        *state, ours, storyarts = self._exchange([*self._state_commands(timestamp), *texts])
+        for reply in (ours, storyarts):
+            document = reply_of(reply, 0)[0][0]
+            if document is None:
+                continue
+            if isinstance(document, redis.ResponseError):
+                if not str(document).startswith("WRONGTYPE"):
+                    with self._errors():
                         raise document
-                    document = None
-                saved, announced = (None, None) if isinstance(meta, Exception) else meta
-                return StoredSession(
-                    timestamp, document, int(saved) if saved else None, announced.decode() if announced else None
-                )
+                document = None
+            meta = reply_of(state[2], 0)[0]
+            saved, announced = (None, None) if isinstance(meta[0], redis.ResponseError) else meta
+            return StoredSession(
+                timestamp,
+                document,
+                int(saved) if saved else None,
+                announced.decode() if announced else None,
+                b"".join(state),
+            )
         return None
 
-    def sessions(self) -> Iterator[StoredSession]:
+    def sessions(self, known: Callable[[int, object], bool] = nothing_known) -> Iterator[StoredSession | int]:
         page, below = 100, "+inf"
         while True:
             with self._errors():
@@ -1108,15 +1206,16 @@ class RedisStore:
                 rows = pipe.execute()
             # A full page says nothing of what lies below its last score: go no further down than that.
             floor = max((full[-1][1] for full in rows if len(full) == page), default=-math.inf)
-            newest_first = sorted({score for some in rows for _, score in some if score >= floor}, reverse=True)
-            for score in newest_first:
-                found = self.session(int(score)) if math.isfinite(score) else None
-                if found:
+            scores = {score for some in rows for _, score in some if score >= floor and math.isfinite(score)}
+            newest_first = sorted(map(int, scores), reverse=True)
+            for timestamp, state in zip(newest_first, self.glance(0, (), newest_first).sessions):
+                found = timestamp if known(timestamp, state) else self.session(timestamp)
+                if found is not None:
                     yield found
-                elif math.isfinite(score):
-                    keys = [*self._session_keys(int(score)), self.INDEX, self.STORYART_INDEX]
-                    with contextlib.suppress(Unavailable), self._errors():  # a replica takes no writes: read on
-                        self._trim(keys=keys)
+                    continue
+                keys = [*self._session_keys(timestamp), self.INDEX, self.STORYART_INDEX]
+                with contextlib.suppress(Unavailable), self._errors():  # a replica takes no writes: read on
+                    self._trim(keys=keys)
             if floor == -math.inf:
                 return
             below = f"({floor!r}"
@@ -1173,6 +1272,25 @@ class RedisStore:
             if rows[-1][1] != lowest:
                 lowest, seen = rows[-1][1], set()
             seen.update(member for member, score in rows if score == lowest)
+
+    def glance(self, page: int, ids: Sequence[str], timestamps: Sequence[int], last: object = None) -> Glance:
+        commands: list[Sequence[Any]] = []
+        if page:
+            lowest = self._clock() - KEEP_MS + 1
+            commands = [("ZRANGEBYSCORE", self.PENDING, lowest, "+inf", "WITHSCORES", "LIMIT", 0, page)]
+        if ids:
+            commands.append(("EXISTS", *map(self._marker, ids)))
+        for timestamp in timestamps:
+            commands += self._state_commands(timestamp)
+        replies = self._exchange(commands, last if page else None) if commands else []
+        pending = replies.pop(0) if page else None
+        marked = replies.pop(0) != b":0\r\n" if ids else False
+        states = [b"".join(replies[number : number + 3]) for number in range(0, len(replies), 3)]
+        return Glance(None if pending and pending[:1] == b"-" else pending, marked, states)
+
+    def rows_of(self, pending: object) -> list[tuple[bytes, float]]:
+        values = reply_of(pending, 0)[0]
+        return [(member, float(score)) for member, score in zip(values[::2], values[1::2])]
 
     def pending_at(self, time: int) -> list[bytes]:
         if time <= self._clock() - KEEP_MS:
@@ -1256,6 +1374,7 @@ class SqliteStore:
         self._path = path
         self._clock = clock
         self._writer_lock = threading.Lock()
+        self._waiting: collections.deque[tuple[Callable[[sqlite3.Connection], Any], Future[Any]]] = collections.deque()
         self._damaged = False  # seen at run time: the file is "malformed"
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()  # as many as threads that read at once
         self._closed = False
@@ -1282,15 +1401,18 @@ class SqliteStore:
         damage = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
         if damage != "ok":
             raise StartError(f"The store {self.place} is damaged ({damage}): move it away, or mend it.")
-        with self._writing() as database:
-            version = database.execute("PRAGMA user_version").fetchone()[0]
-            if version > len(_SCHEMA_STEPS):
-                raise StartError(f"The store {self.place} was made by a newer version: start that one.")
-            for step in _SCHEMA_STEPS[version:]:
-                for statement in step.split(";"):
-                    database.execute(statement)
-            database.execute(f"PRAGMA user_version = {len(_SCHEMA_STEPS)}")
+        with self._transaction():
+            self._migrate(self._writer)
         self._writer.execute("PRAGMA journal_mode = WAL")  # writes to the file: not before it is known to be ours
+
+    def _migrate(self, database: sqlite3.Connection) -> None:
+        version = database.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(_SCHEMA_STEPS):
+            raise StartError(f"The store {self.place} was made by a newer version: start that one.")
+        for step in _SCHEMA_STEPS[version:]:
+            for statement in step.split(";"):
+                database.execute(statement)
+        database.execute(f"PRAGMA user_version = {len(_SCHEMA_STEPS)}")
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -1314,23 +1436,62 @@ class SqliteStore:
                 if self._closed:  # while this one was out
                     self._close_readers()
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: whole, or not at all."""
+    def _write(self, change: Callable[[sqlite3.Connection], T]) -> T:
+        """What the change returns once it is durable: it happens whole, or not at all. Whoever gets the lock commits
+        the changes of all who wait for it: one fsync serves them all."""
+        outcome: Future[T] = Future()
+        self._waiting.append((change, outcome))
         if not self._writer_lock.acquire(timeout=self.WAIT):
-            raise Unavailable(f"The store {self.place} is busy: ask again.", 1)
+            if outcome.cancel():
+                raise Unavailable(f"The store {self.place} is busy: ask again.", 1)
+            return outcome.result()  # it is being committed at this moment
         try:
-            with self._errors():
-                self._writer.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._writer
-                    self._writer.execute("COMMIT")
-                except BaseException:
-                    if self._writer.in_transaction:
-                        self._writer.execute("ROLLBACK")
-                    raise
+            if not outcome.done():
+                self._commit_waiting()
         finally:
             self._writer_lock.release()
+        return outcome.result()
+
+    def _commit_waiting(self) -> None:
+        """One transaction for all that wait; what fails alone takes no other with it."""
+        changes = []
+        while self._waiting:
+            change, outcome = self._waiting.popleft()
+            if outcome.set_running_or_notify_cancel():
+                changes.append((change, outcome))
+        try:
+            with self._transaction():
+                self._purge(self._writer, self._clock())
+                tell = [self._try(change, outcome) for change, outcome in changes]
+        except BaseException as error:
+            tell = [functools.partial(outcome.set_exception, error) for _, outcome in changes]
+        for one in tell:  # not before all of it is durable
+            one()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._errors():
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    def _try(self, change: Callable[[sqlite3.Connection], T], outcome: Future[T]) -> Callable[[], None]:
+        """Make the change, or leave no trace of it; returns what tells how it went."""
+        self._writer.execute("SAVEPOINT change")
+        try:
+            with self._errors():
+                result = change(self._writer)
+        except BaseException as error:
+            self._writer.execute("ROLLBACK TO change")  # fails when the whole transaction is gone, as on a full disk
+            self._writer.execute("RELEASE change")
+            return functools.partial(outcome.set_exception, error)
+        self._writer.execute("RELEASE change")
+        return functools.partial(outcome.set_result, result)
 
     def ping(self) -> None:
         if self._damaged:
@@ -1356,45 +1517,49 @@ class SqliteStore:
             row = database.execute(
                 f"{self._SESSION} WHERE timestamp = ? AND expires > ?", (timestamp, self._clock())
             ).fetchone()
-        return StoredSession(*row) if row else None
+        return StoredSession(*row, state=row[2:]) if row else None
 
-    def sessions(self) -> Iterator[StoredSession]:
+    def sessions(self, known: Callable[[int, object], bool] = nothing_known) -> Iterator[StoredSession | int]:
         below = 1 << 62
         while True:
             with self._reading() as database:
                 row = database.execute(
-                    f"{self._SESSION} WHERE timestamp < ? AND expires > ? ORDER BY timestamp DESC LIMIT 1",
+                    "SELECT timestamp, saved, announced FROM session WHERE timestamp < ? AND expires > ?"
+                    " ORDER BY timestamp DESC LIMIT 1",
                     (below, self._clock()),
                 ).fetchone()
             if not row:
                 return
-            yield StoredSession(*row)
             below = row[0]
+            found = below if known(below, row[1:]) else self.session(below)
+            if found is not None:  # else it ended meanwhile
+                yield found
 
     def newest_copy(self) -> bytes | None:
         return None  # no other program writes here
 
     def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
         now = self._clock()
-        with self._writing() as database:
-            self._purge(database, now)
+
+        def change(database: sqlite3.Connection) -> bool:
             taken = database.execute("SELECT 1 FROM session WHERE timestamp = ?", (timestamp,)).fetchone()
             if taken and not replace:
                 return False
             database.execute(
                 "INSERT INTO session (timestamp, document, saved, expires) VALUES (?, ?, ?, ?) ON CONFLICT (timestamp)"
-                " DO UPDATE SET document = excluded.document, saved = excluded.saved, expires = excluded.expires",
+                " DO UPDATE SET document = excluded.document, saved = max(excluded.saved, saved + 1),"
+                " expires = excluded.expires",
                 (timestamp, document, now, now + KEEP_MS),
             )
             if draft:
                 self._announce(database, now, timestamp, draft)
-        return True
+            return True
+
+        return self._write(change)
 
     def announce(self, session: int, draft: Draft) -> bool:
         now = self._clock()
-        with self._writing() as database:
-            self._purge(database, now)
-            return self._announce(database, now, session, draft)
+        return self._write(lambda database: self._announce(database, now, session, draft))
 
     def _announce(self, database: sqlite3.Connection, now: int, session: int, draft: Draft) -> bool:
         changed = database.execute(
@@ -1406,9 +1571,7 @@ class SqliteStore:
 
     def add(self, draft: Draft) -> tuple[bytes, int, bool]:
         now = self._clock()
-        with self._writing() as database:
-            self._purge(database, now)
-            return self._add(database, now, draft)
+        return self._write(lambda database: self._add(database, now, draft))
 
     def _add(self, database: sqlite3.Connection, now: int, draft: Draft) -> tuple[bytes, int, bool]:
         made = f"{draft.type}:{draft.session}"
@@ -1422,18 +1585,28 @@ class SqliteStore:
         database.execute("INSERT INTO pending (member, time, made) VALUES (?, ?, ?)", (member, time, made))
         return member, time, True
 
+    _PENDING = "SELECT member, time FROM pending WHERE (time, member) > (?, ?) ORDER BY time, member LIMIT ?"
+
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
         last: tuple[int, bytes] = (self._clock() - KEEP_MS, b"\xff")
         while True:
             with self._reading() as database:
-                rows = database.execute(
-                    "SELECT member, time FROM pending WHERE (time, member) > (?, ?) ORDER BY time, member LIMIT ?",
-                    (*last, page),
-                ).fetchall()
+                rows = database.execute(self._PENDING, (*last, page)).fetchall()
             yield from rows
             if len(rows) < page:
                 return
             last = (rows[-1][1], rows[-1][0])
+
+    def glance(self, page: int, ids: Sequence[str], timestamps: Sequence[int], last: object = None) -> Glance:
+        now = self._clock()
+        with self._reading() as database:
+            rows = database.execute(self._PENDING, (now - KEEP_MS, b"\xff", page)).fetchall() if page else []
+            session = "SELECT saved, announced FROM session WHERE timestamp = ? AND expires > ?"
+            states = [database.execute(session, (timestamp, now)).fetchone() for timestamp in timestamps]
+        return Glance(rows, False, states)
+
+    def rows_of(self, pending: object) -> list[tuple[bytes, float]]:
+        return pending
 
     def pending_at(self, time: int) -> list[bytes]:
         with self._reading() as database:
@@ -1447,7 +1620,8 @@ class SqliteStore:
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
         now = self._clock()
-        with self._writing() as database:
+
+        def change(database: sqlite3.Connection) -> bool:
             removed = 0
             for member in members:
                 removed += database.execute("DELETE FROM pending WHERE member = ?", (member,)).rowcount
@@ -1455,13 +1629,13 @@ class SqliteStore:
                 marked = database.execute("SELECT 1 FROM marker WHERE id = ? AND expires > ?", (id, now)).fetchone()
                 return marked is not None
             database.execute("INSERT OR REPLACE INTO marker (id, expires) VALUES (?, ?)", (id, now + KEEP_MS))
-        return True
+            return True
+
+        return self._write(change)
 
     def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
-        now = self._clock()
-        with self._writing() as database:
-            self._purge(database, now)
-            database.execute("INSERT OR REPLACE INTO token VALUES (?, ?, ?)", (digest, record, now + ttl))
+        row = (digest, record, self._clock() + ttl)
+        self._write(lambda database: database.execute("INSERT OR REPLACE INTO token VALUES (?, ?, ?)", row))
 
     def token(self, digest: str) -> bytes | None:
         with self._reading() as database:
@@ -1475,12 +1649,12 @@ class SqliteStore:
             return database.execute("SELECT digest, record FROM token WHERE expires > ?", (self._clock(),)).fetchall()
 
     def revoke_token(self, digest: str) -> bool:
-        with self._writing() as database:
-            return database.execute("DELETE FROM token WHERE digest = ?", (digest,)).rowcount > 0
+        delete = "DELETE FROM token WHERE digest = ?"
+        return self._write(lambda database: database.execute(delete, (digest,)).rowcount > 0)
 
     @staticmethod
     def _purge(database: sqlite3.Connection, now: int) -> None:
-        """End what is over: Redis does it by itself, here each write does."""
+        """End what is over: Redis does it by itself, here each transaction does."""
         database.execute("DELETE FROM session WHERE expires <= ?", (now,))
         database.execute("DELETE FROM pending WHERE time <= ?", (now - KEEP_MS,))
         database.execute("DELETE FROM marker WHERE expires <= ?", (now,))
@@ -1678,24 +1852,23 @@ def _needs_prompt(beat: dict[str, Any], where: str) -> bool:
     return _part(decision, "type", f"{where}.imageDecision", str) not in ("REUSE_IMAGE", "NO_IMAGE")
 
 
-def last_updated(stored: StoredSession, document: dict[str, Any]) -> str:
-    """The newest of the last save here and the document's own word; its timestamp when there is neither."""
-    known = [stored.saved, read_time(document.get("lastUpdated")), read_time(document.get("updatedAt"))]
-    return iso_time(max((time for time in known if time is not None), default=stored.timestamp))
+def last_updated(stored: StoredSession, told: int | None) -> str:
+    """The newest of the last save here and the document's own word (ms); its timestamp when there is neither."""
+    known = [time for time in (stored.saved, told) if time is not None]
+    return iso_time(max(known, default=stored.timestamp))
 
 
 PREVIEW_LENGTH = 500  # characters of scriptText in a list: whole sessions would make it hundreds of MB
 
 
-def summary(stored: StoredSession, document: dict[str, Any]) -> dict[str, Any]:
-    """What a list shows of a session. Raises NotASession."""
+def summary(document: dict[str, Any]) -> dict[str, Any]:
+    """What a list shows of a session beside its timestamp. Raises NotASession."""
     episode = _part(document, "analyzedEpisode", "", dict) or {}
     scenes = []
     for place, scene in _objects(episode, "scenes", "analyzedEpisode"):
         beats = sum(1 for _ in _objects(scene, "beats", place))
         scenes.append({"sceneNumber": scene.get("sceneNumber"), "title": scene.get("title"), "totalBeats": beats})
     return {
-        "timestamp": stored.timestamp,
         "storyUuid": document.get("storyUuid"),
         "promptMode": document.get("promptMode"),
         "scriptText": (_part(document, "scriptText", "", str) or "")[:PREVIEW_LENGTH],
@@ -1707,29 +1880,129 @@ def summary(stored: StoredSession, document: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def readable_sessions(store: Store) -> Iterator[tuple[StoredSession, dict[str, Any]]]:
-    """Each session that can be read, newest first; those that cannot are left out and logged."""
-    for stored in store.sessions():
+@dataclass(frozen=True)
+class Facts:
+    """What the answers need of a document. `fault`: it is no session at all; the parts have faults of their own."""
+
+    fault: NotASession | None = None
+    progress: Progress | NotASession | None = None
+    summary: Mapping[str, Any] | NotASession | None = None
+    updated: int | None = None  # ms; the document's own word
+    waits: bool = False  # for StorySwarm
+    timestamp: int | None = None  # its own
+
+
+def find_facts(stored: StoredSession) -> Facts:
+    """What there is to know of a document, faults and all."""
+
+    def attempt(part: Callable[[dict[str, Any]], T]) -> T | NotASession:
         try:
-            yield stored, read_session(stored)
+            return part(document)
         except NotASession as fault:
-            log.warning("sessions: session %d is left out: %s", stored.timestamp, fault)
+            return fault.with_traceback(None)
 
-
-def latest_session(store: Store) -> StoredSession | None:
-    """The newest session that can be read: the first of the list, or the copy of a newer one."""
-    newest = next((stored for stored, _ in readable_sessions(store)), None)
-    copy = store.newest_copy()
-    if copy is None:
-        return newest
     try:
-        timestamp = read_session(StoredSession(0, copy)).get("timestamp")
+        document = read_session(stored)
     except NotASession as fault:
-        log.warning("sessions: the copy of the newest session is left out: %s", fault)
-        return newest
-    if not is_whole(timestamp) or (newest and timestamp <= newest.timestamp):
-        return newest
-    return StoredSession(int(timestamp), copy)
+        return Facts(fault.with_traceback(None))
+    told = [read_time(document.get(name)) for name in ("lastUpdated", "updatedAt")]
+    own = document.get("timestamp")
+    return Facts(
+        progress=attempt(progress),
+        summary=attempt(summary),
+        updated=max((time for time in told if time is not None), default=None),
+        waits=document.get("promptMode") == "storyswarm",
+        timestamp=int(own) if is_whole(own) else None,
+    )
+
+
+@dataclass(frozen=True)
+class KnownSession:
+    """What is known of a session without its document; `at`: when it was read (monotonic seconds)."""
+
+    stored: StoredSession
+    facts: Facts
+    at: float
+
+
+class Sessions:
+    """The sessions of a store. Reading a document of 850 KB takes up to 6 ms, its SHA-256 0.5: what was found in it
+    is kept by that, and while the store says that a session has not changed, it is not even fetched."""
+
+    FRESH = 0.9  # seconds: another program may replace a document by one of the same length, which only a read tells
+    KEPT = 4096  # of each; 2 KB or so
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store = store
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._facts: dict[bytes, Facts] = {}  # by the document's SHA-256
+        self._known: dict[int, KnownSession] = {}
+
+    def find(self, timestamp: int) -> tuple[StoredSession, Facts] | None:
+        """The session itself; None when there is none."""
+        at = self._clock()
+        stored = self._store.session(timestamp)
+        return None if stored is None else (stored, self._learn(stored, at))
+
+    def known(self, timestamp: int, state: object) -> KnownSession | None:
+        """What was found lately, when the store's state of it is still that."""
+        known = self._known.get(timestamp)
+        fresh = known and known.stored.state == state and self._clock() - known.at < self.FRESH
+        return known if fresh else None
+
+    def listed(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Timestamps and summaries, newest first; what is no session is left out and logged."""
+        at = self._clock()
+        for found in self._store.sessions(lambda timestamp, state: self.known(timestamp, state) is not None):
+            if isinstance(found, int):
+                known = self._known.get(found)
+                timestamp, facts = found, known.facts if known else Facts(NotASession("it ended meanwhile"))
+            else:
+                timestamp, facts = found.timestamp, self._learn(found, at)
+            fault = facts.fault or facts.summary
+            if isinstance(fault, NotASession):
+                log.warning("sessions: session %d is left out: %s", timestamp, fault)
+            else:
+                yield timestamp, facts.summary
+            at = self._clock()
+
+    def latest(self) -> StoredSession | None:
+        """The newest session that can be read: the first of the list, or the copy of a newer one."""
+        newest = None
+        for stored in self._store.sessions():
+            fault = self._facts_of(stored).fault
+            if fault is None:
+                newest = stored
+                break
+            log.warning("sessions: session %d is left out: %s", stored.timestamp, fault)
+        copy = self._store.newest_copy()
+        if copy is None:
+            return newest
+        facts = self._facts_of(StoredSession(0, copy))
+        if facts.fault:
+            log.warning("sessions: the copy of the newest session is left out: %s", facts.fault)
+        if facts.timestamp is None or (newest and facts.timestamp <= newest.timestamp):
+            return newest
+        return StoredSession(facts.timestamp, copy)
+
+    def _facts_of(self, stored: StoredSession) -> Facts:
+        digest = hashlib.sha256(stored.document or b"").digest()
+        facts = self._facts.get(digest) if stored.document is not None else None
+        return facts or self._keep(self._facts, digest, find_facts(stored))
+
+    def _learn(self, stored: StoredSession, at: float) -> Facts:
+        facts = self._facts_of(stored)
+        self._keep(self._known, stored.timestamp, KnownSession(dataclasses.replace(stored, document=None), facts, at))
+        return facts
+
+    def _keep(self, kept: dict[Any, T], key: Any, value: T) -> T:
+        with self._lock:
+            kept.pop(key, None)
+            kept[key] = value
+            while len(kept) > self.KEPT:
+                del kept[next(iter(kept))]
+        return value
 
 
 # ======================================================================================================
@@ -2687,6 +2960,7 @@ class Parts:
     store: Store
     gpu: GpuMonitor
     swarmui: SwarmUILauncher
+    sessions: Sessions
     notifications: Notifications
     authenticator: Authenticator
     waiting_starts: threading.Semaphore
@@ -2951,41 +3225,44 @@ def notification_ack(parts: Parts, call: Call) -> Answer:
 
 def prompts_status(parts: Parts, call: Call) -> Answer:
     timestamp = call.path["timestamp"]
-    stored, document = _find_session(parts, timestamp)
-    try:
-        found = progress(document)
-    except NotASession as fault:
-        raise Fault(f"Session {timestamp} is not a session: {fault}.") from None
-    if found.ready and stored.announced != "prompts_ready":
-        draft = due_notification(timestamp, document, found)  # StorySwarm may have written it behind our back
+    stored, facts = _find_session(parts, timestamp)
+    if isinstance(facts.progress, NotASession):
+        raise Fault(f"Session {timestamp} is not a session: {facts.progress}.")
+    if is_announcement_due(stored, facts):  # StorySwarm may have written it behind our back
+        draft = due_notification(timestamp, read_session(stored), facts.progress)
         try:
             if draft:
                 parts.store.announce(timestamp, draft)
         except Unavailable as fault:
             log.warning("notifications: session %d announces its prompts at a later poll: %s", timestamp, fault)
-    return Answer(
-        {
-            "promptsReady": found.ready,
-            "sessionTimestamp": timestamp,
-            "totalBeats": found.total_beats,
-            "totalPrompts": found.total_prompts,
-            "lastUpdated": last_updated(stored, document),
-        }
-    )
+    return Answer(prompts_json(stored, facts))
 
 
-def _find_session(parts: Parts, timestamp: int) -> tuple[StoredSession, dict[str, Any]]:
-    stored = parts.store.session(timestamp)
-    if stored is None:
+def is_announcement_due(stored: StoredSession, facts: Facts) -> bool:
+    return facts.waits and facts.progress.ready and stored.announced != "prompts_ready"
+
+
+def prompts_json(stored: StoredSession, facts: Facts) -> dict[str, Any]:
+    return {
+        "promptsReady": facts.progress.ready,
+        "sessionTimestamp": stored.timestamp,
+        "totalBeats": facts.progress.total_beats,
+        "totalPrompts": facts.progress.total_prompts,
+        "lastUpdated": last_updated(stored, facts.updated),
+    }
+
+
+def _find_session(parts: Parts, timestamp: int) -> tuple[StoredSession, Facts]:
+    found = parts.sessions.find(timestamp)
+    if found is None:
         raise NotFound("Session not found")
-    try:
-        return stored, read_session(stored)
-    except NotASession as fault:
-        raise Fault(f"Session {timestamp} is not a session: {fault}.") from None
+    if found[1].fault:
+        raise Fault(f"Session {timestamp} is not a session: {found[1].fault}.")
+    return found
 
 
 def _session_answer(parts: Parts, stored: StoredSession) -> Answer:
-    """The document goes out as it is kept: it was parsed, and writing it anew would cost as much again."""
+    """The document goes out as it is kept: it was read, and writing it anew would cost as much again."""
     return Answer(b'{"success":true,"data":%b,"storage":"%b"}' % (stored.document, parts.store.name.encode()))
 
 
@@ -2995,21 +3272,17 @@ def session_get(parts: Parts, call: Call) -> Answer:
 
 
 def session_latest(parts: Parts, call: Call) -> Answer:
-    stored = latest_session(parts.store)
+    stored = parts.sessions.latest()
     if stored is None:
         raise NotFound("No session found")
     return _session_answer(parts, stored)
 
 
 def session_list(parts: Parts, call: Call) -> Answer:
-    found: list[dict[str, Any]] = []
-    for stored, document in readable_sessions(parts.store):
-        try:
-            found.append(summary(stored, document))
-        except NotASession as fault:
-            log.warning("sessions: session %d is left out: %s", stored.timestamp, fault)
-        if len(found) == call.query["limit"]:
-            break
+    found = [
+        {"timestamp": timestamp, **shown}
+        for timestamp, shown in itertools.islice(parts.sessions.listed(), call.query["limit"])
+    ]
     return Answer({"success": True, "count": len(found), "sessions": found})
 
 
@@ -3460,7 +3733,10 @@ def create_app(
             raise ValueError(f"{route.method} {route.path} names no permission")
     authenticator = Authenticator(settings, store)
     waiting_starts = threading.BoundedSemaphore(WAITING_STARTS)
-    parts = Parts(settings, store, gpu, swarmui, Notifications(store), authenticator, waiting_starts, threading.Lock())
+    sessions, notifications = Sessions(store), Notifications(store)
+    parts = Parts(
+        settings, store, gpu, swarmui, sessions, notifications, authenticator, waiting_starts, threading.Lock()
+    )
 
     def run(route: Route, caller: Caller | None, path: Mapping[str, str], origin: str | None) -> Answer:
         if caller and not caller.may(route.permission):

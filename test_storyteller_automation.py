@@ -1852,13 +1852,13 @@ def test_what_is_no_document_is_no_session(document, fault):
     ],
 )
 def test_last_updated_is_the_newest_that_is_known(saved, document, ms):
-    assert service.last_updated(service.StoredSession(T, b"", saved), document) == service.iso_time(ms)
+    stored = service.StoredSession(T, json.dumps(document).encode(), saved)
+    assert service.last_updated(stored, service.find_facts(stored).updated) == service.iso_time(ms)
 
 
 def test_a_summary_holds_what_a_list_shows_and_no_more():
     document = make_session(scenes=2, beats=5)
-    assert service.summary(service.StoredSession(T, b""), document) == {
-        "timestamp": T,
+    assert service.summary(document) == {
         "storyUuid": "59f64b1e-726a-439d-a6bc-0dfefcababdb",
         "promptMode": "storyswarm",
         "scriptText": "s" * 500,
@@ -1874,10 +1874,10 @@ def test_a_summary_holds_what_a_list_shows_and_no_more():
 
 
 def test_the_latest_session_is_the_newest_that_can_be_read_and_the_others_are_logged(store, caplog):
-    assert service.latest_session(store) is None
+    assert service.Sessions(store).latest() is None
     for number, document in enumerate([b"{}", b'{"new": 1}', b"[]", b"\xff"]):
         store.save(T + number, document, None)
-    assert service.latest_session(store).timestamp == T + 1
+    assert service.Sessions(store).latest().timestamp == T + 1
     assert [str(T + number) in caplog.text for number in range(4)] == [False, False, True, True]
 
 
@@ -1896,7 +1896,7 @@ def test_the_latest_session_is_the_newest_that_can_be_read_and_the_others_are_lo
 def test_the_latest_session_is_a_newer_copy_that_storyswarms_tools_keep(redis_store, other_program, copy, newest):
     redis_store.save(T, b'{"saved": "here"}', None)
     other_program.set("session:latest", copy)
-    found = service.latest_session(redis_store)
+    found = service.Sessions(redis_store).latest()
     assert (found.timestamp, found.document) == (newest, b'{"saved": "here"}' if newest == T else copy)
 
 
