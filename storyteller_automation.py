@@ -32,6 +32,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import email.utils
 import errno
 import functools
 import hashlib
@@ -47,7 +48,7 @@ import os
 import queue
 import re
 import secrets
-import select
+import selectors
 import shlex
 import shutil
 import signal
@@ -72,6 +73,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 import bottle
 import redis
 import waitress.channel
+import waitress.parser
 import waitress.server
 import waitress.task
 import waitress.wasyncore
@@ -1916,7 +1918,7 @@ def find_facts(stored: StoredSession) -> Facts:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KnownSession:
     """What is known of a session without its document; `at`: when it was read (monotonic seconds)."""
 
@@ -1929,7 +1931,9 @@ class Sessions:
     """The sessions of a store. Reading a document of 850 KB takes up to 6 ms, its SHA-256 0.5: what was found in it
     is kept by that, and while the store says that a session has not changed, it is not even fetched."""
 
-    FRESH = 0.9  # seconds: another program may replace a document by one of the same length, which only a read tells
+    # Seconds: another program may replace a document by one of the same length, which only a read tells. From the first
+    # on, one caller goes and reads it; past the second nobody is told the old.
+    FRESH, LIMIT = 0.8, 0.95
     KEPT = 4096  # of each; 2 KB or so
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
@@ -1938,6 +1942,7 @@ class Sessions:
         self._lock = threading.Lock()
         self._facts: dict[bytes, Facts] = {}  # by the document's SHA-256
         self._known: dict[int, KnownSession] = {}
+        self._renewed: dict[int, KnownSession] = {}  # those that somebody went to read anew
 
     def find(self, timestamp: int) -> tuple[StoredSession, Facts] | None:
         """The session itself; None when there is none."""
@@ -1948,8 +1953,13 @@ class Sessions:
     def known(self, timestamp: int, state: object) -> KnownSession | None:
         """What was found lately, when the store's state of it is still that."""
         known = self._known.get(timestamp)
-        fresh = known and known.stored.state == state and self._clock() - known.at < self.FRESH
-        return known if fresh else None
+        if known is None or known.stored.state != state:
+            return None
+        age = self._clock() - known.at
+        if age < self.FRESH or (age < self.LIMIT and self._renewed.get(timestamp) is known):
+            return known
+        self._keep(self._renewed, timestamp, known)
+        return None
 
     def listed(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Timestamps and summaries, newest first; what is no session is left out and logged."""
@@ -2113,6 +2123,10 @@ class Notifications:
                 break
         return found[:limit]
 
+    def read(self, rows: Iterable[tuple[bytes, float]]) -> Iterator[Notification]:
+        """The valid ones that are not acknowledged by their own word."""
+        return (one for one in self._read(iter(rows), -1) if not one.acknowledged)
+
     def create(self, draft: Draft) -> tuple[Notification, bool]:
         """Keep it, and True; or the one of the same type and session that is pending already, and False."""
         member, time, made = self._store.add(draft)
@@ -2142,7 +2156,7 @@ class Notifications:
             return False
 
     def _read(self, rows: Iterator[tuple[bytes, float]], count: int) -> Iterator[Notification]:
-        """The valid ones, `count` at most; the others stay where they are and are logged once."""
+        """The valid ones, `count` at most unless it is negative; the others stay where they are and are logged once."""
         for member, at in rows:
             try:
                 notification = read_member(member, at)
@@ -2158,6 +2172,43 @@ class Notifications:
         ours = object()
         if len(self._reported) < 1000 and self._reported.setdefault(member, ours) is ours:
             log.warning("notifications: a pending member is left out (%s): %.200r", fault, member)
+
+
+class PendingFront:
+    """The oldest pending notifications as they were at the last glance: read anew only where they differ from the
+    glance before. For one thread."""
+
+    SMALLEST, LARGEST = 100, 2000  # members; a check that must look further goes the long way
+
+    def __init__(self, store: Store, notifications: Notifications) -> None:
+        self._store = store
+        self._notifications = notifications
+        self.page = self.SMALLEST
+        self.members: object = None  # as Glance.pending has them
+        self.ids: Sequence[str] = ()  # to be looked for among those that another program marked
+        self._count = 0
+        self._shown: list[Notification] = []
+
+    def update(self, glance: Glance) -> bool:
+        """Whether anything changed. Raises Unavailable."""
+        if glance.pending is None:
+            raise Unavailable("The pending notifications cannot be read.", 1)
+        if glance.pending == self.members and not glance.marked:
+            return False
+        rows = self._store.rows_of(glance.pending)
+        read = list(self._notifications.read(rows))
+        marked = self._store.acknowledged([one.id for one in read])
+        self._shown = [one for one in read if one.id not in marked]
+        self.members, self.ids, self._count = glance.pending, [one.id for one in read], len(rows)
+        return True
+
+    def check(self, types: Sequence[str], limit: int) -> list[Notification] | None:
+        """As Notifications.check; None when it lies further back: the next glance looks further."""
+        found = [one for one in self._shown if one.type in types][:limit]
+        if len(found) == limit or self._count < self.page:
+            return found
+        self.page = min(self.page * 4, self.LARGEST)
+        return None
 
 
 # ======================================================================================================
@@ -2279,23 +2330,26 @@ class GpuMonitor:
         self._run: Future[GpuStatus] | None = None  # the run under way, or the last one
         self._ended = -math.inf
 
-    def status(self) -> GpuStatus:
+    def ask(self) -> Future[GpuStatus]:
+        """The run under way, which a thread of its own makes; done already while its status is kept."""
         with self._lock:
             run = self._run
-            if run and not (run.done() and self._clock() - self._ended >= self._keep):
-                ours = False
-            else:
-                ours, run = True, Future()
-                self._run = run
-        if ours:
-            try:
-                status = self._query()
-            except Exception as error:  # those who wait must not wait for ever
-                log.exception("gpu: asking nvidia-smi failed")
-                status = GpuStatus(error=f"asking nvidia-smi failed ({type(error).__name__})", fault=True)
-            self._ended = self._clock()
-            run.set_result(status)
-        return run.result(timeout=NVIDIA_SMI_TIMEOUT * 2)
+            if run is None or (run.done() and self._clock() - self._ended >= self._keep):
+                run = self._run = Future()
+                threading.Thread(target=self._answer, args=[run], name="gpu", daemon=True).start()
+        return run
+
+    def status(self) -> GpuStatus:
+        return self.ask().result(timeout=NVIDIA_SMI_TIMEOUT * 2)
+
+    def _answer(self, run: Future[GpuStatus]) -> None:
+        try:
+            status = self._query()
+        except Exception as error:  # those who wait must not wait for ever
+            log.exception("gpu: asking nvidia-smi failed")
+            status = GpuStatus(error=f"asking nvidia-smi failed ({type(error).__name__})", fault=True)
+        self._ended = self._clock()
+        run.set_result(status)
 
 
 # ======================================================================================================
@@ -2805,6 +2859,8 @@ class Authenticator:
         wall_clock: Callable[[], int] = now_ms,
     ) -> None:
         self._settings = settings
+        self._own_token = (settings.api_token or "").encode("ascii")
+        self._owner = Caller("api-token", PERMISSIONS)
         self._store = store
         self._clock = clock
         self._wall_clock = wall_clock
@@ -2815,12 +2871,9 @@ class Authenticator:
 
     def identify(self, environ: Mapping[str, Any]) -> Caller:
         """Who sent this request. Raises Unauthorized, TooSoon, and Unavailable when the store is needed and away."""
-        header = environ.get("HTTP_AUTHORIZATION")  # not request.headers, which raises for what is no latin-1 text
-        if header is not None and "," in header:
-            raise BadRequest("Authorization: expected one header.")  # two of them arrive as one
-        found = re.fullmatch(r"[Bb][Ee][Aa][Rr][Ee][Rr] +(\S+)", (header or "").strip(" \t"))
+        found = self._token_of(environ)
         try:
-            caller = self._by_token(found[1]) if found else None
+            caller = self._by_token(found) if found else None
         except Unavailable:
             if not self._by_origin(environ):  # a trusted page needs no store, whatever token it sends
                 raise
@@ -2832,6 +2885,19 @@ class Authenticator:
             raise Unauthorized("A token is needed: send the header Authorization: Bearer <token>.")
         self._count_failure(str(environ.get("REMOTE_ADDR", "")))
         raise Unauthorized("The token is unknown, revoked or has expired: ask for another one.")
+
+    def known(self, environ: Mapping[str, Any]) -> Caller | None:
+        """The same where it can be told without the store; None where it cannot, or where there is nobody."""
+        found = self._token_of(environ)
+        return self._by_known_token(found) if found else self._by_origin(environ)
+
+    @staticmethod
+    def _token_of(environ: Mapping[str, Any]) -> str | None:
+        header = environ.get("HTTP_AUTHORIZATION")  # not request.headers, which raises for what is no latin-1 text
+        if header is not None and "," in header:
+            raise BadRequest("Authorization: expected one header.")  # two of them arrive as one
+        found = re.fullmatch(r"[Bb][Ee][Aa][Rr][Ee][Rr] +(\S+)", (header or "").strip(" \t"))
+        return found[1] if found else None
 
     def revoke(self, digest: str) -> None:
         """At once for this instance; within KEPT seconds for others on the same store."""
@@ -2847,17 +2913,24 @@ class Authenticator:
             raise
 
     def _by_token(self, token: str) -> Caller | None:
-        # Bytes, since compare_digest refuses text beyond ASCII, which a header may hold.
-        own = (self._settings.api_token or "").encode("ascii")
-        if hmac.compare_digest(token.encode("utf-8", "surrogateescape"), own):
-            return Caller("api-token", PERMISSIONS)
+        caller = self._by_known_token(token)
+        if caller:
+            return caller
         digest = digest_of(token)
         at, caller = self._known.get(digest, (-math.inf, None))
         if caller is None or self._clock() - at >= self.KEPT:
             caller = self._look_up(digest, caller)
-        if caller is None or digest in self._revoked or caller.expires <= self._wall_clock():
-            return None
-        return caller
+        return caller if caller and self._is_good(caller) else None
+
+    def _by_known_token(self, token: str) -> Caller | None:
+        # Bytes, since compare_digest refuses text beyond ASCII, which a header may hold.
+        if hmac.compare_digest(token.encode("utf-8", "surrogateescape"), self._own_token):
+            return self._owner
+        at, caller = self._known.get(digest_of(token), (-math.inf, None))
+        return caller if caller and self._clock() - at < self.KEPT and self._is_good(caller) else None
+
+    def _is_good(self, caller: Caller) -> bool:
+        return caller.digest not in self._revoked and caller.expires > self._wall_clock()
 
     def _look_up(self, digest: str, before: Caller | None) -> Caller | None:
         at = self._clock()
@@ -2965,6 +3038,7 @@ class Parts:
     authenticator: Authenticator
     waiting_starts: threading.Semaphore
     large_bodies: threading.Lock
+    stopping: threading.Event
 
 
 @dataclass(frozen=True)
@@ -3201,8 +3275,15 @@ def swarmui_start(parts: Parts, call: Call) -> Answer:
 
 
 def notifications_check(parts: Parts, call: Call) -> Answer:
-    types = list(TOTALS) if call.query["type"] == "all" else [call.query["type"]]
-    return Answer({"notifications": [one.as_json() for one in parts.notifications.check(types, call.query["limit"])]})
+    return check_answer(parts.notifications.check(types_of(call.query["type"]), call.query["limit"]))
+
+
+def types_of(wanted: str) -> Sequence[str]:
+    return list(TOTALS) if wanted == "all" else [wanted]
+
+
+def check_answer(found: Sequence[Notification]) -> Answer:
+    return Answer({"notifications": [one.as_json() for one in found]})
 
 
 def notification_create(parts: Parts, call: Call) -> Answer:
@@ -3717,26 +3798,30 @@ def to_bytes(answer: Answer) -> bytes:
     return body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def create_app(
-    settings: Settings,
-    store: Store,
-    gpu: GpuMonitor,
-    swarmui: SwarmUILauncher,
-    stopping: threading.Event | None = None,
-) -> bottle.Bottle:
+def make_parts(settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUILauncher) -> Parts:
+    return Parts(
+        settings,
+        store,
+        gpu,
+        swarmui,
+        Sessions(store),
+        Notifications(store),
+        Authenticator(settings, store),
+        threading.BoundedSemaphore(WAITING_STARTS),
+        threading.Lock(),
+        threading.Event(),
+    )
+
+
+def create_app(parts: Parts) -> bottle.Bottle:
     """The service as a WSGI application. Raises ValueError for an empty `settings.api_token` and for a route that
-    names no permission. Once `stopping` is set, new requests are answered 503."""
+    names no permission. Once `parts.stopping` is set, new requests are answered 503."""
+    settings, authenticator = parts.settings, parts.authenticator
     if not settings.api_token:
         raise ValueError("an API token is needed")
     for route in ROUTES:
         if route.permission not in (*PERMISSIONS, "any", "open"):
             raise ValueError(f"{route.method} {route.path} names no permission")
-    authenticator = Authenticator(settings, store)
-    waiting_starts = threading.BoundedSemaphore(WAITING_STARTS)
-    sessions, notifications = Sessions(store), Notifications(store)
-    parts = Parts(
-        settings, store, gpu, swarmui, sessions, notifications, authenticator, waiting_starts, threading.Lock()
-    )
 
     def run(route: Route, caller: Caller | None, path: Mapping[str, str], origin: str | None) -> Answer:
         if caller and not caller.may(route.permission):
@@ -3754,7 +3839,7 @@ def create_app(
         route = routes.get("GET" if method == "HEAD" else method)
         subject = "-"
         try:
-            if stopping and stopping.is_set() and not (route and route.permission == "open"):
+            if parts.stopping.is_set() and not (route and route.permission == "open"):
                 raise Unavailable("The service is stopping: ask again.", 5)
             if not is_own_host(environ.get("HTTP_HOST"), settings):
                 raise Misdirected("The Host header names another machine: add its name to STORYTELLER_ALLOWED_HOSTS.")
@@ -3794,6 +3879,137 @@ def create_app(
 
 
 # ======================================================================================================
+# HTTP application: polls
+# ======================================================================================================
+
+
+@dataclass(frozen=True, eq=False)
+class Poll:
+    """A request that comes again and again in the same bytes, read once: who asks (as WSGI has it), and what for."""
+
+    route: Route
+    environ: Mapping[str, Any]
+    origin: str | None
+    query: Mapping[str, Any]
+    timestamp: int | None  # of the session
+
+
+class Polls:
+    """The short way of what programs ask every few seconds: no thread for each, and for all that ask at one moment
+    one look at the store, which begins after they asked. Whatever is not a plain 200 goes the long way, through the
+    application; both have the same answers."""
+
+    KEPT = 512
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._front = PendingFront(parts.store, parts.notifications)
+        self._checked: dict[Any, bytes] = {}  # bodies of checks, until the front changes
+        self._read: dict[Any, Poll | None] = {}
+        polled = (gpu_status, notifications_check, prompts_status)
+        self._routes = [
+            (re.compile(re.sub(r"<\w+>", "([0-9]{1,14})", route.path)), route)
+            for route in ROUTES
+            if route.handler in polled
+        ]
+
+    def find(self, address: str, data: bytes, read: Callable[[], Mapping[str, Any] | None]) -> Poll | None:
+        """The poll that these bytes of a client are; None when they are none. What they mean is remembered."""
+        key = (address, data)
+        if key not in self._read:
+            environ = read()
+            self._read[key] = self._poll_of(environ) if environ else None
+            while len(self._read) > self.KEPT:
+                del self._read[next(iter(self._read))]
+        return self._read[key]
+
+    def _poll_of(self, environ: Mapping[str, Any]) -> Poll | None:
+        for pattern, route in self._routes:
+            found = pattern.fullmatch(environ["PATH_INFO"])
+            if found and is_own_host(environ.get("HTTP_HOST"), self._parts.settings):
+                with contextlib.suppress(Fault):
+                    query = read_query(environ, route.query)
+                    origin = known_origin(environ.get("HTTP_ORIGIN"), self._parts.settings)
+                    return Poll(route, environ, origin, query, int(found[1]) if found.groups() else None)
+        return None
+
+    def caller(self, poll: Poll) -> Caller | None:
+        """Who asks, when that is known without the store and allowed."""
+        with contextlib.suppress(Fault):
+            caller = self._parts.authenticator.known(poll.environ)
+            if caller and caller.may(poll.route.permission) and not self._parts.stopping.is_set():
+                return caller
+        return None
+
+    def needs_store(self, poll: Poll) -> bool:
+        return poll.route.handler is not gpu_status
+
+    def ask_gpu(self) -> Future[GpuStatus]:
+        return self._parts.gpu.ask()
+
+    def tell_gpu(self, status: GpuStatus) -> bytes | None:
+        return None if status.fault else to_bytes(Answer(gpu_json(status)))
+
+    def look(self, polls: Sequence[Poll]) -> list[bytes | None]:
+        """The bodies for all of them in one round trip, further ones only where something changed. Not for two
+        threads at once."""
+        front, checks = self._front, any(poll.timestamp is None for poll in polls)
+        timestamps = list({poll.timestamp for poll in polls if poll.timestamp is not None})
+        try:
+            page, ids = (front.page, front.ids) if checks else (0, ())
+            glance = self._parts.store.glance(page, ids, timestamps, front.members)
+            if checks and front.update(glance):
+                self._checked.clear()
+        except Unavailable:
+            return [None] * len(polls)
+        states = dict(zip(timestamps, glance.sessions))
+        return [
+            self._check(poll) if poll.timestamp is None else self._prompts(poll.timestamp, states[poll.timestamp])
+            for poll in polls
+        ]
+
+    def _check(self, poll: Poll) -> bytes | None:
+        key = (poll.query["type"], poll.query["limit"])
+        if key not in self._checked:
+            found = self._front.check(types_of(poll.query["type"]), poll.query["limit"])
+            if found is None:
+                return None
+            self._checked[key] = to_bytes(check_answer(found))
+        return self._checked[key]
+
+    def _prompts(self, timestamp: int, state: object) -> bytes | None:
+        known = self._parts.sessions.known(timestamp, state)
+        return known and _prompts_body(known)
+
+    def respond(self, poll: Poll, caller: Caller, body: bytes, began: float) -> bytes:
+        """The whole answer."""
+        request_id = request_id_of(poll.environ)
+        log_request(poll.environ, request_id, caller.subject, 200, began)
+        told = b"X-Request-Id: %b\r\nDate: %b\r\nContent-Length: %d\r\n\r\n"
+        return _head(poll.origin) + told % (request_id.encode(), _http_date(int(time.time())), len(body)) + body
+
+
+@functools.lru_cache(maxsize=64)
+def _head(origin: str | None) -> bytes:
+    lines = [f"{name}: {value}\r\n" for name, value in headers_for(origin).items()]
+    return "".join(["HTTP/1.1 200 OK\r\n", *lines]).encode("latin-1")
+
+
+@functools.lru_cache(maxsize=1)
+def _http_date(second: int) -> bytes:
+    return email.utils.formatdate(second, usegmt=True).encode()
+
+
+@functools.lru_cache(maxsize=Sessions.KEPT)
+def _prompts_body(known: KnownSession) -> bytes | None:
+    """None where there is more to do than to answer."""
+    stored, facts = known.stored, known.facts
+    if facts.fault or isinstance(facts.progress, NotASession) or is_announcement_due(stored, facts):
+        return None
+    return to_bytes(Answer(prompts_json(stored, facts)))
+
+
+# ======================================================================================================
 # Server
 # ======================================================================================================
 
@@ -3818,7 +4034,6 @@ WAITRESS: Mapping[str, Any] = {
     "recv_bytes": 64 * 1024,  # an 850 KB session in 14 reads instead of 104
     "ident": None,  # no Server header
     "clear_untrusted_proxy_headers": False,  # a request that came through a proxy is never trusted: see them
-    "asyncore_use_poll": hasattr(select, "poll"),  # select ends the service at a descriptor past 1023
     "log_socket_errors": False,  # a client that leaves is no error
 }
 
@@ -3871,9 +4086,26 @@ def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
         raise
 
 
-def make_channel_class(settings: Settings) -> type[waitress.channel.HTTPChannel]:
+def environ_of(data: bytes, address: str, adjustments: Any) -> dict[str, Any] | None:
+    """What a GET of HTTP/1.1 without a body says, as WSGI has it, when the bytes are one and nothing else."""
+    if not data.startswith(b"GET ") or not data.endswith(b"\r\n\r\n") or len(data) > 8192:
+        return None
+    request = waitress.parser.HTTPRequestParser(adjustments)
+    whole = request.received(data) == len(data) and request.completed and not (request.error or request.empty)
+    if not whole or request.version != "1.1" or request.body_rcv is not None or request.expect_continue:
+        return None
+    if request.headers.get("CONNECTION", "keep-alive").lower() != "keep-alive":
+        return None
+    environ = {f"HTTP_{name}": value for name, value in request.headers.items()}
+    environ |= {"REQUEST_METHOD": "GET", "PATH_INFO": request.path, "bottle.raw_path": request.path}
+    return {**environ, "QUERY_STRING": request.query, "REMOTE_ADDR": address}
+
+
+def make_channel_class(
+    settings: Settings, take: Callable[[Any, bytes], bool]
+) -> type[waitress.channel.HTTPChannel]:
     """A connection that gives what waitress refuses by itself (bad chunks, malformed or too large headers) our
-    shape and our headers."""
+    shape and our headers, and that first offers to take() what came."""
 
     class JsonErrorTask(waitress.task.ErrorTask):
         def execute(self) -> None:
@@ -3901,6 +4133,13 @@ def make_channel_class(settings: Settings) -> type[waitress.channel.HTTPChannel]
             self.active = time.monotonic()
 
         def received(self, data: bytes) -> bool:
+            if self.is_idle() and take(self, data):
+                self.active = time.monotonic()
+                return True
+            return self.receive(data)
+
+        def receive(self, data: bytes) -> bool:
+            """The long way: parse it, and hand it to a thread."""
             result = super().received(data)
             self.active = time.monotonic()
             if self.request is None:
@@ -3908,6 +4147,16 @@ def make_channel_class(settings: Settings) -> type[waitress.channel.HTTPChannel]
             elif self.begun is None:
                 self.begun = self.active
             return result
+
+        def reply(self, answer: bytes) -> None:
+            """From the loop's thread, while no other thread has this connection."""
+            try:
+                sent = self.send(answer)
+            except OSError:
+                self.handle_close()
+                return
+            if sent < len(answer) and self.connected:
+                self.write_soon(answer[sent:])
 
         def send(self, data: bytes, do_close: bool = True) -> int:
             sent = super().send(data, do_close)
@@ -3927,15 +4176,89 @@ def make_channel_class(settings: Settings) -> type[waitress.channel.HTTPChannel]
     return Channel
 
 
-class Server:
-    """waitress with an end in order: its own shutdown drops what it holds, or leaves it unanswered."""
+class Watched(dict[int, Any]):
+    """The map that waitress keeps of its sockets, each of them also in a selector. Its own loop asks all of them at
+    every turn what they wait for, which costs 1 us each, 400 idle ones too; here only what something happened to
+    is asked, and what a thread is working for."""
 
-    def __init__(self, app: Callable[..., Any], sockets: Sequence[socket.socket], settings: Settings) -> None:
-        self._map: dict[int, Any] = {}
+    def __init__(self) -> None:
+        super().__init__()
+        self._selector = selectors.DefaultSelector()
+        self._working: set[Any] = set()
+
+    def __setitem__(self, descriptor: int, one: Any) -> None:
+        super().__setitem__(descriptor, one)
+        self._selector.register(descriptor, selectors.EVENT_READ, one)
+
+    def __delitem__(self, descriptor: int) -> None:
+        self._working.discard(self[descriptor])
+        super().__delitem__(descriptor)
+        with contextlib.suppress(KeyError):  # nothing of it was waited for
+            self._selector.unregister(descriptor)
+
+    def turn(self, seconds: float) -> None:
+        """Wait until something happens, and see to it."""
+        for one in list(self._working):
+            if not one.requests:
+                self._working.discard(one)
+            self.watch(one)
+        for key, events in self._selector.select(seconds):
+            one = key.data
+            if events & selectors.EVENT_READ and self.get(key.fd) is one:
+                if one.readable():
+                    waitress.wasyncore.read(one)
+                else:  # more came than is to be read now, or the client left: not to be told again
+                    self.watch(one)
+                    continue
+            if events & selectors.EVENT_WRITE and self.get(key.fd) is one:
+                waitress.wasyncore.write(one)
+            if self.get(key.fd) is one and isinstance(one, waitress.channel.HTTPChannel):
+                self.look_after(one)
+                if key.events & selectors.EVENT_WRITE or one.writable():
+                    self.watch(one)
+
+    def look_after(self, channel: Any) -> None:
+        """A thread that works for it may change what it waits for."""
+        if channel.requests and not isinstance(channel.requests[0], _Asked):
+            self._working.add(channel)
+
+    def watch(self, one: Any) -> None:
+        """Wait for what it wants now. (That it wants to read no more is not said until something comes: mostly it
+        wants to again by then.)"""
+        descriptor = one._fileno
+        if self.get(descriptor) is not one:
+            return
+        wanted = (selectors.EVENT_READ if one.readable() else 0) | (selectors.EVENT_WRITE if one.writable() else 0)
+        key = self._selector.get_map().get(descriptor)
+        if key and not wanted:
+            self._selector.unregister(descriptor)
+        elif key and wanted != key.events:
+            self._selector.modify(descriptor, wanted, one)
+        elif wanted and not key:
+            self._selector.register(descriptor, wanted, one)
+
+    def close(self) -> None:
+        self._selector.close()
+
+
+class Server:
+    """waitress with a short way for polls, and an end in order: its own shutdown drops what it holds, or leaves it
+    unanswered."""
+
+    def __init__(
+        self, app: Callable[..., Any], sockets: Sequence[socket.socket], settings: Settings, polls: Polls | None = None
+    ) -> None:
+        self._map = Watched()
         self._server = waitress.server.create_server(app, map=self._map, sockets=list(sockets), **WAITRESS)
-        for listener in self._listeners():
-            listener.channel_class = make_channel_class(settings)
+        listeners = self._listeners()
+        for listener in listeners:
+            listener.channel_class = make_channel_class(settings, self._take)
+        self._trigger = listeners[0].trigger  # wakes the loop
+        self._polls = polls
+        self._gathered: list[_Asked] = []  # in this turn
+        self._batches: queue.SimpleQueue[list[_Asked] | None] = queue.SimpleQueue()
         self._grace: float | None = None
+        self._closed = False
 
     def _listeners(self) -> list[Any]:
         return [one for one in self._map.values() if isinstance(one, waitress.server.BaseWSGIServer)]
@@ -3944,26 +4267,89 @@ class Server:
         """End within about `grace` seconds: no new connections, requests in flight are answered whole. May be called
         from a signal handler and from any thread."""
         self._grace = grace
-        for listener in self._listeners():
-            listener.pull_trigger()  # wakes the loop
+        self._trigger.pull_trigger()
 
     def run(self) -> None:
         """Serve until stop() is called."""
+        reader = threading.Thread(target=self._look, name="polls", daemon=True)
+        reader.start()
         swept = time.monotonic()
         while self._grace is None:
             self._turn(1.0)
             if len(self._map) > CONNECTIONS or time.monotonic() - swept >= 1.0:
                 swept = time.monotonic()
                 self._sweep(swept)
+                for listener in self._listeners():
+                    self._map.watch(listener)  # one that had to refuse connections may take them again
         for listener in self._listeners():
             listener.accepting = False
-            listener.socket.close()
             listener.del_channel()
+            listener.socket.close()
         deadline = time.monotonic() + self._grace
         while time.monotonic() < deadline and any(map(self._is_busy, list(self._map.values()))):
             self._turn(0.05)
+        self._batches.put(None)
+        reader.join(max(0.0, deadline - time.monotonic()))
         self._server.task_dispatcher.shutdown(timeout=0.5)
+        self._closed = True
         waitress.wasyncore.close_all(self._map)
+        self._map.close()
+
+    def _turn(self, seconds: float) -> None:
+        self._map.turn(seconds)
+        if self._gathered:
+            self._batches.put(self._gathered)
+            self._gathered = []
+
+    def _take(self, channel: Any, data: bytes) -> bool:
+        """Whether these bytes are a poll that goes the short way."""
+        polls, address = self._polls, channel.addr[0]
+        poll = polls and polls.find(address, data, lambda: environ_of(data, address, channel.adj))
+        caller = poll and polls.caller(poll)
+        if not caller:
+            return False
+        asked = _Asked(channel, data, poll, caller, time.monotonic())
+        channel.requests = [asked]  # nothing else is read from it until this is answered
+        if polls.needs_store(poll):
+            self._gathered.append(asked)
+            return True
+        status = polls.ask_gpu()
+        if status.done():
+            self._answer([asked], [polls.tell_gpu(status.result())])
+        else:
+            status.add_done_callback(lambda done: self._tell([asked], [polls.tell_gpu(done.result())]))
+        return True
+
+    def _look(self) -> None:
+        """In a thread: each look at the store serves all that asked while the one before it was made."""
+        while batch := self._batches.get():
+            with contextlib.suppress(queue.Empty):
+                while more := self._batches.get_nowait():
+                    batch += more
+                self._batches.put(None)
+            try:
+                bodies = self._polls.look([asked.poll for asked in batch])
+            except Exception:
+                log.exception("polls: looking at the store failed")
+                bodies = [None] * len(batch)
+            self._tell(batch, bodies)
+
+    def _tell(self, batch: list[_Asked], bodies: list[bytes | None]) -> None:
+        """Have the loop answer: a connection is its own."""
+        if not self._closed:  # its descriptor would be somebody else's
+            self._trigger.pull_trigger(lambda: self._answer(batch, bodies))
+
+    def _answer(self, batch: list[_Asked], bodies: list[bytes | None]) -> None:
+        for (channel, data, poll, caller, began), body in zip(batch, bodies):
+            channel.requests = []
+            if not channel.connected:
+                continue
+            if body is None:
+                channel.receive(data)
+                self._map.look_after(channel)
+            else:
+                channel.reply(self._polls.respond(poll, caller, body, began))
+            self._map.watch(channel)
 
     def _sweep(self, now: float) -> None:
         """Close what waitress's own time-outs miss (a byte a second, a client that stopped reading), and near the
@@ -3976,14 +4362,20 @@ class Server:
         for channel in idle[: max(0, len(self._map) - CONNECTIONS)]:
             channel.handle_close()
 
-    def _turn(self, seconds: float) -> None:
-        """One round of waitress's loop."""
-        waitress.wasyncore.loop(seconds, WAITRESS["asyncore_use_poll"], self._map, 1)
-
     @staticmethod
     def _is_busy(one: Any) -> bool:
         """Whether a connection still has a request at work, or an answer that is not sent whole."""
         return isinstance(one, waitress.channel.HTTPChannel) and bool(one.requests or one.total_outbufs_len)
+
+
+class _Asked(NamedTuple):
+    """A poll that waits for its answer."""
+
+    channel: Any
+    data: bytes
+    poll: Poll
+    caller: Caller
+    began: float
 
 
 # ======================================================================================================
@@ -4074,18 +4466,18 @@ def serve(settings: Settings) -> int:
     start_logging(settings.data_dir / "storyteller.log", settings)
     token_place = "STORYTELLER_API_TOKEN" if settings.api_token else str(token_path(settings))
     settings = dataclasses.replace(settings, api_token=own_token(settings))
-    stopping, ended = threading.Event(), threading.Event()
+    ended = threading.Event()
     with contextlib.closing(open_store(settings)) as store:
         gpu = GpuMonitor(lambda: query_gpus(find_nvidia_smi(settings)), settings.gpu_cache_seconds)
         with contextlib.closing(SwarmUILauncher(settings)) as swarmui:
-            app = create_app(settings, store, gpu, swarmui, stopping)
+            parts = make_parts(settings, store, gpu, swarmui)
             sockets = open_sockets(settings.host, settings.port)
-            server = Server(app, sockets, settings)
+            server = Server(create_app(parts), sockets, settings, Polls(parts))
 
             def stop(grace: float) -> None:
-                if stopping.is_set():  # told twice: at once
+                if parts.stopping.is_set():  # told twice: at once
                     os._exit(1)
-                stopping.set()
+                parts.stopping.set()
                 swarmui.close()
                 server.stop(grace)
 

@@ -548,7 +548,7 @@ def make_app(settings: service.Settings) -> Iterator[Callable[..., webtest.TestA
                 store = stack.enter_context(contextlib.closing(service.SqliteStore(path)))
             gpu = service.GpuMonitor(lambda: service.query_gpus(service.find_nvidia_smi(changed_settings)), 0)
             swarmui = stack.enter_context(contextlib.closing(service.SwarmUILauncher(changed_settings)))
-            app = service.create_app(changed_settings, store, gpu, swarmui)
+            app = service.create_app(service.make_parts(changed_settings, store, gpu, swarmui))
             return webtest.TestApp(app, extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"})
 
         yield make
