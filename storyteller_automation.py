@@ -785,6 +785,9 @@ class StoredSession:
     state: object = dataclasses.field(default=None, compare=False)  # as Glance.sessions has it
 
 
+OWN_MEMBER = b'{"id":"%b",'  # how a member begins that this service wrote
+
+
 class Glance(NamedTuple):
     """What the store says at little cost. A part that could not be read is None."""
 
@@ -853,15 +856,15 @@ class Store(Protocol):
     def rows_of(self, pending: object) -> list[tuple[bytes, float]]:
         """The members and times of a Glance."""
 
-    def pending_at(self, time: int) -> list[bytes]:
-        """The members of exactly that time."""
-
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
         """Those of `ids` that are marked."""
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
         """Remove the members and mark the id, for 7 days. False, and nothing is changed, when no member was there
         and the id is not marked."""
+
+    def acknowledge_own(self, id: str, time: int) -> bool:
+        """The same for the members of exactly that time that begin with OWN_MEMBER % id."""
 
     def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
         """Keep what is known of a session token, under its SHA-256, for `ttl` ms."""
@@ -903,11 +906,12 @@ local function add()
   return {'added', ARGV[1], ARGV[2]}
 end
 """
+_LUA_ADD_ALONE = f"{_LUA_ADD} return add()"
 
 # KEYS: 4 session, 5 StoryArt's key for it, 6 meta. ARGV: 4 type.
-_LUA_ANNOUNCE = """
+_LUA_ANNOUNCE = f"""{_LUA_ADD}
 local function announce()
-  if redis.call('HGET', KEYS[6], 'announced') == ARGV[4] then return {'known'} end
+  if redis.call('HGET', KEYS[6], 'announced') == ARGV[4] then return {{'known'}} end
   local result = add()
   if result[1] ~= 'late' then redis.call('HSET', KEYS[6], 'announced', ARGV[4]) end
   return result
@@ -915,8 +919,8 @@ end
 """
 
 # The meta key lives as long as its session, which another program may have written without an end.
-_LUA_ANNOUNCE_ALONE = """
-if redis.call('EXISTS', KEYS[4], KEYS[5]) == 0 then return {'known'} end
+_LUA_ANNOUNCE_ALONE = f"""{_LUA_ANNOUNCE}
+if redis.call('EXISTS', KEYS[4], KEYS[5]) == 0 then return {{'known'}} end
 local result = announce()
 local left = redis.call('PTTL', KEYS[4])
 if left == -2 then left = redis.call('PTTL', KEYS[5]) end
@@ -925,9 +929,9 @@ return result
 """
 
 # KEYS: 7 index. ARGV: 5 document, 6 timestamp, 7 '1' to replace.
-_LUA_SAVE = """
-if ARGV[7] ~= '1' and redis.call('EXISTS', KEYS[4], KEYS[5]) > 0 then return {'taken'} end
-local result = {'silent'}
+_LUA_SAVE = f"""{_LUA_ANNOUNCE}
+if ARGV[7] ~= '1' and redis.call('EXISTS', KEYS[4], KEYS[5]) > 0 then return {{'taken'}} end
+local result = {{'silent'}}
 if ARGV[4] ~= '' then result = announce() end
 if result[1] == 'late' then return result end
 local saved = math.max(ARGV[3], (redis.call('HGET', KEYS[6], 'saved') or 0) + 1)
@@ -942,6 +946,17 @@ return result
 _LUA_ACKNOWLEDGE = """
 local removed = 0
 for _, member in ipairs(ARGV) do removed = removed + redis.call('ZREM', KEYS[1], member) end
+if removed == 0 then return redis.call('EXISTS', KEYS[2]) end
+redis.call('SET', KEYS[2], '1', 'PX', 604800000)
+return 1
+"""
+
+# The same for those members, from score ARGV[1] to ARGV[2], that begin with ARGV[3].
+_LUA_ACKNOWLEDGE_OWN = """
+local removed = 0
+for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], ARGV[2])) do
+  if string.sub(member, 1, #ARGV[3]) == ARGV[3] then removed = removed + redis.call('ZREM', KEYS[1], member) end
+end
 if removed == 0 then return redis.call('EXISTS', KEYS[2]) end
 redis.call('SET', KEYS[2], '1', 'PX', 604800000)
 return 1
@@ -1088,12 +1103,6 @@ class RedisStore:
         options.update(decode_responses=False, protocol=2)  # the URL's own options would win
         place = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
         self.place = f"{place}, database {options.get('db', 0)}"
-        script = self._redis.register_script
-        self._add = script(_LUA_ADD + "return add()")
-        self._announce = script(_LUA_ADD + _LUA_ANNOUNCE + _LUA_ANNOUNCE_ALONE)
-        self._save = script(_LUA_ADD + _LUA_ANNOUNCE + _LUA_SAVE)
-        self._acknowledge = script(_LUA_ACKNOWLEDGE)
-        self._trim = script(_LUA_TRIM)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -1216,8 +1225,8 @@ class RedisStore:
                     yield found
                     continue
                 keys = [*self._session_keys(timestamp), self.INDEX, self.STORYART_INDEX]
-                with contextlib.suppress(Unavailable), self._errors():  # a replica takes no writes: read on
-                    self._trim(keys=keys)
+                with contextlib.suppress(Unavailable):  # a replica takes no writes: read on
+                    self._run(_LUA_TRIM, keys, [])
             if floor == -math.inf:
                 return
             below = f"({floor!r}"
@@ -1235,14 +1244,25 @@ class RedisStore:
                 return None
             raise
 
-    def _with_time(self, script: Any, draft: Draft | None, keys: Sequence[str], *further: Any) -> list[Any]:
+    def _run(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> list[Any]:
+        """Run a script, which Redis knows by its SHA-1 once it has seen it. Its answer as a flat list."""
+        rest = (len(keys), *keys, *arguments)
+        reply = self._exchange([("EVALSHA", hashlib.sha1(script.encode()).hexdigest(), *rest)])[0]
+        if reply.startswith(b"-NOSCRIPT"):
+            reply = self._exchange([("EVAL", script, *rest)])[0]
+        values, _ = reply_of(reply, 0)
+        if isinstance(values[0], redis.ResponseError):
+            with self._errors():
+                raise values[0]
+        return values
+
+    def _with_time(self, script: str, draft: Draft | None, keys: Sequence[str], *further: Any) -> list[Any]:
         """Run a script that may add a notification, with a time that is past the newest one given so far."""
         now = time = self._clock()
         made = f"storyteller:made:{draft.type}:{draft.session}" if draft else "storyteller:made"
         for _ in range(100):  # each further turn means that another instance was quicker
             arguments = [draft.member(time) if draft else b"", time, now, *further]
-            with self._errors():
-                result = script(keys=[self.PENDING, self.NEWEST, made, *keys], args=arguments)
+            result = self._run(script, [self.PENDING, self.NEWEST, made, *keys], arguments)
             if result[0] != b"late":
                 return result
             time = int(float(result[1])) + 1
@@ -1251,15 +1271,15 @@ class RedisStore:
     def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
         keys = [*self._session_keys(timestamp), self._meta_key(timestamp), self.INDEX]
         step = draft.type if draft else ""
-        result = self._with_time(self._save, draft, keys, step, document, timestamp, int(replace))
+        result = self._with_time(_LUA_SAVE, draft, keys, step, document, timestamp, int(replace))
         return result[0] != b"taken"
 
     def announce(self, session: int, draft: Draft) -> bool:
         keys = [*self._session_keys(session), self._meta_key(session)]
-        return self._with_time(self._announce, draft, keys, draft.type)[0] != b"known"
+        return self._with_time(_LUA_ANNOUNCE_ALONE, draft, keys, draft.type)[0] != b"known"
 
     def add(self, draft: Draft) -> tuple[bytes, int, bool]:
-        outcome, member, time = self._with_time(self._add, draft, [])
+        outcome, member, time = self._with_time(_LUA_ADD_ALONE, draft, [])
         return member, int(float(time)), outcome == b"added"
 
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
@@ -1294,12 +1314,6 @@ class RedisStore:
         values = reply_of(pending, 0)[0]
         return [(member, float(score)) for member, score in zip(values[::2], values[1::2])]
 
-    def pending_at(self, time: int) -> list[bytes]:
-        if time <= self._clock() - KEEP_MS:
-            return []
-        with self._errors():
-            return self._redis.zrangebyscore(self.PENDING, time, time)
-
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
         if not ids:
             return set()
@@ -1313,8 +1327,12 @@ class RedisStore:
             return {id for id, marked in zip(ids, pipe.execute()) if marked}
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
-        with self._errors():
-            return bool(self._acknowledge(keys=[self.PENDING, self._marker(id)], args=list(members)))
+        return self._run(_LUA_ACKNOWLEDGE, [self.PENDING, self._marker(id)], members) == [1]
+
+    def acknowledge_own(self, id: str, time: int) -> bool:
+        lowest = max(time, self._clock() - KEEP_MS + 1)
+        arguments = [lowest, time, OWN_MEMBER % id.encode()]
+        return self._run(_LUA_ACKNOWLEDGE_OWN, [self.PENDING, self._marker(id)], arguments) == [1]
 
     @staticmethod
     def _marker(id: str) -> str:
@@ -1610,23 +1628,23 @@ class SqliteStore:
     def rows_of(self, pending: object) -> list[tuple[bytes, float]]:
         return pending
 
-    def pending_at(self, time: int) -> list[bytes]:
-        with self._reading() as database:
-            rows = database.execute(
-                "SELECT member FROM pending WHERE time = ? AND time > ?", (time, self._clock() - KEEP_MS)
-            ).fetchall()
-        return [member for (member,) in rows]
-
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
         return set()  # no other program marks one here and leaves it pending
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
+        rows = [(member,) for member in members]
+        return self._acknowledge(id, "DELETE FROM pending WHERE member = ?", rows)
+
+    def acknowledge_own(self, id: str, time: int) -> bool:
+        start = OWN_MEMBER % id.encode()
+        delete = "DELETE FROM pending WHERE time = ? AND substr(member, 1, ?) = ?"
+        return self._acknowledge(id, delete, [(time, len(start), start)])
+
+    def _acknowledge(self, id: str, delete: str, rows: Sequence[tuple[Any, ...]]) -> bool:
         now = self._clock()
 
         def change(database: sqlite3.Connection) -> bool:
-            removed = 0
-            for member in members:
-                removed += database.execute("DELETE FROM pending WHERE member = ?", (member,)).rowcount
+            removed = sum(database.execute(delete, row).rowcount for row in rows)
             if not removed:
                 marked = database.execute("SELECT 1 FROM marker WHERE id = ? AND expires > ?", (id, now)).fetchone()
                 return marked is not None
@@ -1728,6 +1746,8 @@ def parse_json(data: bytes, *, from_request: bool = False) -> Any:
 def _is_deeper(value: Any, levels: int) -> bool:
     level = [value]
     for _ in range(levels):
+        if not level:
+            break
         inner = [one.values() if isinstance(one, dict) else one for one in level]
         level = [part for parts in inner for part in parts if isinstance(part, (dict, list))]
     return bool(level)
@@ -2135,11 +2155,7 @@ class Notifications:
     def acknowledge(self, id: str) -> bool:
         """True when it was pending, or is acknowledged already."""
         ours = re.fullmatch(r"notif_([0-9]{1,14})_[0-9a-f]{16}", id)
-        members = []
-        if ours:
-            time = int(ours[1])
-            members = [member for member in self._store.pending_at(time) if self._has_id(member, time, id)]
-        if self._store.acknowledge(id, members):
+        if self._store.acknowledge_own(id, int(ours[1])) if ours else self._store.acknowledge(id, []):
             return True
         # Another program made it, or nobody did: look through all of them.
         rows = self._store.pending(page=2000)
@@ -3108,24 +3124,27 @@ _TYPES: Mapping[str, Callable[[Any], bool]] = {
 }
 
 
-def find_misfit(value: Any, schema: Schema, name: str) -> str | None:
-    """Which part of a value does not fit, and what was expected there; None when all does."""
+def _fits(value: Any, schema: Schema) -> bool:
+    """Whether a value fits, but for what it holds."""
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
-    wrong = f"{name}: expected {_expected(schema)}."
     if kinds and not any(_TYPES[kind](value) for kind in kinds):
-        return wrong
+        return False
     if value not in schema.get("enum", [value]) or value != schema.get("const", value):
-        return wrong
-    if is_whole(value) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
-        return wrong
+        return False
     if isinstance(value, str):
         short, long = schema.get("minLength", 0), schema.get("maxLength", len(value))
-        if not short <= len(value) <= long or not re.fullmatch(schema.get("pattern", r"[\s\S]*"), value):
-            return wrong
+        return short <= len(value) <= long and re.fullmatch(schema.get("pattern", r"[\s\S]*"), value) is not None
     if isinstance(value, list):
-        if len(value) < schema.get("minItems", 0):
-            return wrong
+        return len(value) >= schema.get("minItems", 0)
+    return not is_whole(value) or schema.get("minimum", value) <= value <= schema.get("maximum", value)
+
+
+def find_misfit(value: Any, schema: Schema, name: str) -> str | None:
+    """Which part of a value does not fit, and what was expected there; None when all does."""
+    if not _fits(value, schema):
+        return f"{name}: expected {_expected(schema)}."
+    if isinstance(value, list):
         parts = ((part, schema.get("items", {}), f"{name}[{number}]") for number, part in enumerate(value))
         return next(filter(None, (find_misfit(*part) for part in parts)), None)
     if isinstance(value, dict):
@@ -4017,9 +4036,10 @@ CONNECTIONS = min(450, descriptor_limit() - 100)  # below what `select` on Windo
 IDLE = 120.0  # seconds that a kept connection may be idle
 STUCK = 60.0  # seconds for a request to be whole, and for a client that takes nothing of its answer
 
+# A thread costs 150 KB. Half of them may wait for SwarmUI, 24 more for Redis; the others serve what ends at once.
+THREADS = 2 * WAITING_STARTS
+
 WAITRESS: Mapping[str, Any] = {
-    # A thread costs 150 KB. Half of them may wait for SwarmUI, 24 more for Redis; the others serve what ends at once.
-    "threads": 2 * WAITING_STARTS,
     # At its limit waitress leaves new clients unanswered; ours is below it, and lets idle ones go first.
     "connection_limit": CONNECTIONS + 40,
     "backlog": 1024,
@@ -4031,7 +4051,7 @@ WAITRESS: Mapping[str, Any] = {
     # What is smaller stays in memory: a full temporary folder must not hold up a session.
     "inbuf_overflow": 9 * 1024 * 1024,
     "outbuf_overflow": 9 * 1024 * 1024,
-    "recv_bytes": 64 * 1024,  # an 850 KB session in 14 reads instead of 104
+    "recv_bytes": 256 * 1024,  # an 850 KB session in 4 reads instead of 104
     "ident": None,  # no Server header
     "clear_untrusted_proxy_headers": False,  # a request that came through a proxy is never trusted: see them
     "log_socket_errors": False,  # a client that leaves is no error
@@ -4122,8 +4142,21 @@ def make_channel_class(
             self.content_length = len(body)
             self.write(body)
 
+    class OneSendTask(waitress.task.WSGITask):
+        """Header and body in one."""
+
+        def write(self, data: bytes) -> None:
+            header = not self.wrote_header and self.content_length == len(data) and self.has_body
+            if not header:
+                super().write(data)
+                return
+            self.wrote_header = True
+            self.content_bytes_written = len(data)
+            self.channel.write_soon(self.build_response_header() + data)
+
     class Channel(waitress.channel.HTTPChannel):
         error_task_class = JsonErrorTask
+        task_class = OneSendTask
         active = math.inf  # when bytes last came or went
         begun: float | None = None  # when the first byte came of a request that is not whole yet
         taken: float | None = None  # when the client last took something of its answer
@@ -4241,6 +4274,44 @@ class Watched(dict[int, Any]):
         self._selector.close()
 
 
+class Workers:
+    """As waitress's dispatcher of tasks, whose Condition costs 70 system calls a request. A thread is started when
+    none is free, up to a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._free = threading.Semaphore(0)
+        self._threads: list[threading.Thread] = []
+
+    def add_task(self, task: Any) -> None:
+        self._queue.put(task)
+        if not self._free.acquire(blocking=False) and len(self._threads) < self._limit:
+            self._threads.append(threading.Thread(target=self._work, name="worker", daemon=True))
+            self._threads[-1].start()
+
+    def _work(self) -> None:
+        while True:
+            try:
+                task = self._queue.get_nowait()
+            except queue.Empty:
+                self._free.release()
+                task = self._queue.get()
+            if task is None:
+                return
+            try:
+                task.service()
+            except Exception:
+                log.exception("server: a connection's request failed")
+
+    def shutdown(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
 class Server:
     """waitress with a short way for polls, and an end in order: its own shutdown drops what it holds, or leaves it
     unanswered."""
@@ -4249,7 +4320,9 @@ class Server:
         self, app: Callable[..., Any], sockets: Sequence[socket.socket], settings: Settings, polls: Polls | None = None
     ) -> None:
         self._map = Watched()
-        self._server = waitress.server.create_server(app, map=self._map, sockets=list(sockets), **WAITRESS)
+        self._workers = Workers(THREADS)
+        sockets = list(sockets)
+        waitress.server.create_server(app, map=self._map, sockets=sockets, _dispatcher=self._workers, **WAITRESS)
         listeners = self._listeners()
         for listener in listeners:
             listener.channel_class = make_channel_class(settings, self._take)
@@ -4290,7 +4363,7 @@ class Server:
             self._turn(0.05)
         self._batches.put(None)
         reader.join(max(0.0, deadline - time.monotonic()))
-        self._server.task_dispatcher.shutdown(timeout=0.5)
+        self._workers.shutdown(timeout=0.5)
         self._closed = True
         waitress.wasyncore.close_all(self._map)
         self._map.close()

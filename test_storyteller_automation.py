@@ -411,6 +411,13 @@ class OwnRedis:
         self.process.kill()
         self.process.wait(PATIENCE)
 
+    def mend_log(self) -> None:
+        """As its manual says after a crash. Until 7.2 at least, Redis itself cuts off only the command that it was
+        writing, not the transaction around it: then the next transaction is lost at its next start."""
+        manifest = self.folder / "appendonlydir" / "appendonly.aof.manifest"
+        command = ["redis-check-aof", "--fix", manifest.name]
+        subprocess.run(command, cwd=manifest.parent, input=b"y", stdout=subprocess.DEVNULL, check=True)
+
 
 class Clock:
     """Seconds or milliseconds that pass when the test says so."""
@@ -1250,7 +1257,16 @@ def test_a_notification_is_pending_with_its_time_once_it_was_added(store, clock)
     member, at, made = store.add(draft())
     assert (at, made) == (clock.now, True)
     assert list(store.pending(100)) == [(member, at)]
-    assert (store.pending_at(at), store.pending_at(at + 1)) == ([member], [])
+
+
+def test_one_of_ours_is_acknowledged_by_its_time_and_id(store, clock, plant):
+    member, at, _ = store.add(draft())
+    id = json.loads(member)["id"]
+    plant({**MEMBER, "id": "another"}, at)
+    assert [store.acknowledge_own(id, at + 1), store.acknowledge_own(id[:-1], at)] == [False, False]
+    assert len(members_of(store)) == 2
+    assert [store.acknowledge_own(id, at), store.acknowledge_own(id, at)] == [True, True]
+    assert [one["id"] for one in members_of(store)] == ["another"]
 
 
 def test_times_grow_even_when_the_clock_goes_back(store, clock):
@@ -1296,11 +1312,12 @@ def test_two_instances_at_once_make_one_notification_of_a_kind(store, twin):
 
 
 def test_a_notification_ends_after_7_days(store, clock):
-    _, at, _ = store.add(draft())
+    member, at, _ = store.add(draft())
     clock.now += WEEK - 1
-    assert len(members_of(store)) == len(store.pending_at(at)) == 1
+    assert len(members_of(store)) == 1
     clock.now += 1
-    assert members_of(store) == store.pending_at(at) == []
+    assert members_of(store) == []
+    assert store.acknowledge_own(json.loads(member)["id"], at) is False
 
 
 STEPS = [
@@ -1508,9 +1525,10 @@ VERBS = {
     "announce": lambda store: store.announce(T, draft()),
     "add": lambda store: store.add(draft()),
     "pending": lambda store: list(store.pending(100)),
-    "pending_at": lambda store: store.pending_at(service.now_ms()),
+    "glance": lambda store: store.glance(100, ["an-id"], [T]),
     "acknowledged": lambda store: store.acknowledged(["an-id"]),
     "acknowledge": lambda store: store.acknowledge("an-id", [b"a member"]),
+    "acknowledge_own": lambda store: store.acknowledge_own("an-id", service.now_ms()),
 }
 
 
@@ -1532,7 +1550,7 @@ def test_a_redis_that_is_silent_is_unavailable():
             store.ping()
 
 
-@pytest.mark.parametrize("verb", ["save", "announce", "add", "pending", "pending_at", "acknowledge"])
+@pytest.mark.parametrize("verb", ["save", "announce", "add", "pending", "acknowledge", "acknowledge_own"])
 def test_a_pending_key_of_another_type_is_unavailable_and_nothing_is_saved(redis_store, other_program, verb):
     other_program.set("notifications:pending", "no sorted set")
     other_program.set(f"session:{T}", "as it was")
@@ -2052,12 +2070,11 @@ def test_acknowledging_one_of_ours_reads_no_other(store, notifications, clock, p
         plant({**MEMBER, "id": f"n{number}"}, clock.now + number - backlog)
     found, _ = notifications.create(draft())
     read = []
-    for verb in ("pending", "pending_at"):
-        real = getattr(store, verb)
-        monkeypatch.setattr(store, verb, lambda *a, real=real, **k: [read.append(row) or row for row in real(*a, **k)])
+    real = store.pending
+    monkeypatch.setattr(store, "pending", lambda *given, **more: [read.append(row) or row for row in real(*given, **more)])
     for _ in range(2):
         assert notifications.acknowledge(found.id)
-    assert len(read) == 1
+    assert read == []
 
 
 def test_redis_answers_a_check_of_many_in_few_commands(redis_store, other_program):
@@ -4261,6 +4278,7 @@ def test_500_interleavings_with_kills_agree_with_a_model(request, tmp_path, kind
                 (own or actor).kill()
                 answered = actor.answer()
                 if own:
+                    own.mend_log()
                     own.start()
                 else:
                     actor.close()
