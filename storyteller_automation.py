@@ -841,9 +841,9 @@ class Store(Protocol):
         """Keep the draft's type with the session and its notification as pending, unless that type was the
         last one kept (then False)."""
 
-    def add(self, draft: Draft) -> tuple[bytes, int, bool]:
-        """Keep a notification as pending: (member, time, True). Where one that was made here for the same type
-        and session is pending: that one, and False."""
+    def add(self, drafts: Sequence[Draft]) -> list[tuple[bytes, int, bool]]:
+        """Keep notifications as pending, each (member, time, True). Where one that was made here for the same type
+        and session is pending: that one, and False. Each is a step of its own."""
 
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
         """Members not older than 7 days with their times, oldest first, read `page` at a time."""
@@ -863,8 +863,8 @@ class Store(Protocol):
         """Remove the members and mark the id, for 7 days. False, and nothing is changed, when no member was there
         and the id is not marked."""
 
-    def acknowledge_own(self, id: str, time: int) -> bool:
-        """The same for the members of exactly that time that begin with OWN_MEMBER % id."""
+    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool]:
+        """The same for the members of exactly that time that begin with OWN_MEMBER % id. Each is a step of its own."""
 
     def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
         """Keep what is known of a session token, under its SHA-256, for `ttl` ms."""
@@ -928,15 +928,21 @@ if left == -1 then redis.call('PERSIST', KEYS[6]) else redis.call('PEXPIRE', KEY
 return result
 """
 
-# KEYS: 7 index. ARGV: 5 document, 6 timestamp, 7 '1' to replace.
+# KEYS: 7 index, 8 the document under a name of its own, since a script takes 1 ms to be given 850 KB.
+# ARGV: 5 timestamp, 6 '1' to replace.
 _LUA_SAVE = f"""{_LUA_ANNOUNCE}
-if ARGV[7] ~= '1' and redis.call('EXISTS', KEYS[4], KEYS[5]) > 0 then return {{'taken'}} end
+if ARGV[6] ~= '1' and redis.call('EXISTS', KEYS[4], KEYS[5]) > 0 then
+  redis.call('DEL', KEYS[8])
+  return {{'taken'}}
+end
+if redis.call('EXISTS', KEYS[8]) == 0 then return {{'gone'}} end
 local result = {{'silent'}}
 if ARGV[4] ~= '' then result = announce() end
 if result[1] == 'late' then return result end
 local saved = math.max(ARGV[3], (redis.call('HGET', KEYS[6], 'saved') or 0) + 1)
-redis.call('SET', KEYS[4], ARGV[5], 'PX', week)
-redis.call('ZADD', KEYS[7], ARGV[6], KEYS[4])
+redis.call('RENAME', KEYS[8], KEYS[4])
+redis.call('PEXPIRE', KEYS[4], week)
+redis.call('ZADD', KEYS[7], ARGV[5], KEYS[4])
 redis.call('HSET', KEYS[6], 'saved', string.format('%d', saved))
 redis.call('PEXPIRE', KEYS[6], week)
 return result
@@ -1045,13 +1051,19 @@ def reply_of(data: bytes | bytearray, at: int) -> tuple[list[Any], int]:
     return values, at
 
 
-def exchange(connection: Any, commands: Sequence[Sequence[Any]], last: object = None) -> list[bytes]:
-    """Send commands in one round trip over a connection of redis-py; the raw reply to each. `last` is what the first
-    one was before: to compare takes 2 us, to look for the end of 100 members 200. redis-py itself takes 250 us a
-    command and up to 2.5 ms for a session, most of it for reading."""
-    connection.send_packed_command(connection.pack_commands(commands))
+def pack(*words: bytes | str | float) -> bytes:
+    """A command as Redis takes it."""
+    given = [word if isinstance(word, bytes) else str(word).encode("utf-8") for word in words]
+    return b"*%d\r\n" % len(given) + b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in given])
+
+
+def exchange(connection: Any, commands: Sequence[bytes], count: int, last: object = None) -> list[bytes]:
+    """Send packed commands in one round trip over a connection of redis-py; the raw replies, `count` of them. `last`
+    is what the first one was before: to compare takes 2 us, to look for the end of 100 members 200. redis-py itself
+    takes 250 us a command and up to 2.5 ms for a session, most of it for reading."""
+    connection.send_packed_command(commands)
     received, replies, at = bytearray(), [], 0
-    while len(replies) < len(commands):
+    while len(replies) < count:
         try:
             same = last and not replies and received.startswith(last)
             end = len(last) if same else reply_of(received, at)[1]
@@ -1099,6 +1111,7 @@ class RedisStore:
         self._away = ""  # why Redis is known to be away; "" while it is not
         self._closing = threading.Event()
         self._clock = clock
+        self._newest_given = 0  # ms; others may have given later ones
         options = self._redis.connection_pool.connection_kwargs
         options.update(decode_responses=False, protocol=2)  # the URL's own options would win
         place = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
@@ -1168,25 +1181,29 @@ class RedisStore:
     def _meta_key(timestamp: int) -> str:
         return f"storyteller:session:{timestamp}"
 
-    def _exchange(self, commands: Sequence[Sequence[Any]], last: object = None) -> list[bytes]:
+    def _exchange(self, commands: Sequence[bytes], count: int | None = None, last: object = None) -> list[bytes]:
+        """The raw reply to each command; one that is several has a `count` of its own."""
         with self._errors():
             connection = self._redis.connection_pool.get_connection()
             try:
-                return exchange(connection, commands, last)
+                return exchange(connection, [b"".join(commands)], count or len(commands), last)
             except BaseException:
                 connection.disconnect()  # what was not read would be the answer to the next
                 raise
             finally:
                 self._redis.connection_pool.release(connection)
 
-    def _state_commands(self, timestamp: int) -> list[Sequence[Any]]:
-        lengths = [("STRLEN", key) for key in self._session_keys(timestamp)]
-        return [*lengths, ("HMGET", self._meta_key(timestamp), "saved", "announced")]
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
+    def _state_commands(timestamp: int) -> bytes:
+        """Three commands, whose replies differ once the session does."""
+        lengths = [pack("STRLEN", key) for key in RedisStore._session_keys(timestamp)]
+        return b"".join([*lengths, pack("HMGET", RedisStore._meta_key(timestamp), "saved", "announced")])
 
     def session(self, timestamp: int) -> StoredSession | None:
-        texts = [("GET", key) for key in self._session_keys(timestamp)]  # MGET would hide a key of another type
+        texts = [pack("GET", key) for key in self._session_keys(timestamp)]  # MGET would hide a key of another type
         # The state first: a session that changes in between differs at the next glance.
-        *state, ours, storyarts = self._exchange([*self._state_commands(timestamp), *texts])
+        *state, ours, storyarts = self._exchange([self._state_commands(timestamp), *texts], 5)
         for reply in (ours, storyarts):
             document = reply_of(reply, 0)[0][0]
             if document is None:
@@ -1226,7 +1243,7 @@ class RedisStore:
                     continue
                 keys = [*self._session_keys(timestamp), self.INDEX, self.STORYART_INDEX]
                 with contextlib.suppress(Unavailable):  # a replica takes no writes: read on
-                    self._run(_LUA_TRIM, keys, [])
+                    self._run(_LUA_TRIM, [(keys, [])])
             if floor == -math.inf:
                 return
             below = f"({floor!r}"
@@ -1244,43 +1261,71 @@ class RedisStore:
                 return None
             raise
 
-    def _run(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> list[Any]:
-        """Run a script, which Redis knows by its SHA-1 once it has seen it. Its answer as a flat list."""
-        rest = (len(keys), *keys, *arguments)
-        reply = self._exchange([("EVALSHA", hashlib.sha1(script.encode()).hexdigest(), *rest)])[0]
-        if reply.startswith(b"-NOSCRIPT"):
-            reply = self._exchange([("EVAL", script, *rest)])[0]
-        values, _ = reply_of(reply, 0)
-        if isinstance(values[0], redis.ResponseError):
-            with self._errors():
-                raise values[0]
-        return values
+    def _run(self, script: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[list[Any]]:
+        """Run a script for each (keys, arguments), all in one round trip; each answer as a flat list."""
+        digest = hashlib.sha1(script.encode()).hexdigest()  # by which Redis knows it once it has seen it
+        rests = [(len(keys), *keys, *arguments) for keys, arguments in calls]
+        replies = self._exchange([pack("EVALSHA", digest, *rest) for rest in rests])
+        if any(reply.startswith(b"-NOSCRIPT") for reply in replies):
+            missed = [number for number, reply in enumerate(replies) if reply.startswith(b"-NOSCRIPT")]
+            again = self._exchange([pack("EVAL", script, *rests[number]) for number in missed])
+            for number, reply in zip(missed, again):
+                replies[number] = reply
+        found = [reply_of(reply, 0)[0] for reply in replies]
+        for values in found:
+            if isinstance(values[0], redis.ResponseError):
+                with self._errors():
+                    raise values[0]
+        return found
 
-    def _with_time(self, script: str, draft: Draft | None, keys: Sequence[str], *further: Any) -> list[Any]:
-        """Run a script that may add a notification, with a time that is past the newest one given so far."""
-        now = time = self._clock()
-        made = f"storyteller:made:{draft.type}:{draft.session}" if draft else "storyteller:made"
+    def _run_with_times(
+        self, script: str, drafts: Sequence[Draft | None], keys: Sequence[str] = (), *further: Any
+    ) -> list[list[Any]]:
+        """Run a script that may add a notification, for each draft with a time past the newest one given so far."""
+        found: dict[int, list[Any]] = {}
+        now = self._clock()
+        time = max(now, self._newest_given + 1)
         for _ in range(100):  # each further turn means that another instance was quicker
-            arguments = [draft.member(time) if draft else b"", time, now, *further]
-            result = self._run(script, [self.PENDING, self.NEWEST, made, *keys], arguments)
-            if result[0] != b"late":
-                return result
-            time = int(float(result[1])) + 1
+            left = [number for number in range(len(drafts)) if number not in found]
+            calls = []
+            for at, number in enumerate(left, time):
+                draft = drafts[number]
+                made = f"storyteller:made:{draft.type}:{draft.session}" if draft else "storyteller:made"
+                arguments = [draft.member(at) if draft else b"", at, now, *further]
+                calls.append(([self.PENDING, self.NEWEST, made, *keys], arguments))
+            for number, result in zip(left, self._run(script, calls)):
+                if result[0] == b"late":
+                    self._newest_given = int(float(result[1]))
+                else:
+                    found[number] = result
+                    if result[0] == b"added":
+                        self._newest_given = max(self._newest_given, int(float(result[2])))
+            if len(found) == len(drafts):
+                return [found[number] for number in range(len(drafts))]
+            time = self._newest_given + 1
         raise Unavailable("Too many notifications are being made at this moment: ask again.", 1)
 
     def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
-        keys = [*self._session_keys(timestamp), self._meta_key(timestamp), self.INDEX]
+        incoming = f"storyteller:incoming:{secrets.token_hex(8)}"
+        keys = [*self._session_keys(timestamp), self._meta_key(timestamp), self.INDEX, incoming]
         step = draft.type if draft else ""
-        result = self._with_time(_LUA_SAVE, draft, keys, step, document, timestamp, int(replace))
+        (kept,) = self._exchange([pack("SET", incoming, document, "PX", 60_000)])
+        if kept.startswith(b"-"):
+            with self._errors():
+                raise reply_of(kept, 0)[0][0]
+        (result,) = self._run_with_times(_LUA_SAVE, [draft], keys, step, timestamp, int(replace))
+        if result[0] == b"gone":
+            raise Unavailable(f"Redis at {self.place} took too long: ask again.", 1)
         return result[0] != b"taken"
 
     def announce(self, session: int, draft: Draft) -> bool:
         keys = [*self._session_keys(session), self._meta_key(session)]
-        return self._with_time(_LUA_ANNOUNCE_ALONE, draft, keys, draft.type)[0] != b"known"
+        (result,) = self._run_with_times(_LUA_ANNOUNCE_ALONE, [draft], keys, draft.type)
+        return result[0] != b"known"
 
-    def add(self, draft: Draft) -> tuple[bytes, int, bool]:
-        outcome, member, time = self._with_time(_LUA_ADD_ALONE, draft, [])
-        return member, int(float(time)), outcome == b"added"
+    def add(self, drafts: Sequence[Draft]) -> list[tuple[bytes, int, bool]]:
+        found = self._run_with_times(_LUA_ADD_ALONE, drafts)
+        return [(member, int(float(time)), outcome == b"added") for outcome, member, time in found]
 
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
         lowest: float = self._clock() - KEEP_MS + 1
@@ -1296,15 +1341,15 @@ class RedisStore:
             seen.update(member for member, score in rows if score == lowest)
 
     def glance(self, page: int, ids: Sequence[str], timestamps: Sequence[int], last: object = None) -> Glance:
-        commands: list[Sequence[Any]] = []
+        commands = []
         if page:
             lowest = self._clock() - KEEP_MS + 1
-            commands = [("ZRANGEBYSCORE", self.PENDING, lowest, "+inf", "WITHSCORES", "LIMIT", 0, page)]
+            commands.append(pack("ZRANGEBYSCORE", self.PENDING, lowest, "+inf", "WITHSCORES", "LIMIT", 0, page))
         if ids:
-            commands.append(("EXISTS", *map(self._marker, ids)))
-        for timestamp in timestamps:
-            commands += self._state_commands(timestamp)
-        replies = self._exchange(commands, last if page else None) if commands else []
+            commands.append(pack("EXISTS", *map(self._marker, ids)))
+        count = len(commands) + 3 * len(timestamps)
+        commands += map(self._state_commands, timestamps)
+        replies = self._exchange(commands, count, last if page else None) if commands else []
         pending = replies.pop(0) if page else None
         marked = replies.pop(0) != b":0\r\n" if ids else False
         states = [b"".join(replies[number : number + 3]) for number in range(0, len(replies), 3)]
@@ -1327,12 +1372,14 @@ class RedisStore:
             return {id for id, marked in zip(ids, pipe.execute()) if marked}
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
-        return self._run(_LUA_ACKNOWLEDGE, [self.PENDING, self._marker(id)], members) == [1]
+        return self._run(_LUA_ACKNOWLEDGE, [([self.PENDING, self._marker(id)], members)]) == [[1]]
 
-    def acknowledge_own(self, id: str, time: int) -> bool:
-        lowest = max(time, self._clock() - KEEP_MS + 1)
-        arguments = [lowest, time, OWN_MEMBER % id.encode()]
-        return self._run(_LUA_ACKNOWLEDGE_OWN, [self.PENDING, self._marker(id)], arguments) == [1]
+    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool]:
+        oldest = self._clock() - KEEP_MS + 1
+        calls = [
+            ([self.PENDING, self._marker(id)], [max(time, oldest), time, OWN_MEMBER % id.encode()]) for id, time in ids
+        ]
+        return [result == [1] for result in self._run(_LUA_ACKNOWLEDGE_OWN, calls)]
 
     @staticmethod
     def _marker(id: str) -> str:
@@ -1482,7 +1529,8 @@ class SqliteStore:
         try:
             with self._transaction():
                 self._purge(self._writer, self._clock())
-                tell = [self._try(change, outcome) for change, outcome in changes]
+                alone = len(changes) == 1  # needs no savepoint, which copies each page that changes
+                tell = [self._try(change, outcome, alone) for change, outcome in changes]
         except BaseException as error:
             tell = [functools.partial(outcome.set_exception, error) for _, outcome in changes]
         for one in tell:  # not before all of it is durable
@@ -1500,8 +1548,10 @@ class SqliteStore:
                     self._writer.execute("ROLLBACK")
                 raise
 
-    def _try(self, change: Callable[[sqlite3.Connection], T], outcome: Future[T]) -> Callable[[], None]:
+    def _try(self, change: Callable[[sqlite3.Connection], T], outcome: Future[T], alone: bool) -> Callable[[], None]:
         """Make the change, or leave no trace of it; returns what tells how it went."""
+        if alone:
+            return functools.partial(outcome.set_result, change(self._writer))
         self._writer.execute("SAVEPOINT change")
         try:
             with self._errors():
@@ -1589,9 +1639,9 @@ class SqliteStore:
             self._add(database, now, draft)
         return bool(changed)
 
-    def add(self, draft: Draft) -> tuple[bytes, int, bool]:
+    def add(self, drafts: Sequence[Draft]) -> list[tuple[bytes, int, bool]]:
         now = self._clock()
-        return self._write(lambda database: self._add(database, now, draft))
+        return self._write(lambda database: [self._add(database, now, draft) for draft in drafts])
 
     def _add(self, database: sqlite3.Connection, now: int, draft: Draft) -> tuple[bytes, int, bool]:
         made = f"{draft.type}:{draft.session}"
@@ -1633,25 +1683,27 @@ class SqliteStore:
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
         rows = [(member,) for member in members]
-        return self._acknowledge(id, "DELETE FROM pending WHERE member = ?", rows)
+        return self._write(lambda database: self._acknowledge(database, id, "member = ?", rows))
 
-    def acknowledge_own(self, id: str, time: int) -> bool:
-        start = OWN_MEMBER % id.encode()
-        delete = "DELETE FROM pending WHERE time = ? AND substr(member, 1, ?) = ?"
-        return self._acknowledge(id, delete, [(time, len(start), start)])
-
-    def _acknowledge(self, id: str, delete: str, rows: Sequence[tuple[Any, ...]]) -> bool:
-        now = self._clock()
-
-        def change(database: sqlite3.Connection) -> bool:
-            removed = sum(database.execute(delete, row).rowcount for row in rows)
-            if not removed:
-                marked = database.execute("SELECT 1 FROM marker WHERE id = ? AND expires > ?", (id, now)).fetchone()
-                return marked is not None
-            database.execute("INSERT OR REPLACE INTO marker (id, expires) VALUES (?, ?)", (id, now + KEEP_MS))
-            return True
+    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool]:
+        def change(database: sqlite3.Connection) -> list[bool]:
+            found = []
+            for id, at in ids:
+                start = OWN_MEMBER % id.encode()
+                row = (at, len(start), start)
+                found.append(self._acknowledge(database, id, "time = ? AND substr(member, 1, ?) = ?", [row]))
+            return found
 
         return self._write(change)
+
+    def _acknowledge(self, database: sqlite3.Connection, id: str, which: str, rows: Sequence[tuple[Any, ...]]) -> bool:
+        now = self._clock()
+        removed = sum(database.execute(f"DELETE FROM pending WHERE {which}", row).rowcount for row in rows)
+        if not removed:
+            marked = database.execute("SELECT 1 FROM marker WHERE id = ? AND expires > ?", (id, now)).fetchone()
+            return marked is not None
+        database.execute("INSERT OR REPLACE INTO marker (id, expires) VALUES (?, ?)", (id, now + KEEP_MS))
+        return True
 
     def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
         row = (digest, record, self._clock() + ttl)
@@ -1728,7 +1780,7 @@ def parse_json(data: bytes, *, from_request: bool = False) -> Any:
             parse_int=whole,
             object_pairs_hook=unique if from_request else None,
         )
-        if re.search(rb"\\u[dD][89a-fA-F]", data):
+        if b"\\u" in data and re.search(rb"\\u[dD][89a-fA-F]", data):
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair cannot be written back
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
@@ -2147,20 +2199,25 @@ class Notifications:
         """The valid ones that are not acknowledged by their own word."""
         return (one for one in self._read(iter(rows), -1) if not one.acknowledged)
 
-    def create(self, draft: Draft) -> tuple[Notification, bool]:
-        """Keep it, and True; or the one of the same type and session that is pending already, and False."""
-        member, time, made = self._store.add(draft)
-        return read_member(member, time), made
+    def create(self, drafts: Sequence[Draft]) -> list[tuple[Notification, bool]]:
+        """Keep each, and True; or the one of the same type and session that is pending already, and False."""
+        return [(read_member(member, time), made) for member, time, made in self._store.add(drafts)]
 
     def acknowledge(self, id: str) -> bool:
         """True when it was pending, or is acknowledged already."""
-        ours = re.fullmatch(r"notif_([0-9]{1,14})_[0-9a-f]{16}", id)
-        if self._store.acknowledge_own(id, int(ours[1])) if ours else self._store.acknowledge(id, []):
+        if self.acknowledge_own([id])[0] or self._store.acknowledge(id, []):
             return True
         # Another program made it, or nobody did: look through all of them.
         rows = self._store.pending(page=2000)
         members = [member for member, time in rows if self._has_id(member, time, id)]
         return bool(members) and self._store.acknowledge(id, members)
+
+    def acknowledge_own(self, ids: Sequence[str]) -> list[bool]:
+        """The same for ids that were made here, which tell their time: no search. False for any other."""
+        times = [re.fullmatch(r"notif_([0-9]{1,14})_[0-9a-f]{16}", id) for id in ids]
+        ours = [(found[0], int(found[1])) for found in times if found]
+        known = iter(self._store.acknowledge_own(ours) if ours else ())
+        return [bool(found) and next(known) for found in times]
 
     @staticmethod
     def _has_id(member: bytes, time: float, id: str) -> bool:
@@ -3134,7 +3191,7 @@ def _fits(value: Any, schema: Schema) -> bool:
         return False
     if isinstance(value, str):
         short, long = schema.get("minLength", 0), schema.get("maxLength", len(value))
-        return short <= len(value) <= long and re.fullmatch(schema.get("pattern", r"[\s\S]*"), value) is not None
+        return short <= len(value) <= long and ("pattern" not in schema or bool(re.fullmatch(schema["pattern"], value)))
     if isinstance(value, list):
         return len(value) >= schema.get("minItems", 0)
     return not is_whole(value) or schema.get("minimum", value) <= value <= schema.get("maximum", value)
@@ -3306,13 +3363,18 @@ def check_answer(found: Sequence[Notification]) -> Answer:
 
 
 def notification_create(parts: Parts, call: Call) -> Answer:
-    body = call.body
+    return created_answer(*parts.notifications.create([draft_of(call.body)])[0])
+
+
+def draft_of(body: Mapping[str, Any]) -> Draft:
     given = {
         name: body[name] for name in ("storyUuid", "episodeNumber", *TOTALS.values()) if body.get(name) is not None
     }
     fields = {name: int(value) if is_whole(value) else value for name, value in given.items()}
-    draft = draft_notification(body["type"], int(body["sessionTimestamp"]), **fields)
-    notification, made = parts.notifications.create(draft)
+    return draft_notification(body["type"], int(body["sessionTimestamp"]), **fields)
+
+
+def created_answer(notification: Notification, made: bool) -> Answer:
     return Answer(notification.as_json(), 201 if made else 200)
 
 
@@ -3320,6 +3382,10 @@ def notification_ack(parts: Parts, call: Call) -> Answer:
     id = call.path["notification_id"]
     if not parts.notifications.acknowledge(id):
         raise NotFound("Notification not found")
+    return acknowledged_answer(id)
+
+
+def acknowledged_answer(id: str) -> Answer:
     return Answer({"success": True, "notificationId": id})
 
 
@@ -3898,120 +3964,133 @@ def create_app(parts: Parts) -> bottle.Bottle:
 
 
 # ======================================================================================================
-# HTTP application: polls
+# HTTP application: the short way
 # ======================================================================================================
 
 
 @dataclass(frozen=True, eq=False)
-class Poll:
-    """A request that comes again and again in the same bytes, read once: who asks (as WSGI has it), and what for."""
+class Short:
+    """A request that may go the short way: where it came from (as WSGI has it) and what it asks for."""
 
     route: Route
     environ: Mapping[str, Any]
-    origin: str | None
-    query: Mapping[str, Any]
-    timestamp: int | None  # of the session
+    call: Call
 
 
-class Polls:
-    """The short way of what programs ask every few seconds: no thread for each, and for all that ask at one moment
-    one look at the store, which begins after they asked. Whatever is not a plain 200 goes the long way, through the
-    application; both have the same answers."""
+class ShortWay:
+    """How what programs ask all day is answered: no thread for each, and one step of the store for all that ask at
+    one moment, which begins after they asked. Whatever is not plain success goes the long way, through the
+    application. Both have the same answers; for a moment's n requests this one takes 1 hand-over instead of n."""
 
     KEPT = 512
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._front = PendingFront(parts.store, parts.notifications)
-        self._checked: dict[Any, bytes] = {}  # bodies of checks, until the front changes
-        self._read: dict[Any, Poll | None] = {}
-        polled = (gpu_status, notifications_check, prompts_status)
+        self._checked: dict[Any, Answer] = {}  # answers to checks, until the front changes
+        self._read: dict[Any, Short | None] = {}
+        handlers = (gpu_status, notifications_check, prompts_status, notification_create, notification_ack)
         self._routes = [
-            (re.compile(re.sub(r"<\w+>", "([0-9]{1,14})", route.path)), route)
+            (route.method, re.compile(re.sub(r"<(\w+)>", r"(?P<\1>[^/]+)", route.path)), route)
             for route in ROUTES
-            if route.handler in polled
+            if route.handler in handlers
         ]
 
-    def find(self, address: str, data: bytes, read: Callable[[], Mapping[str, Any] | None]) -> Poll | None:
-        """The poll that these bytes of a client are; None when they are none. What they mean is remembered."""
+    def find(self, address: str, data: bytes, read: Callable[[], dict[str, Any] | None]) -> Short | None:
+        """What these bytes of a client ask for; None when they go the long way. A poll is the same bytes each time,
+        so what they mean is remembered."""
+        if data.startswith(b"POST "):
+            return self._short_of(read())
         key = (address, data)
         if key not in self._read:
-            environ = read()
-            self._read[key] = self._poll_of(environ) if environ else None
+            self._read[key] = self._short_of(read())
             while len(self._read) > self.KEPT:
                 del self._read[next(iter(self._read))]
         return self._read[key]
 
-    def _poll_of(self, environ: Mapping[str, Any]) -> Poll | None:
-        for pattern, route in self._routes:
+    def _short_of(self, environ: dict[str, Any] | None) -> Short | None:
+        if environ is None or not is_own_host(environ.get("HTTP_HOST"), self._parts.settings):
+            return None
+        for method, pattern, route in self._routes:
             found = pattern.fullmatch(environ["PATH_INFO"])
-            if found and is_own_host(environ.get("HTTP_HOST"), self._parts.settings):
+            if found and method == environ["REQUEST_METHOD"]:
                 with contextlib.suppress(Fault):
-                    query = read_query(environ, route.query)
                     origin = known_origin(environ.get("HTTP_ORIGIN"), self._parts.settings)
-                    return Poll(route, environ, origin, query, int(found[1]) if found.groups() else None)
+                    path = found.groupdict()
+                    call = read_call(route, environ, path, self._parts.large_bodies, caller=None, origin=origin)
+                    return Short(route, environ, call)
         return None
 
-    def caller(self, poll: Poll) -> Caller | None:
+    def caller(self, short: Short) -> Caller | None:
         """Who asks, when that is known without the store and allowed."""
         with contextlib.suppress(Fault):
-            caller = self._parts.authenticator.known(poll.environ)
-            if caller and caller.may(poll.route.permission) and not self._parts.stopping.is_set():
+            caller = self._parts.authenticator.known(short.environ)
+            if caller and caller.may(short.route.permission) and not self._parts.stopping.is_set():
                 return caller
         return None
-
-    def needs_store(self, poll: Poll) -> bool:
-        return poll.route.handler is not gpu_status
 
     def ask_gpu(self) -> Future[GpuStatus]:
         return self._parts.gpu.ask()
 
-    def tell_gpu(self, status: GpuStatus) -> bytes | None:
-        return None if status.fault else to_bytes(Answer(gpu_json(status)))
+    @staticmethod
+    def tell_gpu(status: GpuStatus) -> Answer | None:
+        return None if status.fault else Answer(gpu_json(status))
 
-    def look(self, polls: Sequence[Poll]) -> list[bytes | None]:
-        """The bodies for all of them in one round trip, further ones only where something changed. Not for two
-        threads at once."""
-        front, checks = self._front, any(poll.timestamp is None for poll in polls)
-        timestamps = list({poll.timestamp for poll in polls if poll.timestamp is not None})
-        try:
-            page, ids = (front.page, front.ids) if checks else (0, ())
-            glance = self._parts.store.glance(page, ids, timestamps, front.members)
-            if checks and front.update(glance):
-                self._checked.clear()
-        except Unavailable:
-            return [None] * len(polls)
+    def look(self, shorts: Sequence[Short]) -> list[Answer | None]:
+        """The answers to polls, in one round trip; further ones only where something changed. Not for two threads at
+        once. Raises Unavailable."""
+        front, sessions = self._front, [one.call.path.get("timestamp") for one in shorts]
+        timestamps = list(set(sessions) - {None})
+        page, ids = (front.page, front.ids) if None in sessions else (0, ())
+        glance = self._parts.store.glance(page, ids, timestamps, front.members)
+        if page and front.update(glance):
+            self._checked.clear()
         states = dict(zip(timestamps, glance.sessions))
         return [
-            self._check(poll) if poll.timestamp is None else self._prompts(poll.timestamp, states[poll.timestamp])
-            for poll in polls
+            self._check(one.call.query) if timestamp is None else self._prompts(timestamp, states[timestamp])
+            for one, timestamp in zip(shorts, sessions)
         ]
 
-    def _check(self, poll: Poll) -> bytes | None:
-        key = (poll.query["type"], poll.query["limit"])
+    def _check(self, query: Mapping[str, Any]) -> Answer | None:
+        key = (query["type"], query["limit"])
         if key not in self._checked:
-            found = self._front.check(types_of(poll.query["type"]), poll.query["limit"])
+            found = self._front.check(types_of(query["type"]), query["limit"])
             if found is None:
                 return None
-            self._checked[key] = to_bytes(check_answer(found))
+            self._checked[key] = Answer(to_bytes(check_answer(found)))
         return self._checked[key]
 
-    def _prompts(self, timestamp: int, state: object) -> bytes | None:
+    def _prompts(self, timestamp: int, state: object) -> Answer | None:
         known = self._parts.sessions.known(timestamp, state)
-        return known and _prompts_body(known)
+        return known and _prompts_answer(known)
 
-    def respond(self, poll: Poll, caller: Caller, body: bytes, began: float) -> bytes:
-        """The whole answer."""
-        request_id = request_id_of(poll.environ)
-        log_request(poll.environ, request_id, caller.subject, 200, began)
+    def write(self, shorts: Sequence[Short]) -> list[Answer | None]:
+        """The answers to what was made and acknowledged, each in one step for all. Raises Unavailable; then, as ever,
+        it may have happened."""
+        notifications, answers = self._parts.notifications, [None] * len(shorts)
+        acks = [n for n, one in enumerate(shorts) if one.route.handler is notification_ack]
+        makes = [n for n, one in enumerate(shorts) if one.route.handler is notification_create]
+        ids = [shorts[n].call.path["notification_id"] for n in acks]
+        for n, id, done in zip(acks, ids, notifications.acknowledge_own(ids)):
+            answers[n] = acknowledged_answer(id) if done else None
+        if makes:
+            for n, made in zip(makes, notifications.create([draft_of(shorts[n].call.body) for n in makes])):
+                answers[n] = created_answer(*made)
+        return answers
+
+    def respond(self, short: Short, caller: Caller, answer: Answer, began: float) -> bytes:
+        """All that is sent."""
+        body, request_id = to_bytes(answer), request_id_of(short.environ)
+        log_request(short.environ, request_id, caller.subject, answer.status, began)
         told = b"X-Request-Id: %b\r\nDate: %b\r\nContent-Length: %d\r\n\r\n"
-        return _head(poll.origin) + told % (request_id.encode(), _http_date(int(time.time())), len(body)) + body
+        told %= (request_id.encode(), _http_date(int(time.time())), len(body))
+        return _head(answer.status, short.call.origin) + told + body
 
 
 @functools.lru_cache(maxsize=64)
-def _head(origin: str | None) -> bytes:
-    lines = [f"{name}: {value}\r\n" for name, value in headers_for(origin).items()]
-    return "".join(["HTTP/1.1 200 OK\r\n", *lines]).encode("latin-1")
+def _head(status: int, origin: str | None) -> bytes:
+    first = f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
+    return "".join([first, *(f"{name}: {value}\r\n" for name, value in headers_for(origin).items())]).encode("latin-1")
 
 
 @functools.lru_cache(maxsize=1)
@@ -4020,12 +4099,12 @@ def _http_date(second: int) -> bytes:
 
 
 @functools.lru_cache(maxsize=Sessions.KEPT)
-def _prompts_body(known: KnownSession) -> bytes | None:
+def _prompts_answer(known: KnownSession) -> Answer | None:
     """None where there is more to do than to answer."""
     stored, facts = known.stored, known.facts
     if facts.fault or isinstance(facts.progress, NotASession) or is_announcement_due(stored, facts):
         return None
-    return to_bytes(Answer(prompts_json(stored, facts)))
+    return Answer(to_bytes(Answer(prompts_json(stored, facts))))
 
 
 # ======================================================================================================
@@ -4107,23 +4186,31 @@ def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
 
 
 def environ_of(data: bytes, address: str, adjustments: Any) -> dict[str, Any] | None:
-    """What a GET of HTTP/1.1 without a body says, as WSGI has it, when the bytes are one and nothing else."""
-    if not data.startswith(b"GET ") or not data.endswith(b"\r\n\r\n") or len(data) > 8192:
+    """What a whole request of HTTP/1.1 says, as WSGI has it, when the bytes are one and nothing else."""
+    if len(data) > 8192 or not data.startswith((b"GET ", b"POST ")):
         return None
-    request = waitress.parser.HTTPRequestParser(adjustments)
-    whole = request.received(data) == len(data) and request.completed and not (request.error or request.empty)
-    if not whole or request.version != "1.1" or request.body_rcv is not None or request.expect_continue:
+    request, read = waitress.parser.HTTPRequestParser(adjustments), 0
+    while read < len(data) and not request.completed:
+        read += request.received(data[read:])
+    plain = request.completed and read == len(data) and not (request.error or request.empty or request.chunked)
+    if not plain or request.version != "1.1" or request.expect_continue:
         return None
     if request.headers.get("CONNECTION", "keep-alive").lower() != "keep-alive":
         return None
-    environ = {f"HTTP_{name}": value for name, value in request.headers.items()}
-    environ |= {"REQUEST_METHOD": "GET", "PATH_INFO": request.path, "bottle.raw_path": request.path}
-    return {**environ, "QUERY_STRING": request.query, "REMOTE_ADDR": address}
+    environ: dict[str, Any] = {f"HTTP_{name}": value for name, value in request.headers.items()}
+    return environ | {
+        "REQUEST_METHOD": request.command,
+        "PATH_INFO": request.path,
+        "bottle.raw_path": request.path,
+        "QUERY_STRING": request.query,
+        "REMOTE_ADDR": address,
+        "CONTENT_TYPE": request.headers.get("CONTENT_TYPE", ""),
+        "CONTENT_LENGTH": str(request.content_length),
+        "wsgi.input": request.get_body_stream(),
+    }
 
 
-def make_channel_class(
-    settings: Settings, take: Callable[[Any, bytes], bool]
-) -> type[waitress.channel.HTTPChannel]:
+def make_channel_class(settings: Settings, take: Callable[[Any, bytes], bool]) -> type[waitress.channel.HTTPChannel]:
     """A connection that gives what waitress refuses by itself (bad chunks, malformed or too large headers) our
     shape and our headers, and that first offers to take() what came."""
 
@@ -4312,12 +4399,44 @@ class Workers:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
+class Lane:
+    """A thread that serves what was gathered, all of it at once: what comes while it is at work is its next batch."""
+
+    def __init__(self, serve: Callable[[list[_Asked]], None]) -> None:
+        self.gathered: list[_Asked] = []  # in this turn of the loop
+        self._queue: queue.SimpleQueue[list[_Asked] | None] = queue.SimpleQueue()
+        self._serve = serve
+        self._thread = threading.Thread(target=self._run, name="short-way", daemon=True)
+        self._thread.start()
+
+    def hand_over(self) -> None:
+        if self.gathered:
+            self._queue.put(self.gathered)
+            self.gathered = []
+
+    def close(self, timeout: float) -> None:
+        self._queue.put(None)
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while batch := self._queue.get():
+            with contextlib.suppress(queue.Empty):
+                while more := self._queue.get_nowait():
+                    batch += more
+                self._queue.put(None)
+            self._serve(batch)
+
+
 class Server:
     """waitress with a short way for polls, and an end in order: its own shutdown drops what it holds, or leaves it
     unanswered."""
 
     def __init__(
-        self, app: Callable[..., Any], sockets: Sequence[socket.socket], settings: Settings, polls: Polls | None = None
+        self,
+        app: Callable[..., Any],
+        sockets: Sequence[socket.socket],
+        settings: Settings,
+        short_way: ShortWay | None = None,
     ) -> None:
         self._map = Watched()
         self._workers = Workers(THREADS)
@@ -4327,9 +4446,8 @@ class Server:
         for listener in listeners:
             listener.channel_class = make_channel_class(settings, self._take)
         self._trigger = listeners[0].trigger  # wakes the loop
-        self._polls = polls
-        self._gathered: list[_Asked] = []  # in this turn
-        self._batches: queue.SimpleQueue[list[_Asked] | None] = queue.SimpleQueue()
+        self._short_way = short_way
+        self._looking, self._writing = Lane(self._look), Lane(self._write)
         self._grace: float | None = None
         self._closed = False
 
@@ -4344,8 +4462,6 @@ class Server:
 
     def run(self) -> None:
         """Serve until stop() is called."""
-        reader = threading.Thread(target=self._look, name="polls", daemon=True)
-        reader.start()
         swept = time.monotonic()
         while self._grace is None:
             self._turn(1.0)
@@ -4361,8 +4477,8 @@ class Server:
         deadline = time.monotonic() + self._grace
         while time.monotonic() < deadline and any(map(self._is_busy, list(self._map.values()))):
             self._turn(0.05)
-        self._batches.put(None)
-        reader.join(max(0.0, deadline - time.monotonic()))
+        for lane in (self._looking, self._writing):
+            lane.close(max(0.0, deadline - time.monotonic()))
         self._workers.shutdown(timeout=0.5)
         self._closed = True
         waitress.wasyncore.close_all(self._map)
@@ -4370,58 +4486,60 @@ class Server:
 
     def _turn(self, seconds: float) -> None:
         self._map.turn(seconds)
-        if self._gathered:
-            self._batches.put(self._gathered)
-            self._gathered = []
+        self._looking.hand_over()
+        self._writing.hand_over()
 
     def _take(self, channel: Any, data: bytes) -> bool:
-        """Whether these bytes are a poll that goes the short way."""
-        polls, address = self._polls, channel.addr[0]
-        poll = polls and polls.find(address, data, lambda: environ_of(data, address, channel.adj))
-        caller = poll and polls.caller(poll)
+        """Whether these bytes go the short way."""
+        way, address = self._short_way, channel.addr[0]
+        short = way and way.find(address, data, lambda: environ_of(data, address, channel.adj))
+        caller = short and way.caller(short)
         if not caller:
             return False
-        asked = _Asked(channel, data, poll, caller, time.monotonic())
+        asked = _Asked(channel, data, short, caller, time.monotonic())
         channel.requests = [asked]  # nothing else is read from it until this is answered
-        if polls.needs_store(poll):
-            self._gathered.append(asked)
+        if short.route.handler is not gpu_status:
+            lane = self._looking if short.route.method == "GET" else self._writing
+            lane.gathered.append(asked)
             return True
-        status = polls.ask_gpu()
+        status = way.ask_gpu()
         if status.done():
-            self._answer([asked], [polls.tell_gpu(status.result())])
+            self._answer([asked], [way.tell_gpu(status.result())])
         else:
-            status.add_done_callback(lambda done: self._tell([asked], [polls.tell_gpu(done.result())]))
+            status.add_done_callback(lambda done: self._tell([asked], [way.tell_gpu(done.result())]))
         return True
 
-    def _look(self) -> None:
-        """In a thread: each look at the store serves all that asked while the one before it was made."""
-        while batch := self._batches.get():
-            with contextlib.suppress(queue.Empty):
-                while more := self._batches.get_nowait():
-                    batch += more
-                self._batches.put(None)
-            try:
-                bodies = self._polls.look([asked.poll for asked in batch])
-            except Exception:
-                log.exception("polls: looking at the store failed")
-                bodies = [None] * len(batch)
-            self._tell(batch, bodies)
+    def _look(self, batch: list[_Asked]) -> None:
+        self._serve(batch, self._short_way.look)
 
-    def _tell(self, batch: list[_Asked], bodies: list[bytes | None]) -> None:
+    def _write(self, batch: list[_Asked]) -> None:
+        self._serve(batch, self._short_way.write)
+
+    def _serve(self, batch: list[_Asked], serve: Callable[[list[Short]], list[Answer | None]]) -> None:
+        try:
+            answers = serve([asked.short for asked in batch])
+        except Unavailable:
+            answers = [None] * len(batch)
+        except Exception:
+            log.exception("server: the short way failed")
+            answers = [None] * len(batch)
+        self._tell(batch, answers)
+
+    def _tell(self, batch: list[_Asked], answers: list[Answer | None]) -> None:
         """Have the loop answer: a connection is its own."""
         if not self._closed:  # its descriptor would be somebody else's
-            self._trigger.pull_trigger(lambda: self._answer(batch, bodies))
+            self._trigger.pull_trigger(lambda: self._answer(batch, answers))
 
-    def _answer(self, batch: list[_Asked], bodies: list[bytes | None]) -> None:
-        for (channel, data, poll, caller, began), body in zip(batch, bodies):
+    def _answer(self, batch: list[_Asked], answers: list[Answer | None]) -> None:
+        for (channel, data, short, caller, began), answer in zip(batch, answers):
             channel.requests = []
             if not channel.connected:
                 continue
-            if body is None:
+            if answer is None:
                 channel.receive(data)
                 self._map.look_after(channel)
             else:
-                channel.reply(self._polls.respond(poll, caller, body, began))
+                channel.reply(self._short_way.respond(short, caller, answer, began))
             self._map.watch(channel)
 
     def _sweep(self, now: float) -> None:
@@ -4442,11 +4560,11 @@ class Server:
 
 
 class _Asked(NamedTuple):
-    """A poll that waits for its answer."""
+    """A request on the short way that waits for its answer."""
 
     channel: Any
     data: bytes
-    poll: Poll
+    short: Short
     caller: Caller
     began: float
 
@@ -4545,7 +4663,7 @@ def serve(settings: Settings) -> int:
         with contextlib.closing(SwarmUILauncher(settings)) as swarmui:
             parts = make_parts(settings, store, gpu, swarmui)
             sockets = open_sockets(settings.host, settings.port)
-            server = Server(create_app(parts), sockets, settings, Polls(parts))
+            server = Server(create_app(parts), sockets, settings, ShortWay(parts))
 
             def stop(grace: float) -> None:
                 if parts.stopping.is_set():  # told twice: at once

@@ -1181,6 +1181,11 @@ WEEK = 7 * 24 * 3600 * 1000
 BEATS, PROMPTS = "beats_ready", "prompts_ready"
 
 
+def add(store: service.Store, draft: service.Draft) -> tuple[bytes, int, bool]:
+    (added,) = store.add([draft])
+    return added
+
+
 def draft(type: str = PROMPTS, session: int = T) -> service.Draft:
     return service.draft_notification(type, session, storyUuid="u", episodeNumber=2, totalPrompts=48, totalBeats=50)
 
@@ -1254,18 +1259,18 @@ def test_sessions_come_newest_first_beyond_a_page(store):
 
 
 def test_a_notification_is_pending_with_its_time_once_it_was_added(store, clock):
-    member, at, made = store.add(draft())
+    member, at, made = add(store, draft())
     assert (at, made) == (clock.now, True)
     assert list(store.pending(100)) == [(member, at)]
 
 
 def test_one_of_ours_is_acknowledged_by_its_time_and_id(store, clock, plant):
-    member, at, _ = store.add(draft())
+    member, at, _ = add(store, draft())
     id = json.loads(member)["id"]
     plant({**MEMBER, "id": "another"}, at)
-    assert [store.acknowledge_own(id, at + 1), store.acknowledge_own(id[:-1], at)] == [False, False]
+    assert store.acknowledge_own([(id, at + 1), (id[:-1], at)]) == [False, False]
     assert len(members_of(store)) == 2
-    assert [store.acknowledge_own(id, at), store.acknowledge_own(id, at)] == [True, True]
+    assert store.acknowledge_own([(id, at), (id, at)]) == [True, True]
     assert [one["id"] for one in members_of(store)] == ["another"]
 
 
@@ -1274,50 +1279,50 @@ def test_times_grow_even_when_the_clock_goes_back(store, clock):
     times = []
     for number, step in enumerate([0, 0, -3_600_000, 3_600_001]):
         clock.now += step
-        times.append(store.add(draft(session=T + number))[1])
+        times.append(add(store, draft(session=T + number))[1])
     assert times == [began, began + 1, began + 2, began + 3]
     assert [one["sessionTimestamp"] for one in members_of(store)] == [T, T + 1, T + 2, T + 3]
 
 
 def test_no_time_is_given_twice_by_two_instances_at_once(store, twin):
-    adds = [lambda one=one, n=n: one.add(draft(session=T + n))[1] for n, one in enumerate((store, twin) * 8)]
+    adds = [lambda one=one, n=n: add(one, draft(session=T + n))[1] for n, one in enumerate((store, twin) * 8)]
     times = at_once(*adds)
     assert len(set(times)) == 16
     assert [at for _, at in store.pending(100)] == sorted(times)
 
 
 def test_one_of_the_same_type_and_session_is_given_again_while_it_is_pending(store):
-    first = store.add(draft())
-    assert store.add(draft()) == (*first[:2], False)
-    assert [store.add(draft(BEATS))[2], store.add(draft(session=T + 1))[2]] == [True, True]
+    first = add(store, draft())
+    assert add(store, draft()) == (*first[:2], False)
+    assert [add(store, draft(BEATS))[2], add(store, draft(session=T + 1))[2]] == [True, True]
     assert len(members_of(store)) == 3
 
 
 @pytest.mark.parametrize("end", ["acknowledged", "7 days old"])
 def test_one_of_the_same_type_and_session_is_made_anew_after_its_end(store, clock, end):
-    member, _, _ = store.add(draft())
+    member, _, _ = add(store, draft())
     if end == "acknowledged":
         store.acknowledge(json.loads(member)["id"], [member])
     else:
         clock.now += WEEK
-    again, _, made = store.add(draft())
+    again, _, made = add(store, draft())
     assert made and again != member
     assert [one for one, _ in store.pending(100)] == [again]
 
 
 def test_two_instances_at_once_make_one_notification_of_a_kind(store, twin):
-    results = at_once(*[lambda one=one: one.add(draft()) for one in (store, twin) * 4])
+    results = at_once(*[lambda one=one: add(one, draft()) for one in (store, twin) * 4])
     assert len({member for member, _, _ in results}) == 1
     assert [made for _, _, made in results].count(True) == 1
 
 
 def test_a_notification_ends_after_7_days(store, clock):
-    member, at, _ = store.add(draft())
+    member, at, _ = add(store, draft())
     clock.now += WEEK - 1
     assert len(members_of(store)) == 1
     clock.now += 1
     assert members_of(store) == []
-    assert store.acknowledge_own(json.loads(member)["id"], at) is False
+    assert store.acknowledge_own([(json.loads(member)["id"], at)]) == [False]
 
 
 STEPS = [
@@ -1348,7 +1353,7 @@ def test_a_step_is_announced_once_by_two_instances_at_the_same_moment(store, twi
 
 
 def test_a_step_is_announced_though_one_of_its_kind_ended_unacknowledged(store, clock):
-    store.add(draft())
+    add(store, draft())
     clock.now += 1
     store.save(T, b"{}", draft(BEATS))
     clock.now += WEEK - 1
@@ -1383,7 +1388,7 @@ def test_acknowledging_while_another_reads_hides_none_of_the_others(store, clock
 
 
 def test_an_id_stays_acknowledged_and_an_unknown_one_never_becomes_so(store):
-    member, _, _ = store.add(draft())
+    member, _, _ = add(store, draft())
     id = json.loads(member)["id"]
     for _ in range(2):
         assert store.acknowledge("unknown", [b"unknown"]) is False
@@ -1403,7 +1408,7 @@ def is_a_week(ms: int) -> bool:
 
 def test_redis_keys_and_types_are_those_agreed_on(redis_store, other_program, clock):
     redis_store.save(T, '{"title": "ü"}'.encode(), draft(BEATS))
-    member, _, _ = redis_store.add(draft(PROMPTS))
+    member, _, _ = add(redis_store, draft(PROMPTS))
     redis_store.acknowledge("an-id", [member])
     agreed = {key: other_program.type(key) for key in other_program.scan_iter() if not key.startswith("storyteller:")}
     assert agreed == {
@@ -1523,12 +1528,12 @@ VERBS = {
     "newest_copy": lambda store: store.newest_copy(),
     "save": lambda store: store.save(T, b"a secret document", draft()),
     "announce": lambda store: store.announce(T, draft()),
-    "add": lambda store: store.add(draft()),
+    "add": lambda store: add(store, draft()),
     "pending": lambda store: list(store.pending(100)),
     "glance": lambda store: store.glance(100, ["an-id"], [T]),
     "acknowledged": lambda store: store.acknowledged(["an-id"]),
     "acknowledge": lambda store: store.acknowledge("an-id", [b"a member"]),
-    "acknowledge_own": lambda store: store.acknowledge_own("an-id", service.now_ms()),
+    "acknowledge_own": lambda store: store.acknowledge_own([("an-id", service.now_ms())]),
 }
 
 
@@ -1680,8 +1685,8 @@ def test_while_another_process_writes_reads_go_on_and_writes_are_unavailable(tmp
             other.execute("BEGIN IMMEDIATE")
             assert store.session(T).document == b"{}"
             with pytest.raises(service.Unavailable, match="locked"):
-                store.add(draft())
-        assert store.add(draft())[2] is True
+                add(store, draft())
+        assert add(store, draft())[2] is True
 
 
 def test_threads_read_and_write_one_sqlite_store_at_once(sqlite_store):
@@ -1697,14 +1702,14 @@ def test_threads_read_and_write_one_sqlite_store_at_once(sqlite_store):
 
 def test_sqlite_ends_sessions_and_marks_after_7_days_and_removes_them(sqlite_store, clock):
     sqlite_store.save(T, b"{}", None)
-    member, _, _ = sqlite_store.add(draft())
+    member, _, _ = add(sqlite_store, draft())
     sqlite_store.acknowledge("an-id", [member])
     clock.now += WEEK - 1
     assert sqlite_store.session(T) and sqlite_store.acknowledge("an-id", [])
     clock.now += 1
     assert sqlite_store.session(T) is None and list(sqlite_store.sessions()) == []
     assert sqlite_store.acknowledge("an-id", []) is False
-    sqlite_store.add(draft(session=T + 1))
+    add(sqlite_store, draft(session=T + 1))
     with contextlib.closing(sqlite3.connect(sqlite_store.place)) as file:
         counts = [file.execute(f"SELECT count(*) FROM {name}").fetchone() for name in ("session", "pending", "marker")]
     assert counts == [(0,), (1,), (0,)]
@@ -2026,23 +2031,23 @@ def test_check_leaves_out_one_that_has_a_mark(redis_store, other_program, clock)
 
 
 def test_a_notification_of_ours_has_an_id_that_fits_into_a_path_and_the_time_it_was_given(notifications, clock):
-    found, made = notifications.create(draft())
+    found, made = notifications.create([draft()])[0]
     assert made
     assert len(found.id) <= 64 and found.id.isascii() and found.id.replace("_", "").replace("-", "").isalnum()
     assert found.timestamp == service.iso_time(int(clock.now))
-    assert notifications.create(draft()) == (found, False)
+    assert notifications.create([draft()]) == [(found, False)]
     assert notifications.check([PROMPTS], 100) == [found]
 
 
 def test_an_acknowledged_notification_is_not_shown_again_and_can_be_acknowledged_again(notifications):
-    found, _ = notifications.create(draft())
+    found, _ = notifications.create([draft()])[0]
     assert [notifications.acknowledge(found.id) for _ in range(2)] == [True, True]
     assert check(notifications) == []
 
 
 @pytest.mark.parametrize("id", ["unknown", "notif_1738195200000_0123456789abcdef", f"notif_{'9' * 15}_x"])
 def test_an_id_that_never_was_cannot_be_acknowledged(notifications, id):
-    notifications.create(draft())
+    notifications.create([draft()])
     assert [notifications.acknowledge(id) for _ in range(2)] == [False, False]
 
 
@@ -2068,10 +2073,10 @@ def test_an_id_that_another_program_made_is_found_among_all(store, notifications
 def test_acknowledging_one_of_ours_reads_no_other(store, notifications, clock, plant, monkeypatch, backlog):
     for number in range(backlog):
         plant({**MEMBER, "id": f"n{number}"}, clock.now + number - backlog)
-    found, _ = notifications.create(draft())
+    found, _ = notifications.create([draft()])[0]
     read = []
     real = store.pending
-    monkeypatch.setattr(store, "pending", lambda *given, **more: [read.append(row) or row for row in real(*given, **more)])
+    monkeypatch.setattr(store, "pending", lambda page: [read.append(row) or row for row in real(page)])
     for _ in range(2):
         assert notifications.acknowledge(found.id)
     assert read == []
@@ -2079,7 +2084,7 @@ def test_acknowledging_one_of_ours_reads_no_other(store, notifications, clock, p
 
 def test_redis_answers_a_check_of_many_in_few_commands(redis_store, other_program):
     for number in range(60):
-        redis_store.add(draft(session=T + number))
+        add(redis_store, draft(session=T + number))
     other_program.config_resetstat()
     assert len(check(service.Notifications(redis_store))) == 60
     counts = {name: row["calls"] for name, row in other_program.info("commandstats").items()}
@@ -2109,7 +2114,7 @@ def test_a_session_that_waits_for_storyswarm_announces_its_step(document, step):
 def test_what_a_session_announces_is_valid_whatever_else_it_holds(notifications, story, number, expected):
     document = episode(READY_BEAT, {"imageDecision": {"type": "NO_IMAGE"}}, promptMode="storyswarm", storyUuid=story)
     document["analyzedEpisode"]["episodeNumber"] = number
-    found, _ = notifications.create(service.due_notification(T, document, service.progress(document)))
+    found, _ = notifications.create([service.due_notification(T, document, service.progress(document))])[0]
     assert (found.type, found.session_timestamp, found.total) == (PROMPTS, T, 1)
     assert (found.story_uuid, found.episode_number) == expected
 
@@ -4124,7 +4129,7 @@ def state(sessions):
     return [[[one.type, one.session_timestamp, one.id] for one in found],
             [one and [one.document.decode(), one.announced] for one in kept]]
 verbs = {
-    "create": lambda kind, session: notifications.create(draft(kind, session))[0].id,
+    "create": lambda kind, session: notifications.create([draft(kind, session)])[0][0].id,
     "ack": notifications.acknowledge,
     "save": lambda kind, session, text: store.save(session, text.encode(), draft(kind, session)),
     "check": state,
