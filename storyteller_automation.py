@@ -880,7 +880,116 @@ class Store(Protocol):
 
 
 # ======================================================================================================
-# Stores: Redis
+# Redis: connections
+# ======================================================================================================
+
+# redis-py makes the connections (addresses, TLS, passwords, its pool) and sends; what comes back is read here, since
+# its own reading takes 250 us a command and up to 2.5 ms for a session, and gives no bytes to compare. This is all
+# that reaches below its public surface.
+
+
+class _BoundedConnect:
+    """Mixed into a connection of redis-py: looking a name up has no time-out of its own."""
+
+    def _connect(self) -> Any:
+        made: Future[Any] = Future()
+
+        def connect() -> None:
+            try:
+                made.set_result(super(_BoundedConnect, self)._connect())
+            except BaseException as error:
+                made.set_exception(error)
+
+        host = getattr(self, "host", None)
+        if host is None or is_address(host):
+            return super()._connect()
+        threading.Thread(target=connect, name="redis-connect", daemon=True).start()
+        try:
+            return made.result(timeout=self.socket_connect_timeout)
+        except concurrent.futures.TimeoutError:
+            made.add_done_callback(lambda late: late.exception() or late.result().close())
+            raise redis.TimeoutError("connecting took too long") from None
+
+
+class _Pool(redis.ConnectionPool):
+    """Connections that were idle for a while are made anew: they may have died silently (the PC slept)."""
+
+    IDLE = 5.0
+
+    def release(self, connection: Any) -> None:
+        connection.released = time.time()  # the clock on the wall goes on while the PC sleeps
+        super().release(connection)
+
+    def get_connection(self, *arguments: Any, **options: Any) -> Any:
+        connection = super().get_connection(*arguments, **options)
+        if not 0 <= time.time() - getattr(connection, "released", time.time()) < self.IDLE:
+            try:
+                connection.disconnect()
+                connection.connect()
+            except BaseException:
+                self.release(connection)  # else each outage would use up some of max_connections
+                raise
+        return connection
+
+
+def pack(*words: bytes | str | float) -> bytes:
+    """A command as Redis takes it."""
+    given = [word if isinstance(word, bytes) else str(word).encode("utf-8") for word in words]
+    return b"*%d\r\n" % len(given) + b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in given])
+
+
+def reply_of(data: bytes | bytearray, at: int = 0) -> tuple[list[Any], int]:
+    """The reply that begins at `at`, as a flat list of its values (bytes, int, None, ResponseError), and where it ends.
+    Raises IndexError when it is not whole yet."""
+    values: list[Any] = []
+    left = 1
+    while left:
+        end = data.find(b"\r\n", at)
+        if end < 0:
+            raise IndexError
+        kind, text, at = data[at : at + 1], bytes(data[at + 1 : end]), end + 2
+        left -= 1
+        if kind == b"*":
+            left += max(0, int(text))
+        elif kind == b":":
+            values.append(int(text))
+        elif kind == b"-":
+            values.append(redis.ResponseError(text.decode("utf-8", "replace")))
+        elif kind == b"+":
+            values.append(text)
+        elif text == b"-1":
+            values.append(None)
+        else:
+            end = at + int(text)
+            if end + 2 > len(data):
+                raise IndexError
+            values.append(bytes(memoryview(data)[at:end]))
+            at = end + 2
+    return values, at
+
+
+def exchange(connection: Any, commands: bytes, count: int, last: bytes | None = None) -> list[bytes]:
+    """Send packed commands in one round trip; the raw replies, `count` of them. `last` is what the first one was
+    before: to compare it takes 2 us, to find the end of 100 members 200. Raises RedisError, OSError."""
+    connection.send_packed_command([commands])
+    received, replies, at = bytearray(), [], 0
+    while len(replies) < count:
+        try:
+            same = last and not replies and received.startswith(last)
+            end = len(last) if same else reply_of(received, at)[1]
+        except IndexError:
+            data = connection._sock.recv(1 << 18)
+            if not data:
+                raise redis.ConnectionError("closed") from None
+            received += data
+            continue
+        replies.append(bytes(memoryview(received)[at:end]))
+        at = end
+    return replies
+
+
+# ======================================================================================================
+# Redis: scripts
 # ======================================================================================================
 
 # Each script is one atomic step. KEYS: 1 pending, 2 newest, 3 made. ARGV: 1 member, 2 its time, 3 now.
@@ -977,106 +1086,9 @@ end
 """
 
 
-class _BoundedConnect:
-    """Mixed into a connection of redis-py: looking a name up has no time-out of its own."""
-
-    def _connect(self) -> Any:
-        made: Future[Any] = Future()
-
-        def connect() -> None:
-            try:
-                made.set_result(super(_BoundedConnect, self)._connect())
-            except BaseException as error:
-                made.set_exception(error)
-
-        host = getattr(self, "host", None)
-        if host is None or is_address(host):
-            return super()._connect()
-        threading.Thread(target=connect, name="redis-connect", daemon=True).start()
-        try:
-            return made.result(timeout=RedisStore.CONNECT_TIMEOUT)
-        except concurrent.futures.TimeoutError:
-            made.add_done_callback(lambda late: late.exception() or late.result().close())
-            raise redis.TimeoutError("connecting took too long") from None
-
-
-class _Pool(redis.ConnectionPool):
-    """Connections that were idle for a while are made anew: they may have died silently (the PC slept)."""
-
-    IDLE = 5.0
-
-    def release(self, connection: Any) -> None:
-        connection.released = time.time()  # the clock on the wall goes on while the PC sleeps
-        super().release(connection)
-
-    def get_connection(self, *arguments: Any, **options: Any) -> Any:
-        connection = super().get_connection(*arguments, **options)
-        if not 0 <= time.time() - getattr(connection, "released", time.time()) < self.IDLE:
-            try:
-                connection.disconnect()
-                connection.connect()
-            except BaseException:
-                self.release(connection)  # else each outage would use up some of max_connections
-                raise
-        return connection
-
-
-def reply_of(data: bytes | bytearray, at: int) -> tuple[list[Any], int]:
-    """The reply that begins at `at`, as a flat list of its values (bytes, int, None, ResponseError), and where it ends;
-    IndexError when it is not whole yet."""
-    values: list[Any] = []
-    left = 1
-    while left:
-        end = data.find(b"\r\n", at)
-        if end < 0:
-            raise IndexError
-        kind, text, at = data[at], bytes(data[at + 1 : end]), end + 2
-        left -= 1
-        if kind == b"*"[0]:
-            left += max(0, int(text))
-        elif kind == b":"[0]:
-            values.append(int(text))
-        elif kind == b"-"[0]:
-            values.append(redis.ResponseError(text.decode("utf-8", "replace")))
-        elif kind == b"+"[0]:
-            values.append(text)
-        elif text == b"-1":
-            values.append(None)
-        else:
-            end = at + int(text)
-            if end + 2 > len(data):
-                raise IndexError
-            values.append(bytes(memoryview(data)[at:end]))
-            at = end + 2
-    return values, at
-
-
-def pack(*words: bytes | str | float) -> bytes:
-    """A command as Redis takes it."""
-    given = [word if isinstance(word, bytes) else str(word).encode("utf-8") for word in words]
-    return b"*%d\r\n" % len(given) + b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in given])
-
-
-def exchange(connection: Any, commands: Sequence[bytes], count: int, last: object = None) -> list[bytes]:
-    """Send packed commands in one round trip over a connection of redis-py; the raw replies, `count` of them. `last`
-    is what the first one was before: to compare takes 2 us, to look for the end of 100 members 200. redis-py itself
-    takes 250 us a command and up to 2.5 ms for a session, most of it for reading."""
-    connection.send_packed_command(commands)
-    received, replies, at = bytearray(), [], 0
-    while len(replies) < count:
-        try:
-            same = last and not replies and received.startswith(last)
-            end = len(last) if same else reply_of(received, at)[1]
-        except IndexError:
-            data = connection._sock.recv(1 << 18)
-            if not data:
-                raise redis.ConnectionError("closed") from None
-            received += data
-            continue
-        replies.append(bytes(memoryview(received)[at:end]))
-        at = end
-    return replies
-
+# ======================================================================================================
+# Stores: Redis
+# ======================================================================================================
 
 _REDIS_CODES = r"\b(READONLY|OOM|MISCONF|BUSY|NOPERM|NOAUTH|WRONGPASS|LOADING|MASTERDOWN|WRONGTYPE)\b"
 
@@ -1086,7 +1098,7 @@ class RedisStore:
     `storyteller:`."""
 
     name = "redis"
-    PENDING, LATEST = "notifications:pending", "session:latest"
+    PENDING, LATEST, TOKEN = "notifications:pending", "session:latest", "auth:session:"
     INDEX, STORYART_INDEX = "storyteller:sessions", "storyart:sessions:index"
     NEWEST = "storyteller:newest"  # the newest time that a notification was given
 
@@ -1096,45 +1108,67 @@ class RedisStore:
     LOOK_INTERVAL = 1.0  # seconds between two looks for a Redis that is away
 
     def __init__(self, url: str, clock: Callable[[], int] = now_ms) -> None:
-        # RESP2, since Redis 5 refuses HELLO 3. from_url, since Redis(...) retries, and sleeps in between.
-        pool = _Pool.from_url(
+        # RESP2, since Redis 5 refuses HELLO 3.
+        self._pool = _Pool.from_url(
             url,
             protocol=2,
             socket_timeout=self.ANSWER_TIMEOUT,
             socket_connect_timeout=self.CONNECT_TIMEOUT,
             max_connections=256,
         )
-        pool.connection_class = type("BoundedConnection", (_BoundedConnect, pool.connection_class), {})
-        self._redis: redis.Redis = redis.Redis(connection_pool=pool)
+        self._pool.connection_class = type("BoundedConnection", (_BoundedConnect, self._pool.connection_class), {})
         self._places = threading.BoundedSemaphore(self.CALLS_AT_ONCE)
         self._lock = threading.Lock()
         self._away = ""  # why Redis is known to be away; "" while it is not
         self._closing = threading.Event()
         self._clock = clock
         self._newest_given = 0  # ms; others may have given later ones
-        options = self._redis.connection_pool.connection_kwargs
+        options = self._pool.connection_kwargs
         options.update(decode_responses=False, protocol=2)  # the URL's own options would win
         place = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
         self.place = f"{place}, database {options.get('db', 0)}"
 
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Around each call: it fails at once while Redis is known to be away."""
+    def _exchange(self, *commands: bytes, count: int | None = None, last: bytes | None = None) -> list[bytes]:
+        """The raw replies, errors too. Fails at once while Redis is known to be away."""
         if self._away:
             raise self._unavailable(self._away)
         if not self._places.acquire(timeout=0.1):
             raise self._unavailable("too many calls wait for it")
         try:
-            yield
+            return self._exchange_now(b"".join(commands), count or len(commands), last)
         except (redis.RedisError, OSError, UnicodeError) as error:
-            # Not the error's text: redis-py puts the command into it, session and all.
-            code = re.search(_REDIS_CODES, str(error))
-            reason = code[1] if code else type(error).__name__
+            reason = self._reason(error)
             if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
                 self._lose(reason)
             raise self._unavailable(reason) from None
         finally:
             self._places.release()
+
+    def _exchange_now(self, commands: bytes, count: int, last: bytes | None = None) -> list[bytes]:
+        connection = self._pool.get_connection()
+        try:
+            return exchange(connection, commands, count, last)
+        except BaseException:
+            connection.disconnect()  # what was not read would be the answer to the next
+            raise
+        finally:
+            self._pool.release(connection)
+
+    def _ask(self, *commands: bytes) -> list[list[Any]]:
+        """The reply to each as a flat list. Raises Unavailable for an error too."""
+        return [self._values(reply) for reply in self._exchange(*commands)]
+
+    def _values(self, reply: bytes) -> list[Any]:
+        values, _ = reply_of(reply)
+        if values and isinstance(values[0], redis.ResponseError):
+            raise self._unavailable(self._reason(values[0]))
+        return values
+
+    @staticmethod
+    def _reason(error: Exception) -> str:
+        """Not the error's text: it may hold the command, session and all."""
+        code = re.search(_REDIS_CODES, str(error))
+        return code[1] if code else type(error).__name__
 
     def _unavailable(self, reason: str) -> Unavailable:
         return Unavailable(f"Redis at {self.place} does not answer as it should ({reason}).", 1)
@@ -1146,32 +1180,27 @@ class RedisStore:
                 return
             self._away = reason
         log.warning("store: Redis at %s is away (%s)", self.place, reason)
-        self._redis.connection_pool.disconnect(inuse_connections=False)
+        self._pool.disconnect(inuse_connections=False)
         threading.Thread(target=self._look, name="redis-look", daemon=True).start()
 
     def _look(self) -> None:
         while not self._closing.wait(self.LOOK_INTERVAL):
-            try:
-                self._ask()
-            except redis.ResponseError:
-                pass  # it answers: what it refuses is told to each call
-            except (redis.RedisError, OSError, UnicodeError):
-                continue
-            self._away = ""
-            log.warning("store: Redis at %s is back", self.place)
-            return
+            with contextlib.suppress(redis.RedisError, OSError, UnicodeError):
+                self._exchange_now(self._probe(), 1)  # an error is an answer: it is told to each call
+                self._away = ""
+                log.warning("store: Redis at %s is back", self.place)
+                return
 
-    def _ask(self) -> None:
+    def _probe(self) -> bytes:
         """A command that reads: PING is refused with MISCONF where only writes are."""
-        self._redis.exists(self.NEWEST)
+        return pack("EXISTS", self.NEWEST)
 
     def ping(self) -> None:
-        with self._errors():
-            self._ask()
+        self._ask(self._probe())
 
     def close(self) -> None:
         self._closing.set()
-        self._redis.connection_pool.disconnect()
+        self._pool.disconnect()
 
     @staticmethod
     def _session_keys(timestamp: int) -> list[str]:
@@ -1180,18 +1209,6 @@ class RedisStore:
     @staticmethod
     def _meta_key(timestamp: int) -> str:
         return f"storyteller:session:{timestamp}"
-
-    def _exchange(self, commands: Sequence[bytes], count: int | None = None, last: object = None) -> list[bytes]:
-        """The raw reply to each command; one that is several has a `count` of its own."""
-        with self._errors():
-            connection = self._redis.connection_pool.get_connection()
-            try:
-                return exchange(connection, [b"".join(commands)], count or len(commands), last)
-            except BaseException:
-                connection.disconnect()  # what was not read would be the answer to the next
-                raise
-            finally:
-                self._redis.connection_pool.release(connection)
 
     @staticmethod
     @functools.lru_cache(maxsize=4096)
@@ -1203,18 +1220,14 @@ class RedisStore:
     def session(self, timestamp: int) -> StoredSession | None:
         texts = [pack("GET", key) for key in self._session_keys(timestamp)]  # MGET would hide a key of another type
         # The state first: a session that changes in between differs at the next glance.
-        *state, ours, storyarts = self._exchange([self._state_commands(timestamp), *texts], 5)
+        *state, ours, storyarts = self._exchange(self._state_commands(timestamp), *texts, count=5)
+        saved, announced = (reply_of(state[2])[0] + [None])[:2]
         for reply in (ours, storyarts):
-            document = reply_of(reply, 0)[0][0]
-            if document is None:
-                continue
-            if isinstance(document, redis.ResponseError):
-                if not str(document).startswith("WRONGTYPE"):
-                    with self._errors():
-                        raise document
-                document = None
-            meta = reply_of(state[2], 0)[0]
-            saved, announced = (None, None) if isinstance(meta[0], redis.ResponseError) else meta
+            document = None if reply.startswith(b"-WRONGTYPE") else self._values(reply)[0]
+            if document is None and reply.startswith(b"$"):
+                continue  # there is none
+            if isinstance(saved, Exception):
+                saved = announced = None
             return StoredSession(
                 timestamp,
                 document,
@@ -1227,19 +1240,17 @@ class RedisStore:
     def sessions(self, known: Callable[[int, object], bool] = nothing_known) -> Iterator[StoredSession | int]:
         page, below = 100, "+inf"
         while True:
-            with self._errors():
-                pipe = self._redis.pipeline(transaction=False)
-                for index in (self.INDEX, self.STORYART_INDEX):
-                    pipe.zrevrangebyscore(index, below, "-inf", 0, page, withscores=True)
-                rows = pipe.execute()
+            indexes = (self.INDEX, self.STORYART_INDEX)
+            read = [pack("ZREVRANGEBYSCORE", index, below, "-inf", "WITHSCORES", "LIMIT", 0, page) for index in indexes]
+            found = [[float(score) for score in values[1::2]] for values in self._ask(*read)]
             # A full page says nothing of what lies below its last score: go no further down than that.
-            floor = max((full[-1][1] for full in rows if len(full) == page), default=-math.inf)
-            scores = {score for some in rows for _, score in some if score >= floor and math.isfinite(score)}
+            floor = max((scores[-1] for scores in found if len(scores) == page), default=-math.inf)
+            scores = {score for some in found for score in some if score >= floor and math.isfinite(score)}
             newest_first = sorted(map(int, scores), reverse=True)
             for timestamp, state in zip(newest_first, self.glance(0, (), newest_first).sessions):
-                found = timestamp if known(timestamp, state) else self.session(timestamp)
-                if found is not None:
-                    yield found
+                session = timestamp if known(timestamp, state) else self.session(timestamp)
+                if session is not None:
+                    yield session
                     continue
                 keys = [*self._session_keys(timestamp), self.INDEX, self.STORYART_INDEX]
                 with contextlib.suppress(Unavailable):  # a replica takes no writes: read on
@@ -1249,34 +1260,23 @@ class RedisStore:
             below = f"({floor!r}"
 
     def newest_copy(self) -> bytes | None:
-        with self._errors():
-            return self._get(self.LATEST)
+        return self._get(self.LATEST)
 
     def _get(self, key: str) -> bytes | None:
         """The text of a key; None also for a key of another type."""
-        try:
-            return self._redis.get(key)
-        except redis.ResponseError as error:
-            if str(error).startswith("WRONGTYPE"):
-                return None
-            raise
+        (reply,) = self._exchange(pack("GET", key))
+        return None if reply.startswith(b"-WRONGTYPE") else self._values(reply)[0]
 
     def _run(self, script: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[list[Any]]:
         """Run a script for each (keys, arguments), all in one round trip; each answer as a flat list."""
         digest = hashlib.sha1(script.encode()).hexdigest()  # by which Redis knows it once it has seen it
         rests = [(len(keys), *keys, *arguments) for keys, arguments in calls]
-        replies = self._exchange([pack("EVALSHA", digest, *rest) for rest in rests])
-        if any(reply.startswith(b"-NOSCRIPT") for reply in replies):
-            missed = [number for number, reply in enumerate(replies) if reply.startswith(b"-NOSCRIPT")]
-            again = self._exchange([pack("EVAL", script, *rests[number]) for number in missed])
-            for number, reply in zip(missed, again):
-                replies[number] = reply
-        found = [reply_of(reply, 0)[0] for reply in replies]
-        for values in found:
-            if isinstance(values[0], redis.ResponseError):
-                with self._errors():
-                    raise values[0]
-        return found
+        replies = self._exchange(*[pack("EVALSHA", digest, *rest) for rest in rests])
+        missed = [number for number, reply in enumerate(replies) if reply.startswith(b"-NOSCRIPT")]
+        if missed:
+            again = self._exchange(*[pack("EVAL", script, *rests[number]) for number in missed])
+            replies = [again.pop(0) if number in missed else reply for number, reply in enumerate(replies)]
+        return [self._values(reply) for reply in replies]
 
     def _run_with_times(
         self, script: str, drafts: Sequence[Draft | None], keys: Sequence[str] = (), *further: Any
@@ -1284,11 +1284,10 @@ class RedisStore:
         """Run a script that may add a notification, for each draft with a time past the newest one given so far."""
         found: dict[int, list[Any]] = {}
         now = self._clock()
-        time = max(now, self._newest_given + 1)
         for _ in range(100):  # each further turn means that another instance was quicker
             left = [number for number in range(len(drafts)) if number not in found]
             calls = []
-            for at, number in enumerate(left, time):
+            for at, number in enumerate(left, max(now, self._newest_given + 1)):
                 draft = drafts[number]
                 made = f"storyteller:made:{draft.type}:{draft.session}" if draft else "storyteller:made"
                 arguments = [draft.member(at) if draft else b"", at, now, *further]
@@ -1296,26 +1295,22 @@ class RedisStore:
             for number, result in zip(left, self._run(script, calls)):
                 if result[0] == b"late":
                     self._newest_given = int(float(result[1]))
-                else:
-                    found[number] = result
-                    if result[0] == b"added":
-                        self._newest_given = max(self._newest_given, int(float(result[2])))
+                    continue
+                found[number] = result
+                if result[0] == b"added":
+                    self._newest_given = max(self._newest_given, int(float(result[2])))
             if len(found) == len(drafts):
                 return [found[number] for number in range(len(drafts))]
-            time = self._newest_given + 1
         raise Unavailable("Too many notifications are being made at this moment: ask again.", 1)
 
     def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
         incoming = f"storyteller:incoming:{secrets.token_hex(8)}"
+        self._ask(pack("SET", incoming, document, "PX", 60_000))
         keys = [*self._session_keys(timestamp), self._meta_key(timestamp), self.INDEX, incoming]
         step = draft.type if draft else ""
-        (kept,) = self._exchange([pack("SET", incoming, document, "PX", 60_000)])
-        if kept.startswith(b"-"):
-            with self._errors():
-                raise reply_of(kept, 0)[0][0]
         (result,) = self._run_with_times(_LUA_SAVE, [draft], keys, step, timestamp, int(replace))
         if result[0] == b"gone":
-            raise Unavailable(f"Redis at {self.place} took too long: ask again.", 1)
+            raise self._unavailable("it took a minute")
         return result[0] != b"taken"
 
     def announce(self, session: int, draft: Draft) -> bool:
@@ -1331,45 +1326,43 @@ class RedisStore:
         lowest: float = self._clock() - KEEP_MS + 1
         seen: set[bytes] = set()  # those of the lowest score that were given already
         while True:
-            with self._errors():
-                rows = self._redis.zrangebyscore(self.PENDING, lowest, "+inf", 0, page + len(seen), withscores=True)
+            wanted = page + len(seen)
+            (reply,) = self._exchange(self._pending_command(lowest, wanted))
+            rows = self.rows_of(reply)
             yield from ((member, score) for member, score in rows if member not in seen)
-            if len(rows) < page + len(seen):
+            if len(rows) < wanted:
                 return
             if rows[-1][1] != lowest:
                 lowest, seen = rows[-1][1], set()
             seen.update(member for member, score in rows if score == lowest)
 
+    def _pending_command(self, lowest: float, count: int) -> bytes:
+        return pack("ZRANGEBYSCORE", self.PENDING, repr(lowest), "+inf", "WITHSCORES", "LIMIT", 0, count)
+
     def glance(self, page: int, ids: Sequence[str], timestamps: Sequence[int], last: object = None) -> Glance:
         commands = []
         if page:
-            lowest = self._clock() - KEEP_MS + 1
-            commands.append(pack("ZRANGEBYSCORE", self.PENDING, lowest, "+inf", "WITHSCORES", "LIMIT", 0, page))
+            commands.append(self._pending_command(self._clock() - KEEP_MS + 1, page))
         if ids:
             commands.append(pack("EXISTS", *map(self._marker, ids)))
         count = len(commands) + 3 * len(timestamps)
         commands += map(self._state_commands, timestamps)
-        replies = self._exchange(commands, count, last if page else None) if commands else []
+        replies = self._exchange(*commands, count=count, last=last if page else None) if commands else []
         pending = replies.pop(0) if page else None
         marked = replies.pop(0) != b":0\r\n" if ids else False
-        states = [b"".join(replies[number : number + 3]) for number in range(0, len(replies), 3)]
-        return Glance(None if pending and pending[:1] == b"-" else pending, marked, states)
+        return Glance(pending, marked, [b"".join(replies[first : first + 3]) for first in range(0, len(replies), 3)])
 
     def rows_of(self, pending: object) -> list[tuple[bytes, float]]:
-        values = reply_of(pending, 0)[0]
+        values = self._values(pending)
         return [(member, float(score)) for member, score in zip(values[::2], values[1::2])]
 
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
         if not ids:
             return set()
         keys = [self._marker(id) for id in ids]
-        with self._errors():
-            if not self._redis.exists(*keys):  # a marked one is seldom pending still: one short command tells
-                return set()
-            pipe = self._redis.pipeline(transaction=False)
-            for key in keys:
-                pipe.exists(key)
-            return {id for id, marked in zip(ids, pipe.execute()) if marked}
+        if self._ask(pack("EXISTS", *keys)) == [[0]]:  # a marked one is seldom pending still: one short command tells
+            return set()
+        return {id for id, found in zip(ids, self._ask(*[pack("EXISTS", key) for key in keys])) if found != [0]}
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
         return self._run(_LUA_ACKNOWLEDGE, [([self.PENDING, self._marker(id)], members)]) == [[1]]
@@ -1385,25 +1378,24 @@ class RedisStore:
     def _marker(id: str) -> str:
         return f"notifications:ack:{id}"
 
-    TOKEN = "auth:session:"
-
     def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
-        with self._errors():
-            self._redis.set(self.TOKEN + digest, record, px=ttl)
+        self._ask(pack("SET", self.TOKEN + digest, record, "PX", ttl))
 
     def token(self, digest: str) -> bytes | None:
-        with self._errors():
-            return self._get(self.TOKEN + digest)
+        return self._get(self.TOKEN + digest)
 
     def tokens(self) -> list[tuple[str, bytes]]:
-        with self._errors():  # SCAN, since only people at the command line ask
-            keys = [key.decode("utf-8", "replace") for key in self._redis.scan_iter(f"{self.TOKEN}*", 1000)]
-            found = [(key.removeprefix(self.TOKEN), self._get(key)) for key in keys]
-        return [(digest, record) for digest, record in found if record is not None]
+        keys, cursor = set(), b"0"
+        while True:  # SCAN, since only people at the command line ask
+            ((cursor, *found),) = self._ask(pack("SCAN", cursor, "MATCH", f"{self.TOKEN}*", "COUNT", 1000))
+            keys.update(key.decode("utf-8", "replace") for key in found)
+            if cursor == b"0":
+                break
+        kept = [(key.removeprefix(self.TOKEN), self._get(key)) for key in sorted(keys)]
+        return [(digest, record) for digest, record in kept if record is not None]
 
     def revoke_token(self, digest: str) -> bool:
-        with self._errors():
-            return bool(self._redis.delete(self.TOKEN + digest))
+        return self._ask(pack("DEL", self.TOKEN + digest)) == [[1]]
 
 
 # ======================================================================================================

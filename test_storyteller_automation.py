@@ -4002,7 +4002,7 @@ def test_outages_use_up_no_connection(forwarder, monkeypatch):
     monkeypatch.setattr(service._Pool, "IDLE", 0.0)
     monkeypatch.setattr(service.RedisStore, "LOOK_INTERVAL", 0.02)
     with contextlib.closing(service.RedisStore(forwarder.url)) as store:
-        store._redis.connection_pool.max_connections = 4
+        store._pool.max_connections = 4
         for _ in range(6):
             wait_until(lambda: not store._away)
             store.ping()
