@@ -8,20 +8,23 @@ The rooms of this file, each under a banner, each knowing only those above it:
 
     settings                    one table: name, default, how it is read, what it means
     errors                      the exceptions that mean an answer, each with its status
-    this system                 everything that differs between Windows, Linux and macOS
-    stores: the interface       the dozen verbs that both have; then Redis and SQLite, in the same order
-    sessions and prompts        pure functions of a document: how many prompts, is it ready, its summary
+    values                      JSON that is strict, times, whole numbers
+    this system                 what differs between Windows, Linux and macOS: files, sockets, the console; processes
+    stores: the interface       the verbs that both have; then Redis and SQLite, in the same order
+    Redis: connections          how it is asked; its scripts, each one atomic step
+    sessions                    a document (pure): how many prompts, is it ready, its summary; what is known of them
     notifications               what one is, which are valid, when a session announces one
     GPU                         the parser (pure) and the monitor (one run at a time, kept 5 s)
     SwarmUI: the probe          what answers at its URL, and whose pages it answers
     SwarmUI: the launcher       what to launch, and the one owner of the start
     authentication              tokens, permissions, trusted pages, names of this PC
-    HTTP application            what comes in; the handlers; the routes, one table; who answers
-    server                      sockets, waitress's settings with their reasons, the end in order
+    HTTP application            what comes in; the handlers; the routes, one table; who answers; the short way
+    server                      sockets and waitress's settings with their reasons; connections; how it runs and ends
     command line                serve, check, token
 
-The way of one poll: a socket of the server, the routes of its path, who calls, the check of its input, its handler,
-a verb of the store, an Answer, JSON.
+The way of a request: a connection of the server, a thread, the routes of its path, who calls, the check of its input,
+its handler, a verb of the store, an Answer, JSON. The way of a poll is shorter: a connection, what its bytes meant the
+last time, who calls, one glance of the store for all polls of that moment, an Answer that is made already.
 """
 
 from __future__ import annotations
@@ -421,7 +424,108 @@ class StartError(Exception):
 
 
 # ======================================================================================================
-# This system
+# Values: JSON, times, numbers
+# ======================================================================================================
+
+MAX_DEPTH = 100  # levels of a request's body: writing back what is nested much deeper would fail
+
+
+def parse_json(data: bytes, *, from_request: bool = False) -> Any:
+    """Strict JSON: UTF-8, no NaN or Infinity (which browsers refuse), nothing that cannot be written back; in a
+    request also no key twice, and MAX_DEPTH levels at most. Raises ValueError with what is wrong."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no JSON")
+
+    def finite(text: str) -> float:
+        number = float(text)
+        if math.isinf(number):
+            raise ValueError(f"the number {text[:40]} is too large")
+        return number
+
+    def whole(text: str) -> int:
+        if len(text) > 300:  # it may be too large for a double, as which JavaScript reads it
+            finite(text)
+        return int(text)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key is given twice")
+        return found
+
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            parse_constant=refuse,
+            parse_float=finite,
+            parse_int=whole,
+            object_pairs_hook=unique if from_request else None,
+        )
+        if b"\\u" in data and re.search(rb"\\u[dD][89a-fA-F]", data):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair cannot be written back
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except UnicodeEncodeError:
+        raise ValueError("half a surrogate pair in a string") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at character {error.pos})") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if from_request and isinstance(value, (dict, list)) and _is_deeper(value, MAX_DEPTH):
+        raise ValueError(f"nested too deeply: {MAX_DEPTH} levels at most")
+    return value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    level = [value]
+    for _ in range(levels):
+        if not level:
+            break
+        inner = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [part for parts in inner for part in parts if isinstance(part, (dict, list))]
+    return bool(level)
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+
+def iso_time(ms: int) -> str:
+    """ISO 8601 in UTC with `Z`; the milliseconds only where there are some. Raises OverflowError past year 9999."""
+    moment = _EPOCH + timedelta(milliseconds=ms)  # Windows' own conversion ends at the year 3000
+    return moment.isoformat(timespec="milliseconds" if ms % 1000 else "seconds").replace("+00:00", "Z")
+
+
+def read_time(value: object) -> int | None:
+    """Milliseconds of an ISO 8601 string (UTC unless it says otherwise) or of a number of them; None for the rest."""
+    try:
+        if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d", value):
+            moment = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", value))
+            ms = round((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() * 1000)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            ms = int(value)
+        else:
+            return None
+        iso_time(ms)
+    except (ValueError, OverflowError):
+        return None
+    return ms
+
+
+def is_whole(value: object) -> bool:
+    """5 and 5.0, not True: JSON has one kind of number, and JavaScript writes whole ones either way."""
+    return value.is_integer() if isinstance(value, float) else isinstance(value, int) and not isinstance(value, bool)
+
+
+LARGEST = 2**53  # past it a whole number is not the same in JavaScript
+
+
+def is_count(value: object) -> bool:
+    return is_whole(value) and 0 <= value <= LARGEST
+
+
+# ======================================================================================================
+# This system: files, sockets, the console
 # ======================================================================================================
 
 WINDOWS = os.name == "nt"
@@ -535,6 +639,95 @@ def _user_sid() -> str:
     return sid.value or ""
 
 
+def lock_file(path: Path) -> Any:
+    """The open file, locked until it is closed or this process ends; None when another process holds the lock.
+    What it contains can be read meanwhile."""
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - it stays open as long as the lock is held
+    try:
+        if WINDOWS:
+            import msvcrt
+
+            file.seek(1 << 20)  # past what is written: a locked byte could not be read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def descriptor_limit() -> int:
+    """How many sockets and files this process may hold; `select` on Windows takes 512 sockets."""
+    if WINDOWS:
+        return 512
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """A listening socket that no other program shares. Raises OSError."""
+    made = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        if WINDOWS:
+            # SO_REUSEADDR there lets two programs share a port; without either, a third may still take it over.
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        else:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past connections in TIME_WAIT only
+        if ":" in address:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address == "::" else 1)
+        made.bind((address, port))
+        made.listen(1024)  # on Linux two sockets may bind one port; the second to listen is refused
+        return made
+    except OSError:
+        made.close()
+        raise
+
+
+GRACE = 5.0  # seconds for requests in flight once told to stop
+CLOSING_GRACE = 3.0  # the same where Windows ends us 5 s after the console's closing
+
+
+def on_end_signal(stop: Callable[[float], None], ended: threading.Event) -> object:
+    """Call stop(grace in seconds) when this process is told to end: SIGINT, SIGTERM; on Windows Ctrl+C, Ctrl+Break,
+    and the console's closing. `ended` is to be set when all is done. Keep what it returns: Windows does not."""
+    if not WINDOWS:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: stop(GRACE))
+        return None
+
+    # Python's own signals would wait there until the main thread's select has ended, and know no closing.
+    @ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint32)
+    def told(event: int) -> bool:
+        if event in (0, 1):  # Ctrl+C, Ctrl+Break
+            stop(GRACE)
+        else:  # the window is closed, or its user logs off
+            stop(CLOSING_GRACE)
+            ended.wait(CLOSING_GRACE + 1.5)  # this process is ended as soon as this returns
+        return True
+
+    ctypes.WinDLL("kernel32").SetConsoleCtrlHandler(told, True)
+    return told
+
+
+def prepare_console(title: str | None = None) -> None:
+    """Print what the code page lacks as an escape, since UnicodeEncodeError would end us; name the window."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(errors="backslashreplace")
+    if WINDOWS and title:
+        ctypes.WinDLL("kernel32").SetConsoleTitleW(ctypes.c_wchar_p(title))
+
+
+# ======================================================================================================
+# This system: processes
+# ======================================================================================================
+
+
 def _make_job(limits: int = 0x2000) -> int:
     """A job object; unless told otherwise one that ends every process in it when it is closed, be it by our own end."""
     void, word = ctypes.c_void_p, ctypes.c_uint32
@@ -640,26 +833,6 @@ def launch_detached(program: Path, arguments: Sequence[str], folder: Path, outpu
         os.close(log_file)
 
 
-def lock_file(path: Path) -> Any:
-    """The open file, locked until it is closed or this process ends; None when another process holds the lock.
-    What it contains can be read meanwhile."""
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - it stays open as long as the lock is held
-    try:
-        if WINDOWS:
-            import msvcrt
-
-            file.seek(1 << 20)  # past what is written: a locked byte could not be read
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
-    return file
-
-
 def process_identity(pid: int) -> str | None:
     """What tells a process from a later one of the same number: when it started. None when there is none."""
     try:
@@ -689,70 +862,6 @@ def _windows_start_time(pid: int) -> str | None:
     _win32("kernel32", "GetExitCodeProcess", word, void, void)(process, ctypes.byref(code))
     _win32("kernel32", "CloseHandle", word, void)(process)
     return str(times[0]) if done and code.value == 259 else None  # STILL_ACTIVE
-
-
-def descriptor_limit() -> int:
-    """How many sockets and files this process may hold; `select` on Windows takes 512 sockets."""
-    if WINDOWS:
-        return 512
-    import resource
-
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
-
-
-def listen(address: str, port: int) -> socket.socket:
-    """A listening socket that no other program shares. Raises OSError."""
-    made = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        if WINDOWS:
-            # SO_REUSEADDR there lets two programs share a port; without either, a third may still take it over.
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        else:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past connections in TIME_WAIT only
-        if ":" in address:
-            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address == "::" else 1)
-        made.bind((address, port))
-        made.listen(1024)  # on Linux two sockets may bind one port; the second to listen is refused
-        return made
-    except OSError:
-        made.close()
-        raise
-
-
-GRACE = 5.0  # seconds for requests in flight once told to stop
-CLOSING_GRACE = 3.0  # the same where Windows ends us 5 s after the console's closing
-
-
-def on_end_signal(stop: Callable[[float], None], ended: threading.Event) -> object:
-    """Call stop(grace in seconds) when this process is told to end: SIGINT, SIGTERM; on Windows Ctrl+C, Ctrl+Break,
-    and the console's closing. `ended` is to be set when all is done. Keep what it returns: Windows does not."""
-    if not WINDOWS:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: stop(GRACE))
-        return None
-
-    # Python's own signals would wait there until the main thread's select has ended, and know no closing.
-    @ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint32)
-    def told(event: int) -> bool:
-        if event in (0, 1):  # Ctrl+C, Ctrl+Break
-            stop(GRACE)
-        else:  # the window is closed, or its user logs off
-            stop(CLOSING_GRACE)
-            ended.wait(CLOSING_GRACE + 1.5)  # this process is ended as soon as this returns
-        return True
-
-    ctypes.WinDLL("kernel32").SetConsoleCtrlHandler(told, True)
-    return told
-
-
-def prepare_console(title: str | None = None) -> None:
-    """Print what the code page lacks as an escape, since UnicodeEncodeError would end us; name the window."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(errors="backslashreplace")
-    if WINDOWS and title:
-        ctypes.WinDLL("kernel32").SetConsoleTitleW(ctypes.c_wchar_p(title))
 
 
 # ======================================================================================================
@@ -789,9 +898,9 @@ OWN_MEMBER = b'{"id":"%b",'  # how a member begins that this service wrote
 
 
 class Glance(NamedTuple):
-    """What the store says at little cost. A part that could not be read is None."""
+    """What the store says at little cost."""
 
-    pending: object  # the oldest pending members and their times: compare it, or give it to rows_of()
+    pending: object  # the oldest pending members and their times: compare it, or give it to rows_of(), which may raise
     marked: bool  # whether an id that was asked for is marked as acknowledged
     sessions: Sequence[object]  # of each, what differs once the session does; but see Store.glance
 
@@ -1232,7 +1341,7 @@ class RedisStore:
                 timestamp,
                 document,
                 int(saved) if saved else None,
-                announced.decode() if announced else None,
+                announced.decode("utf-8", "replace") if announced else None,
                 b"".join(state),
             )
         return None
@@ -1733,105 +1842,8 @@ def open_store(settings: Settings) -> Store:
 
 
 # ======================================================================================================
-# Sessions and prompts
+# Sessions: a document
 # ======================================================================================================
-
-
-MAX_DEPTH = 100  # levels of a request's body: writing back what is nested much deeper would fail
-
-
-def parse_json(data: bytes, *, from_request: bool = False) -> Any:
-    """Strict JSON: UTF-8, no NaN or Infinity (which browsers refuse), nothing that cannot be written back; in a
-    request also no key twice, and MAX_DEPTH levels at most. Raises ValueError with what is wrong."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no JSON")
-
-    def finite(text: str) -> float:
-        number = float(text)
-        if math.isinf(number):
-            raise ValueError(f"the number {text[:40]} is too large")
-        return number
-
-    def whole(text: str) -> int:
-        if len(text) > 300:  # it may be too large for a double, as which JavaScript reads it
-            finite(text)
-        return int(text)
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a key is given twice")
-        return found
-
-    try:
-        value = json.loads(
-            data.decode("utf-8"),
-            parse_constant=refuse,
-            parse_float=finite,
-            parse_int=whole,
-            object_pairs_hook=unique if from_request else None,
-        )
-        if b"\\u" in data and re.search(rb"\\u[dD][89a-fA-F]", data):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair cannot be written back
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None
-    except UnicodeEncodeError:
-        raise ValueError("half a surrogate pair in a string") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at character {error.pos})") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if from_request and isinstance(value, (dict, list)) and _is_deeper(value, MAX_DEPTH):
-        raise ValueError(f"nested too deeply: {MAX_DEPTH} levels at most")
-    return value
-
-
-def _is_deeper(value: Any, levels: int) -> bool:
-    level = [value]
-    for _ in range(levels):
-        if not level:
-            break
-        inner = [one.values() if isinstance(one, dict) else one for one in level]
-        level = [part for parts in inner for part in parts if isinstance(part, (dict, list))]
-    return bool(level)
-
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-
-
-def iso_time(ms: int) -> str:
-    """ISO 8601 in UTC with `Z`; the milliseconds only where there are some. Raises OverflowError past year 9999."""
-    moment = _EPOCH + timedelta(milliseconds=ms)  # Windows' own conversion ends at the year 3000
-    return moment.isoformat(timespec="milliseconds" if ms % 1000 else "seconds").replace("+00:00", "Z")
-
-
-def read_time(value: object) -> int | None:
-    """Milliseconds of an ISO 8601 string (UTC unless it says otherwise) or of a number of them; None for the rest."""
-    try:
-        if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d", value):
-            moment = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", value))
-            ms = round((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() * 1000)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            ms = int(value)
-        else:
-            return None
-        iso_time(ms)
-    except (ValueError, OverflowError):
-        return None
-    return ms
-
-
-def is_whole(value: object) -> bool:
-    """5 and 5.0, not True: JSON has one kind of number, and JavaScript writes whole ones either way."""
-    return value.is_integer() if isinstance(value, float) else isinstance(value, int) and not isinstance(value, bool)
-
-
-LARGEST = 2**53  # past it a whole number is not the same in JavaScript
-
-
-def is_count(value: object) -> bool:
-    return is_whole(value) and 0 <= value <= LARGEST
 
 
 class NotASession(ValueError):
@@ -1944,6 +1956,11 @@ def summary(document: dict[str, Any]) -> dict[str, Any]:
             "scenes": scenes,
         },
     }
+
+
+# ======================================================================================================
+# Sessions: what is known of them
+# ======================================================================================================
 
 
 @dataclass(frozen=True)
@@ -2256,8 +2273,6 @@ class PendingFront:
 
     def update(self, glance: Glance) -> bool:
         """Whether anything changed. Raises Unavailable."""
-        if glance.pending is None:
-            raise Unavailable("The pending notifications cannot be read.", 1)
         if glance.pending == self.members and not glance.marked:
             return False
         rows = self._store.rows_of(glance.pending)
@@ -4100,7 +4115,7 @@ def _prompts_answer(known: KnownSession) -> Answer | None:
 
 
 # ======================================================================================================
-# Server
+# Server: settings and sockets
 # ======================================================================================================
 
 CONNECTIONS = min(450, descriptor_limit() - 100)  # below what `select` on Windows takes, files and Redis beside them
@@ -4177,6 +4192,11 @@ def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
         raise
 
 
+# ======================================================================================================
+# Server: connections
+# ======================================================================================================
+
+
 def environ_of(data: bytes, address: str, adjustments: Any) -> dict[str, Any] | None:
     """What a whole request of HTTP/1.1 says, as WSGI has it, when the bytes are one and nothing else."""
     if len(data) > 8192 or not data.startswith((b"GET ", b"POST ")):
@@ -4221,21 +4241,8 @@ def make_channel_class(settings: Settings, take: Callable[[Any, bytes], bool]) -
             self.content_length = len(body)
             self.write(body)
 
-    class OneSendTask(waitress.task.WSGITask):
-        """Header and body in one."""
-
-        def write(self, data: bytes) -> None:
-            header = not self.wrote_header and self.content_length == len(data) and self.has_body
-            if not header:
-                super().write(data)
-                return
-            self.wrote_header = True
-            self.content_bytes_written = len(data)
-            self.channel.write_soon(self.build_response_header() + data)
-
     class Channel(waitress.channel.HTTPChannel):
         error_task_class = JsonErrorTask
-        task_class = OneSendTask
         active = math.inf  # when bytes last came or went
         begun: float | None = None  # when the first byte came of a request that is not whole yet
         taken: float | None = None  # when the client last took something of its answer
@@ -4351,6 +4358,11 @@ class Watched(dict[int, Any]):
 
     def close(self) -> None:
         self._selector.close()
+
+
+# ======================================================================================================
+# Server: how it runs
+# ======================================================================================================
 
 
 class Workers:
