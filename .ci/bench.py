@@ -24,6 +24,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import platform
 import re
 import select
 import shutil
@@ -50,6 +51,10 @@ import test_storyteller_automation as tests  # noqa: E402
 
 MODULE = ROOT / "storyteller_automation.py"
 API = "/api/v1"
+
+
+if not sys.platform.startswith("linux"):
+    sys.exit("This bench measures with what Linux alone has (/proc, fork, wrk, strace): run it on Linux.")
 
 
 class BenchError(Exception):
@@ -445,12 +450,12 @@ waitress.serve(app, host="127.0.0.1", port=int(os.environ["PORT"]), threads=4)
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "storyteller-bench"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 
 
 def peer_python() -> Path:
     """The Python of the peer's venv; made once, and anew when other versions are wanted."""
-    folder = cache_folder()
+    folder = cache_folder() / "storyteller-bench"
     stamp = folder / "installed.txt"
     wanted = f"{PEER_PACKAGES}{sys.version}\n"
     if not stamp.is_file() or stamp.read_text() != wanted:
@@ -684,6 +689,11 @@ class Server:
         with contextlib.closing(Client(self)) as client:
             return client.call(method, path, body)
 
+    def must_run(self) -> None:
+        if self._process.poll() is not None:
+            printed = self._output.read_text(errors="replace")[-1000:]
+            raise BenchError(f"{self.name} ended with {self._process.returncode}: {printed}")
+
     def memory(self, what: str = "VmRSS") -> float:
         """MB that it holds; `VmHWM`: that it held at most since forget_peak()."""
         text = Path(f"/proc/{self.pid}/status").read_text()
@@ -867,6 +877,7 @@ class Wrk:
                     raise BenchError(f"wrk against {server.name}, {load.path}, measured nothing: {printed[-500:]}")
                 return Run(float(rate[1]), int(count[1]))
             say(f"  void, {server.name}: {wrong[0].strip()}")
+            server.must_run()
         raise BenchError(f"{load.path} of {server.name} fails under load: {wrong[0].strip()}")
 
     def _run(self, server: Server, load: Load, connections: int, seconds: int) -> str:
@@ -881,6 +892,7 @@ class Wrk:
             command += ["--", str(next(self._numbers) * 1_000_000)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
+            server.must_run()
             raise BenchError(f"wrk failed: {done.stdout[-300:]}{done.stderr[-300:]}")
         return done.stdout
 
@@ -1072,6 +1084,12 @@ def compare_answers(ours: Server, other: Server, *calls: tuple[str, str, bytes |
         if len({json.dumps(one, sort_keys=True) for one in made.values()}) > 1:
             words = " and ".join(f"{name}: {str(one)[:500]}" for name, one in made.items())
             raise BenchError(f"{method} {path} is answered differently by {words}")
+
+
+def p99_of_checks(service: Server, rate: float) -> float:
+    """Milliseconds; the median of three runs."""
+    runs = [open_loop(service, [Stream(CHECK.path, rate, 16)], 5)[0] for _ in range(3)]
+    return statistics.median(percentile_99(one) for one in runs)
 
 
 def part(measure: Callable[[Bench], Sequence[Found]], number: int) -> Measure:
@@ -1305,7 +1323,7 @@ def check_while_searching(store: str) -> Measure:
     def measure(bench: Bench) -> Found:
         service = queue_of(bench, store, "many")
         with meanwhile(service, ("POST", f"{API}/notifications/nobody/ack", None), status=404):
-            return alone(percentile_99(open_loop(service, [Stream(CHECK.path, 100, 16)], 10)[0]))
+            return alone(p99_of_checks(service, 100))
 
     return measure
 
@@ -1337,12 +1355,12 @@ def latency(busy: bool) -> Callable[[str], Measure]:
     850 KB and saves one of 10 MB, in turns, without a pause."""
 
     def of(store: str) -> Measure:
-        return lambda bench: alone(p99_of_checks(bench, store, busy))
+        return lambda bench: alone(_latency(bench, store, busy))
 
     return of
 
 
-def p99_of_checks(bench: Bench, store: str, busy: bool) -> float:
+def _latency(bench: Bench, store: str, busy: bool) -> float:
     bench.flush("mixed")
     with bench.fresh(store, database="mixed") as service, contextlib.ExitStack() as beside:
         if busy:
@@ -1351,7 +1369,7 @@ def p99_of_checks(bench: Bench, store: str, busy: bool) -> float:
             large = STAMP + 99
             save = ("PUT", f"{API}/session/{large}", session_text(large, **LARGE_SESSION))
             beside.enter_context(meanwhile(service, ("GET", f"{API}/session/list?limit=20", None), save))
-        return percentile_99(open_loop(service, [Stream(CHECK.path, 200, 16)], 10)[0])
+        return p99_of_checks(service, 200)
 
 
 def check_beside_slow_gpu(bench: Bench) -> Found:
@@ -1541,6 +1559,13 @@ def held(row: Row, found: Found, slack: float = 0.0) -> bool:
     return found.compared <= row.target * (1 + slack)
 
 
+def circumstances() -> str:
+    redis_version = subprocess.run(["redis-server", "--version"], capture_output=True, text=True).stdout.split()[2]
+    cores = len(os.sched_getaffinity(0))
+    day = time.strftime("%Y-%m-%d")
+    return f"{day}, {cores} cores, Python {platform.python_version()}, Redis {redis_version.removeprefix('v=')}:"
+
+
 HEAD = "| what | service | beside | ratio | target | held |\n| --- | --- | --- | --- | --- | --- |"
 
 
@@ -1549,29 +1574,31 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the short rows, once each; no target counts")
     parser.add_argument("--only", metavar="REGEX", default="", help="the rows whose name matches")
     options = parser.parse_args()
-    if not sys.platform.startswith("linux"):
-        sys.exit("This bench measures with what Linux alone has (/proc, wrk, strace): run it on Linux.")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with this
     rows = [row for row in ROWS if re.search(options.only, f"{row.what} {row.other}")]
     rows = [row for row in rows if row.quick or not options.quick]
     lines, missed, errors = [], 0, 0
     with contextlib.ExitStack() as stack:
         need_program("wrk")
         need_program("redis-server")
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="storyteller-bench-")))
+        # Not in /tmp, which may be memory, where an fsync costs nothing.
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(prefix="storyteller-bench-", dir=cache_folder())
+        folder = Path(stack.enter_context(made))
         bench = Bench(folder, stack, options.quick)
         for row in rows:
             began = time.monotonic()
             try:
                 found = row.measure(bench)
-            except BenchError as error:
-                say(f"ERROR {row.what}: {error}")
+            except (BenchError, OSError, http.client.HTTPException, redis.RedisError) as error:
+                say(f"ERROR {row.what}: {type(error).__name__}: {error}")
                 lines.append(f"| {row.what} | not measured | {row.other} | | | no |")
                 errors += 1
                 continue
             lines.append(line_of(row, found))
             missed += not held(row, found, 0.1)
             say(f"{lines[-1]}  {time.monotonic() - began:.0f} s")
-    print("\n".join([HEAD, *lines]))
+    print("\n".join([circumstances(), "", HEAD, *lines]))
     if errors:
         return 2
     return 1 if missed and not options.quick else 0
