@@ -9,7 +9,8 @@ Run it by the Python of .venv, as users start the service. Prints a table in Mar
 missed by more than a tenth, 2 when something could not be measured. Linux only. wrk, strace and redis-server come
 from Debian, the peer's packages go into a venv of their own in the cache folder.
 
-The rooms: the peer and the reference; what is asked of them; servers; load; measures; the rows, one table; the report.
+The rooms: the peer and the reference; setting up; what is asked of them; servers; load; measures; the rows, one table;
+the report.
 """
 
 from __future__ import annotations
@@ -449,6 +450,15 @@ waitress.serve(app, host="127.0.0.1", port=int(os.environ["PORT"]), threads=4)
 """
 
 
+# ======================================================================================================
+# Setting up
+# ======================================================================================================
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 
@@ -480,10 +490,6 @@ def need_program(name: str, package: str | None = None) -> None:
     subprocess.run(["apt-get", "update", "-qq"], check=True)
     install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", package]
     subprocess.run(install, env=environment, stdout=subprocess.DEVNULL, check=True)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # ======================================================================================================
@@ -671,7 +677,7 @@ class Server:
         self.pid = self._process.pid
         try:
             while not self._answers():
-                if self._process.poll() is not None or time.monotonic() - began > self.PATIENCE:
+                if self.has_ended() or time.monotonic() - began > self.PATIENCE:
                     raise BenchError(f"{name} did not start: {self._output.read_text(errors='replace')[-2000:]}")
                 time.sleep(0.002)
         except BaseException:
@@ -689,8 +695,11 @@ class Server:
         with contextlib.closing(Client(self)) as client:
             return client.call(method, path, body)
 
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
     def must_run(self) -> None:
-        if self._process.poll() is not None:
+        if self.has_ended():
             printed = self._output.read_text(errors="replace")[-1000:]
             raise BenchError(f"{self.name} ended with {self._process.returncode}: {printed}")
 
@@ -801,8 +810,8 @@ class Bench:
             yield server
 
     def keep(self, name: str, start: Callable[[], Server]) -> Server:
-        """One that other rows ask for too, by its name."""
-        if name not in self._kept:
+        """One that other rows ask for too, by its name. One that ended failed a row, and fails no further one."""
+        if name not in self._kept or self._kept[name].has_ended():
             self._kept[name] = start()
             self._stack.callback(self._kept[name].close)
         return self._kept[name]
@@ -841,7 +850,7 @@ class Bench:
         return f"redis://127.0.0.1:{self.redis.port}/{DATABASES.index(database)}"
 
     def write(self, database: str = "shared") -> redis.client.Pipeline:
-        """Commands for Redis, sent when the `with` ends in execute()."""
+        """Commands for Redis, which execute() sends together."""
         return redis.Redis.from_url(self.redis_url(database), protocol=2).pipeline(transaction=False)
 
     def flush(self, database: str = "shared") -> None:
@@ -932,7 +941,8 @@ class _Asking:
     def __init__(self, stream: Stream, port: int) -> None:
         self.interval = 1 / stream.rate
         self.request = f"GET {stream.path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {tests.TOKEN}\r\n\r\n"
-        self.free = [socket.create_connection(("127.0.0.1", port)) for _ in range(stream.connections)]
+        made = (socket.create_connection(("127.0.0.1", port)) for _ in range(stream.connections))
+        self.free = collections.deque(made)  # in turn: all of them are used
         self.waiting: collections.deque[float] = collections.deque()  # the moments of those that were due
         self.busy: dict[socket.socket, tuple[float, bytearray]] = {}
         self.next_due = 0.0
@@ -943,7 +953,7 @@ class _Asking:
             self.waiting.append(self.next_due)
             self.next_due += self.interval
         while self.waiting and self.free:
-            connection = self.free.pop()
+            connection = self.free.popleft()
             self.busy[connection] = (self.waiting.popleft(), bytearray())
             connection.sendall(self.request.encode())
 
@@ -1261,6 +1271,7 @@ def shared_fsync(bench: Bench) -> Found:
 
 def fill_embedded(folder: Path, members: dict[bytes, int]) -> Path:
     """A data folder whose store holds these. By SQL, since a commit for each would take minutes."""
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     path = folder / "storyteller.sqlite3"
     tests.service.SqliteStore(path).close()
@@ -1285,6 +1296,7 @@ def queue_of(bench: Bench, store: str, size: str) -> Server:
             members[pending_member(newest + 1 + number, number, id=f"{FOREIGN}{number}")] = newest + 1 + number
         if store == "embedded":
             return bench.start_service(store, data=fill_embedded(bench.folder / f"queue-{size}", members))
+        bench.flush(size)
         add_pending(bench, members, size)
         return bench.start_service(store, size)
 
@@ -1541,15 +1553,12 @@ def figure(value: float, unit: str) -> str:
 
 
 def line_of(row: Row, found: Found) -> str:
+    ours, answer = figure(found.ours, row.unit), "yes" if held(row, found) else "no"
     if row.other:
-        beside, ratio, target = (
-            f"{row.other}: {figure(found.other, row.unit)}",
-            f"{found.compared:.2f}",
-            f"{row.target:g}",
-        )
+        cells = [row.what, ours, f"{row.other}: {figure(found.other, row.unit)}", f"{found.compared:.2f}"]
+        cells += [f"{row.target:g}", answer]
     else:
-        beside, ratio, target = "", "", f"at most {row.target:g} {row.unit}"
-    cells = [row.what, figure(found.ours, row.unit), beside, ratio, target, "yes" if held(row, found) else "no"]
+        cells = [row.what, ours, "", "", f"at most {row.target:g} {row.unit}", answer]
     return f"| {' | '.join(cells)} |"
 
 
