@@ -2269,17 +2269,19 @@ class PendingFront:
         self.members: object = None  # as Glance.pending has them
         self.ids: Sequence[str] = ()  # to be looked for among those that another program marked
         self._count = 0
+        self._marked = False
         self._shown: list[Notification] = []
 
     def update(self, glance: Glance) -> bool:
         """Whether anything changed. Raises Unavailable."""
-        if glance.pending == self.members and not glance.marked:
+        if glance.pending == self.members and not (glance.marked or self._marked):
             return False
         rows = self._store.rows_of(glance.pending)
         read = list(self._notifications.read(rows))
         marked = self._store.acknowledged([one.id for one in read])
         self._shown = [one for one in read if one.id not in marked]
-        self.members, self.ids, self._count = glance.pending, [one.id for one in read], len(rows)
+        self.members, self.ids = glance.pending, [one.id for one in read]
+        self._count, self._marked = len(rows), bool(marked)
         return True
 
     def check(self, types: Sequence[str], limit: int) -> list[Notification] | None:
@@ -4348,13 +4350,17 @@ class Watched(dict[int, Any]):
         if self.get(descriptor) is not one:
             return
         wanted = (selectors.EVENT_READ if one.readable() else 0) | (selectors.EVENT_WRITE if one.writable() else 0)
-        key = self._selector.get_map().get(descriptor)
+        key = self.watched().get(descriptor)
         if key and not wanted:
             self._selector.unregister(descriptor)
         elif key and wanted != key.events:
             self._selector.modify(descriptor, wanted, one)
         elif wanted and not key:
             self._selector.register(descriptor, wanted, one)
+
+    def watched(self) -> Mapping[int, selectors.SelectorKey]:
+        """Those of which something is waited for."""
+        return self._selector.get_map()
 
     def close(self) -> None:
         self._selector.close()

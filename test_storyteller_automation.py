@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import email.utils
 import http.client
 import http.server
+import inspect
 import io
 import json
 import os
@@ -570,10 +572,10 @@ def app(make_app: Callable[..., webtest.TestApp], store: service.Store) -> webte
 class Serving:
     """The service's Server in a thread of the test, where a limit can be made small."""
 
-    def __init__(self, app: Any, settings: service.Settings) -> None:
+    def __init__(self, app: Any, settings: service.Settings, short_way: service.ShortWay | None = None) -> None:
         sockets = service.open_sockets("127.0.0.1", 0)
         self.port = sockets[0].getsockname()[1]
-        self.server = service.Server(app, sockets, settings)
+        self.server = service.Server(app, sockets, settings, short_way)
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
 
@@ -3738,6 +3740,421 @@ def test_storyarts_own_calls_work_without_a_token(start_service, nvidia_smi, swa
     )
     with urllib.request.urlopen(probe, timeout=PATIENCE) as seen:
         assert (seen.status, seen.headers["Access-Control-Allow-Origin"]) == (200, page)
+
+
+# ======================================================================================================
+# The short way
+# ======================================================================================================
+
+
+class Polled:
+    """The service on a store, in this process, and a kept connection to it."""
+
+    def __init__(self, served: Serving, parts: service.Parts, long_way: list[str]) -> None:
+        self.port = served.port
+        self.server = served.server
+        self.parts = parts
+        self.long_way = long_way  # the paths of what went that way
+        self.connection = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], Any]:
+        """Status, headers and JSON. All of the request is sent in one go, as browsers do."""
+        data = b"" if body is None else json.dumps(body).encode()
+        headers = {"Host": "localhost", **BEARER, "Content-Type": "application/json", **headers}
+        lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        self.connection.sendall("\r\n".join([*lines, f"Content-Length: {len(data)}", "", ""]).encode() + data)
+        answer = http.client.HTTPResponse(self.connection, method=method)
+        answer.begin()
+        found = answer.status, dict(answer.headers), json.loads(answer.read() or b"null")
+        if headers.get("Connection") == "close":
+            self.connection.close()
+            self.connection = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+        return found
+
+    def close(self) -> None:
+        self.connection.close()
+
+    def channels(self) -> list[Any]:
+        """The server's ends of the connections that are open."""
+        kept = list(self.server._map.values())
+        return [one for one in kept if isinstance(one, service.waitress.channel.HTTPChannel)]
+
+    def check(self, query: str = "") -> list[str]:
+        """The ids."""
+        status, _, answer = self.ask("GET", f"/api/v1/notifications/check{query}")
+        assert status == 200, answer
+        return [one["id"] for one in answer["notifications"]]
+
+    def is_ready(self, timestamp: int = T) -> Any:
+        status, _, answer = self.ask("GET", f"/api/v1/session/{timestamp}/prompts-status")
+        assert status == 200, answer
+        return answer["promptsReady"]
+
+
+@pytest.fixture
+def poll_service(settings: service.Settings) -> Iterator[Callable[..., Polled]]:
+    with contextlib.ExitStack() as stack:
+
+        def make(store: service.Store, **changed: Any) -> Polled:
+            given = dataclasses.replace(settings, **changed)
+            gpu = service.GpuMonitor(lambda: service.GpuStatus(available=True, memory_total=8192), 3600)
+            swarmui = stack.enter_context(contextlib.closing(service.SwarmUILauncher(given)))
+            parts = service.make_parts(given, store, gpu, swarmui)
+            app, long_way = service.create_app(parts), []
+
+            def noted(environ: Any, start_response: Any) -> Any:
+                long_way.append(environ["PATH_INFO"])
+                return app(environ, start_response)
+
+            served = Serving(noted, given, service.ShortWay(parts))
+            stack.callback(served.stop)
+            made = Polled(served, parts, long_way)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+@pytest.fixture
+def polled(poll_service, store) -> Polled:
+    """On both stores."""
+    return poll_service(store)
+
+
+POLLS = [
+    pytest.param("/api/v1/gpu/status", id="gpu"),
+    pytest.param("/api/v1/notifications/check", id="check"),
+    pytest.param("/api/v1/notifications/check?type=all&limit=2", id="check with a query"),
+    pytest.param("/api/v1/notifications/check?type=beats_ready", id="check of nothing"),
+    pytest.param(f"/api/v1/session/{T}/prompts-status", id="prompts-status"),
+]
+
+
+@pytest.mark.parametrize("path", POLLS)
+def test_a_poll_has_the_same_answer_on_both_ways_and_takes_no_thread(polled, store, path):
+    store.save(T, json.dumps({**make_session(size=1000), "promptMode": "storyart"}).encode(), None)
+    for number in range(3):
+        add(store, service.draft_notification(PROMPTS, T + number, totalPrompts=number))
+    polled.ask("GET", path)  # once the long way where there is something to be learnt
+    polled.long_way.clear()
+    short = polled.ask("GET", path, Origin=PAGE)
+    assert polled.long_way == []
+    long = polled.ask("GET", path, Origin=PAGE, Connection="close")
+    assert len(polled.long_way) == 1
+    for _, headers, _ in (short, long):
+        assert re.fullmatch(r"[0-9a-f]{16}", headers.pop("X-Request-Id"))
+        assert abs(email.utils.mktime_tz(email.utils.parsedate_tz(headers.pop("Date"))) - time.time()) < 60
+    assert long[1].pop("Connection") == "close"
+    assert short == long
+
+
+def test_what_is_made_and_acknowledged_has_the_same_answers_on_both_ways(polled):
+    def answers(connection: str) -> list[Any]:
+        new = {**NOTIFICATION, "sessionTimestamp": T + len(connection), "totalPrompts": 1}
+        made = [polled.ask("POST", "/api/v1/notifications", new, Connection=connection) for _ in range(2)]
+        id = made[0][2]["id"]
+        assert polled.check() == [id]
+        ack = f"/api/v1/notifications/{id}/ack"
+        acked = [polled.ask("POST", ack, Connection=connection) for _ in range(2)]
+        assert polled.check() == []
+        own = ("id", "notificationId", "sessionTimestamp", "timestamp")
+        return [
+            [status, set(headers) - {"Connection"}, {**body, **{name: None for name in own if name in body}}]
+            for status, headers, body in made + acked
+        ]
+
+    short = answers("keep-alive")
+    assert polled.long_way == []
+    assert answers("close") == short
+    assert len(polled.long_way) == 4
+    assert [status for status, _, _ in short] == [201, 200, 200, 200]
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        pytest.param("/api/v1/notifications/check", {"Authorization": "Bearer wrong"}, 401, id="a wrong token"),
+        pytest.param("/api/v1/notifications/check", {"Host": "evil.example"}, 421, id="a name of another machine"),
+        pytest.param("/api/v1/notifications/check?limit=0", {}, 400, id="a query that does not fit"),
+        pytest.param("/api/v1/session/1/prompts-status", {}, 404, id="no such session"),
+        pytest.param("/api/v1/session/1x/prompts-status", {}, 400, id="no timestamp"),
+    ],
+)
+def test_what_is_refused_is_refused_each_time(polled, path, headers, status):
+    assert [polled.ask("GET", path, **headers)[0] for _ in range(3)] == [status] * 3
+
+
+def test_a_token_without_the_permission_is_a_403_on_the_short_way_too(polled, store):
+    token, _ = service.issue_token(store, "a", ["gpu:read"], 600, service.now_ms())
+    bearer = {"Authorization": f"Bearer {token}"}
+    paths = ["/api/v1/gpu/status", "/api/v1/notifications/check"] * 2
+    assert [polled.ask("GET", path, **bearer)[0] for path in paths] == [200, 403, 200, 403]
+
+
+def test_a_revoked_token_is_a_401_at_the_next_poll(polled, store):
+    token, caller = service.issue_token(store, "a", ["gpu:read"], 600, service.now_ms())
+    bearer = {"Authorization": f"Bearer {token}"}
+    assert [polled.ask("GET", "/api/v1/gpu/status", **bearer)[0] for _ in range(2)] == [200, 200]
+    assert polled.long_way == ["/api/v1/gpu/status"]  # once, to look the token up
+    polled.parts.authenticator.revoke(caller.digest)
+    assert polled.ask("GET", "/api/v1/gpu/status", **bearer)[0] == 401
+
+
+def test_a_change_by_another_instance_is_seen_by_the_next_check(polled, twin):
+    assert [polled.check(), polled.check()] == [[], []]
+    ids = [json.loads(add(twin, draft(session=T + number))[0])["id"] for number in range(3)]
+    assert polled.check() == polled.check() == ids
+    twin.acknowledge(ids[1], [member for member, _ in twin.pending(100) if ids[1].encode() in member])
+    assert polled.check() == [ids[0], ids[2]]
+
+
+def test_a_mark_by_another_program_is_seen_by_the_next_check(poll_service, redis_store, other_program):
+    polled = poll_service(redis_store)
+    id = json.loads(add(redis_store, draft())[0])["id"]
+    assert polled.check() == [id]
+    other_program.set(f"notifications:ack:{id}", "1")
+    assert polled.check() == polled.check() == []
+    other_program.delete(f"notifications:ack:{id}")
+    assert polled.check() == [id]
+
+
+def test_a_notification_that_ends_is_gone_from_the_next_check(polled, store, clock):
+    add(store, draft())
+    assert len(polled.check()) == 1
+    clock.now += WEEK
+    assert polled.check() == []
+
+
+def test_a_check_finds_those_behind_many_of_another_type(polled, store):
+    for number in range(250):
+        add(store, draft(BEATS, T + number))
+    id = json.loads(add(store, draft())[0])["id"]
+    assert [polled.check() for _ in range(4)] == [[id]] * 4
+    polled.long_way.clear()  # by now it looks far enough
+    assert polled.check() == [id]
+    assert polled.long_way == []
+
+
+LONGER = json.dumps(episode(READY_BEAT, {}))
+UNREADY, READY = (json.dumps(episode({"prompts": {"cinematic": text}})).encode() for text in (" ", "x"))
+
+
+def test_a_save_of_the_same_length_by_another_instance_is_seen_by_the_next_poll(polled, store, twin):
+    """Even within one millisecond, by the clock that both see."""
+    assert len(UNREADY) == len(READY)
+    store.save(T, UNREADY, None)
+    assert [polled.is_ready(), polled.is_ready()] == [False, False]
+    twin.save(T, READY, None)
+    assert [polled.is_ready(), polled.is_ready()] == [True, True]
+
+
+@pytest.mark.parametrize("key", ["session:{}", "storyart:session:{}"])
+def test_what_another_program_writes_is_seen_by_the_next_poll(poll_service, redis_store, other_program, key):
+    polled = poll_service(redis_store)
+    other_program.set(key.format(T), READY)
+    assert [polled.is_ready(), polled.is_ready()] == [True, True]
+    other_program.set(key.format(T), LONGER)
+    assert [polled.is_ready(), polled.is_ready()] == [False, False]
+    other_program.delete(key.format(T))
+    assert polled.ask("GET", f"/api/v1/session/{T}/prompts-status")[0] == 404
+
+
+def test_a_document_replaced_by_one_of_the_same_length_is_read_within_a_second_by_one_of_all(
+    redis_store, other_program
+):
+    clock = Clock(0.0)
+    sessions = service.Sessions(redis_store, clock)
+    other_program.set(f"session:{T}", UNREADY)
+    assert sessions.find(T)[1].progress.ready is False
+    other_program.set(f"session:{T}", READY)
+    (state,) = redis_store.glance(0, (), [T]).sessions
+    seen = []
+    for clock.now in (0.5, 0.85, 0.86, 0.96):
+        seen.append(sessions.known(T, state) is not None)
+    assert seen == [True, False, True, False]  # the second went to read it; past the limit nobody is told the old
+    assert sessions.find(T)[1].progress.ready is True
+    assert sessions.known(T, state).facts.progress.ready is True
+
+
+def test_a_session_that_is_found_ready_on_the_short_way_is_announced_once(poll_service, redis_store, other_program):
+    polled = poll_service(redis_store)
+    document = {**make_session(size=1000, prompts=0), "timestamp": T}
+    redis_store.save(T, json.dumps(document).encode(), None)
+    assert [polled.is_ready() for _ in range(3)] == [False] * 3
+    other_program.set(f"session:{T}", json.dumps({**make_session(size=1000), "timestamp": T}))
+    assert [polled.is_ready() for _ in range(4)] == [True] * 4
+    assert len(polled.check()) == 1
+
+
+def test_an_announcement_that_failed_is_due_at_the_very_next_poll(polled, store, monkeypatch):
+    store.save(T, json.dumps(make_session(size=1000)).encode(), None)
+    announce = store.announce
+
+    def fail(*given: Any) -> None:
+        raise service.Unavailable("no room")
+
+    monkeypatch.setattr(store, "announce", fail)
+    assert [polled.is_ready(), polled.check()] == [True, []]
+    monkeypatch.setattr(store, "announce", announce)
+    assert polled.is_ready() is True
+    assert len(polled.check()) == 1
+
+
+def test_an_unchanged_session_is_neither_fetched_nor_read_again(polled, store, monkeypatch):
+    store.save(T, READY, None)
+    polled.is_ready()
+    for verb in ("session", "sessions"):
+        monkeypatch.setattr(store, verb, None)
+    assert polled.is_ready() is True
+
+
+def test_a_document_that_was_read_before_is_known_by_its_digest(store, monkeypatch):
+    sessions = service.Sessions(store)
+    store.save(T, READY, None)
+    store.save(T + 1, READY, None)
+    assert sessions.find(T)[1].progress.ready is True
+    monkeypatch.setattr(service, "read_session", None)
+    assert sessions.find(T + 1)[1].progress.ready is True
+
+
+def test_what_is_known_of_sessions_and_requests_is_bounded(polled, store, monkeypatch):
+    monkeypatch.setattr(service.Sessions, "KEPT", 3)
+    monkeypatch.setattr(service.ShortWay, "KEPT", 3)
+    for number in range(6):
+        store.save(T + number, json.dumps({**json.loads(READY), "number": number}).encode(), None)
+        assert polled.is_ready(T + number) is True
+    sessions = polled.parts.sessions
+    assert [len(sessions._known), len(sessions._facts)] == [3, 3]
+    assert [polled.is_ready(T + number) for number in range(6)] == [True] * 6
+
+
+def raw_answers(port: int, *requests: bytes) -> list[dict[str, Any]]:
+    """The JSON of as many answers as requests, sent in one go."""
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
+        client.sendall(b"".join(requests))
+        found = []
+        with client.makefile("rb") as stream:
+            for _ in requests:
+                status = int(stream.readline().split()[1])
+                length = int(http.client.parse_headers(stream)["Content-Length"])
+                found.append({"status": status, **json.loads(stream.read(length))})
+        return found
+
+
+def test_polls_that_come_together_are_answered_in_their_order(polled, store):
+    store.save(T, READY, None)
+    head = f"Host: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
+    paths = ["/api/v1/notifications/check", f"/api/v1/session/{T}/prompts-status", "/api/v1/gpu/status"] * 2
+    answers = raw_answers(polled.port, *[f"GET {path} HTTP/1.1\r\n{head}".encode() for path in paths])
+    assert [one["status"] for one in answers] == [200] * 6
+    assert ["notifications" in answers[n] and "promptsReady" in answers[n + 1] for n in (0, 3)] == [True, True]
+
+
+def test_a_client_that_leaves_or_sends_more_while_it_waits_harms_nobody(poll_service, redis_url, forwarder):
+    with contextlib.closing(service.RedisStore(forwarder.url)) as store:
+        polled = poll_service(store)
+        assert polled.check() == []
+        forwarder.hang()
+        head = f"Host: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
+        poll = f"GET /api/v1/notifications/check HTTP/1.1\r\n{head}".encode()
+        clients = [socket.create_connection(("127.0.0.1", polled.port), PATIENCE) for _ in range(2)]
+        with clients[0] as leaves, clients[1] as stays:
+            for client in clients:
+                client.sendall(poll)
+            wait_until(lambda: sum(bool(one.requests) for one in polled.channels()) == 2)
+            leaves.close()
+            stays.sendall(poll)
+            wait_until(lambda: sum(one._fileno in polled.server._map.watched() for one in polled.channels()) == 1)
+            forwarder.mend()
+            with stays.makefile("rb") as stream:
+                for _ in range(2):
+                    assert stream.readline().startswith(b"HTTP/1.1 200")
+                    stream.read(int(http.client.parse_headers(stream)["Content-Length"]))
+        assert polled.check() == []
+
+
+def test_all_that_ask_while_the_store_is_looked_at_are_told_by_one_look_more(poll_service, sqlite_store, monkeypatch):
+    polled, looks, go_on = poll_service(sqlite_store), [], threading.Event()
+    glance = sqlite_store.glance
+
+    def slow_glance(*given: Any) -> Any:
+        looks.append(given)
+        assert go_on.wait(PATIENCE)
+        return glance(*given)
+
+    monkeypatch.setattr(sqlite_store, "glance", slow_glance)
+    clients = [http.client.HTTPConnection("127.0.0.1", polled.port, timeout=PATIENCE) for _ in range(20)]
+    for client in clients:
+        client.request("GET", "/api/v1/notifications/check", headers=BEARER)
+    wait_until(lambda: sum(bool(one.requests) for one in polled.channels()) == 20)
+    go_on.set()
+    assert {client.getresponse().status for client in clients} == {200}
+    for client in clients:
+        client.close()
+    assert len(looks) <= 3 and polled.long_way == []
+
+
+@pytest.mark.parametrize("verb", ["look", "write"])
+def test_what_fails_on_the_short_way_goes_the_long_one(polled, monkeypatch, verb, caplog):
+    def fail(*given: Any) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(service.ShortWay, verb, fail)
+    new = {**NOTIFICATION, "totalPrompts": 1}
+    assert polled.ask("POST", "/api/v1/notifications", new)[0] == 201
+    assert len(polled.check()) == 1
+    assert "a fault of ours" in caplog.text
+
+
+def test_many_writers_share_one_commit(sqlite_store):
+    statements: list[str] = []
+    sqlite_store._writer.set_trace_callback(statements.append)
+    with sqlite_store._writer_lock:  # somebody commits
+        pool = ThreadPoolExecutor(8)
+        written = [pool.submit(sqlite_store.save, T + number, b"{}", None) for number in range(8)]
+        wait_until(lambda: len(sqlite_store._waiting) == 8)
+    with pool:
+        assert [one.result(PATIENCE) for one in written] == [True] * 8
+    assert statements.count("COMMIT") == 1
+    assert len(list(sqlite_store.sessions())) == 8
+
+
+def test_a_change_that_fails_takes_no_other_with_it(sqlite_store):
+    def bad_member(time: int) -> bytes:
+        raise RuntimeError("no member")
+
+    with sqlite_store._writer_lock:
+        pool = ThreadPoolExecutor(3)
+        written = [
+            pool.submit(sqlite_store.save, T + number, b"{}", service.Draft(PROMPTS, T, bad_member) if number else None)
+            for number in (0, 1, 2)
+        ]
+        wait_until(lambda: len(sqlite_store._waiting) == 3)
+    with pool:
+        assert [type(one.exception(PATIENCE)) for one in written] == [type(None), RuntimeError, RuntimeError]
+    assert [one.timestamp for one in sqlite_store.sessions()] == [T]
+
+
+def test_a_writer_that_waits_too_long_has_changed_nothing(sqlite_store, monkeypatch):
+    monkeypatch.setattr(service.SqliteStore, "WAIT", 0.05)
+    with sqlite_store._writer_lock, pytest.raises(service.Unavailable):
+        sqlite_store.save(T, b"{}", None)
+    sqlite_store.save(T + 1, b"{}", None)
+    assert [one.timestamp for one in sqlite_store.sessions()] == [T + 1]
+
+
+def test_what_is_used_below_the_public_surface_of_the_libraries_is_there():
+    """Where this fails after an update: look at "Redis: connections" and "Server: connections"."""
+    connection = redis.Connection(host="127.0.0.1", port=1)
+    assert connection._sock is None
+    assert [callable(getattr(connection, name)) for name in ("_connect", "send_packed_command")] == [True, True]
+    assert connection.socket_connect_timeout > 0
+    channel = service.waitress.channel.HTTPChannel
+    for name in ("readable", "writable", "received", "write_soon", "send", "handle_close", "service"):
+        assert callable(getattr(channel, name)), name
+    assert (channel.request, channel.total_outbufs_len) == (None, 0)
+    assert "_dispatcher" in inspect.signature(service.waitress.server.create_server).parameters
+    assert [callable(getattr(service.waitress.wasyncore, name)) for name in ("read", "write")] == [True, True]
 
 
 # ======================================================================================================
