@@ -2103,10 +2103,10 @@ def call(url: str, seconds: float, *, data: bytes | None = None, headers: Mappin
         request = urllib.request.Request(url, data=data, headers=dict(headers))
         with opener.open(request, timeout=seconds) as response:
             body = b""
-            while len(body) < 65536 and (piece := response.read1(65536 - len(body))):
+            while time.monotonic() < deadline and (piece := response.read1(65536 - len(body))):
                 body += piece
-                if time.monotonic() > deadline:
-                    raise TimeoutError("timed out")
+            if time.monotonic() >= deadline:  # what came before the cut is no answer
+                raise TimeoutError("timed out")
             return Reply(response.status, response.headers, body)
     except (OSError, http.client.HTTPException) as error:
         if time.monotonic() >= deadline and not _is_refusal(error):
