@@ -82,12 +82,25 @@ sys.exit(act.get("exit", 0))
 """
 
 # SwarmUI 0.9.8.2, as far as this service meets it: POST with JSON, never GET. `plan`: {"delay": seconds until it
-# listens, "print": text, "exit": code to end with at once, "answer": [status, headers, body] instead of the usual}.
+# listens, "after": a file that must be there before, "print": text, "flood": so many MB more, "key": whether it waits
+# for one, "child": whether it starts one, "exit": code to end with at once, "once": a file that tells it that it did,
+# "answer": [status, headers, body] instead of the usual, "raw": [text, then] for each request, where `then` is the
+# end, silence, or the last letter for ever}.
 SWARMUI = """
-import http.server, time
+import http.server, subprocess, time
 hold_leash(plan["leash"])
-sys.stdout.write(plan.get("print", "")); sys.stdout.flush()
-if "exit" in plan:
+sys.stdout.buffer.write(plan.get("print", "").encode("utf-8", "surrogateescape"))
+for _ in range(plan.get("flood", 0)):
+    sys.stdout.buffer.write(b"x" * 999_999 + b"\\n")
+sys.stdout.flush()
+if "key" in plan:
+    sys.stdin.read(1)
+if "child" in plan:
+    code = plan["leash_code"] + "hold_leash(int(sys.argv[1])); threading.Event().wait()"
+    subprocess.Popen([sys.executable, "-c", code, str(plan["leash"])])
+if "exit" in plan and not os.path.exists(plan.get("once", "")):
+    if "once" in plan:
+        open(plan["once"], "w").close()
     sys.exit(plan["exit"])
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -125,8 +138,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(400, {}, json.dumps({"error_id": "bad_route", "error": "Unknown API route."}))
     def log_message(self, *arguments):
         print("[Info] call of", self.path, flush=True)
+def speak(connection):
+    text, then = plan["raw"]
+    with connection:
+        request = connection.recv(65536)
+        while not request.endswith(b"{}"):
+            request += connection.recv(65536)
+        connection.sendall(text.encode())
+        while then == "the last letter for ever":
+            time.sleep(0.02)
+            connection.sendall(text[-1].encode())
+        if then == "silence":
+            threading.Event().wait()
 time.sleep(plan.get("delay", 0))
+while not os.path.exists(plan.get("after", ".")):
+    time.sleep(0.01)
 port = int(sys.argv[sys.argv.index("--port") + 1])
+if "raw" in plan:
+    listener = socket.create_server(("127.0.0.1", port))
+    while True:
+        threading.Thread(target=speak, args=[listener.accept()[0]], daemon=True).start()
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
@@ -1122,6 +1153,16 @@ def test_a_launch_script_is_run_in_a_folder_with_a_space_and_an_ampersand(tmp_pa
     launched = service.launch_detached(script, arguments, folder, tmp_path / "log")
     assert leash.next().report["arguments"] == arguments
     assert launched.wait(PATIENCE) == 0
+
+
+def test_a_process_is_told_from_a_later_one_of_its_number():
+    identity = service.process_identity(os.getpid())
+    assert identity
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        assert service.process_identity(other.pid) not in (None, identity)
+        other.kill()
+        wait_until(lambda: service.process_identity(other.pid) is None)  # though nobody has waited for it
+    assert service.process_identity(os.getpid()) == identity
 
 
 def test_a_port_is_not_shared():
@@ -4492,6 +4533,274 @@ def test_caches_limits_and_waits_hold_when_the_clock_is_set(
         assert [running.call("GET", "/health")[0] for _ in range(10)] == [200] * 10
         slow.sendall(b"\r\n")
         assert slow.recv(100).startswith(b"HTTP/1.1 200")
+
+
+# ------------------------------------------------------------------------------- SwarmUI misbehaves ----
+
+
+def zombies() -> list[str]:
+    """Children of this process that ended and that nobody waited for; on Windows there are none."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text(errors="replace").rpartition(")")[2].split()
+            if fields[:2] == ["Z", str(os.getpid())]:
+                found.append(stat.parent.name)
+    return found
+
+
+@pytest.fixture
+def nothing_left(leash: Leash) -> Iterator[Callable[[], None]]:
+    """Fails where an attempt that is over left a thread; and, once SwarmUI is gone, a thread or a zombie."""
+    before = set(threading.enumerate())
+
+    def further() -> set[str]:
+        return {thread.name for thread in set(threading.enumerate()) - before}
+
+    def check() -> None:
+        wait_until(lambda: further() <= {"swarmui-watch"})  # which waits for the end of one that lives
+
+    yield check
+    leash.close()
+    wait_until(lambda: not further())
+    wait_until(lambda: not zombies())
+
+
+IN_TIME = 5.0  # seconds beside the start's own, since this machine may be busy
+SLOW_START = {"start_timeout": 8.0} if service.WINDOWS else {"start_timeout": 1.0}
+
+
+def fail_in_time(launcher: service.SwarmUILauncher, start_timeout: float = 0.0) -> str:
+    """Why a start failed: soon after the end of its own time, whatever SwarmUI does."""
+    began = time.monotonic()
+    message = failure(launcher)
+    assert time.monotonic() - began < start_timeout + IN_TIME
+    return message
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        pytest.param({"exit": 1, "print": "no CUDA\n"}, "exited with code 1: no CUDA", id="exits with 1"),
+        pytest.param({"exit": 1, "print": "caf\udce9 \udcff\n"}, "exited with code 1: caf\ufffd \ufffd", id="no UTF-8"),
+        pytest.param({"exit": 1, "flood": 1}, "exited with code 1: xxxx", id="exits with 1, and one endless line"),
+        pytest.param({"exit": 1, "child": True}, "exited with code 1: its log is empty", id="a child lives on"),
+    ],
+)
+def test_a_swarmui_that_fails_at_once_is_told_at_once(make_launcher, swarmui_folder, nothing_left, plan, words):
+    """The next probe would be an hour away. On Windows its launch script pauses, where it gets no key."""
+    folder = swarmui_folder(**plan, leash_code=LEASH)
+    message = fail_in_time(make_launcher(swarmui_path=folder, poll_interval=3600.0, start_timeout=PATIENCE))
+    assert words in message
+    assert len(message) < 5000
+    nothing_left()
+
+
+@pytest.mark.parametrize("code", [0, 42])
+def test_an_executable_that_ends_at_once_is_told(make_launcher, tmp_path, leash, nothing_left, code):
+    """With 0, which may be a wrapper's, when the time is over; with 42 nobody is there to start it again."""
+    program = write_program(tmp_path / "SwarmUI", SWARMUI, {"leash": leash.port, "exit": code, "print": "bye\n"})
+    message = fail_in_time(make_launcher(swarmui_path=program, **SLOW_START), **SLOW_START)
+    assert message.endswith(f"it exited with code {code}: bye")
+    nothing_left()
+
+
+def test_a_swarmui_that_its_script_starts_again_is_waited_for(make_launcher, swarmui_folder, tmp_path, leash):
+    folder = swarmui_folder(exit=42, once=str(tmp_path / "once"))
+    assert make_launcher(swarmui_path=folder).start().message == "SwarmUI started successfully"
+    assert leash.next().has_ended()
+    assert leash.next().is_alive()
+
+
+def test_a_swarmui_that_prints_100_mb_starts(make_launcher, swarmui_folder, settings, nothing_left):
+    launcher = make_launcher(swarmui_path=swarmui_folder(flood=100))
+    assert launcher.start().message == "SwarmUI started successfully"
+    assert (settings.data_dir / "swarmui.log").stat().st_size >= 100_000_000
+    nothing_left()
+
+
+HEAD = "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        pytest.param({"answer": [200, {}, "<html>hello</html>"]}, "answered 200: <html>hello</html>", id="HTML"),
+        pytest.param({"answer": [302, {"Location": "/elsewhere"}, ""]}, "answered 302", id="a redirect"),
+        pytest.param({"answer": [500, {}, '{"error": "oops"}']}, "answered 500: oops", id="500"),
+        pytest.param({"token": "t0k3n"}, "set SWARMUI_TOKEN", id="accounts"),
+        pytest.param({"raw": [HEAD + '{"session_id"', "the end"]}, 'answered 200: {"session_id"', id="half a body"),
+        pytest.param({"raw": [HEAD[:10], "the end"]}, "broke the connection off", id="half a head"),
+        pytest.param({"raw": [HEAD, "silence"]}, "did not answer within 0.3 s", id="half, then silence"),
+        pytest.param({"raw": ["", "silence"]}, "did not answer within 0.3 s", id="silence"),
+        pytest.param(
+            {"raw": [HEAD[:-4], "the last letter for ever"]}, "did not answer within 0.3 s", id="an endless head"
+        ),
+        pytest.param(
+            {"raw": ["HTTP/1.1 200 OK\r\n\r\n{", "the last letter for ever"]}, "within 0.3 s", id="an endless body"
+        ),
+        pytest.param({"delay": 3600}, "nobody answers", id="never listens"),
+    ],
+)
+def test_a_swarmui_that_answers_nonsense_is_told_in_time_and_not_launched_again(
+    make_launcher, swarmui_folder, leash, nothing_left, plan, words
+):
+    launcher = make_launcher(swarmui_path=swarmui_folder(**plan), health_timeout=0.3, start_timeout=0.2)
+    wait_until(lambda: words in fail_in_time(launcher))  # until it listens at all, nobody answers
+    message = fail_in_time(launcher)
+    assert "no answer within 0.2 s (last: " in message
+    assert message.endswith(f"it keeps running, so ask again, or look into {launcher._output}")
+    nothing_left()
+    assert leash.next().is_alive()
+    assert leash.count_further() == 0
+
+
+def test_a_swarmui_that_waits_for_a_key_gets_none(start_service, swarmui_folder, settings):
+    """The service has a console of its own here, whose keys nobody presses."""
+    running = start_service(
+        SWARMUI_PATH=str(swarmui_folder(key=True, exit=1)),
+        SWARMUI_API_URL=settings.swarmui_api_url,
+        SWARMUI_START_TIMEOUT="20",
+    )
+    status, answer = running.call("POST", "/api/v1/swarmui/start")
+    assert (status, "exited with code 1" in answer["error"]) == (500, True)
+
+
+def test_a_swarmui_that_comes_just_before_the_end_of_its_time_is_ready(make_launcher, swarmui_folder, nothing_left):
+    """It is probed once more at the end, though the next probe would come later."""
+    launcher = make_launcher(
+        swarmui_path=swarmui_folder(delay=0.05), poll_interval=PATIENCE, health_timeout=3600.0, **SLOW_START
+    )
+    began = time.monotonic()
+    assert launcher.start().message == "SwarmUI started successfully"
+    assert time.monotonic() - began < SLOW_START["start_timeout"] + IN_TIME
+    nothing_left()
+
+
+def test_a_swarmui_killed_while_it_starts_is_told_at_once(make_launcher, swarmui_folder, leash, nothing_left):
+    launcher = make_launcher(swarmui_path=swarmui_folder(delay=3600), poll_interval=3600.0, start_timeout=PATIENCE)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(failure, launcher)
+        os.kill(leash.next().report["pid"], signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
+        assert "exited with code" in waiting.result(IN_TIME)
+    nothing_left()
+
+
+def test_a_swarmui_that_ends_after_its_start_is_seen_and_launched_again(make_launcher, swarmui_folder, leash):
+    launcher = make_launcher(swarmui_path=swarmui_folder(), start_interval=0.0)
+    launcher.start()
+    os.kill(leash.next().report["pid"], signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
+    wait_until(lambda: not zombies() and "swarmui-watch" not in {thread.name for thread in threading.enumerate()})
+    assert launcher.start().message == "SwarmUI started successfully"
+    assert leash.next().is_alive()
+
+
+def test_a_swarmui_that_still_starts_when_the_service_does_is_not_launched_twice(
+    start_service, swarmui_folder, leash, settings, tmp_path
+):
+    variables = {
+        "SWARMUI_PATH": str(swarmui_folder(after=str(tmp_path / "now"))),
+        "SWARMUI_API_URL": settings.swarmui_api_url,
+        "SWARMUI_POLL_INTERVAL": "0.05",
+    }
+    first = start_service(**variables, SWARMUI_START_TIMEOUT="0.2")
+    assert first.call("POST", "/api/v1/swarmui/start")[0] == 500
+    held = leash.next()
+    first.stop()
+
+    second = start_service(**variables)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(second.call, "POST", "/api/v1/swarmui/start")
+        wait_until(lambda: "found process" in (second.folder / "data" / "storyteller.log").read_text("utf-8"))
+        (tmp_path / "now").touch()
+        assert waiting.result(PATIENCE)[1]["message"] == "SwarmUI started successfully"
+    assert held.is_alive()
+    assert leash.count_further() == 0
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        pytest.param({"pid": os.getpid(), "identity": "of an earlier one"}, id="a number that another process has now"),
+        pytest.param({"pid": os.getpid(), "identity": None}, id="an identity that was not known"),
+        pytest.param({"pid": 0x7FFFFFF0, "identity": "x"}, id="nobody's number"),
+        pytest.param({"pid": "x"}, id="no number"),
+        pytest.param([], id="no object"),
+    ],
+)
+def test_what_was_kept_of_an_ended_swarmui_holds_up_no_launch(make_launcher, settings, swarmui_folder, leash, kept):
+    (settings.data_dir / "swarmui.json").write_text(json.dumps(kept))
+    assert make_launcher(swarmui_path=swarmui_folder()).start().message == "SwarmUI started successfully"
+    assert leash.next().is_alive()
+
+
+def test_a_swarmui_found_again_that_ends_is_told(make_launcher, swarmui_folder, leash):
+    """How it ended cannot be known, as it is nobody's child any more."""
+    folder = swarmui_folder(delay=3600)
+    failure(make_launcher(swarmui_path=folder, start_timeout=0.1))
+    pid = leash.next().report["pid"]
+    again = make_launcher(swarmui_path=folder, **SLOW_START)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(fail_in_time, again, **SLOW_START)
+        os.kill(pid, signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
+        assert "it exited" in waiting.result(PATIENCE)
+
+
+# Prints numbered lines without end, faster than a log is looked at.
+CHATTER = """
+import itertools
+hold_leash(plan["leash"])
+for number in itertools.count():
+    print(f"line {number:09d}" + "." * 80, flush=True)
+    if number % 10 == 0:
+        threading.Event().wait(0.001)
+"""
+
+
+def numbers_in(path: Path) -> list[int]:
+    """Of its whole lines; the first and the last may be cut."""
+    assert b"\0" not in path.read_bytes()
+    lines = path.read_bytes().splitlines()[1:-1]
+    assert all(re.fullmatch(rb"line \d{9}\.{80}", line) for line in lines)
+    return [int(line[5:14]) for line in lines]
+
+
+def test_swarmuis_log_is_rotated_while_it_goes_on_writing(tmp_path, leash, monkeypatch):
+    monkeypatch.setattr(service, "LOG_LIMIT", 20_000)
+    program = write_program(tmp_path / "chatter", CHATTER, {"leash": leash.port})
+    path = tmp_path / "swarmui.log"
+    process = service.launch_detached(program, [], tmp_path, path)
+    held = leash.next()
+    for _ in range(5):
+        wait_until(lambda: path.stat().st_size > 20_000)
+        service.shorten_log(path)
+    wait_until(lambda: path.stat().st_size > 1000)
+    assert held.is_alive()
+    leash.close()
+    process.wait(PATIENCE)
+    older = sorted(tmp_path.glob("swarmui.log.*"))
+    assert [one.name for one in older] == ["swarmui.log.1", "swarmui.log.2", "swarmui.log.3"]
+    numbers = [number for one in [*reversed(older), path] for number in numbers_in(one)]
+    assert numbers == sorted(set(numbers))  # none twice, none out of order
+    assert all(one.stat().st_size > 20_000 for one in older)
+
+
+def test_swarmuis_log_is_looked_at_while_the_service_runs(make_launcher, settings, monkeypatch):
+    monkeypatch.setattr(service, "LOG_LIMIT", 20_000)
+    launcher = make_launcher()
+    launcher.keep_log_short()
+    (settings.data_dir / "swarmui.log").write_bytes(b"x" * 20_001)
+    wait_until((settings.data_dir / "swarmui.log.1").exists)
+    launcher.close()
+    wait_until(lambda: "swarmui-log" not in {thread.name for thread in threading.enumerate()})
+
+
+def test_swarmuis_log_is_looked_at_before_a_launch(make_launcher, settings, swarmui_folder, leash, monkeypatch):
+    monkeypatch.setattr(service, "LOG_LIMIT", 20_000)
+    (settings.data_dir / "swarmui.log").write_bytes(b"of the last run\n" * 2000)
+    launcher = make_launcher(swarmui_path=swarmui_folder(exit=1))
+    assert "its log is empty" in failure(launcher)
+    assert (settings.data_dir / "swarmui.log.1").stat().st_size == 32_000
 
 
 # ======================================================================================================
