@@ -556,6 +556,8 @@ def bounded_child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
             _win32("ntdll", "NtResumeProcess", word, void)(int(child._handle))
         else:
             child = subprocess.Popen(command, start_new_session=True, **options)
+            _bounded.add(child.pid)
+            ending.callback(_bounded.discard, child.pid)
             ending.callback(_kill_group, child.pid)
         try:
             yield child
@@ -567,6 +569,15 @@ def bounded_child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
             closing.join(1)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(timeout=1)
+
+
+_bounded: set[int] = set()  # the leaders of the bounded children's groups
+
+
+def end_bounded_children() -> None:
+    """Before this process ends with some at work. On Windows their jobs end with it."""
+    for leader in list(_bounded):
+        _kill_group(leader)
 
 
 MAX_OUTPUT = 256 * 1024  # bytes of a child's output; one that prints more is held up by its full pipe
@@ -2204,7 +2215,8 @@ _NOT_HERE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.E
 # SwarmUI: the launcher
 # ======================================================================================================
 
-LOG_LIMIT, LOGS_KEPT = 5_000_000, 3  # bytes of a log, and older ones beside it
+LOG_LIMIT = 5_000_000  # bytes of a log
+LOGS_KEPT = 3  # older ones beside it
 
 
 def shorten_log(path: Path) -> None:
@@ -2339,9 +2351,14 @@ class SwarmUILauncher:
         return attempt.result(timeout=self._settings.start_timeout + 10 * self._settings.health_timeout + 60)
 
     def close(self) -> None:
-        """End an attempt that waits. SwarmUI goes on."""
+        """End an attempt, and tell those who wait for it at once. SwarmUI goes on."""
         self._closed.set()
         self._wake.set()
+        with self._lock:
+            attempt = self._attempt
+        if attempt:
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # it has ended
+                attempt.set_exception(Unavailable("SwarmUI failed to start: the service is stopping.", 5))
 
     def keep_log_short(self) -> None:
         """Look at SwarmUI's log about once a second, in a thread that ends with close()."""
@@ -2373,6 +2390,10 @@ class SwarmUILauncher:
             log.warning("swarmui: %s cannot be written (%s)", self._record, error.strerror)
 
     def _run(self, attempt: Future[Started]) -> None:
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # close() was first
+            self._settle(attempt)
+
+    def _settle(self, attempt: Future[Started]) -> None:
         try:
             started = allow_page(self._make_ready(), self._settings)
         except Fault as fault:
@@ -3808,6 +3829,7 @@ def serve(settings: Settings) -> int:
 
             def stop(grace: float) -> None:
                 if stopping.is_set():  # told twice: at once
+                    end_bounded_children()
                     os._exit(1)
                 stopping.set()
                 swarmui.close()
@@ -3822,6 +3844,7 @@ def serve(settings: Settings) -> int:
             greet(settings, store, port, token_place)
             log.info("server: listening on %s", url_of(settings, port))
             server.run()
+            end_bounded_children()  # what nvidia-smi would still say has nobody to go to
     log.info("server: stopped")
     running.close()
     ended.set()
