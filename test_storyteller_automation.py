@@ -13,6 +13,7 @@ import http.client
 import http.server
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -57,7 +58,8 @@ def hold_leash(port, **report):
     threading.Thread(target=lambda: (leash.recv(1), os._exit(0)), daemon=True).start()
 """
 
-# nvidia-smi: answers each query as `plan` says: {"gpus": {"print", "exit", "hang"}, "processes": {...}}.
+# nvidia-smi: answers each query as `plan` says: {"gpus": {"print", "exit", "hang", "after": a file that must be there
+# before}, "processes": {...}}.
 NVIDIA_SMI = """
 query = "gpus" if sys.argv[1].startswith("--query-gpu=") else "processes"
 wanted = {
@@ -70,6 +72,8 @@ if sys.argv[1:] != wanted[query]:
 act = plan[query]
 with open(plan["runs"], "a") as file:
     file.write(query + "\\n")
+while not os.path.exists(act.get("after", ".")):
+    threading.Event().wait(0.01)
 sys.stdout.write(act.get("print", ""))
 sys.stderr.write(act.get("stderr", ""))
 sys.stdout.flush()
@@ -706,6 +710,20 @@ def module_copy(tmp_path: Path) -> Path:
     folder = tmp_path / "the service"
     folder.mkdir()
     return Path(shutil.copy(HERE / "storyteller_automation.py", folder))
+
+
+@pytest.fixture
+def change_module(module_copy: Path) -> Callable[..., None]:
+    """Gives constants of the module that is started another value."""
+
+    def change(**constants: Any) -> None:
+        for name, value in constants.items():
+            text = module_copy.read_text("utf-8")
+            text, count = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", text, flags=re.MULTILINE)
+            assert count == 1
+            module_copy.write_text(text, "utf-8")
+
+    return change
 
 
 @pytest.fixture
@@ -4584,7 +4602,7 @@ def fail_in_time(launcher: service.SwarmUILauncher, start_timeout: float = 0.0) 
         pytest.param({"exit": 1, "print": "no CUDA\n"}, "exited with code 1: no CUDA", id="exits with 1"),
         pytest.param({"exit": 1, "print": "caf\udce9 \udcff\n"}, "exited with code 1: caf\ufffd \ufffd", id="no UTF-8"),
         pytest.param({"exit": 1, "flood": 1}, "exited with code 1: xxxx", id="exits with 1, and one endless line"),
-        pytest.param({"exit": 1, "child": True}, "exited with code 1: its log is empty", id="a child lives on"),
+        pytest.param({"exit": 1, "child": True}, "exited with code 1: ", id="a child lives on"),
     ],
 )
 def test_a_swarmui_that_fails_at_once_is_told_at_once(make_launcher, swarmui_folder, nothing_left, plan, words):
@@ -4701,19 +4719,19 @@ def test_a_swarmui_that_still_starts_when_the_service_does_is_not_launched_twice
     variables = {
         "SWARMUI_PATH": str(swarmui_folder(after=str(tmp_path / "now"))),
         "SWARMUI_API_URL": settings.swarmui_api_url,
+        "SWARMUI_START_TIMEOUT": "0.2",
         "SWARMUI_POLL_INTERVAL": "0.05",
     }
-    first = start_service(**variables, SWARMUI_START_TIMEOUT="0.2")
+    first = start_service(**variables)
     assert first.call("POST", "/api/v1/swarmui/start")[0] == 500
     held = leash.next()
     first.stop()
 
     second = start_service(**variables)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(second.call, "POST", "/api/v1/swarmui/start")
-        wait_until(lambda: "found process" in (second.folder / "data" / "storyteller.log").read_text("utf-8"))
-        (tmp_path / "now").touch()
-        assert waiting.result(PATIENCE)[1]["message"] == "SwarmUI started successfully"
+    status, answer = second.call("POST", "/api/v1/swarmui/start")
+    assert (status, "it keeps running, so ask again" in answer["error"]) == (500, True)
+    (tmp_path / "now").touch()
+    wait_until(lambda: second.call("POST", "/api/v1/swarmui/start")[0] == 200)
     assert held.is_alive()
     assert leash.count_further() == 0
 
@@ -4734,16 +4752,19 @@ def test_what_was_kept_of_an_ended_swarmui_holds_up_no_launch(make_launcher, set
     assert leash.next().is_alive()
 
 
-def test_a_swarmui_found_again_that_ends_is_told(make_launcher, swarmui_folder, leash):
+def test_a_swarmui_found_again_that_ends_is_told(make_launcher, settings, swarmui_folder, leash):
     """How it ended cannot be known, as it is nobody's child any more."""
     folder = swarmui_folder(delay=3600)
     failure(make_launcher(swarmui_path=folder, start_timeout=0.1))
     pid = leash.next().report["pid"]
-    again = make_launcher(swarmui_path=folder, **SLOW_START)
-    with ThreadPoolExecutor(1) as pool:
+    again = make_launcher(swarmui_path=folder, health_timeout=0.3, **SLOW_START)
+    with socket.create_server(("127.0.0.1", settings.swarmui_port)) as listener, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(fail_in_time, again, **SLOW_START)
+        for _ in range(2):  # once it asks again, it waits
+            listener.accept()[0].close()
         os.kill(pid, signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
         assert "it exited" in waiting.result(PATIENCE)
+    assert leash.count_further() == 0
 
 
 # Prints numbered lines without end, faster than a log is looked at.
@@ -4799,8 +4820,325 @@ def test_swarmuis_log_is_looked_at_before_a_launch(make_launcher, settings, swar
     monkeypatch.setattr(service, "LOG_LIMIT", 20_000)
     (settings.data_dir / "swarmui.log").write_bytes(b"of the last run\n" * 2000)
     launcher = make_launcher(swarmui_path=swarmui_folder(exit=1))
-    assert "its log is empty" in failure(launcher)
+    assert "of the last run" not in failure(launcher)
     assert (settings.data_dir / "swarmui.log.1").stat().st_size == 32_000
+
+
+# ------------------------------------------------------------------------------------ shutting down ----
+
+
+class Stopping:
+    """A service with a request in flight, which is answered when the test lets it."""
+
+    def __init__(self, running: Service, pool: ThreadPoolExecutor, release: Path, runs: Path) -> None:
+        self.running = running
+        self.release = release.touch
+        self.in_flight = pool.submit(running.call, "GET", "/api/v1/gpu/status")
+        wait_until(runs.exists)
+
+    def tell(self) -> None:
+        """Tell it to stop; return once it takes no connection any more."""
+        self.running.press_ctrl_c()
+        wait_until(lambda: not can_connect(self.running.port))
+
+
+@pytest.fixture
+def stopping(start_service, change_module, nvidia_smi, tmp_path) -> Iterator[Stopping]:
+    """With a grace that no machine is too slow for."""
+    change_module(GRACE=PATIENCE, NVIDIA_SMI_TIMEOUT=PATIENCE)
+    running = start_service(NVIDIA_SMI=nvidia_smi({**GOOD, "after": str(tmp_path / "release")}, {}))
+    with ThreadPoolExecutor(1) as pool:
+        yield Stopping(running, pool, tmp_path / "release", tmp_path / "runs")
+
+
+def test_told_to_stop_it_takes_no_new_connection_and_answers_what_is_in_flight(stopping):
+    stopping.tell()
+    assert not stopping.in_flight.done()
+    stopping.release()
+    status, answer = stopping.in_flight.result(PATIENCE)
+    assert (status, answer["available"], answer["utilization"]) == (200, True, 8)
+    assert stopping.running.process.wait(PATIENCE) == 0
+    assert has_ended_in_order(stopping.running.folder)
+
+
+def test_told_to_stop_it_answers_new_requests_on_kept_connections_503(stopping):
+    kept = http.client.HTTPConnection("127.0.0.1", stopping.running.port, timeout=PATIENCE)
+    with contextlib.closing(kept):
+        kept.request("GET", "/api/v1/notifications/check", headers=BEARER)
+        assert kept.getresponse().read() == b'{"notifications":[]}'
+        stopping.tell()
+        kept.auto_open = 0  # it would take a new connection where the old one is gone
+        kept.request("GET", "/api/v1/notifications/check", headers=BEARER)
+        answer = kept.getresponse()
+        assert (answer.status, "is stopping" in json.loads(answer.read())["error"]) == (503, True)
+        assert int(answer.getheader("Retry-After")) >= 1
+    stopping.release()
+    assert stopping.running.process.wait(PATIENCE) == 0
+
+
+@contextlib.contextmanager
+def reading_slowly(port: int, path: str) -> Iterator[http.client.HTTPResponse]:
+    """The answer to a GET, of which nothing is taken but what the caller reads."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(PATIENCE)
+        client.connect(("127.0.0.1", port))
+        client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
+        answer = http.client.HTTPResponse(client)
+        answer.begin()
+        yield answer
+
+
+LARGE = {"scriptText": "x" * (8 << 20)}  # more than what two sockets hold between them
+
+
+def test_told_to_stop_it_sends_an_answer_whole_to_a_slow_reader(start_service, change_module):
+    change_module(GRACE=PATIENCE)
+    running = start_service()
+    assert running.call("PUT", "/api/v1/session/5", LARGE)[0] == 200
+    with reading_slowly(running.port, "/api/v1/session/5") as answer:
+        running.press_ctrl_c()
+        wait_until(lambda: not can_connect(running.port))
+        assert json.loads(answer.read())["data"] == {**LARGE, "timestamp": 5}
+    assert running.process.wait(PATIENCE) == 0
+
+
+def test_a_reader_that_takes_nothing_holds_the_end_up_for_the_grace_alone(start_service, change_module):
+    change_module(GRACE=0.2)
+    running = start_service()
+    assert running.call("PUT", "/api/v1/session/5", LARGE)[0] == 200
+    with reading_slowly(running.port, "/api/v1/session/5"):
+        running.press_ctrl_c()
+        assert running.process.wait(PATIENCE) == 0
+    assert has_ended_in_order(running.folder)
+
+
+def start_swarmui(running: Service) -> tuple[int, str | None, Any]:
+    """Status, Retry-After and JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("POST", "/api/v1/swarmui/start", headers=BEARER)
+        answer = connection.getresponse()
+        return answer.status, answer.getheader("Retry-After"), json.loads(answer.read())
+
+
+def assert_start_is_refused(answer: tuple[int, str | None, Any]) -> None:
+    status, retry_after, body = answer
+    assert (status, body["success"], "is stopping" in body["error"]) == (503, False, True)
+    assert int(retry_after) >= 1
+
+
+def test_told_to_stop_it_answers_starts_that_wait_and_swarmui_goes_on(start_service, swarmui_folder, leash, settings):
+    folder = swarmui_folder(delay=3600)
+    running = start_service(SWARMUI_PATH=str(folder), SWARMUI_API_URL=settings.swarmui_api_url)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(start_swarmui, running)
+        held = leash.next()
+        running.press_ctrl_c()
+        assert_start_is_refused(waiting.result(PATIENCE))
+    assert running.process.wait(PATIENCE) == 0
+    assert held.is_alive()
+
+
+def test_told_to_stop_it_answers_a_start_in_the_middle_of_a_probe(start_service, settings):
+    """SwarmUI takes the connection, and has an hour to answer."""
+    with socket.create_server(("127.0.0.1", settings.swarmui_port)) as listener, ThreadPoolExecutor(1) as pool:
+        running = start_service(SWARMUI_API_URL=settings.swarmui_api_url, SWARMUI_HEALTH_TIMEOUT="3600")
+        waiting = pool.submit(start_swarmui, running)
+        with listener.accept()[0]:
+            running.press_ctrl_c()
+            assert_start_is_refused(waiting.result(PATIENCE))
+            assert running.process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+def test_an_nvidia_smi_that_runs_ends_with_the_service(start_service, change_module, nvidia_smi, leash, twice):
+    """Told twice it ends at once, with code 1."""
+    change_module(GRACE=3600.0 if twice else 0.2, NVIDIA_SMI_TIMEOUT=3600.0)
+    running = start_service(NVIDIA_SMI=nvidia_smi({"hang": True}, {}))
+    with socket.create_connection(("127.0.0.1", running.port), PATIENCE) as client:
+        client.sendall(
+            f"GET /api/v1/gpu/status HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()
+        )
+        held = leash.next()
+        running.press_ctrl_c()
+        if twice:
+            wait_until(lambda: not can_connect(running.port))
+            running.press_ctrl_c()
+        assert running.process.wait(PATIENCE) == (1 if twice else 0)
+    assert held.has_ended()
+
+
+# -------------------------------------------------------------------------------- seen from outside ----
+
+
+def exchange(port: int, request: bytes) -> tuple[int, http.client.HTTPMessage, bytes]:
+    """Status, headers and body of what is answered to these bytes."""
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
+        client.sendall(request)
+        answer = http.client.HTTPResponse(client, method=request.split()[0].decode())
+        answer.begin()
+        return answer.status, answer.headers, answer.read()
+
+
+JSON_BODY = "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n[]"
+
+
+@pytest.mark.parametrize(
+    ("line", "rest", "status"),
+    [
+        pytest.param("GET /health", "\r\n", 200, id="200"),
+        pytest.param("OPTIONS /health", "\r\n", 204, id="204"),
+        pytest.param("GET /api/v1/notifications/check?limit=x", "\r\n", 400, id="400"),
+        pytest.param("GET /api/v1/session/1", "Authorization: Bearer wrong\r\n\r\n", 401, id="401"),
+        pytest.param("GET /nowhere", "\r\n", 404, id="404"),
+        pytest.param("HEAD /nowhere", "\r\n", 404, id="HEAD"),
+        pytest.param("PATCH /health", "\r\n", 405, id="405"),
+        pytest.param("PUT /api/v1/session/1", "\r\n", 415, id="415"),
+        pytest.param("PUT /api/v1/session/1", JSON_BODY, 400, id="a body that does not fit"),
+        pytest.param("GET /health", "Host: elsewhere\r\n\r\n", 421, id="421"),
+        pytest.param("GET /openapi.json", "\r\n", 500, id="500"),
+        pytest.param("POST /api/v1/swarmui/start", "\r\n", 500, id="a fault"),
+        pytest.param("GET /health", "no header\r\n\r\n", 400, id="refused: no header"),
+        pytest.param("GET /health", "Content-Length: x\r\n\r\n", 400, id="refused: no length"),
+        pytest.param("GET /health", f"X: {'x' * (65 * 1024)}\r\n\r\n", 431, id="refused: too large a header"),
+        pytest.param("PUT /api/v1/session/1", "Transfer-Encoding: gzip\r\n\r\n", 501, id="refused: gzip"),
+        pytest.param("PUT /api/v1/session/1", "Transfer-Encoding: chunked\r\n\r\nx\r\n", 400, id="refused: chunk"),
+    ],
+)
+def test_every_answer_carries_a_request_id(serving, make_app, monkeypatch, line, rest, status):
+    monkeypatch.setattr(service, "describe_api", lambda: {}["unforeseen"])
+    port = serving(make_app().app).port
+    given = "" if "Bearer" in rest else f"Authorization: Bearer {TOKEN}\r\n"
+    found = []
+    for own in ("", "X-Request-Id: my-own.1\r\n"):
+        answer = exchange(port, f"{line} HTTP/1.1\r\nHost: localhost\r\n{own}{given}{rest}".encode())
+        assert answer[0] == status
+        found.append(answer[1].get_all("X-Request-Id"))
+    assert [len(ids) for ids in found] == [1, 1]
+    assert re.fullmatch("[0-9a-f]{16}", found[0][0])
+    assert found[1] == ["my-own.1"] or status == 431  # whose headers nobody reads
+
+
+@pytest.mark.parametrize("own", ["a", "A" * 64, "0.9_b-C"])
+def test_a_request_id_that_fits_is_kept(make_app, own):
+    assert make_app().get("/health", headers={"X-Request-Id": own}).headers["X-Request-Id"] == own
+
+
+@pytest.mark.parametrize("own", ["", "A" * 65, "a b", "a;b", "a\tb", "a, b", "\u00fc", "\u00e9"])
+def test_a_request_id_that_does_not_fit_is_replaced(make_app, own):
+    app = make_app()
+    found = [app.get("/health", headers={"X-Request-Id": own}).headers["X-Request-Id"] for _ in range(2)]
+    assert all(re.fullmatch("[0-9a-f]{16}", one) for one in found)
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "level"),
+    [
+        ("GET", "/health", 200, "DEBUG"),
+        ("HEAD", "/health", 200, "DEBUG"),
+        ("OPTIONS", "/health", 204, "DEBUG"),
+        ("GET", "/api/v1/notifications/check", 200, "DEBUG"),
+        ("PUT", "/api/v1/session/5", 200, "INFO"),
+        ("POST", "/api/v1/notifications/nobody/ack", 404, "INFO"),
+        ("GET", "/api/v1/session/6", 404, "INFO"),
+        ("GET", "/api/v1/gpu/status", 500, "INFO"),
+    ],
+)
+def test_a_request_is_one_line_of_the_log_and_a_poll_is_told_less_loudly(make_app, caplog, method, path, status, level):
+    caplog.set_level("DEBUG", "storyteller")
+    body = json.dumps(SESSION).encode() if method == "PUT" else b""
+    headers = {"Content-Type": "application/json"}
+    answer = make_app().request(path, method=method, body=body, headers=headers, status=status)
+    (record,) = [record for record in caplog.records if record.getMessage().startswith("http: ")]
+    assert record.levelname == level
+    who = "-" if path == "/health" else "api-token"
+    request_id = answer.headers["X-Request-Id"]
+    assert re.fullmatch(rf"http: {method} {path} {status} {who} \d+\.\d ms {request_id}", record.getMessage())
+
+
+def log_of(running: Service) -> str:
+    return (running.folder / "data" / "storyteller.log").read_text("utf-8")
+
+
+@pytest.mark.parametrize(("level", "lines"), [("debug", 2), ("info", 1), ("warning", 0)])
+def test_the_logs_level_is_a_setting(start_service, level, lines):
+    running = start_service(STORYTELLER_LOG_LEVEL=level)
+    assert running.call("GET", "/health")[0] == 200
+    assert running.call("PUT", "/api/v1/session/5", SESSION)[0] == 200
+    running.stop()
+    assert log_of(running).count("http: ") == lines
+
+
+def test_the_log_is_lines_of_text_or_of_json(start_service):
+    for kind in ("text", "json"):
+        running = start_service(STORYTELLER_LOG_FORMAT=kind)
+        assert running.call("PUT", "/api/v1/session/5", SESSION)[0] == 200
+        running.stop()
+    lines = log_of(running).splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("{"))
+    assert [bool(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO \w+: ", line)) for line in lines] == [
+        number < first for number in range(len(lines))
+    ]
+    found = [json.loads(line) for line in lines[first:]]
+    assert all(list(one) == ["time", "level", "message"] for one in found)
+    assert [one["level"] for one in found if "PUT /api/v1/session/5 200" in one["message"]] == ["INFO"]
+
+
+def test_a_traceback_is_part_of_its_json_line():
+    try:
+        raise RuntimeError("unforeseen\nin two lines")
+    except RuntimeError:
+        record = logging.LogRecord("storyteller", logging.ERROR, __file__, 1, "http: failed", (), sys.exc_info())
+    line = service.LogFormatter(as_json=True).format(record)
+    assert "\n" not in line
+    assert "RuntimeError: unforeseen" in json.loads(line)["traceback"]
+
+
+@pytest.mark.parametrize("kind", ["text", "json"])
+def test_control_characters_of_a_path_reach_the_log_escaped(start_service, kind):
+    running = start_service(STORYTELLER_LOG_FORMAT=kind)
+    path = "/a%0A2026-01-01 00:00:00,000 INFO forged%1B[2J%7F%C2%85%E2%80%A8%0D".replace(" ", "%20")
+    request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
+    assert exchange(running.port, request.encode())[0] == 404
+    running.stop()
+    (line,) = [line for line in log_of(running).split("\n") if "forged" in line]
+    assert line.isprintable()
+    message = json.loads(line)["message"] if kind == "json" else line
+    assert "http: GET /a\\n2026-01-01 00:00:00,000 INFO forged\\x1b[2J\\x7f" in message
+
+
+def test_neither_a_body_nor_a_query_nor_a_token_reaches_the_log(start_service):
+    running = start_service(STORYTELLER_LOG_LEVEL="debug")
+    words = ["w0rd-of-a-body", "w0rd-of-a-query", "w0rd-of-a-token", TOKEN]
+    body = {**SESSION, "scriptText": words[0]}
+    assert running.call("PUT", "/api/v1/session/5", body)[0] == 200
+    assert running.call("PUT", "/api/v1/session/5", {**body, "timestamp": words[0]})[0] == 400
+    assert running.call("PUT", "/api/v1/session/5", words[0])[0] == 400
+    assert running.call("POST", "/api/v1/notifications", {**NOTIFICATION, "type": words[0]})[0] == 400
+    assert running.call("GET", f"/api/v1/session/5?token={words[1]}")[0] == 200
+    assert running.call("GET", f"/api/v1/notifications/check?type={words[1]}")[0] == 400
+    assert running.call("GET", "/api/v1/session/5", headers={"Authorization": f"Bearer {words[2]}"})[0] == 401
+    assert running.call("GET", "/api/v1/session/5", headers={"Authorization": words[2]})[0] == 401
+    running.stop()
+    assert log_of(running).count("http: ") == 8
+    assert not [word for word in words if word in log_of(running) + running.printed]
+
+
+def test_the_services_log_is_rotated_and_three_are_kept(start_service, change_module):
+    change_module(LOG_LIMIT=1000)
+    running = start_service()
+    data = running.folder / "data"
+    for number in range(100):
+        assert running.call("POST", f"/api/v1/notifications/{number:03d}/ack")[0] == 404
+    running.stop()
+    found = sorted(data.glob("storyteller.log*"))
+    assert [one.name for one in found] == ["storyteller.log", *(f"storyteller.log.{number}" for number in (1, 2, 3))]
+    assert all(one.stat().st_size <= 1000 for one in found)
+    kept = "".join(one.read_text("utf-8") for one in [*reversed(found[1:]), found[0]])
+    told = [int(number) for number in re.findall("notifications/(.*)/ack", kept)]
+    assert told == [*range(told[0], 100)]
 
 
 # ======================================================================================================
