@@ -2539,25 +2539,36 @@ def test_calls_share_the_start_that_is_in_flight(make_launcher, swarmui_folder, 
     assert leash.count_further() == 0
 
 
+def start_swarmui(running: Service) -> tuple[int, str | None, Any]:
+    """Status, Retry-After and JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("POST", "/api/v1/swarmui/start", headers=BEARER)
+        answer = connection.getresponse()
+        return answer.status, answer.getheader("Retry-After"), json.loads(answer.read())
+
+
 def test_waiting_starts_leave_room_for_other_calls(start_service, swarmui_folder, leash, settings):
     running = start_service(
         SWARMUI_PATH=str(swarmui_folder(delay=3600)),
         SWARMUI_API_URL=settings.swarmui_api_url,
         SWARMUI_POLL_INTERVAL="0.05",
     )
-    statuses: list[tuple[int, Any]] = []
+    answers: list[tuple[int, str | None, Any]] = []
 
     def start() -> None:
         with contextlib.suppress(OSError, http.client.HTTPException):  # those that wait are cut off with the service
-            statuses.append(running.call("POST", "/api/v1/swarmui/start"))
+            answers.append(start_swarmui(running))
 
     threads = [threading.Thread(target=start, daemon=True) for _ in range(service.WAITING_STARTS + 8)]
     for thread in threads:
         thread.start()
     leash.next()
     assert all(running.call("GET", "/api/v1/notifications/check")[0] == 200 for _ in range(20))
-    wait_until(lambda: len(statuses) == 8)
-    assert [status for status, _ in statuses] == [503] * 8  # past the share of those that wait: at once
+    wait_until(lambda: len(answers) == 8)
+    for status, retry_after, answer in answers:  # past the share of those that wait: at once
+        assert (status, answer["success"], "Too many calls wait" in answer["error"]) == (503, False, True)
+        assert int(retry_after) >= 1
     running.stop()
     for thread in threads:
         thread.join(PATIENCE)
@@ -3781,6 +3792,224 @@ def test_storyarts_own_calls_work_without_a_token(start_service, nvidia_smi, swa
 # It keeps running
 # ======================================================================================================
 
+# ----------------------------------------------------------------- one client never stalls another ----
+
+
+def send_request(port: int, request: str, receive_buffer: int | None = None) -> socket.socket:
+    """A connection on which a request, or its beginning, was sent."""
+    client = socket.socket()
+    client.settimeout(PATIENCE)
+    if receive_buffer:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    client.connect(("127.0.0.1", port))
+    client.sendall(request.encode())
+    return client
+
+
+def answer_of(client: socket.socket, method: str = "GET") -> tuple[int, http.client.HTTPMessage, bytes]:
+    """Status, headers and body of the answer that comes."""
+    answer = http.client.HTTPResponse(client, method=method)
+    answer.begin()
+    return answer.status, answer.headers, answer.read()
+
+
+def request_of(method: str, path: str, *headers: str) -> str:
+    return "\r\n".join(
+        [f"{method} {path} HTTP/1.1", "Host: localhost", f"Authorization: Bearer {TOKEN}", *headers, "", ""]
+    )
+
+
+POLL = request_of("GET", "/api/v1/notifications/check")
+LARGE = {"scriptText": "x" * (8 << 20)}  # more than what two sockets hold between them
+
+
+def is_cut_off(client: socket.socket) -> bool:
+    """Sends a byte more, which a closed connection answers with a reset. An answer is not looked at."""
+    try:
+        client.send(b"x")
+    except OSError:
+        return True
+    return False
+
+
+@pytest.mark.slow
+def test_100_polls_at_the_moment_when_redis_hangs_leave_a_gpu_call_under_half_a_second(start_service, forwarder):
+    running = start_service(REDIS_URL=forwarder.url, NVIDIA_SMI="none")
+    at_once(*[lambda: running.call("GET", "/api/v1/notifications/check")] * 8)  # connections that die with it
+    forwarder.hang()
+    polls = [send_request(running.port, POLL) for _ in range(100)]
+    try:
+        began = time.monotonic()
+        assert running.call("GET", "/api/v1/gpu/status")[0] == 500
+        assert time.monotonic() - began < 0.5
+        assert [answer_of(poll)[0] for poll in polls] == [503] * 100
+    finally:
+        for poll in polls:
+            poll.close()
+
+
+@pytest.mark.parametrize(
+    ("request_begun", "rest"),
+    [
+        pytest.param("G", "", id="a line, and then nothing"),
+        pytest.param(POLL[:-2], "X: ", id="headers, a byte now and then"),
+        pytest.param(
+            request_of("PUT", "/api/v1/session/1", "Content-Length: 99999"), "x", id="a body, a byte now and then"
+        ),
+        pytest.param(request_of("PUT", "/api/v1/session/1", "Content-Length: 99999"), "", id="no body"),
+    ],
+)
+def test_a_request_that_does_not_get_whole_is_cut_off(serving, make_app, monkeypatch, request_begun, rest):
+    monkeypatch.setattr(service, "STUCK", 0.2)
+    with send_request(serving(make_app().app).port, request_begun) as client:
+        if rest:
+            letters = iter(rest + "x" * 100_000)
+
+            def has_ended() -> bool:
+                try:
+                    client.send(next(letters).encode())
+                except OSError:
+                    return True
+                return False
+
+            wait_until(has_ended)
+        else:
+            with contextlib.suppress(ConnectionError):
+                assert client.recv(100) == b""
+
+
+def test_an_answer_of_which_the_client_takes_nothing_is_cut_off(serving, make_app, monkeypatch):
+    monkeypatch.setattr(service, "STUCK", 0.2)
+    app = make_app()
+    app.put_json("/api/v1/session/5", LARGE)
+    with send_request(serving(app.app).port, request_of("GET", "/api/v1/session/5"), receive_buffer=4096) as client:
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+        wait_until(lambda: is_cut_off(client))
+
+
+@pytest.mark.slow
+def test_who_reads_slowly_but_steadily_gets_it_whole(serving, make_app, monkeypatch):
+    """However long it takes: here twice the limit."""
+    monkeypatch.setattr(service, "STUCK", 1.0)
+    app = make_app()
+    app.put_json("/api/v1/session/5", LARGE)
+    with send_request(serving(app.app).port, request_of("GET", "/api/v1/session/5"), receive_buffer=65536) as client:
+        answer = http.client.HTTPResponse(client)
+        answer.begin()
+        size, taken, pause = int(answer.getheader("Content-Length")), 0, threading.Event()
+        began = time.monotonic()
+        while piece := answer.read(size // 20):
+            taken += len(piece)
+            pause.wait(max(0.0, began + 2.0 * taken / size - time.monotonic()))
+        assert taken == size
+
+
+def test_a_connection_that_is_idle_for_too_long_is_ended(serving, make_app, monkeypatch):
+    monkeypatch.setattr(service, "IDLE", 0.2)
+    with send_request(serving(make_app().app).port, POLL) as client:
+        assert answer_of(client)[0] == 200
+        assert client.recv(1) == b""
+
+
+def test_near_the_limit_of_connections_the_oldest_idle_ones_go_first(
+    start_service, change_module, nvidia_smi, tmp_path
+):
+    change_module(CONNECTIONS=20, NVIDIA_SMI_TIMEOUT=PATIENCE)
+    running = start_service(NVIDIA_SMI=nvidia_smi({**GOOD, "after": str(tmp_path / "release")}, {}))
+    with contextlib.ExitStack() as stack:
+        at_work = stack.enter_context(send_request(running.port, request_of("GET", "/api/v1/gpu/status")))
+        wait_until((tmp_path / "runs").exists)
+        idle = []
+        for _ in range(100):  # waitress's own limit is 40 past ours
+            idle.append(stack.enter_context(send_request(running.port, request_of("GET", "/health"))))
+            assert answer_of(idle[-1])[0] == 200
+        assert running.call("GET", "/api/v1/notifications/check")[0] == 200
+        assert all(client.recv(1) == b"" for client in idle[:80])
+        idle[-1].sendall(request_of("GET", "/health").encode())
+        assert answer_of(idle[-1])[0] == 200
+        (tmp_path / "release").touch()
+        assert answer_of(at_work)[0] == 200
+
+
+def test_connections_that_never_say_a_word_let_a_poll_in(start_service, change_module):
+    change_module(CONNECTIONS=20)
+    running = start_service()
+    silent = [send_request(running.port, "") for _ in range(100)]
+    try:
+        assert running.call("GET", "/api/v1/notifications/check")[0] == 200
+    finally:
+        for client in silent:
+            client.close()
+
+
+@pytest.mark.slow
+def test_200_connections_that_take_their_time_leave_every_poll_answered(start_service, swarmui_folder, settings):
+    running = start_service(
+        SWARMUI_PATH=str(swarmui_folder(delay=3600)),
+        SWARMUI_API_URL=settings.swarmui_api_url,
+        SWARMUI_START_TIMEOUT="3600",
+    )
+    assert running.call("PUT", "/api/v1/session/5", make_session(prompts=0))[0] == 200
+    slow = [
+        (POLL[:-2], None),
+        (
+            request_of("PUT", "/api/v1/session/6", "Content-Type: application/json", "Content-Length: 850000") + "{",
+            None,
+        ),
+        (request_of("GET", "/api/v1/session/5"), 4096),
+        (request_of("POST", "/api/v1/swarmui/start"), None),
+    ]
+    with contextlib.ExitStack() as stack:
+        for number in range(200):
+            stack.enter_context(send_request(running.port, *slow[number % 4]))
+        took = []
+        for _ in range(200):
+            began = time.monotonic()
+            assert running.call("GET", "/api/v1/notifications/check") == (200, {"notifications": []})
+            took.append(time.monotonic() - began)
+    assert sorted(took)[197] < 1.0  # a tenth of that on a machine that does nothing else
+
+
+def test_large_bodies_are_read_one_at_a_time_and_small_ones_beside(serving, make_app, monkeypatch):
+    parse, lock, inside, most = service.parse_json, threading.Lock(), [], []
+    small_is_done = threading.Event()
+
+    def watched(raw: bytes, **options: Any) -> Any:
+        if len(raw) <= service.LARGE_BODY:
+            return parse(raw, **options)
+        with lock:
+            inside.append(1)
+            most.append(len(inside))
+        try:
+            small_is_done.wait(PATIENCE)
+            return parse(raw, **options)
+        finally:
+            with lock:
+                inside.pop()
+
+    monkeypatch.setattr(service, "parse_json", watched)
+    port = serving(make_app().app).port
+    statuses = []
+
+    def put(number: int, size: int) -> None:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as connection:
+            body = json.dumps({"scriptText": "x" * size})
+            headers = {**BEARER, "Content-Type": "application/json"}
+            connection.request("PUT", f"/api/v1/session/{number}", body, headers)
+            statuses.append(connection.getresponse().status)
+
+    threads = [threading.Thread(target=put, args=[number, service.LARGE_BODY + 1]) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: most)
+    put(9, service.LARGE_BODY // 4)
+    assert statuses == [200]
+    small_is_done.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert (statuses, most) == ([200] * 5, [1] * 4)
+
+
 # ------------------------------------------------------------------------------ the store goes away ----
 
 ANSWER_BOUND = 3.0 + 1.5  # a call that needs the store ends within 3 s, and this machine may be busy
@@ -4879,17 +5108,10 @@ def test_told_to_stop_it_answers_new_requests_on_kept_connections_503(stopping):
 @contextlib.contextmanager
 def reading_slowly(port: int, path: str) -> Iterator[http.client.HTTPResponse]:
     """The answer to a GET, of which nothing is taken but what the caller reads."""
-    with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.settimeout(PATIENCE)
-        client.connect(("127.0.0.1", port))
-        client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
+    with send_request(port, request_of("GET", path), receive_buffer=4096) as client:
         answer = http.client.HTTPResponse(client)
         answer.begin()
         yield answer
-
-
-LARGE = {"scriptText": "x" * (8 << 20)}  # more than what two sockets hold between them
 
 
 def test_told_to_stop_it_sends_an_answer_whole_to_a_slow_reader(start_service, change_module):
@@ -4911,15 +5133,6 @@ def test_a_reader_that_takes_nothing_holds_the_end_up_for_the_grace_alone(start_
         running.press_ctrl_c()
         assert running.process.wait(PATIENCE) == 0
     assert has_ended_in_order(running.folder)
-
-
-def start_swarmui(running: Service) -> tuple[int, str | None, Any]:
-    """Status, Retry-After and JSON."""
-    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=PATIENCE)
-    with contextlib.closing(connection):
-        connection.request("POST", "/api/v1/swarmui/start", headers=BEARER)
-        answer = connection.getresponse()
-        return answer.status, answer.getheader("Retry-After"), json.loads(answer.read())
 
 
 def assert_start_is_refused(answer: tuple[int, str | None, Any]) -> None:
@@ -4956,10 +5169,7 @@ def test_an_nvidia_smi_that_runs_ends_with_the_service(start_service, change_mod
     """Told twice it ends at once, with code 1."""
     change_module(GRACE=3600.0 if twice else 0.2, NVIDIA_SMI_TIMEOUT=3600.0)
     running = start_service(NVIDIA_SMI=nvidia_smi({"hang": True}, {}))
-    with socket.create_connection(("127.0.0.1", running.port), PATIENCE) as client:
-        client.sendall(
-            f"GET /api/v1/gpu/status HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()
-        )
+    with send_request(running.port, request_of("GET", "/api/v1/gpu/status")):
         held = leash.next()
         running.press_ctrl_c()
         if twice:
@@ -4976,9 +5186,7 @@ def exchange(port: int, request: bytes) -> tuple[int, http.client.HTTPMessage, b
     """Status, headers and body of what is answered to these bytes."""
     with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
         client.sendall(request)
-        answer = http.client.HTTPResponse(client, method=request.split()[0].decode())
-        answer.begin()
-        return answer.status, answer.headers, answer.read()
+        return answer_of(client, request.split()[0].decode())
 
 
 JSON_BODY = "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n[]"
