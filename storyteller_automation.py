@@ -740,8 +740,9 @@ def _make_job(limits: int = 0x2000) -> int:
 
 
 @contextlib.contextmanager
-def bounded_child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program without input, its output in pipes; leaving the block ends it with all that it started."""
+def bounded_child(command: Sequence[str], running: set[int]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program without input, its output in pipes; leaving the block ends it with all that it started. Meanwhile
+    it is among those `running`, for end_children()."""
     options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with contextlib.ExitStack() as ending:
         if WINDOWS:
@@ -755,6 +756,8 @@ def bounded_child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
             _win32("ntdll", "NtResumeProcess", word, void)(int(child._handle))
         else:
             child = subprocess.Popen(command, start_new_session=True, **options)
+            running.add(child.pid)
+            ending.callback(running.discard, child.pid)
             ending.callback(_kill_group, child.pid)
         try:
             yield child
@@ -766,6 +769,12 @@ def bounded_child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
             closing.join(1)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(timeout=1)
+
+
+def end_children(running: set[int]) -> None:
+    """Before this process ends with some bounded ones at work. On Windows their jobs end with it."""
+    for leader in list(running):
+        _kill_group(leader)
 
 
 MAX_OUTPUT = 256 * 1024  # bytes of a child's output; one that prints more is held up by its full pipe
@@ -2369,15 +2378,19 @@ def find_nvidia_smi(settings: Settings) -> str | None:
     return next(filter(None, map(shutil.which, ["nvidia-smi", *nvidia_smi_places()])), None)
 
 
-def query_gpus(program: str | None, timeout: float = NVIDIA_SMI_TIMEOUT) -> GpuStatus:
-    """Run both queries at the same time. Never raises: what goes wrong is in `error`."""
+def query_gpus(program: str | None, running: set[int], timeout: float = NVIDIA_SMI_TIMEOUT) -> GpuStatus:
+    """Run both queries at the same time, each among the children that are `running`. Never raises: what goes wrong is
+    in `error`."""
     if not program:
         return GpuStatus(
             error="nvidia-smi not found or GPU not available: install NVIDIA's driver, or set NVIDIA_SMI", fault=True
         )
     deadline = time.monotonic() + timeout
     try:
-        with bounded_child([program, *GPU_QUERY]) as gpus, bounded_child([program, *PROCESS_QUERY]) as processes:
+        with (
+            bounded_child([program, *GPU_QUERY], running) as gpus,
+            bounded_child([program, *PROCESS_QUERY], running) as processes,
+        ):
             try:
                 outputs = read_output(gpus, timeout)
             except subprocess.TimeoutExpired:
@@ -2512,10 +2525,10 @@ def call(url: str, seconds: float, *, data: bytes | None = None, headers: Mappin
         request = urllib.request.Request(url, data=data, headers=dict(headers))
         with opener.open(request, timeout=seconds) as response:
             body = b""
-            while len(body) < 65536 and (piece := response.read1(65536 - len(body))):
+            while time.monotonic() < deadline and (piece := response.read1(65536 - len(body))):
                 body += piece
-                if time.monotonic() > deadline:
-                    raise TimeoutError("timed out")
+            if time.monotonic() >= deadline:  # what came before the cut is no answer
+                raise TimeoutError("timed out")
             return Reply(response.status, response.headers, body)
     except (OSError, http.client.HTTPException) as error:
         if time.monotonic() >= deadline and not _is_refusal(error):
@@ -2613,7 +2626,8 @@ _NOT_HERE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.E
 # SwarmUI: the launcher
 # ======================================================================================================
 
-LOG_LIMIT, LOGS_KEPT = 5_000_000, 3  # bytes of a log, and older ones beside it
+LOG_LIMIT = 5_000_000  # bytes of a log
+LOGS_KEPT = 3  # older ones beside it
 
 
 def shorten_log(path: Path) -> None:
@@ -2748,9 +2762,14 @@ class SwarmUILauncher:
         return attempt.result(timeout=self._settings.start_timeout + 10 * self._settings.health_timeout + 60)
 
     def close(self) -> None:
-        """End an attempt that waits. SwarmUI goes on."""
+        """End an attempt, and tell those who wait for it at once. SwarmUI goes on."""
         self._closed.set()
         self._wake.set()
+        with self._lock:
+            attempt = self._attempt
+        if attempt:
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # it has ended
+                attempt.set_exception(Unavailable("SwarmUI failed to start: the service is stopping.", 5))
 
     def keep_log_short(self) -> None:
         """Look at SwarmUI's log about once a second, in a thread that ends with close()."""
@@ -2782,6 +2801,10 @@ class SwarmUILauncher:
             log.warning("swarmui: %s cannot be written (%s)", self._record, error.strerror)
 
     def _run(self, attempt: Future[Started]) -> None:
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # close() was first
+            self._settle(attempt)
+
+    def _settle(self, attempt: Future[Started]) -> None:
         try:
             started = allow_page(self._make_ready(), self._settings)
         except Fault as fault:
@@ -4669,7 +4692,8 @@ def serve(settings: Settings) -> int:
     settings = dataclasses.replace(settings, api_token=own_token(settings))
     ended = threading.Event()
     with contextlib.closing(open_store(settings)) as store:
-        gpu = GpuMonitor(lambda: query_gpus(find_nvidia_smi(settings)), settings.gpu_cache_seconds)
+        children: set[int] = set()
+        gpu = GpuMonitor(lambda: query_gpus(find_nvidia_smi(settings), children), settings.gpu_cache_seconds)
         with contextlib.closing(SwarmUILauncher(settings)) as swarmui:
             parts = make_parts(settings, store, gpu, swarmui)
             sockets = open_sockets(settings.host, settings.port)
@@ -4677,6 +4701,7 @@ def serve(settings: Settings) -> int:
 
             def stop(grace: float) -> None:
                 if parts.stopping.is_set():  # told twice: at once
+                    end_children(children)
                     os._exit(1)
                 parts.stopping.set()
                 swarmui.close()
@@ -4691,6 +4716,7 @@ def serve(settings: Settings) -> int:
             greet(settings, store, port, token_place)
             log.info("server: listening on %s", url_of(settings, port))
             server.run()
+            end_children(children)  # what nvidia-smi would still say has nobody to go to
     log.info("server: stopped")
     running.close()
     ended.set()
@@ -4737,7 +4763,7 @@ def check(arguments: Mapping[str, str | None]) -> int:
     env_file = HERE / ".env"
     say("OK", "settings", f"read from arguments, environment and {env_file if env_file.exists() else 'no .env file'}")
     say(*check_store(settings))
-    status = query_gpus(find_nvidia_smi(settings))
+    status = query_gpus(find_nvidia_smi(settings), set())
     good = f"{status.gpu_count} GPU(s), {status.memory_total} MiB"
     say("OK" if status.available else "WARN", "nvidia-smi", status.error or good)
     say(*check_swarmui_path(settings))

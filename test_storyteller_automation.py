@@ -15,6 +15,7 @@ import http.server
 import inspect
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -59,7 +60,8 @@ def hold_leash(port, **report):
     threading.Thread(target=lambda: (leash.recv(1), os._exit(0)), daemon=True).start()
 """
 
-# nvidia-smi: answers each query as `plan` says: {"gpus": {"print", "exit", "hang"}, "processes": {...}}.
+# nvidia-smi: answers each query as `plan` says: {"gpus": {"print", "exit", "hang", "after": a file that must be there
+# before}, "processes": {...}}.
 NVIDIA_SMI = """
 query = "gpus" if sys.argv[1].startswith("--query-gpu=") else "processes"
 wanted = {
@@ -72,6 +74,8 @@ if sys.argv[1:] != wanted[query]:
 act = plan[query]
 with open(plan["runs"], "a") as file:
     file.write(query + "\\n")
+while not os.path.exists(act.get("after", ".")):
+    threading.Event().wait(0.01)
 sys.stdout.write(act.get("print", ""))
 sys.stderr.write(act.get("stderr", ""))
 sys.stdout.flush()
@@ -84,12 +88,25 @@ sys.exit(act.get("exit", 0))
 """
 
 # SwarmUI 0.9.8.2, as far as this service meets it: POST with JSON, never GET. `plan`: {"delay": seconds until it
-# listens, "print": text, "exit": code to end with at once, "answer": [status, headers, body] instead of the usual}.
+# listens, "after": a file that must be there before, "print": text, "flood": so many MB more, "key": whether it waits
+# for one, "child": whether it starts one, "exit": code to end with at once, "once": a file that tells it that it did,
+# "answer": [status, headers, body] instead of the usual, "raw": [text, then] for each request, where `then` is the
+# end, silence, or the last letter for ever}.
 SWARMUI = """
-import http.server, time
+import http.server, subprocess, time
 hold_leash(plan["leash"])
-sys.stdout.write(plan.get("print", "")); sys.stdout.flush()
-if "exit" in plan:
+sys.stdout.buffer.write(plan.get("print", "").encode("utf-8", "surrogateescape"))
+for _ in range(plan.get("flood", 0)):
+    sys.stdout.buffer.write(b"x" * 999_999 + b"\\n")
+sys.stdout.flush()
+if "key" in plan:
+    sys.stdin.read(1)
+if "child" in plan:
+    code = plan["leash_code"] + "hold_leash(int(sys.argv[1])); threading.Event().wait()"
+    subprocess.Popen([sys.executable, "-c", code, str(plan["leash"])])
+if "exit" in plan and not os.path.exists(plan.get("once", "")):
+    if "once" in plan:
+        open(plan["once"], "w").close()
     sys.exit(plan["exit"])
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -127,8 +144,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(400, {}, json.dumps({"error_id": "bad_route", "error": "Unknown API route."}))
     def log_message(self, *arguments):
         print("[Info] call of", self.path, flush=True)
+def speak(connection):
+    text, then = plan["raw"]
+    with connection:
+        request = connection.recv(65536)
+        while not request.endswith(b"{}"):
+            request += connection.recv(65536)
+        connection.sendall(text.encode())
+        while then == "the last letter for ever":
+            time.sleep(0.02)
+            connection.sendall(text[-1].encode())
+        if then == "silence":
+            threading.Event().wait()
 time.sleep(plan.get("delay", 0))
+while not os.path.exists(plan.get("after", ".")):
+    time.sleep(0.01)
 port = int(sys.argv[sys.argv.index("--port") + 1])
+if "raw" in plan:
+    listener = socket.create_server(("127.0.0.1", port))
+    while True:
+        threading.Thread(target=speak, args=[listener.accept()[0]], daemon=True).start()
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
@@ -555,7 +590,7 @@ def make_app(settings: service.Settings) -> Iterator[Callable[..., webtest.TestA
             if store is None:
                 path = settings.data_dir / f"app-{len(list(settings.data_dir.iterdir()))}.sqlite3"
                 store = stack.enter_context(contextlib.closing(service.SqliteStore(path)))
-            gpu = service.GpuMonitor(lambda: service.query_gpus(service.find_nvidia_smi(changed_settings)), 0)
+            gpu = service.GpuMonitor(lambda: service.query_gpus(service.find_nvidia_smi(changed_settings), set()), 0)
             swarmui = stack.enter_context(contextlib.closing(service.SwarmUILauncher(changed_settings)))
             app = service.create_app(service.make_parts(changed_settings, store, gpu, swarmui))
             return webtest.TestApp(app, extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"})
@@ -684,6 +719,20 @@ def module_copy(tmp_path: Path) -> Path:
     folder = tmp_path / "the service"
     folder.mkdir()
     return Path(shutil.copy(HERE / "storyteller_automation.py", folder))
+
+
+@pytest.fixture
+def change_module(module_copy: Path) -> Callable[..., None]:
+    """Gives constants of the module that is started another value."""
+
+    def change(**constants: Any) -> None:
+        for name, value in constants.items():
+            text = module_copy.read_text("utf-8")
+            text, count = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", text, flags=re.MULTILINE)
+            assert count == 1
+            module_copy.write_text(text, "utf-8")
+
+    return change
 
 
 @pytest.fixture
@@ -1049,7 +1098,7 @@ def test_a_bounded_child_ends_with_all_that_it_started(tmp_path, leash, waits):
         f"{'threading.Event().wait()' if waits else ''}"
     )
     program = write_program(tmp_path / "a child", code, {"code": grandchild})
-    with service.bounded_child([str(program)]) as child:
+    with service.bounded_child([str(program)], set()) as child:
         assert child.stdout.readline().strip() == b"no input"
         held = leash.next()
         if not waits:
@@ -1131,6 +1180,16 @@ def test_a_launch_script_is_run_in_a_folder_with_a_space_and_an_ampersand(tmp_pa
     launched = service.launch_detached(script, arguments, folder, tmp_path / "log")
     assert leash.next().report["arguments"] == arguments
     assert launched.wait(PATIENCE) == 0
+
+
+def test_a_process_is_told_from_a_later_one_of_its_number():
+    identity = service.process_identity(os.getpid())
+    assert identity
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        assert service.process_identity(other.pid) not in (None, identity)
+        other.kill()
+        wait_until(lambda: service.process_identity(other.pid) is None)  # though nobody has waited for it
+    assert service.process_identity(os.getpid()) == identity
 
 
 def test_a_port_is_not_shared():
@@ -2262,34 +2321,34 @@ def test_a_program_that_cannot_be_run_is_a_fault(tmp_path):
     program = tmp_path / "broken.exe"
     program.write_bytes(b"\x7fnot a program")
     program.chmod(0o755)
-    status = service.query_gpus(str(program))
+    status = service.query_gpus(str(program), set())
     assert status.fault
     assert "cannot be run" in status.error or "exit code" in status.error
 
 
 @pytest.mark.parametrize("processes", [{"exit": 9, "print": "5\n"}, {"print": "[Insufficient Permissions]\n"}])
 def test_processes_that_cannot_be_listed_count_as_none(nvidia_smi, processes):
-    status = service.query_gpus(nvidia_smi(GOOD, processes))
+    status = service.query_gpus(nvidia_smi(GOOD, processes), set())
     assert (status.available, status.process_count) == (True, 0)
 
 
 def test_a_process_query_that_hangs_counts_none_and_is_ended_with_its_child(nvidia_smi, leash):
     program = nvidia_smi(GOOD, {"hang": True})
-    status = service.query_gpus(program, timeout=6 if service.WINDOWS else 1.5)
+    status = service.query_gpus(program, set(), timeout=6 if service.WINDOWS else 1.5)
     assert (status.available, status.process_count) == (True, 0)
     assert leash.next().has_ended()
 
 
 def test_an_nvidia_smi_that_prints_without_end_is_a_fault(tmp_path):
     program = write_program(tmp_path / "nvidia-smi", "while True: sys.stdout.write('8, 819, 8192, 45, 1' * 1000)", {})
-    status = service.query_gpus(str(program), timeout=3 if service.WINDOWS else 1)
+    status = service.query_gpus(str(program), set(), timeout=3 if service.WINDOWS else 1)
     assert status.fault
     assert "did not answer within" in status.error
 
 
 def test_an_nvidia_smi_that_hangs_is_ended_with_its_child(nvidia_smi, leash):
     program = nvidia_smi({"hang": True}, {"print": "41\n"})
-    status = service.query_gpus(program, timeout=6 if service.WINDOWS else 1.5)
+    status = service.query_gpus(program, set(), timeout=6 if service.WINDOWS else 1.5)
     assert status.fault
     assert "did not answer within" in status.error
     assert leash.next().has_ended()
@@ -2307,7 +2366,8 @@ def test_an_nvidia_smi_past_all_killing_holds_nobody_up(nvidia_smi, leash, monke
         )
     else:
         monkeypatch.setattr(service, "_kill_group", lambda leader: None)
-    status = service.query_gpus(nvidia_smi({"hang": True}, {"print": "41\n"}), timeout=6 if service.WINDOWS else 1.5)
+    program = nvidia_smi({"hang": True}, {"print": "41\n"})
+    status = service.query_gpus(program, set(), timeout=6 if service.WINDOWS else 1.5)
     assert "did not answer within" in status.error
     assert leash.next().is_alive()
     leash.close()
@@ -2320,7 +2380,7 @@ def test_both_queries_run_at_the_same_time(nvidia_smi, leash, tmp_path):
     plan = {"gpus": GOOD, "processes": {"print": "41\n"}, "runs": str(tmp_path / "runs")}
     code = NVIDIA_SMI.replace("sys.stdout.write(act.get", wait + "sys.stdout.write(act.get", 1)
     program = write_program(tmp_path / "both", code, plan)
-    assert service.query_gpus(str(program), timeout=PATIENCE).process_count == 1
+    assert service.query_gpus(str(program), set(), timeout=PATIENCE).process_count == 1
 
 
 @pytest.mark.parametrize("status", [service.GpuStatus(available=True), service.GpuStatus(error="broken", fault=True)])
@@ -2504,25 +2564,36 @@ def test_calls_share_the_start_that_is_in_flight(make_launcher, swarmui_folder, 
     assert leash.count_further() == 0
 
 
+def start_swarmui(running: Service) -> tuple[int, str | None, Any]:
+    """Status, Retry-After and JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("POST", "/api/v1/swarmui/start", headers=BEARER)
+        answer = connection.getresponse()
+        return answer.status, answer.getheader("Retry-After"), json.loads(answer.read())
+
+
 def test_waiting_starts_leave_room_for_other_calls(start_service, swarmui_folder, leash, settings):
     running = start_service(
         SWARMUI_PATH=str(swarmui_folder(delay=3600)),
         SWARMUI_API_URL=settings.swarmui_api_url,
         SWARMUI_POLL_INTERVAL="0.05",
     )
-    statuses: list[tuple[int, Any]] = []
+    answers: list[tuple[int, str | None, Any]] = []
 
     def start() -> None:
         with contextlib.suppress(OSError, http.client.HTTPException):  # those that wait are cut off with the service
-            statuses.append(running.call("POST", "/api/v1/swarmui/start"))
+            answers.append(start_swarmui(running))
 
     threads = [threading.Thread(target=start, daemon=True) for _ in range(service.WAITING_STARTS + 8)]
     for thread in threads:
         thread.start()
     leash.next()
     assert all(running.call("GET", "/api/v1/notifications/check")[0] == 200 for _ in range(20))
-    wait_until(lambda: len(statuses) == 8)
-    assert [status for status, _ in statuses] == [503] * 8  # past the share of those that wait: at once
+    wait_until(lambda: len(answers) == 8)
+    for status, retry_after, answer in answers:  # past the share of those that wait: at once
+        assert (status, answer["success"], "Too many calls wait" in answer["error"]) == (503, False, True)
+        assert int(retry_after) >= 1
     running.stop()
     for thread in threads:
         thread.join(PATIENCE)
@@ -4161,6 +4232,224 @@ def test_what_is_used_below_the_public_surface_of_the_libraries_is_there():
 # It keeps running
 # ======================================================================================================
 
+# ----------------------------------------------------------------- one client never stalls another ----
+
+
+def send_request(port: int, request: str, receive_buffer: int | None = None) -> socket.socket:
+    """A connection on which a request, or its beginning, was sent."""
+    client = socket.socket()
+    client.settimeout(PATIENCE)
+    if receive_buffer:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    client.connect(("127.0.0.1", port))
+    client.sendall(request.encode())
+    return client
+
+
+def answer_of(client: socket.socket, method: str = "GET") -> tuple[int, http.client.HTTPMessage, bytes]:
+    """Status, headers and body of the answer that comes."""
+    answer = http.client.HTTPResponse(client, method=method)
+    answer.begin()
+    return answer.status, answer.headers, answer.read()
+
+
+def request_of(method: str, path: str, *headers: str) -> str:
+    return "\r\n".join(
+        [f"{method} {path} HTTP/1.1", "Host: localhost", f"Authorization: Bearer {TOKEN}", *headers, "", ""]
+    )
+
+
+POLL = request_of("GET", "/api/v1/notifications/check")
+LARGE = {"scriptText": "x" * (8 << 20)}  # more than what two sockets hold between them
+
+
+def is_cut_off(client: socket.socket) -> bool:
+    """Sends a byte more, which a closed connection answers with a reset. An answer is not looked at."""
+    try:
+        client.send(b"x")
+    except OSError:
+        return True
+    return False
+
+
+@pytest.mark.slow
+def test_100_polls_at_the_moment_when_redis_hangs_leave_a_gpu_call_under_half_a_second(start_service, forwarder):
+    running = start_service(REDIS_URL=forwarder.url, NVIDIA_SMI="none")
+    at_once(*[lambda: running.call("GET", "/api/v1/notifications/check")] * 8)  # connections that die with it
+    forwarder.hang()
+    polls = [send_request(running.port, POLL) for _ in range(100)]
+    try:
+        began = time.monotonic()
+        assert running.call("GET", "/api/v1/gpu/status")[0] == 500
+        assert time.monotonic() - began < 0.5
+        assert [answer_of(poll)[0] for poll in polls] == [503] * 100
+    finally:
+        for poll in polls:
+            poll.close()
+
+
+@pytest.mark.parametrize(
+    ("request_begun", "rest"),
+    [
+        pytest.param("G", "", id="a line, and then nothing"),
+        pytest.param(POLL[:-2], "X: ", id="headers, a byte now and then"),
+        pytest.param(
+            request_of("PUT", "/api/v1/session/1", "Content-Length: 99999"), "x", id="a body, a byte now and then"
+        ),
+        pytest.param(request_of("PUT", "/api/v1/session/1", "Content-Length: 99999"), "", id="no body"),
+    ],
+)
+def test_a_request_that_does_not_get_whole_is_cut_off(serving, make_app, monkeypatch, request_begun, rest):
+    monkeypatch.setattr(service, "STUCK", 0.2)
+    with send_request(serving(make_app().app).port, request_begun) as client:
+        if rest:
+            letters = iter(rest + "x" * 100_000)
+
+            def has_ended() -> bool:
+                try:
+                    client.send(next(letters).encode())
+                except OSError:
+                    return True
+                return False
+
+            wait_until(has_ended)
+        else:
+            with contextlib.suppress(ConnectionError):
+                assert client.recv(100) == b""
+
+
+def test_an_answer_of_which_the_client_takes_nothing_is_cut_off(serving, make_app, monkeypatch):
+    monkeypatch.setattr(service, "STUCK", 0.2)
+    app = make_app()
+    app.put_json("/api/v1/session/5", LARGE)
+    with send_request(serving(app.app).port, request_of("GET", "/api/v1/session/5"), receive_buffer=4096) as client:
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+        wait_until(lambda: is_cut_off(client))
+
+
+@pytest.mark.slow
+def test_who_reads_slowly_but_steadily_gets_it_whole(serving, make_app, monkeypatch):
+    """However long it takes: here twice the limit."""
+    monkeypatch.setattr(service, "STUCK", 1.0)
+    app = make_app()
+    app.put_json("/api/v1/session/5", LARGE)
+    with send_request(serving(app.app).port, request_of("GET", "/api/v1/session/5"), receive_buffer=65536) as client:
+        answer = http.client.HTTPResponse(client)
+        answer.begin()
+        size, taken, pause = int(answer.getheader("Content-Length")), 0, threading.Event()
+        began = time.monotonic()
+        while piece := answer.read(size // 20):
+            taken += len(piece)
+            pause.wait(max(0.0, began + 2.0 * taken / size - time.monotonic()))
+        assert taken == size
+
+
+def test_a_connection_that_is_idle_for_too_long_is_ended(serving, make_app, monkeypatch):
+    monkeypatch.setattr(service, "IDLE", 0.2)
+    with send_request(serving(make_app().app).port, POLL) as client:
+        assert answer_of(client)[0] == 200
+        assert client.recv(1) == b""
+
+
+def test_near_the_limit_of_connections_the_oldest_idle_ones_go_first(
+    start_service, change_module, nvidia_smi, tmp_path
+):
+    change_module(CONNECTIONS=20, NVIDIA_SMI_TIMEOUT=PATIENCE)
+    running = start_service(NVIDIA_SMI=nvidia_smi({**GOOD, "after": str(tmp_path / "release")}, {}))
+    with contextlib.ExitStack() as stack:
+        at_work = stack.enter_context(send_request(running.port, request_of("GET", "/api/v1/gpu/status")))
+        wait_until((tmp_path / "runs").exists)
+        idle = []
+        for _ in range(100):  # waitress's own limit is 40 past ours
+            idle.append(stack.enter_context(send_request(running.port, request_of("GET", "/health"))))
+            assert answer_of(idle[-1])[0] == 200
+        assert running.call("GET", "/api/v1/notifications/check")[0] == 200
+        assert all(client.recv(1) == b"" for client in idle[:80])
+        idle[-1].sendall(request_of("GET", "/health").encode())
+        assert answer_of(idle[-1])[0] == 200
+        (tmp_path / "release").touch()
+        assert answer_of(at_work)[0] == 200
+
+
+def test_connections_that_never_say_a_word_let_a_poll_in(start_service, change_module):
+    change_module(CONNECTIONS=20)
+    running = start_service()
+    silent = [send_request(running.port, "") for _ in range(100)]
+    try:
+        assert running.call("GET", "/api/v1/notifications/check")[0] == 200
+    finally:
+        for client in silent:
+            client.close()
+
+
+@pytest.mark.slow
+def test_200_connections_that_take_their_time_leave_every_poll_answered(start_service, swarmui_folder, settings):
+    running = start_service(
+        SWARMUI_PATH=str(swarmui_folder(delay=3600)),
+        SWARMUI_API_URL=settings.swarmui_api_url,
+        SWARMUI_START_TIMEOUT="3600",
+    )
+    assert running.call("PUT", "/api/v1/session/5", make_session(prompts=0))[0] == 200
+    slow = [
+        (POLL[:-2], None),
+        (
+            request_of("PUT", "/api/v1/session/6", "Content-Type: application/json", "Content-Length: 850000") + "{",
+            None,
+        ),
+        (request_of("GET", "/api/v1/session/5"), 4096),
+        (request_of("POST", "/api/v1/swarmui/start"), None),
+    ]
+    with contextlib.ExitStack() as stack:
+        for number in range(200):
+            stack.enter_context(send_request(running.port, *slow[number % 4]))
+        took = []
+        for _ in range(200):
+            began = time.monotonic()
+            assert running.call("GET", "/api/v1/notifications/check") == (200, {"notifications": []})
+            took.append(time.monotonic() - began)
+    assert sorted(took)[197] < 1.0  # a tenth of that on a machine that does nothing else
+
+
+def test_large_bodies_are_read_one_at_a_time_and_small_ones_beside(serving, make_app, monkeypatch):
+    parse, lock, inside, most = service.parse_json, threading.Lock(), [], []
+    small_is_done = threading.Event()
+
+    def watched(raw: bytes, **options: Any) -> Any:
+        if len(raw) <= service.LARGE_BODY:
+            return parse(raw, **options)
+        with lock:
+            inside.append(1)
+            most.append(len(inside))
+        try:
+            small_is_done.wait(PATIENCE)
+            return parse(raw, **options)
+        finally:
+            with lock:
+                inside.pop()
+
+    monkeypatch.setattr(service, "parse_json", watched)
+    port = serving(make_app().app).port
+    statuses = []
+
+    def put(number: int, size: int) -> None:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as connection:
+            body = json.dumps({"scriptText": "x" * size})
+            headers = {**BEARER, "Content-Type": "application/json"}
+            connection.request("PUT", f"/api/v1/session/{number}", body, headers)
+            statuses.append(connection.getresponse().status)
+
+    threads = [threading.Thread(target=put, args=[number, service.LARGE_BODY + 1]) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: most)
+    put(9, service.LARGE_BODY // 4)
+    assert statuses == [200]
+    small_is_done.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert (statuses, most) == ([200] * 5, [1] * 4)
+
+
 # ------------------------------------------------------------------------------ the store goes away ----
 
 ANSWER_BOUND = 3.0 + 1.5  # a call that needs the store ends within 3 s, and this machine may be busy
@@ -4932,6 +5221,573 @@ def test_caches_limits_and_waits_hold_when_the_clock_is_set(
         assert [running.call("GET", "/health")[0] for _ in range(10)] == [200] * 10
         slow.sendall(b"\r\n")
         assert slow.recv(100).startswith(b"HTTP/1.1 200")
+
+
+# ------------------------------------------------------------------------------- SwarmUI misbehaves ----
+
+
+def zombies() -> list[str]:
+    """Children of this process that ended and that nobody waited for; on Windows there are none."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text(errors="replace").rpartition(")")[2].split()
+            if fields[:2] == ["Z", str(os.getpid())]:
+                found.append(stat.parent.name)
+    return found
+
+
+@pytest.fixture
+def nothing_left(leash: Leash) -> Iterator[Callable[[], None]]:
+    """Fails where an attempt that is over left a thread; and, once SwarmUI is gone, a thread or a zombie."""
+    before = set(threading.enumerate())
+
+    def further() -> set[str]:
+        return {thread.name for thread in set(threading.enumerate()) - before}
+
+    def check() -> None:
+        wait_until(lambda: further() <= {"swarmui-watch"})  # which waits for the end of one that lives
+
+    yield check
+    leash.close()
+    wait_until(lambda: not further())
+    wait_until(lambda: not zombies())
+
+
+IN_TIME = 5.0  # seconds beside the start's own, since this machine may be busy
+SLOW_START = {"start_timeout": 8.0} if service.WINDOWS else {"start_timeout": 1.0}
+
+
+def fail_in_time(launcher: service.SwarmUILauncher, start_timeout: float = 0.0) -> str:
+    """Why a start failed: soon after the end of its own time, whatever SwarmUI does."""
+    began = time.monotonic()
+    message = failure(launcher)
+    assert time.monotonic() - began < start_timeout + IN_TIME
+    return message
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        pytest.param({"exit": 1, "print": "no CUDA\n"}, "exited with code 1: no CUDA", id="exits with 1"),
+        pytest.param({"exit": 1, "print": "caf\udce9 \udcff\n"}, "exited with code 1: caf\ufffd \ufffd", id="no UTF-8"),
+        pytest.param({"exit": 1, "flood": 1}, "exited with code 1: xxxx", id="exits with 1, and one endless line"),
+        pytest.param({"exit": 1, "child": True}, "exited with code 1: ", id="a child lives on"),
+    ],
+)
+def test_a_swarmui_that_fails_at_once_is_told_at_once(make_launcher, swarmui_folder, nothing_left, plan, words):
+    """The next probe would be an hour away. On Windows its launch script pauses, where it gets no key."""
+    folder = swarmui_folder(**plan, leash_code=LEASH)
+    message = fail_in_time(make_launcher(swarmui_path=folder, poll_interval=3600.0, start_timeout=PATIENCE))
+    assert words in message
+    assert len(message) < 5000
+    nothing_left()
+
+
+@pytest.mark.parametrize("code", [0, 42])
+def test_an_executable_that_ends_at_once_is_told(make_launcher, tmp_path, leash, nothing_left, code):
+    """With 0, which may be a wrapper's, when the time is over; with 42 nobody is there to start it again."""
+    program = write_program(tmp_path / "SwarmUI", SWARMUI, {"leash": leash.port, "exit": code, "print": "bye\n"})
+    message = fail_in_time(make_launcher(swarmui_path=program, **SLOW_START), **SLOW_START)
+    assert message.endswith(f"it exited with code {code}: bye")
+    nothing_left()
+
+
+def test_a_swarmui_that_its_script_starts_again_is_waited_for(make_launcher, swarmui_folder, tmp_path, leash):
+    folder = swarmui_folder(exit=42, once=str(tmp_path / "once"))
+    assert make_launcher(swarmui_path=folder).start().message == "SwarmUI started successfully"
+    assert leash.next().has_ended()
+    assert leash.next().is_alive()
+
+
+def test_a_swarmui_that_prints_100_mb_starts(make_launcher, swarmui_folder, settings, nothing_left):
+    launcher = make_launcher(swarmui_path=swarmui_folder(flood=100))
+    assert launcher.start().message == "SwarmUI started successfully"
+    assert (settings.data_dir / "swarmui.log").stat().st_size >= 100_000_000
+    nothing_left()
+
+
+HEAD = "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        pytest.param({"answer": [200, {}, "<html>hello</html>"]}, "answered 200: <html>hello</html>", id="HTML"),
+        pytest.param({"answer": [302, {"Location": "/elsewhere"}, ""]}, "answered 302", id="a redirect"),
+        pytest.param({"answer": [500, {}, '{"error": "oops"}']}, "answered 500: oops", id="500"),
+        pytest.param({"token": "t0k3n"}, "set SWARMUI_TOKEN", id="accounts"),
+        pytest.param({"raw": [HEAD + '{"session_id"', "the end"]}, 'answered 200: {"session_id"', id="half a body"),
+        pytest.param({"raw": [HEAD[:10], "the end"]}, "broke the connection off", id="half a head"),
+        pytest.param({"raw": [HEAD, "silence"]}, "did not answer within 0.3 s", id="half, then silence"),
+        pytest.param({"raw": ["", "silence"]}, "did not answer within 0.3 s", id="silence"),
+        pytest.param(
+            {"raw": [HEAD[:-4], "the last letter for ever"]}, "did not answer within 0.3 s", id="an endless head"
+        ),
+        pytest.param(
+            {"raw": ["HTTP/1.1 200 OK\r\n\r\n{", "the last letter for ever"]}, "within 0.3 s", id="an endless body"
+        ),
+        pytest.param({"delay": 3600}, "nobody answers", id="never listens"),
+    ],
+)
+def test_a_swarmui_that_answers_nonsense_is_told_in_time_and_not_launched_again(
+    make_launcher, swarmui_folder, leash, nothing_left, plan, words
+):
+    launcher = make_launcher(swarmui_path=swarmui_folder(**plan), health_timeout=0.3, start_timeout=0.2)
+    wait_until(lambda: words in fail_in_time(launcher))  # until it listens at all, nobody answers
+    message = fail_in_time(launcher)
+    assert "no answer within 0.2 s (last: " in message
+    assert message.endswith(f"it keeps running, so ask again, or look into {launcher._output}")
+    nothing_left()
+    assert leash.next().is_alive()
+    assert leash.count_further() == 0
+
+
+def test_a_swarmui_that_waits_for_a_key_gets_none(start_service, swarmui_folder, settings):
+    """The service has a console of its own here, whose keys nobody presses."""
+    running = start_service(
+        SWARMUI_PATH=str(swarmui_folder(key=True, exit=1)),
+        SWARMUI_API_URL=settings.swarmui_api_url,
+        SWARMUI_START_TIMEOUT="20",
+    )
+    status, answer = running.call("POST", "/api/v1/swarmui/start")
+    assert (status, "exited with code 1" in answer["error"]) == (500, True)
+
+
+def test_a_swarmui_that_comes_just_before_the_end_of_its_time_is_ready(make_launcher, swarmui_folder, nothing_left):
+    """It is probed once more at the end, though the next probe would come later."""
+    launcher = make_launcher(
+        swarmui_path=swarmui_folder(delay=0.05), poll_interval=PATIENCE, health_timeout=3600.0, **SLOW_START
+    )
+    began = time.monotonic()
+    assert launcher.start().message == "SwarmUI started successfully"
+    assert time.monotonic() - began < SLOW_START["start_timeout"] + IN_TIME
+    nothing_left()
+
+
+def test_a_swarmui_killed_while_it_starts_is_told_at_once(make_launcher, swarmui_folder, leash, nothing_left):
+    launcher = make_launcher(swarmui_path=swarmui_folder(delay=3600), poll_interval=3600.0, start_timeout=PATIENCE)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(failure, launcher)
+        os.kill(leash.next().report["pid"], signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
+        assert "exited with code" in waiting.result(IN_TIME)
+    nothing_left()
+
+
+def test_a_swarmui_that_ends_after_its_start_is_seen_and_launched_again(make_launcher, swarmui_folder, leash):
+    launcher = make_launcher(swarmui_path=swarmui_folder(), start_interval=0.0)
+    launcher.start()
+    os.kill(leash.next().report["pid"], signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
+    wait_until(lambda: not zombies() and "swarmui-watch" not in {thread.name for thread in threading.enumerate()})
+    assert launcher.start().message == "SwarmUI started successfully"
+    assert leash.next().is_alive()
+
+
+def test_a_swarmui_that_still_starts_when_the_service_does_is_not_launched_twice(
+    start_service, swarmui_folder, leash, settings, tmp_path
+):
+    variables = {
+        "SWARMUI_PATH": str(swarmui_folder(after=str(tmp_path / "now"))),
+        "SWARMUI_API_URL": settings.swarmui_api_url,
+        "SWARMUI_START_TIMEOUT": "0.2",
+        "SWARMUI_POLL_INTERVAL": "0.05",
+    }
+    first = start_service(**variables)
+    assert first.call("POST", "/api/v1/swarmui/start")[0] == 500
+    held = leash.next()
+    first.stop()
+
+    second = start_service(**variables)
+    status, answer = second.call("POST", "/api/v1/swarmui/start")
+    assert (status, "it keeps running, so ask again" in answer["error"]) == (500, True)
+    (tmp_path / "now").touch()
+    wait_until(lambda: second.call("POST", "/api/v1/swarmui/start")[0] == 200)
+    assert held.is_alive()
+    assert leash.count_further() == 0
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        pytest.param({"pid": os.getpid(), "identity": "of an earlier one"}, id="a number that another process has now"),
+        pytest.param({"pid": os.getpid(), "identity": None}, id="an identity that was not known"),
+        pytest.param({"pid": 0x7FFFFFF0, "identity": "x"}, id="nobody's number"),
+        pytest.param({"pid": "x"}, id="no number"),
+        pytest.param([], id="no object"),
+    ],
+)
+def test_what_was_kept_of_an_ended_swarmui_holds_up_no_launch(make_launcher, settings, swarmui_folder, leash, kept):
+    (settings.data_dir / "swarmui.json").write_text(json.dumps(kept))
+    assert make_launcher(swarmui_path=swarmui_folder()).start().message == "SwarmUI started successfully"
+    assert leash.next().is_alive()
+
+
+def test_a_swarmui_found_again_that_ends_is_told(make_launcher, settings, swarmui_folder, leash):
+    """How it ended cannot be known, as it is nobody's child any more."""
+    folder = swarmui_folder(delay=3600)
+    failure(make_launcher(swarmui_path=folder, start_timeout=0.1))
+    pid = leash.next().report["pid"]
+    again = make_launcher(swarmui_path=folder, health_timeout=0.3, **SLOW_START)
+    with socket.create_server(("127.0.0.1", settings.swarmui_port)) as listener, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(fail_in_time, again, **SLOW_START)
+        for _ in range(2):  # once it asks again, it waits
+            listener.accept()[0].close()
+        os.kill(pid, signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
+        assert "it exited" in waiting.result(PATIENCE)
+    assert leash.count_further() == 0
+
+
+# Prints numbered lines without end, faster than a log is looked at.
+CHATTER = """
+import itertools
+hold_leash(plan["leash"])
+for number in itertools.count():
+    print(f"line {number:09d}" + "." * 80, flush=True)
+    if number % 10 == 0:
+        threading.Event().wait(0.001)
+"""
+
+
+def numbers_in(path: Path) -> list[int]:
+    """Of its whole lines; the first and the last may be cut."""
+    assert b"\0" not in path.read_bytes()
+    lines = path.read_bytes().splitlines()[1:-1]
+    assert all(re.fullmatch(rb"line \d{9}\.{80}", line) for line in lines)
+    return [int(line[5:14]) for line in lines]
+
+
+def test_swarmuis_log_is_rotated_while_it_goes_on_writing(tmp_path, leash, monkeypatch):
+    monkeypatch.setattr(service, "LOG_LIMIT", 20_000)
+    program = write_program(tmp_path / "chatter", CHATTER, {"leash": leash.port})
+    path = tmp_path / "swarmui.log"
+    process = service.launch_detached(program, [], tmp_path, path)
+    held = leash.next()
+    for _ in range(5):
+        wait_until(lambda: path.stat().st_size > 20_000)
+        service.shorten_log(path)
+    wait_until(lambda: path.stat().st_size > 1000)
+    assert held.is_alive()
+    leash.close()
+    process.wait(PATIENCE)
+    older = sorted(tmp_path.glob("swarmui.log.*"))
+    assert [one.name for one in older] == ["swarmui.log.1", "swarmui.log.2", "swarmui.log.3"]
+    numbers = [number for one in [*reversed(older), path] for number in numbers_in(one)]
+    assert numbers == sorted(set(numbers))  # none twice, none out of order
+    assert all(one.stat().st_size > 20_000 for one in older)
+
+
+def test_swarmuis_log_is_looked_at_while_the_service_runs(make_launcher, settings, monkeypatch):
+    monkeypatch.setattr(service, "LOG_LIMIT", 20_000)
+    launcher = make_launcher()
+    launcher.keep_log_short()
+    (settings.data_dir / "swarmui.log").write_bytes(b"x" * 20_001)
+    wait_until((settings.data_dir / "swarmui.log.1").exists)
+    launcher.close()
+    wait_until(lambda: "swarmui-log" not in {thread.name for thread in threading.enumerate()})
+
+
+def test_swarmuis_log_is_looked_at_before_a_launch(make_launcher, settings, swarmui_folder, leash, monkeypatch):
+    monkeypatch.setattr(service, "LOG_LIMIT", 20_000)
+    (settings.data_dir / "swarmui.log").write_bytes(b"of the last run\n" * 2000)
+    launcher = make_launcher(swarmui_path=swarmui_folder(exit=1))
+    assert "of the last run" not in failure(launcher)
+    assert (settings.data_dir / "swarmui.log.1").stat().st_size == 32_000
+
+
+# ------------------------------------------------------------------------------------ shutting down ----
+
+
+class Stopping:
+    """A service with a request in flight, which is answered when the test lets it."""
+
+    def __init__(self, running: Service, pool: ThreadPoolExecutor, release: Path, runs: Path) -> None:
+        self.running = running
+        self.release = release.touch
+        self.in_flight = pool.submit(running.call, "GET", "/api/v1/gpu/status")
+        wait_until(runs.exists)
+
+    def tell(self) -> None:
+        """Tell it to stop; return once it takes no connection any more."""
+        self.running.press_ctrl_c()
+        wait_until(lambda: not can_connect(self.running.port))
+
+
+@pytest.fixture
+def stopping(start_service, change_module, nvidia_smi, tmp_path) -> Iterator[Stopping]:
+    """With a grace that no machine is too slow for."""
+    change_module(GRACE=PATIENCE, NVIDIA_SMI_TIMEOUT=PATIENCE)
+    running = start_service(NVIDIA_SMI=nvidia_smi({**GOOD, "after": str(tmp_path / "release")}, {}))
+    with ThreadPoolExecutor(1) as pool:
+        yield Stopping(running, pool, tmp_path / "release", tmp_path / "runs")
+
+
+def test_told_to_stop_it_takes_no_new_connection_and_answers_what_is_in_flight(stopping):
+    stopping.tell()
+    assert not stopping.in_flight.done()
+    stopping.release()
+    status, answer = stopping.in_flight.result(PATIENCE)
+    assert (status, answer["available"], answer["utilization"]) == (200, True, 8)
+    assert stopping.running.process.wait(PATIENCE) == 0
+    assert has_ended_in_order(stopping.running.folder)
+
+
+def test_told_to_stop_it_answers_new_requests_on_kept_connections_503(stopping):
+    kept = http.client.HTTPConnection("127.0.0.1", stopping.running.port, timeout=PATIENCE)
+    with contextlib.closing(kept):
+        kept.request("GET", "/api/v1/notifications/check", headers=BEARER)
+        assert kept.getresponse().read() == b'{"notifications":[]}'
+        stopping.tell()
+        kept.auto_open = 0  # it would take a new connection where the old one is gone
+        kept.request("GET", "/api/v1/notifications/check", headers=BEARER)
+        answer = kept.getresponse()
+        assert (answer.status, "is stopping" in json.loads(answer.read())["error"]) == (503, True)
+        assert int(answer.getheader("Retry-After")) >= 1
+    stopping.release()
+    assert stopping.running.process.wait(PATIENCE) == 0
+
+
+@contextlib.contextmanager
+def reading_slowly(port: int, path: str) -> Iterator[http.client.HTTPResponse]:
+    """The answer to a GET, of which nothing is taken but what the caller reads."""
+    with send_request(port, request_of("GET", path), receive_buffer=4096) as client:
+        answer = http.client.HTTPResponse(client)
+        answer.begin()
+        yield answer
+
+
+def test_told_to_stop_it_sends_an_answer_whole_to_a_slow_reader(start_service, change_module):
+    change_module(GRACE=PATIENCE)
+    running = start_service()
+    assert running.call("PUT", "/api/v1/session/5", LARGE)[0] == 200
+    with reading_slowly(running.port, "/api/v1/session/5") as answer:
+        running.press_ctrl_c()
+        wait_until(lambda: not can_connect(running.port))
+        assert json.loads(answer.read())["data"] == {**LARGE, "timestamp": 5}
+    assert running.process.wait(PATIENCE) == 0
+
+
+def test_a_reader_that_takes_nothing_holds_the_end_up_for_the_grace_alone(start_service, change_module):
+    change_module(GRACE=0.2)
+    running = start_service()
+    assert running.call("PUT", "/api/v1/session/5", LARGE)[0] == 200
+    with reading_slowly(running.port, "/api/v1/session/5"):
+        running.press_ctrl_c()
+        assert running.process.wait(PATIENCE) == 0
+    assert has_ended_in_order(running.folder)
+
+
+def assert_start_is_refused(answer: tuple[int, str | None, Any]) -> None:
+    status, retry_after, body = answer
+    assert (status, body["success"], "is stopping" in body["error"]) == (503, False, True)
+    assert int(retry_after) >= 1
+
+
+def test_told_to_stop_it_answers_starts_that_wait_and_swarmui_goes_on(start_service, swarmui_folder, leash, settings):
+    folder = swarmui_folder(delay=3600)
+    running = start_service(SWARMUI_PATH=str(folder), SWARMUI_API_URL=settings.swarmui_api_url)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(start_swarmui, running)
+        held = leash.next()
+        running.press_ctrl_c()
+        assert_start_is_refused(waiting.result(PATIENCE))
+    assert running.process.wait(PATIENCE) == 0
+    assert held.is_alive()
+
+
+def test_told_to_stop_it_answers_a_start_in_the_middle_of_a_probe(start_service, settings):
+    """SwarmUI takes the connection, and has an hour to answer."""
+    with socket.create_server(("127.0.0.1", settings.swarmui_port)) as listener, ThreadPoolExecutor(1) as pool:
+        running = start_service(SWARMUI_API_URL=settings.swarmui_api_url, SWARMUI_HEALTH_TIMEOUT="3600")
+        waiting = pool.submit(start_swarmui, running)
+        with listener.accept()[0]:
+            running.press_ctrl_c()
+            assert_start_is_refused(waiting.result(PATIENCE))
+            assert running.process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+def test_an_nvidia_smi_that_runs_ends_with_the_service(start_service, change_module, nvidia_smi, leash, twice):
+    """Told twice it ends at once, with code 1."""
+    change_module(GRACE=3600.0 if twice else 0.2, NVIDIA_SMI_TIMEOUT=3600.0)
+    running = start_service(NVIDIA_SMI=nvidia_smi({"hang": True}, {}))
+    with send_request(running.port, request_of("GET", "/api/v1/gpu/status")):
+        held = leash.next()
+        running.press_ctrl_c()
+        if twice:
+            wait_until(lambda: not can_connect(running.port))
+            running.press_ctrl_c()
+        assert running.process.wait(PATIENCE) == (1 if twice else 0)
+    assert held.has_ended()
+
+
+# -------------------------------------------------------------------------------- seen from outside ----
+
+
+def exchange(port: int, request: bytes) -> tuple[int, http.client.HTTPMessage, bytes]:
+    """Status, headers and body of what is answered to these bytes."""
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
+        client.sendall(request)
+        return answer_of(client, request.split()[0].decode())
+
+
+JSON_BODY = "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n[]"
+
+
+@pytest.mark.parametrize(
+    ("line", "rest", "status"),
+    [
+        pytest.param("GET /health", "\r\n", 200, id="200"),
+        pytest.param("OPTIONS /health", "\r\n", 204, id="204"),
+        pytest.param("GET /api/v1/notifications/check?limit=x", "\r\n", 400, id="400"),
+        pytest.param("GET /api/v1/session/1", "Authorization: Bearer wrong\r\n\r\n", 401, id="401"),
+        pytest.param("GET /nowhere", "\r\n", 404, id="404"),
+        pytest.param("HEAD /nowhere", "\r\n", 404, id="HEAD"),
+        pytest.param("PATCH /health", "\r\n", 405, id="405"),
+        pytest.param("PUT /api/v1/session/1", "\r\n", 415, id="415"),
+        pytest.param("PUT /api/v1/session/1", JSON_BODY, 400, id="a body that does not fit"),
+        pytest.param("GET /health", "Host: elsewhere\r\n\r\n", 421, id="421"),
+        pytest.param("GET /openapi.json", "\r\n", 500, id="500"),
+        pytest.param("POST /api/v1/swarmui/start", "\r\n", 500, id="a fault"),
+        pytest.param("GET /health", "no header\r\n\r\n", 400, id="refused: no header"),
+        pytest.param("GET /health", "Content-Length: x\r\n\r\n", 400, id="refused: no length"),
+        pytest.param("GET /health", f"X: {'x' * (65 * 1024)}\r\n\r\n", 431, id="refused: too large a header"),
+        pytest.param("PUT /api/v1/session/1", "Transfer-Encoding: gzip\r\n\r\n", 501, id="refused: gzip"),
+        pytest.param("PUT /api/v1/session/1", "Transfer-Encoding: chunked\r\n\r\nx\r\n", 400, id="refused: chunk"),
+    ],
+)
+def test_every_answer_carries_a_request_id(serving, make_app, monkeypatch, line, rest, status):
+    monkeypatch.setattr(service, "describe_api", lambda: {}["unforeseen"])
+    port = serving(make_app().app).port
+    given = "" if "Bearer" in rest else f"Authorization: Bearer {TOKEN}\r\n"
+    found = []
+    for own in ("", "X-Request-Id: my-own.1\r\n"):
+        answer = exchange(port, f"{line} HTTP/1.1\r\nHost: localhost\r\n{own}{given}{rest}".encode())
+        assert answer[0] == status
+        found.append(answer[1].get_all("X-Request-Id"))
+    assert [len(ids) for ids in found] == [1, 1]
+    assert re.fullmatch("[0-9a-f]{16}", found[0][0])
+    assert found[1] == ["my-own.1"] or status == 431  # whose headers nobody reads
+
+
+@pytest.mark.parametrize("own", ["a", "A" * 64, "0.9_b-C"])
+def test_a_request_id_that_fits_is_kept(make_app, own):
+    assert make_app().get("/health", headers={"X-Request-Id": own}).headers["X-Request-Id"] == own
+
+
+@pytest.mark.parametrize("own", ["", "A" * 65, "a b", "a;b", "a\tb", "a, b", "\u00fc", "\u00e9"])
+def test_a_request_id_that_does_not_fit_is_replaced(make_app, own):
+    app = make_app()
+    found = [app.get("/health", headers={"X-Request-Id": own}).headers["X-Request-Id"] for _ in range(2)]
+    assert all(re.fullmatch("[0-9a-f]{16}", one) for one in found)
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "level"),
+    [
+        ("GET", "/health", 200, "DEBUG"),
+        ("HEAD", "/health", 200, "DEBUG"),
+        ("OPTIONS", "/health", 204, "DEBUG"),
+        ("GET", "/api/v1/notifications/check", 200, "DEBUG"),
+        ("PUT", "/api/v1/session/5", 200, "INFO"),
+        ("POST", "/api/v1/notifications/nobody/ack", 404, "INFO"),
+        ("GET", "/api/v1/session/6", 404, "INFO"),
+        ("GET", "/api/v1/gpu/status", 500, "INFO"),
+    ],
+)
+def test_a_request_is_one_line_of_the_log_and_a_poll_is_told_less_loudly(make_app, caplog, method, path, status, level):
+    caplog.set_level("DEBUG", "storyteller")
+    body = json.dumps(SESSION).encode() if method == "PUT" else b""
+    headers = {"Content-Type": "application/json"}
+    answer = make_app().request(path, method=method, body=body, headers=headers, status=status)
+    (record,) = [record for record in caplog.records if record.getMessage().startswith("http: ")]
+    assert record.levelname == level
+    who = "-" if path == "/health" else "api-token"
+    request_id = answer.headers["X-Request-Id"]
+    assert re.fullmatch(rf"http: {method} {path} {status} {who} \d+\.\d ms {request_id}", record.getMessage())
+
+
+def log_of(running: Service) -> str:
+    return (running.folder / "data" / "storyteller.log").read_text("utf-8")
+
+
+@pytest.mark.parametrize(("level", "lines"), [("debug", 2), ("info", 1), ("warning", 0)])
+def test_the_logs_level_is_a_setting(start_service, level, lines):
+    running = start_service(STORYTELLER_LOG_LEVEL=level)
+    assert running.call("GET", "/health")[0] == 200
+    assert running.call("PUT", "/api/v1/session/5", SESSION)[0] == 200
+    running.stop()
+    assert log_of(running).count("http: ") == lines
+
+
+def test_the_log_is_lines_of_text_or_of_json(start_service):
+    for kind in ("text", "json"):
+        running = start_service(STORYTELLER_LOG_FORMAT=kind)
+        assert running.call("PUT", "/api/v1/session/5", SESSION)[0] == 200
+        running.stop()
+    lines = log_of(running).splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("{"))
+    assert [bool(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO \w+: ", line)) for line in lines] == [
+        number < first for number in range(len(lines))
+    ]
+    found = [json.loads(line) for line in lines[first:]]
+    assert all(list(one) == ["time", "level", "message"] for one in found)
+    assert [one["level"] for one in found if "PUT /api/v1/session/5 200" in one["message"]] == ["INFO"]
+
+
+def test_a_traceback_is_part_of_its_json_line():
+    try:
+        raise RuntimeError("unforeseen\nin two lines")
+    except RuntimeError:
+        record = logging.LogRecord("storyteller", logging.ERROR, __file__, 1, "http: failed", (), sys.exc_info())
+    line = service.LogFormatter(as_json=True).format(record)
+    assert "\n" not in line
+    assert "RuntimeError: unforeseen" in json.loads(line)["traceback"]
+
+
+@pytest.mark.parametrize("kind", ["text", "json"])
+def test_control_characters_of_a_path_reach_the_log_escaped(start_service, kind):
+    running = start_service(STORYTELLER_LOG_FORMAT=kind)
+    path = "/a%0A2026-01-01 00:00:00,000 INFO forged%1B[2J%7F%C2%85%E2%80%A8%0D".replace(" ", "%20")
+    request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
+    assert exchange(running.port, request.encode())[0] == 404
+    running.stop()
+    (line,) = [line for line in log_of(running).split("\n") if "forged" in line]
+    assert line.isprintable()
+    message = json.loads(line)["message"] if kind == "json" else line
+    assert "http: GET /a\\n2026-01-01 00:00:00,000 INFO forged\\x1b[2J\\x7f" in message
+
+
+def test_neither_a_body_nor_a_query_nor_a_token_reaches_the_log(start_service):
+    running = start_service(STORYTELLER_LOG_LEVEL="debug")
+    words = ["w0rd-of-a-body", "w0rd-of-a-query", "w0rd-of-a-token", TOKEN]
+    body = {**SESSION, "scriptText": words[0]}
+    assert running.call("PUT", "/api/v1/session/5", body)[0] == 200
+    assert running.call("PUT", "/api/v1/session/5", {**body, "timestamp": words[0]})[0] == 400
+    assert running.call("PUT", "/api/v1/session/5", words[0])[0] == 400
+    assert running.call("POST", "/api/v1/notifications", {**NOTIFICATION, "type": words[0]})[0] == 400
+    assert running.call("GET", f"/api/v1/session/5?token={words[1]}")[0] == 200
+    assert running.call("GET", f"/api/v1/notifications/check?type={words[1]}")[0] == 400
+    assert running.call("GET", "/api/v1/session/5", headers={"Authorization": f"Bearer {words[2]}"})[0] == 401
+    assert running.call("GET", "/api/v1/session/5", headers={"Authorization": words[2]})[0] == 401
+    running.stop()
+    assert log_of(running).count("http: ") == 8
+    assert not [word for word in words if word in log_of(running) + running.printed]
+
+
+def test_the_services_log_is_rotated_and_three_are_kept(start_service, change_module):
+    change_module(LOG_LIMIT=1000)
+    running = start_service()
+    data = running.folder / "data"
+    for number in range(100):
+        assert running.call("POST", f"/api/v1/notifications/{number:03d}/ack")[0] == 404
+    running.stop()
+    found = sorted(data.glob("storyteller.log*"))
+    assert [one.name for one in found] == ["storyteller.log", *(f"storyteller.log.{number}" for number in (1, 2, 3))]
+    assert all(one.stat().st_size <= 1000 for one in found)
+    kept = "".join(one.read_text("utf-8") for one in [*reversed(found[1:]), found[0]])
+    told = [int(number) for number in re.findall("notifications/(.*)/ack", kept)]
+    assert told == [*range(told[0], 100)]
 
 
 # ======================================================================================================
