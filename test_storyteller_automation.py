@@ -13,6 +13,7 @@ import http.client
 import http.server
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -4851,6 +4852,20 @@ def test_an_argument_that_is_empty_counts_as_unset(run_module, module_copy):
     run_module("check", "--host", "", "--port", "", "--data-dir", "")
 
     assert (module_copy.parent / "data" / "storyteller.sqlite3").is_file()
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["nobody reads it", "another program reads it"])
+def test_a_log_that_is_full_is_put_aside_and_no_line_is_lost(tmp_path, held):
+    path = tmp_path / "a log"
+    log = service.LogFile(path, maxBytes=100, backupCount=2, encoding="utf-8")
+    lines = [f"line {number} of the log" for number in range(12)]
+    with contextlib.closing(log), open(path) if held else contextlib.nullcontext():
+        for line in lines:
+            log.emit(logging.makeLogRecord({"msg": line}))
+        if not held:
+            assert path.stat().st_size <= 100
+    kept = [tmp_path / name for name in ("a log.2", "a log.1", "a log")]
+    assert "".join(one.read_text() for one in kept if one.exists()).splitlines() == lines
 
 
 def test_help_names_every_setting(run_module):
