@@ -4642,6 +4642,17 @@ class LogFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
+class LogFile(logging.handlers.RotatingFileHandler):
+    """Grows on while another program reads it: Windows renames no file that is open, and the line would be lost."""
+
+    def doRollover(self) -> None:
+        self.stream.close()
+        self.stream = None  # the next line opens it again
+        with contextlib.suppress(OSError):
+            os.rename(self.baseFilename, self.baseFilename)  # refused here, before any older one was moved
+            super().doRollover()
+
+
 def own_data_dir(settings: Settings) -> Any:
     """Take the data folder for this process: the open lock file, to be closed at the end. Raises StartError when
     another service has it."""
@@ -4659,7 +4670,7 @@ def own_data_dir(settings: Settings) -> Any:
 def start_logging(path: Path, settings: Settings) -> None:
     """Into the file, 5 MB and three older ones; warnings to the console too. Raises StartError."""
     try:
-        file = logging.handlers.RotatingFileHandler(path, maxBytes=LOG_LIMIT, backupCount=LOGS_KEPT, encoding="utf-8")
+        file = LogFile(path, maxBytes=LOG_LIMIT, backupCount=LOGS_KEPT, encoding="utf-8")
     except OSError as error:
         raise StartError(f"The log {path} cannot be written ({error.strerror}): move it away, or mend it.") from None
     file.setFormatter(LogFormatter(as_json=settings.log_format == "json"))

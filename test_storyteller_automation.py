@@ -6149,6 +6149,20 @@ def test_an_argument_that_is_empty_counts_as_unset(run_module, module_copy):
     assert (module_copy.parent / "data" / "storyteller.sqlite3").is_file()
 
 
+@pytest.mark.parametrize("held", [False, True], ids=["nobody reads it", "another program reads it"])
+def test_a_log_that_is_full_is_put_aside_and_no_line_is_lost(tmp_path, held):
+    path = tmp_path / "a log"
+    log = service.LogFile(path, maxBytes=100, backupCount=2, encoding="utf-8")
+    lines = [f"line {number} of the log" for number in range(12)]
+    with contextlib.closing(log), open(path) if held else contextlib.nullcontext():
+        for line in lines:
+            log.emit(logging.makeLogRecord({"msg": line}))
+        if not held:
+            assert path.stat().st_size <= 100
+    kept = [tmp_path / name for name in ("a log.2", "a log.1", "a log")]
+    assert "".join(one.read_text() for one in kept if one.exists()).splitlines() == lines
+
+
 def test_help_names_every_setting(run_module):
     done = run_module("--help")
     names = {row.metadata["name"] for row in dataclasses.fields(service.Settings)}
@@ -6617,6 +6631,8 @@ def stand_in(command, **options):
     shutil.copytree(plan["finished"], ".venv", ignore=shutil.ignore_patterns("installed.txt"))
     return 0
 subprocess.call = stand_in
+if sys.argv[1] == "-3":  # it is called as py
+    del sys.argv[1]
 if sys.argv[1] == "-c":
     sys.version_info = tuple(plan["version"])
     code = sys.argv[2]
@@ -6627,6 +6643,8 @@ else:
 exec(code)
 """
 
+# By variables, since cmd reads a batch file in its code page.
+PYTHON = '@"%REAL_PYTHON%" "%PROGRAMS%\\python.py" %*\r\n'
 STORE_STUB = (
     "@echo Python was not found; run without arguments to install from the Microsoft Store.\r\n@exit /b 9009\r\n"
 )
@@ -6658,14 +6676,13 @@ class BatchProject:
         plan = {"finished": str(self._finished or ""), "made": str(self._made), "version": version}
         plan |= {"leash": leash, "leash_code": LEASH}
         (self.programs / "python.py").write_text(PYTHON_BAT.format(plan=json.dumps(plan)), encoding="utf-8")
-        # By variables, since cmd reads a batch file in its code page.
-        self.set_python_bat('@"%REAL_PYTHON%" "%PROGRAMS%\\python.py" %*\r\n')
+        self.set_python_bat(PYTHON)
 
-    def set_python_bat(self, lines: str | None) -> None:
-        """What `python` is; None: it is not there."""
-        (self.programs / "python.bat").unlink(missing_ok=True)
+    def set_python_bat(self, lines: str | None, name: str = "python") -> None:
+        """What `python` is, or `py`; None: it is not there."""
+        (self.programs / f"{name}.bat").unlink(missing_ok=True)
         if lines:
-            (self.programs / "python.bat").write_bytes(lines.encode())
+            (self.programs / f"{name}.bat").write_bytes(lines.encode())
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         words = " ".join(f'"{word}"' for word in [str(self.script), *arguments])
@@ -6799,6 +6816,22 @@ def test_a_python_that_is_missing_is_said_in_one_sentence_and_a_later_start_work
     assert fresh_batch.run().returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("py", "python"),
+    [
+        pytest.param(PYTHON, STORE_STUB, id="python is the Store's stub"),
+        pytest.param(PYTHON, None, id="python is not there"),
+        pytest.param("@echo No suitable Python runtime found>&2\r\n@exit /b 103\r\n", PYTHON, id="py has none"),
+        pytest.param("@exit /b 3\r\n", PYTHON, id="py has an old one"),
+    ],
+)
+def test_py_is_asked_first_and_python_where_that_has_none_that_will_do(fresh_batch, py, python):
+    fresh_batch.set_python_bat(py, "py")
+    fresh_batch.set_python_bat(python)
+    done = fresh_batch.run()
+    assert (done.returncode, done.stderr) == (0, SETTING_UP.replace("setting", "First start: setting"))
+
+
 def test_a_folder_that_cannot_be_written_is_said_in_one_sentence(fresh_batch):
     (fresh_batch.folder / ".venv.lock").mkdir()  # what it would write first of all
     done = fresh_batch.run()
@@ -6855,6 +6888,59 @@ def test_an_error_waits_for_a_key_where_the_window_would_close(started_batch, co
     assert waits or done.returncode == int(code)  # once somebody saw the error, nobody asks for its code
     assert ("The service ended with an error, see above." in done.stdout) is waits
     assert ("Press any key" in done.stdout) is waits
+
+
+@pytest.mark.parametrize("code", [0, 7], ids=["without an error", "an error"])
+def test_in_a_console_that_nobody_sees_nothing_waits_for_a_key(started_batch, clean_environment, code):
+    """As a scheduled task that is not on the desktop has it: a "pause" would wait there for ever."""
+    clean_environment.pop("SESSIONNAME", None)
+    command = f'cmd /c ""{started_batch.script}" {code}"'
+    process = subprocess.Popen(command, env=clean_environment, creationflags=subprocess.CREATE_NO_WINDOW)
+    try:
+        assert process.wait(PATIENCE) == code
+    finally:
+        process.kill()
+
+
+# ---------------------------------------------------------------------------------- its console ----
+
+# The title of the console of process N, as the desktop shows it.
+READ_TITLE = """
+import ctypes, sys
+kernel32 = ctypes.WinDLL("kernel32")
+kernel32.FreeConsole()
+if not kernel32.AttachConsole(int(sys.argv[1])):
+    sys.exit("no such console")
+title = ctypes.create_unicode_buffer(260)
+kernel32.GetConsoleTitleW(title, len(title))
+print(title.value)
+"""
+
+
+@pytest.mark.skipif(not service.WINDOWS, reason="the other systems' terminals have titles of their own")
+def test_the_windows_title_is_the_services_name_and_port(start_service):
+    made = start_service()
+    command = [sys.executable, "-c", READ_TITLE, str(made.process.pid)]
+    read = subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+    assert read.stdout.strip() == f"StoryTeller automation, port {made.port}"
+
+
+@pytest.mark.skipif(not service.WINDOWS, reason="only Windows starts programs that have no streams at all")
+def test_it_serves_without_console_and_streams(module_copy, clean_environment):
+    """As pythonw starts it: sys.stdout and sys.stderr are None."""
+    port = free_port()
+    given = {"STORYTELLER_PORT": str(port)}
+    command = [str(Path(sys.executable).with_name("pythonw.exe")), str(module_copy)]
+    process = subprocess.Popen(command, env={**clean_environment, **given}, creationflags=subprocess.DETACHED_PROCESS)
+    try:
+        wait_until(lambda: can_connect(port))
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        with contextlib.closing(connection):
+            connection.request("GET", "/health")
+            assert connection.getresponse().status == 200
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
 
 
 def test_a_set_up_that_fails_waits_for_a_key_too(fresh_batch):
