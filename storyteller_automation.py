@@ -4373,17 +4373,13 @@ class Watched(dict[int, Any]):
         if self.get(descriptor) is not one:
             return
         wanted = (selectors.EVENT_READ if one.readable() else 0) | (selectors.EVENT_WRITE if one.writable() else 0)
-        key = self.watched().get(descriptor)
+        key = self._selector.get_map().get(descriptor)
         if key and not wanted:
             self._selector.unregister(descriptor)
         elif key and wanted != key.events:
             self._selector.modify(descriptor, wanted, one)
         elif wanted and not key:
             self._selector.register(descriptor, wanted, one)
-
-    def watched(self) -> Mapping[int, selectors.SelectorKey]:
-        """Those of which something is waited for."""
-        return self._selector.get_map()
 
     def close(self) -> None:
         self._selector.close()
@@ -4432,6 +4428,16 @@ class Workers:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
+class _Asked(NamedTuple):
+    """A request on the short way that waits for its answer."""
+
+    channel: Any
+    data: bytes
+    short: Short
+    caller: Caller
+    began: float
+
+
 class Lane:
     """A thread that serves what was gathered, all of it at once: what comes while it is at work is its next batch."""
 
@@ -4461,8 +4467,8 @@ class Lane:
 
 
 class Server:
-    """waitress with a short way for polls, and an end in order: its own shutdown drops what it holds, or leaves it
-    unanswered."""
+    """waitress with a loop of our own, so that it has a short way, and an end in order: its own shutdown drops what it
+    holds, or leaves it unanswered."""
 
     def __init__(
         self,
@@ -4566,14 +4572,16 @@ class Server:
     def _answer(self, batch: list[_Asked], answers: list[Answer | None]) -> None:
         for (channel, data, short, caller, began), answer in zip(batch, answers):
             channel.requests = []
-            if not channel.connected:
-                continue
-            if answer is None:
-                channel.receive(data)
-                self._map.look_after(channel)
-            else:
-                channel.reply(self._short_way.respond(short, caller, answer, began))
-            self._map.watch(channel)
+            try:
+                if answer is None and channel.connected:
+                    channel.receive(data)
+                    self._map.look_after(channel)
+                elif channel.connected:
+                    channel.reply(self._short_way.respond(short, caller, answer, began))
+                self._map.watch(channel)
+            except Exception:  # the others must not wait for ever
+                log.exception("server: an answer on the short way failed")
+                channel.handle_close()
 
     def _sweep(self, now: float) -> None:
         """Close what waitress's own time-outs miss (a byte a second, a client that stopped reading), and near the
@@ -4590,16 +4598,6 @@ class Server:
     def _is_busy(one: Any) -> bool:
         """Whether a connection still has a request at work, or an answer that is not sent whole."""
         return isinstance(one, waitress.channel.HTTPChannel) and bool(one.requests or one.total_outbufs_len)
-
-
-class _Asked(NamedTuple):
-    """A request on the short way that waits for its answer."""
-
-    channel: Any
-    data: bytes
-    short: Short
-    caller: Caller
-    began: float
 
 
 # ======================================================================================================
@@ -4696,6 +4694,7 @@ def describe_swarmui(settings: Settings) -> str:
 
 def serve(settings: Settings) -> int:
     """Run until told to stop. Raises StartError."""
+    sys.setswitchinterval(0.001)  # 5 ms unless told: a thread that computes holds up each step of a poll for that long
     prepare_data_dir(settings.data_dir)
     running = own_data_dir(settings)
     start_logging(settings.data_dir / "storyteller.log", settings)

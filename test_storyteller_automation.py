@@ -3955,6 +3955,34 @@ def test_what_is_refused_is_refused_each_time(polled, path, headers, status):
     assert [polled.ask("GET", path, **headers)[0] for _ in range(3)] == [status] * 3
 
 
+def test_a_trusted_page_goes_the_short_way_but_not_through_a_proxy(poll_service, sqlite_store):
+    polled = poll_service(sqlite_store, trusted_origins=(PAGE,))
+    page = {"Authorization": "", "Origin": PAGE}
+    assert polled.ask("GET", "/api/v1/gpu/status", **page)[0] == 200
+    assert polled.long_way == []
+    for header in ("X-Forwarded-For", "Forwarded", "Via"):
+        assert polled.ask("GET", "/api/v1/gpu/status", **page, **{header: "192.0.2.7"})[0] == 401
+
+
+def test_an_answer_that_cannot_be_made_closes_its_connection_alone(poll_service, sqlite_store, monkeypatch, caplog):
+    polled = poll_service(sqlite_store)
+    respond, failed = service.ShortWay.respond, []
+
+    def fail_once(*given: Any) -> bytes:
+        if not failed:
+            failed.append(given)
+            raise RuntimeError("a fault of ours")
+        return respond(*given)
+
+    monkeypatch.setattr(service.ShortWay, "respond", fail_once)
+    with pytest.raises((http.client.HTTPException, ConnectionError)):
+        polled.check()
+    assert "a fault of ours" in caplog.text
+    polled.close()
+    polled.connection = socket.create_connection(("127.0.0.1", polled.port), PATIENCE)
+    assert polled.check() == []
+
+
 def test_a_token_without_the_permission_is_a_403_on_the_short_way_too(polled, store):
     token, _ = service.issue_token(store, "a", ["gpu:read"], 600, service.now_ms())
     bearer = {"Authorization": f"Bearer {token}"}
@@ -4135,7 +4163,8 @@ def test_a_client_that_leaves_or_sends_more_while_it_waits_harms_nobody(poll_ser
             wait_until(lambda: sum(bool(one.requests) for one in polled.channels()) == 2)
             leaves.close()
             stays.sendall(poll)
-            wait_until(lambda: sum(one._fileno in polled.server._map.watched() for one in polled.channels()) == 1)
+            watched = polled.server._map._selector.get_map()
+            wait_until(lambda: sum(one._fileno in watched for one in polled.channels()) == 1)
             forwarder.mend()
             with stays.makefile("rb") as stream:
                 for _ in range(2):
