@@ -462,7 +462,7 @@ def parse_json(data: bytes, *, from_request: bool = False) -> Any:
             parse_int=whole,
             object_pairs_hook=unique if from_request else None,
         )
-        if b"\\u" in data and re.search(rb"\\u[dD][89a-fA-F]", data):
+        if b"\\ud" in data or b"\\uD" in data:
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair cannot be written back
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
