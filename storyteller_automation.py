@@ -2053,13 +2053,20 @@ class Sessions:
 
     def listed(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Timestamps and summaries, newest first; what is no session is left out and logged."""
+        unchanged: dict[int, KnownSession] = {}
+
+        def is_known(timestamp: int, state: object) -> bool:
+            known = self.known(timestamp, state)
+            if known:
+                unchanged[timestamp] = known
+            return known is not None
+
         at = self._clock()
-        for found in self._store.sessions(lambda timestamp, state: self.known(timestamp, state) is not None):
-            if isinstance(found, int):
-                known = self._known.get(found)
-                timestamp, facts = found, known.facts if known else Facts(NotASession("it ended meanwhile"))
-            else:
+        for found in self._store.sessions(is_known):
+            if isinstance(found, StoredSession):
                 timestamp, facts = found.timestamp, self._learn(found, at)
+            else:
+                timestamp, facts = found, unchanged.pop(found).facts
             fault = facts.fault or facts.summary
             if isinstance(fault, NotASession):
                 log.warning("sessions: session %d is left out: %s", timestamp, fault)
