@@ -4347,6 +4347,7 @@ def test_a_request_that_does_not_get_whole_is_cut_off(serving, make_app, monkeyp
                 assert client.recv(100) == b""
 
 
+@pytest.mark.skipif(service.WINDOWS, reason="Wine closes a socket only once all that was sent is taken")
 def test_an_answer_of_which_the_client_takes_nothing_is_cut_off(serving, make_app, monkeypatch):
     monkeypatch.setattr(service, "STUCK", 0.2)
     app = make_app()
@@ -4358,18 +4359,18 @@ def test_an_answer_of_which_the_client_takes_nothing_is_cut_off(serving, make_ap
 
 @pytest.mark.slow
 def test_who_reads_slowly_but_steadily_gets_it_whole(serving, make_app, monkeypatch):
-    """However long it takes: here twice the limit."""
+    """However long it takes: here more than twice the limit."""
     monkeypatch.setattr(service, "STUCK", 1.0)
     app = make_app()
-    app.put_json("/api/v1/session/5", LARGE)
+    app.put_json("/api/v1/session/5", {"scriptText": "x" * (24 << 20)})
     with send_request(serving(app.app).port, request_of("GET", "/api/v1/session/5"), receive_buffer=65536) as client:
         answer = http.client.HTTPResponse(client)
         answer.begin()
         size, taken, pause = int(answer.getheader("Content-Length")), 0, threading.Event()
         began = time.monotonic()
-        while piece := answer.read(size // 20):
+        while piece := answer.read(size // 50):
             taken += len(piece)
-            pause.wait(max(0.0, began + 2.0 * taken / size - time.monotonic()))
+            pause.wait(max(0.0, began + 2.5 * taken / size - time.monotonic()))
         assert taken == size
 
 
@@ -4404,6 +4405,22 @@ def test_connections_that_never_say_a_word_let_a_poll_in(start_service, change_m
     change_module(CONNECTIONS=20)
     running = start_service()
     silent = [send_request(running.port, "") for _ in range(100)]
+    try:
+        assert running.call("GET", "/api/v1/notifications/check")[0] == 200
+    finally:
+        for client in silent:
+            client.close()
+
+
+def test_connections_past_a_low_limit_of_descriptors_let_a_poll_in(start_service):
+    resource = pytest.importorskip("resource", reason="Windows has no limit of descriptors that can be lowered")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        running = start_service()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    silent = [send_request(running.port, "") for _ in range(300)]
     try:
         assert running.call("GET", "/api/v1/notifications/check")[0] == 200
     finally:
