@@ -4738,7 +4738,10 @@ def test_what_windows_tells_it_ends_it_in_order(module_copy, clean_environment, 
     with subprocess.Popen(command, env={**clean_environment, **given}, **pipes) as process:
         while b"  log " not in process.stdout.readline():
             pass
-        process.communicate(b"\n", timeout=PATIENCE)
+        try:
+            process.communicate(b"\n", timeout=PATIENCE)
+        finally:
+            process.kill()
     assert process.returncode == 0
     assert has_ended_in_order(module_copy.parent)
 
