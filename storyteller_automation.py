@@ -814,8 +814,8 @@ def launch_detached(program: Path, arguments: Sequence[str], folder: Path, outpu
     command: str | list[str] = [str(program), *arguments]
     options: dict[str, Any] = {}
     if WINDOWS:
-        # Its own group: Ctrl+C in our console must not reach it.
-        options["creationflags"] = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
+        # A console of its own, which is not seen: Ctrl+C in ours, and its closing, must not reach it.
+        options["creationflags"] = subprocess.CREATE_NO_WINDOW
         if program.suffix.lower() in (".bat", ".cmd"):
             # cmd reads its line by rules of its own: every word in quotes, in which only these stay special.
             words = [str(program), *arguments]

@@ -225,8 +225,9 @@ class Held:
         self.connection = connection
         self.report: dict[str, Any] = json.loads(connection.makefile("rb").readline())
 
-    def has_ended(self) -> bool:
+    def has_ended(self, patience: float = PATIENCE) -> bool:
         """Wait for its end; False when it lives on past all patience."""
+        self.connection.settimeout(patience)
         with contextlib.suppress(ConnectionError):
             try:
                 return self.connection.recv(1) == b""
@@ -1147,6 +1148,20 @@ def test_a_launched_program_outlives_the_one_that_launched_it(tmp_path, leash):
     code += "service.launch_detached(a, [], a.parent, a.parent / 'log')"
     subprocess.run([sys.executable, "-c", code, str(program)], cwd=HERE, check=True, timeout=PATIENCE)
     assert leash.next().is_alive()
+
+
+@pytest.mark.skipif(not service.WINDOWS, reason="consoles are Windows'; a session is left on the other systems")
+def test_ctrl_c_in_our_console_does_not_reach_a_launched_program(tmp_path, leash):
+    code = "import time; hold_leash(plan['leash']); time.sleep(3600)"
+    program = write_program(tmp_path / "a program", code, {"leash": leash.port})
+    code = "import pathlib, sys, time, storyteller_automation as service; a = pathlib.Path(sys.argv[1]); "
+    code += f"service.launch_detached(a, [], a.parent, a.parent / 'log'); time.sleep({PATIENCE})"
+    command = [sys.executable, "-c", code, str(program)]
+    with subprocess.Popen(command, cwd=HERE, creationflags=subprocess.CREATE_NO_WINDOW) as process:
+        held = leash.next()
+        subprocess.run([sys.executable, "-c", PRESS_CTRL_C, str(process.pid)], check=True, timeout=PATIENCE)
+        assert process.wait(PATIENCE) != 0
+    assert not held.has_ended(patience=1.0)  # it would be a moment later than ours
 
 
 @pytest.mark.skipif(not service.WINDOWS, reason="job objects are Windows'; a group is left on the other systems")
@@ -6064,7 +6079,10 @@ def test_what_windows_tells_it_ends_it_in_order(module_copy, clean_environment, 
     with subprocess.Popen(command, env={**clean_environment, **given}, **pipes) as process:
         while b"  log " not in process.stdout.readline():
             pass
-        process.communicate(b"\n", timeout=PATIENCE)
+        try:
+            process.communicate(b"\n", timeout=PATIENCE)
+        finally:
+            process.kill()
     assert process.returncode == 0
     assert has_ended_in_order(module_copy.parent)
 
