@@ -79,6 +79,7 @@ import waitress.channel
 import waitress.parser
 import waitress.server
 import waitress.task
+import waitress.trigger
 import waitress.wasyncore
 
 T = TypeVar("T")
@@ -2281,15 +2282,23 @@ class PendingFront:
     def __init__(self, store: Store, notifications: Notifications) -> None:
         self._store = store
         self._notifications = notifications
-        self.page = self.SMALLEST
+        self._page = self.SMALLEST
+        self._further = False  # whether a check must look further than the page did
         self.members: object = None  # as Glance.pending has them
         self.ids: Sequence[str] = ()  # to be looked for among those that another program marked
         self._count = 0
         self._marked = False
         self._shown: list[Notification] = []
 
+    def next_page(self) -> int:
+        """How many members the next glance is to read."""
+        if self._further:
+            self._page, self._further = min(self._page * 4, self.LARGEST), False
+        return self._page
+
     def update(self, glance: Glance) -> bool:
-        """Whether anything changed. Raises Unavailable."""
+        """Whether anything changed since the glance before; this one read a page as next_page() said. Raises
+        Unavailable."""
         if glance.pending == self.members and not (glance.marked or self._marked):
             return False
         rows = self._store.rows_of(glance.pending)
@@ -2303,9 +2312,9 @@ class PendingFront:
     def check(self, types: Sequence[str], limit: int) -> list[Notification] | None:
         """As Notifications.check; None when it lies further back: the next glance looks further."""
         found = [one for one in self._shown if one.type in types][:limit]
-        if len(found) == limit or self._count < self.page:
+        if len(found) == limit or self._count < self._page:
             return found
-        self.page = min(self.page * 4, self.LARGEST)
+        self._further = True
         return None
 
 
@@ -4018,8 +4027,8 @@ class Short:
 
 class ShortWay:
     """How what programs ask all day is answered: no thread for each, and one step of the store for all that ask at
-    one moment, which begins after they asked. Whatever is not plain success goes the long way, through the
-    application. Both have the same answers; for a moment's n requests this one takes 1 hand-over instead of n."""
+    one moment, which begins after they asked: one hand-over from thread to thread, however many they are. Whatever is
+    neither plain success nor an absent store goes the long way, through the application. Both have the same answers."""
 
     KEPT = 512
 
@@ -4027,7 +4036,7 @@ class ShortWay:
         self._parts = parts
         self._front = PendingFront(parts.store, parts.notifications)
         self._checked: dict[Any, Answer] = {}  # answers to checks, until the front changes
-        self._read: dict[Any, Short | None] = {}
+        self._read: dict[Any, Short] = {}
         handlers = (gpu_status, notifications_check, prompts_status, notification_create, notification_ack)
         self._routes = [
             (route.method, re.compile(re.sub(r"<(\w+)>", r"(?P<\1>[^/]+)", route.path)), route)
@@ -4038,14 +4047,15 @@ class ShortWay:
     def find(self, address: str, data: bytes, read: Callable[[], dict[str, Any] | None]) -> Short | None:
         """What these bytes of a client ask for; None when they go the long way. A poll is the same bytes each time,
         so what they mean is remembered."""
-        if data.startswith(b"POST "):
-            return self._short_of(read())
         key = (address, data)
-        if key not in self._read:
-            self._read[key] = self._short_of(read())
+        if key in self._read:
+            return self._read[key]
+        short = self._short_of(read())
+        if short and short.route.method == "GET":
+            self._read[key] = short
             while len(self._read) > self.KEPT:
                 del self._read[next(iter(self._read))]
-        return self._read[key]
+        return short
 
     def _short_of(self, environ: dict[str, Any] | None) -> Short | None:
         if environ is None or not is_own_host(environ.get("HTTP_HOST"), self._parts.settings):
@@ -4077,13 +4087,16 @@ class ShortWay:
 
     def look(self, shorts: Sequence[Short]) -> list[Answer | None]:
         """The answers to polls, in one round trip; further ones only where something changed. Not for two threads at
-        once. Raises Unavailable."""
+        once."""
         front, sessions = self._front, [one.call.path.get("timestamp") for one in shorts]
         timestamps = list(set(sessions) - {None})
-        page, ids = (front.page, front.ids) if None in sessions else (0, ())
-        glance = self._parts.store.glance(page, ids, timestamps, front.members)
-        if page and front.update(glance):
-            self._checked.clear()
+        page, ids = (front.next_page(), front.ids) if None in sessions else (0, ())
+        try:
+            glance = self._parts.store.glance(page, ids, timestamps, front.members)
+            if page and front.update(glance):
+                self._checked.clear()
+        except Unavailable as fault:
+            return [error_answer(one.route.error_shape, fault) for one in shorts]
         states = dict(zip(timestamps, glance.sessions))
         return [
             self._check(one.call.query) if timestamp is None else self._prompts(timestamp, states[timestamp])
@@ -4104,18 +4117,25 @@ class ShortWay:
         return known and _prompts_answer(known)
 
     def write(self, shorts: Sequence[Short]) -> list[Answer | None]:
-        """The answers to what was made and acknowledged, each in one step for all. Raises Unavailable; then, as ever,
-        it may have happened."""
-        notifications, answers = self._parts.notifications, [None] * len(shorts)
-        acks = [n for n, one in enumerate(shorts) if one.route.handler is notification_ack]
-        makes = [n for n, one in enumerate(shorts) if one.route.handler is notification_create]
-        ids = [shorts[n].call.path["notification_id"] for n in acks]
-        for n, id, done in zip(acks, ids, notifications.acknowledge_own(ids)):
-            answers[n] = acknowledged_answer(id) if done else None
-        if makes:
-            for n, made in zip(makes, notifications.create([draft_of(shorts[n].call.body) for n in makes])):
-                answers[n] = created_answer(*made)
-        return answers
+        """The answers to what was made and acknowledged, each in one step for all."""
+        answers: dict[int, Answer | None] = {}
+        for handler, step in ((notification_ack, self._acknowledge), (notification_create, self._create)):
+            numbers = [number for number, one in enumerate(shorts) if one.route.handler is handler]
+            try:
+                found = step([shorts[number].call for number in numbers]) if numbers else []
+            except Unavailable as fault:  # as ever, it may have happened
+                found = [error_answer(shorts[number].route.error_shape, fault) for number in numbers]
+            answers.update(zip(numbers, found))
+        return [answers[number] for number in range(len(shorts))]
+
+    def _acknowledge(self, calls: Sequence[Call]) -> list[Answer | None]:
+        ids = [call.path["notification_id"] for call in calls]
+        done = self._parts.notifications.acknowledge_own(ids)
+        return [acknowledged_answer(id) if ours else None for id, ours in zip(ids, done)]
+
+    def _create(self, calls: Sequence[Call]) -> list[Answer | None]:
+        made = self._parts.notifications.create([draft_of(call.body) for call in calls])
+        return [created_answer(*one) for one in made]
 
     def respond(self, short: Short, caller: Caller, answer: Answer, began: float) -> bytes:
         """All that is sent."""
@@ -4123,7 +4143,8 @@ class ShortWay:
         log_request(short.environ, request_id, caller.subject, answer.status, began)
         told = b"X-Request-Id: %b\r\nDate: %b\r\nContent-Length: %d\r\n\r\n"
         told %= (request_id.encode(), _http_date(int(time.time())), len(body))
-        return _head(answer.status, short.call.origin) + told + body
+        further = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items()).encode("latin-1")
+        return _head(answer.status, short.call.origin) + further + told + body
 
 
 @functools.lru_cache(maxsize=64)
@@ -4229,11 +4250,21 @@ def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
 # ======================================================================================================
 
 
+class Parser(waitress.parser.HTTPRequestParser):
+    """It lets a ValueError of urllib through, as of http://[/, which would end the connection without an answer."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        try:
+            super().parse_header(header_plus)
+        except ValueError:
+            raise waitress.parser.ParsingError("Bad URI") from None
+
+
 def environ_of(data: bytes, address: str, adjustments: Any) -> dict[str, Any] | None:
     """What a whole request of HTTP/1.1 says, as WSGI has it, when the bytes are one and nothing else."""
     if len(data) > 8192 or not data.startswith((b"GET ", b"POST ")):
         return None
-    request, read = waitress.parser.HTTPRequestParser(adjustments), 0
+    request, read = Parser(adjustments), 0
     while read < len(data) and not request.completed:
         read += request.received(data[read:])
     plain = request.completed and read == len(data) and not (request.error or request.empty or request.chunked)
@@ -4274,7 +4305,7 @@ def make_channel_class(settings: Settings, take: Callable[[Any, bytes], bool]) -
             self.write(body)
 
     class Channel(waitress.channel.HTTPChannel):
-        error_task_class = JsonErrorTask
+        parser_class, error_task_class = Parser, JsonErrorTask
         active = math.inf  # when bytes last came or went
         begun: float | None = None  # when the first byte came of a request that is not whole yet
         taken: float | None = None  # when the client last took something of its answer
@@ -4315,6 +4346,13 @@ def make_channel_class(settings: Settings, take: Callable[[Any, bytes], bool]) -
                 self.active = self.taken = time.monotonic()
             return sent
 
+        def writable(self) -> bool:
+            """A thread that answers sends by itself, under a lock that we would wait for without end; only past so
+            much does it wait for us."""
+            if self.requests and self.total_outbufs_len <= self.adj.outbuf_high_watermark:
+                return False
+            return super().writable()
+
         def is_idle(self) -> bool:
             return not (self.requests or self.total_outbufs_len or self.begun)
 
@@ -4349,12 +4387,10 @@ class Watched(dict[int, Any]):
 
     def turn(self, seconds: float) -> None:
         """Wait until something happens, and see to it."""
-        for one in list(self._working):
-            if not one.requests:
-                self._working.discard(one)
-            self.watch(one)
+        woken = False  # by a thread, which has done its work
         for key, events in self._selector.select(seconds):
             one = key.data
+            woken = woken or isinstance(one, waitress.trigger.trigger)
             if events & selectors.EVENT_READ and self.get(key.fd) is one:
                 if one.readable():
                     waitress.wasyncore.read(one)
@@ -4367,10 +4403,14 @@ class Watched(dict[int, Any]):
                 self.look_after(one)
                 if key.events & selectors.EVENT_WRITE or one.writable():
                     self.watch(one)
+        for one in list(self._working) if woken else ():
+            if not one.requests:
+                self._working.discard(one)
+            self.watch(one)
 
     def look_after(self, channel: Any) -> None:
         """A thread that works for it may change what it waits for."""
-        if channel.requests and not isinstance(channel.requests[0], _Asked):
+        if not all(isinstance(request, _Asked) for request in channel.requests[:1]):
             self._working.add(channel)
 
     def watch(self, one: Any) -> None:
@@ -4543,7 +4583,10 @@ class Server:
         if not caller:
             return False
         asked = _Asked(channel, data, short, caller, time.monotonic())
-        channel.requests = [asked]  # nothing else is read from it until this is answered
+        with channel.requests_lock:  # a thread may be at the end of the request before
+            if not channel.is_idle():
+                return False
+            channel.requests = [asked]  # nothing else is read from it until this is answered
         if short.route.handler is not gpu_status:
             lane = self._looking if short.route.method == "GET" else self._writing
             lane.gathered.append(asked)
@@ -4564,8 +4607,6 @@ class Server:
     def _serve(self, batch: list[_Asked], serve: Callable[[list[Short]], list[Answer | None]]) -> None:
         try:
             answers = serve([asked.short for asked in batch])
-        except Unavailable:
-            answers = [None] * len(batch)
         except Exception:
             log.exception("server: the short way failed")
             answers = [None] * len(batch)
@@ -4578,7 +4619,8 @@ class Server:
 
     def _answer(self, batch: list[_Asked], answers: list[Answer | None]) -> None:
         for (channel, data, short, caller, began), answer in zip(batch, answers):
-            channel.requests = []
+            with channel.requests_lock:
+                channel.requests = []
             try:
                 if answer is None and channel.connected:
                     channel.receive(data)

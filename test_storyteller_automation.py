@@ -3836,10 +3836,11 @@ def test_storyarts_own_calls_work_without_a_token(start_service, nvidia_smi, swa
 class Polled:
     """The service on a store, in this process, and a kept connection to it."""
 
-    def __init__(self, served: Serving, parts: service.Parts, long_way: list[str]) -> None:
+    def __init__(self, served: Serving, parts: service.Parts, way: service.ShortWay, long_way: list[str]) -> None:
         self.port = served.port
         self.server = served.server
         self.parts = parts
+        self.way = way
         self.long_way = long_way  # the paths of what went that way
         self.connection = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
 
@@ -3892,9 +3893,10 @@ def poll_service(settings: service.Settings) -> Iterator[Callable[..., Polled]]:
                 long_way.append(environ["PATH_INFO"])
                 return app(environ, start_response)
 
-            served = Serving(noted, given, service.ShortWay(parts))
+            way = service.ShortWay(parts)
+            served = Serving(noted, given, way)
             stack.callback(served.stop)
-            made = Polled(served, parts, long_way)
+            made = Polled(served, parts, way, long_way)
             stack.callback(made.close)
             return made
 
@@ -4049,6 +4051,23 @@ def test_a_check_finds_those_behind_many_of_another_type(polled, store):
     assert polled.long_way == []
 
 
+@pytest.mark.parametrize("query", ["", "?type=all&limit=1000"])
+def test_checks_of_one_moment_that_must_look_further_are_all_told_the_whole(polled, store, query):
+    """The first of them makes the next look go further; what was read so far is no more for that."""
+    for number in range(150):
+        add(store, draft(BEATS, T + number))
+    add(store, draft())
+    way = service.ShortWay(polled.parts)
+    (route,) = [route for route in service.ROUTES if route.handler is service.notifications_check]
+    asked = service.read_query({"QUERY_STRING": query[1:]}, route.query)
+    shorts = [service.Short(route, {}, service.Call(None, None, {}, asked)) for _ in range(3)]
+    told = [way.look(shorts) for _ in range(3)]
+    whole = len(json.loads(told[2][0].body)["notifications"])
+    assert whole == (1 if query == "" else 151)
+    found = {len(json.loads(answer.body)["notifications"]) for answers in told for answer in answers if answer}
+    assert found == {whole}
+
+
 LONGER = json.dumps(episode(READY_BEAT, {}))
 UNREADY, READY = (json.dumps(episode({"prompts": {"cinematic": text}})).encode() for text in (" ", "x"))
 
@@ -4140,6 +4159,74 @@ def test_what_is_known_of_sessions_and_requests_is_bounded(polled, store, monkey
     sessions = polled.parts.sessions
     assert [len(sessions._known), len(sessions._facts)] == [3, 3]
     assert [polled.is_ready(T + number) for number in range(6)] == [True] * 6
+
+
+def test_only_polls_are_remembered(polled, store):
+    store.save(T, READY, None)
+    body = {"scriptText": "x" * 5000}
+    for number in range(5):
+        assert polled.ask("PUT", f"/api/v1/session/{number}", body)[0] == 200
+        assert polled.ask("GET", f"/api/v1/session/{number}")[0] == 200
+        assert polled.ask("POST", f"/api/v1/notifications/nobody{number}/ack")[0] == 404
+    polled.check()
+    assert [key[1].split()[1] for key in polled.way._read] == [b"/api/v1/notifications/check"]
+
+
+def test_a_create_waits_once_for_a_database_that_another_process_holds(poll_service, sqlite_store, monkeypatch):
+    polled = poll_service(sqlite_store)
+    sqlite_store._writer.execute("PRAGMA busy_timeout = 300")
+    with contextlib.closing(sqlite3.connect(sqlite_store.place, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        status, headers, answer = polled.ask("POST", "/api/v1/notifications", {**NOTIFICATION, "totalPrompts": 1})
+        waited = time.monotonic() - began
+    assert (status, headers["Retry-After"], list(answer)) == (503, "1", ["error"])
+    assert waited < 0.6
+    assert polled.long_way == []
+
+
+def test_a_poll_while_redis_is_away_is_a_503_in_its_own_shape(poll_service, forwarder):
+    with contextlib.closing(service.RedisStore(forwarder.url)) as store:
+        polled = poll_service(store)
+        assert polled.check() == []
+        forwarder.cut()
+        for path, shape in (
+            ("/api/v1/notifications/check", {}),
+            (f"/api/v1/session/{T}/prompts-status", {"promptsReady": False}),
+        ):
+            status, headers, answer = polled.ask("GET", path)
+            assert (status, headers["Retry-After"], {**answer, "error": 0}) == (503, "1", {**shape, "error": 0})
+
+
+@pytest.mark.parametrize("uri", ["http://[/x", "http://[::1/api/v1/gpu/status"])
+def test_a_uri_that_cannot_be_split_is_a_400(polled, uri):
+    (answer,) = raw_answers(polled.port, f"GET {uri} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    assert answer["status"] == 400
+
+
+def test_while_a_thread_answers_the_loop_does_not_wait_for_its_lock(serving):
+    """It would turn without end, and keep Python's own lock from the thread."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        entered.set()
+        assert leave.wait(PATIENCE)
+        start_response("200 OK", [("Content-Length", "0")])
+        return [b""]
+
+    served = serving(app)
+    with socket.create_connection(("127.0.0.1", served.port), PATIENCE) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert entered.wait(PATIENCE)
+        (channel,) = [
+            one for one in served.server._map.values() if isinstance(one, service.waitress.channel.HTTPChannel)
+        ]
+        wanted = []
+        for channel.total_outbufs_len in (1, 1 << 20, 1 << 30, 0):  # past the last but one the thread waits for us
+            wanted.append(bool(channel.writable()))
+        leave.set()
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+    assert wanted == [False, False, True, False]
 
 
 def raw_answers(port: int, *requests: bytes) -> list[dict[str, Any]]:
