@@ -2654,7 +2654,7 @@ def shorten_log(path: Path) -> None:
             return
         for number in range(LOGS_KEPT - 1, 0, -1):
             older = path.with_name(f"{path.name}.{number}")
-            if older.exists():
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # Windows moves none that somebody reads
                 os.replace(older, path.with_name(f"{path.name}.{number + 1}"))
         shutil.copyfile(path, path.with_name(f"{path.name}.1"))
         os.truncate(path, 0)

@@ -5624,6 +5624,19 @@ def test_swarmuis_log_is_rotated_while_it_goes_on_writing(tmp_path, leash, monke
     assert all(one.stat().st_size > 20_000 for one in older)
 
 
+def test_swarmuis_log_is_shortened_while_somebody_reads_the_older_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "LOG_LIMIT", 1000)
+    path = tmp_path / "swarmui.log"
+    with contextlib.ExitStack() as readers:
+        for letter in "abcde":
+            path.write_text(letter * 1001)
+            service.shorten_log(path)
+            assert path.stat().st_size == 0
+            assert (tmp_path / "swarmui.log.1").read_text() == letter * 1001
+            for older in tmp_path.glob("swarmui.log.*"):
+                readers.enter_context(open(older))
+
+
 def test_swarmuis_log_is_looked_at_while_the_service_runs(make_launcher, settings, monkeypatch):
     monkeypatch.setattr(service, "LOG_LIMIT", 20_000)
     launcher = make_launcher()
