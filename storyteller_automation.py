@@ -1057,16 +1057,15 @@ def pack(*words: bytes | str | float) -> bytes:
     return b"*%d\r\n" % len(given) + b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in given])
 
 
-def reply_of(data: bytes | bytearray, at: int = 0) -> tuple[list[Any], int]:
-    """The reply that begins at `at`, as a flat list of its values (bytes, int, None, ResponseError), and where it ends.
-    Raises IndexError when it is not whole yet."""
+def read_reply(received: bytearray, at: int, more: Callable[[], None] | None) -> tuple[list[Any], int]:
+    """The reply that begins at `at`, as a flat list of its values (bytes, int, None, ResponseError), and where it ends;
+    more() receives more of it, where it may not be whole yet."""
     values: list[Any] = []
     left = 1
     while left:
-        end = data.find(b"\r\n", at)
-        if end < 0:
-            raise IndexError
-        kind, text, at = data[at : at + 1], bytes(data[at + 1 : end]), end + 2
+        while (end := received.find(b"\r\n", at)) < 0:
+            more()
+        kind, text, at = received[at : at + 1], bytes(received[at + 1 : end]), end + 2
         left -= 1
         if kind == b"*":
             left += max(0, int(text))
@@ -1080,30 +1079,42 @@ def reply_of(data: bytes | bytearray, at: int = 0) -> tuple[list[Any], int]:
             values.append(None)
         else:
             end = at + int(text)
-            if end + 2 > len(data):
-                raise IndexError
-            values.append(bytes(memoryview(data)[at:end]))
+            while len(received) < end + 2:
+                more()
+            values.append(bytes(memoryview(received)[at:end]))
             at = end + 2
     return values, at
 
 
-def exchange(connection: Any, commands: bytes, count: int, last: bytes | None = None) -> list[bytes]:
-    """Send packed commands in one round trip; the raw replies, `count` of them. `last` is what the first one was
-    before: to compare it takes 2 us, to find the end of 100 members 200. Raises RedisError, OSError."""
-    connection.send_packed_command([commands])
+def is_refused(values: Sequence[Any], code: str) -> bool:
+    """Whether a reply is an error of that code."""
+    return bool(values) and isinstance(values[0], redis.ResponseError) and str(values[0]).startswith(code)
+
+
+def exchange(connection: Any, commands: bytes, count: int, last: bytes | None = None) -> list[Any]:
+    """Send packed commands in one round trip; `count` replies as flat lists. Where `last` is given, which is what the
+    first one was before, or b"", that one comes raw: to compare it takes 2 us, to read 100 members 200. Raises
+    RedisError, OSError."""
     received, replies, at = bytearray(), [], 0
+
+    def more() -> None:
+        data = connection._sock.recv(1 << 18)
+        if not data:
+            raise redis.ConnectionError("closed")
+        received.extend(data)
+
+    connection.send_packed_command([commands])
+    if last:
+        while len(received) < len(last) and last.startswith(received):
+            more()
+        if received.startswith(last):
+            replies, at = [last], len(last)
+    if last is not None and not replies:
+        _, at = read_reply(received, 0, more)
+        replies.append(bytes(received[:at]))
     while len(replies) < count:
-        try:
-            same = last and not replies and received.startswith(last)
-            end = len(last) if same else reply_of(received, at)[1]
-        except IndexError:
-            data = connection._sock.recv(1 << 18)
-            if not data:
-                raise redis.ConnectionError("closed") from None
-            received += data
-            continue
-        replies.append(bytes(memoryview(received)[at:end]))
-        at = end
+        values, at = read_reply(received, at, more)
+        replies.append(values)
     return replies
 
 
@@ -1247,8 +1258,8 @@ class RedisStore:
         place = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
         self.place = f"{place}, database {options.get('db', 0)}"
 
-    def _exchange(self, *commands: bytes, count: int | None = None, last: bytes | None = None) -> list[bytes]:
-        """The raw replies, errors too. Fails at once while Redis is known to be away."""
+    def _exchange(self, *commands: bytes, count: int | None = None, last: bytes | None = None) -> list[Any]:
+        """The replies as exchange() gives them, errors too. Fails at once while Redis is known to be away."""
         if self._away:
             raise self._unavailable(self._away)
         if not self._places.acquire(timeout=0.1):
@@ -1263,7 +1274,7 @@ class RedisStore:
         finally:
             self._places.release()
 
-    def _exchange_now(self, commands: bytes, count: int, last: bytes | None = None) -> list[bytes]:
+    def _exchange_now(self, commands: bytes, count: int, last: bytes | None = None) -> list[Any]:
         connection = self._pool.get_connection()
         try:
             return exchange(connection, commands, count, last)
@@ -1275,13 +1286,16 @@ class RedisStore:
 
     def _ask(self, *commands: bytes) -> list[list[Any]]:
         """The reply to each as a flat list. Raises Unavailable for an error too."""
-        return [self._values(reply) for reply in self._exchange(*commands)]
+        return [self._good(values) for values in self._exchange(*commands)]
 
-    def _values(self, reply: bytes) -> list[Any]:
-        values, _ = reply_of(reply)
+    def _good(self, values: list[Any]) -> list[Any]:
         if values and isinstance(values[0], redis.ResponseError):
             raise self._unavailable(self._reason(values[0]))
         return values
+
+    def _text(self, values: list[Any]) -> bytes | None:
+        """Of the reply to GET; None also for a key of another type."""
+        return None if is_refused(values, "WRONGTYPE") else self._good(values)[0]
 
     @staticmethod
     def _reason(error: Exception) -> str:
@@ -1340,21 +1354,23 @@ class RedisStore:
         texts = [pack("GET", key) for key in self._session_keys(timestamp)]  # MGET would hide a key of another type
         # The state first: a session that changes in between differs at the next glance.
         *state, ours, storyarts = self._exchange(self._state_commands(timestamp), *texts, count=5)
-        saved, announced = (reply_of(state[2])[0] + [None])[:2]
-        for reply in (ours, storyarts):
-            document = None if reply.startswith(b"-WRONGTYPE") else self._values(reply)[0]
-            if document is None and reply.startswith(b"$"):
-                continue  # there is none
-            if isinstance(saved, Exception):
-                saved = announced = None
-            return StoredSession(
-                timestamp,
-                document,
-                int(saved) if saved else None,
-                announced.decode("utf-8", "replace") if announced else None,
-                b"".join(state),
-            )
-        return None
+        kept = next((values for values in (ours, storyarts) if values != [None]), None)
+        if kept is None:
+            return None
+        saved, announced = (*state[2], None)[:2]
+        if isinstance(saved, redis.ResponseError):
+            saved = announced = None
+        return StoredSession(
+            timestamp,
+            self._text(kept),
+            int(saved) if saved else None,
+            announced.decode("utf-8", "replace") if announced else None,
+            self._state(state),
+        )
+
+    @staticmethod
+    def _state(replies: Sequence[list[Any]]) -> object:
+        return tuple(str(value) if isinstance(value, Exception) else value for values in replies for value in values)
 
     def sessions(self, known: Callable[[int, object], bool] = nothing_known) -> Iterator[StoredSession | int]:
         page, below = 100, "+inf"
@@ -1382,20 +1398,18 @@ class RedisStore:
         return self._get(self.LATEST)
 
     def _get(self, key: str) -> bytes | None:
-        """The text of a key; None also for a key of another type."""
-        (reply,) = self._exchange(pack("GET", key))
-        return None if reply.startswith(b"-WRONGTYPE") else self._values(reply)[0]
+        return self._text(self._exchange(pack("GET", key))[0])
 
     def _run(self, script: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[list[Any]]:
         """Run a script for each (keys, arguments), all in one round trip; each answer as a flat list."""
         digest = hashlib.sha1(script.encode()).hexdigest()  # by which Redis knows it once it has seen it
         rests = [(len(keys), *keys, *arguments) for keys, arguments in calls]
-        replies = self._exchange(*[pack("EVALSHA", digest, *rest) for rest in rests])
-        missed = [number for number, reply in enumerate(replies) if reply.startswith(b"-NOSCRIPT")]
+        found = self._exchange(*[pack("EVALSHA", digest, *rest) for rest in rests])
+        missed = [number for number, values in enumerate(found) if is_refused(values, "NOSCRIPT")]
         if missed:
             again = self._exchange(*[pack("EVAL", script, *rests[number]) for number in missed])
-            replies = [again.pop(0) if number in missed else reply for number, reply in enumerate(replies)]
-        return [self._values(reply) for reply in replies]
+            found = [again.pop(0) if number in missed else values for number, values in enumerate(found)]
+        return [self._good(values) for values in found]
 
     def _run_with_times(
         self, script: str, drafts: Sequence[Draft | None], keys: Sequence[str] = (), *further: Any
@@ -1446,8 +1460,8 @@ class RedisStore:
         seen: set[bytes] = set()  # those of the lowest score that were given already
         while True:
             wanted = page + len(seen)
-            (reply,) = self._exchange(self._pending_command(lowest, wanted))
-            rows = self.rows_of(reply)
+            (values,) = self._ask(self._pending_command(lowest, wanted))
+            rows = self._rows(values)
             yield from ((member, score) for member, score in rows if member not in seen)
             if len(rows) < wanted:
                 return
@@ -1466,13 +1480,16 @@ class RedisStore:
             commands.append(pack("EXISTS", *map(self._marker, ids)))
         count = len(commands) + 3 * len(timestamps)
         commands += map(self._state_commands, timestamps)
-        replies = self._exchange(*commands, count=count, last=last if page else None) if commands else []
+        replies = self._exchange(*commands, count=count, last=(last or b"") if page else None) if commands else []
         pending = replies.pop(0) if page else None
-        marked = replies.pop(0) != b":0\r\n" if ids else False
-        return Glance(pending, marked, [b"".join(replies[first : first + 3]) for first in range(0, len(replies), 3)])
+        marked = replies.pop(0) != [0] if ids else False
+        return Glance(pending, marked, [self._state(replies[first : first + 3]) for first in range(0, len(replies), 3)])
 
     def rows_of(self, pending: object) -> list[tuple[bytes, float]]:
-        values = self._values(pending)
+        return self._rows(self._good(read_reply(bytearray(pending), 0, more=None)[0]))
+
+    @staticmethod
+    def _rows(values: list[Any]) -> list[tuple[bytes, float]]:
         return [(member, float(score)) for member, score in zip(values[::2], values[1::2])]
 
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
@@ -1983,6 +2000,7 @@ class Facts:
     updated: int | None = None  # ms; the document's own word
     waits: bool = False  # for StorySwarm
     timestamp: int | None = None  # its own
+    size: int = 0  # of the summary's JSON
 
 
 def find_facts(stored: StoredSession) -> Facts:
@@ -1992,17 +2010,19 @@ def find_facts(stored: StoredSession) -> Facts:
         try:
             return part(document)
         except NotASession as fault:
-            return fault.with_traceback(None)
+            return NotASession(str(fault))  # the one that was raised holds on to the document
 
     try:
         document = read_session(stored)
     except NotASession as fault:
-        return Facts(fault.with_traceback(None))
+        return Facts(NotASession(str(fault)))
     told = [read_time(document.get(name)) for name in ("lastUpdated", "updatedAt")]
     own = document.get("timestamp")
+    shown = attempt(summary)
     return Facts(
         progress=attempt(progress),
-        summary=attempt(summary),
+        summary=shown,
+        size=0 if isinstance(shown, NotASession) else len(json.dumps(shown)),
         updated=max((time for time in told if time is not None), default=None),
         waits=document.get("promptMode") == "storyswarm",
         timestamp=int(own) if is_whole(own) else None,
@@ -2016,6 +2036,7 @@ class KnownSession:
     stored: StoredSession
     facts: Facts
     at: float
+    size: int  # of the document, in bytes
 
 
 class Sessions:
@@ -2025,7 +2046,8 @@ class Sessions:
     # Seconds: another program may replace a document by one of the same length, which only a read tells. From the first
     # on, one caller goes and reads it; past the second nobody is told the old.
     FRESH, LIMIT = 0.8, 0.95
-    KEPT = 4096  # of each; 2 KB or so
+    KEPT, LARGEST = 4096, 20_000  # of each; the summary of a real one has 1 to 2 KB
+    QUICK = 1_000_000  # bytes, which take 1 ms to fetch and to digest
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
@@ -2051,6 +2073,16 @@ class Sessions:
             return known
         self._keep(self._renewed, timestamp, known)
         return None
+
+    def renewed(self, timestamp: int, state: object) -> KnownSession | None:
+        """The same of one that is to be read again, which is quick: a document of up to a megabyte that most likely is
+        the one that it was. None for any other."""
+        known = self._known.get(timestamp)
+        if known is None or known.stored.state != state or known.size > self.QUICK:
+            return None
+        self.find(timestamp)
+        found = self._known.get(timestamp)
+        return None if found is known else found
 
     def listed(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Timestamps and summaries, newest first; what is no session is left out and logged."""
@@ -2095,13 +2127,18 @@ class Sessions:
         return StoredSession(facts.timestamp, copy)
 
     def _facts_of(self, stored: StoredSession) -> Facts:
-        digest = hashlib.sha256(stored.document or b"").digest()
-        facts = self._facts.get(digest) if stored.document is not None else None
-        return facts or self._keep(self._facts, digest, find_facts(stored))
+        if stored.document is None:
+            return find_facts(stored)
+        digest = hashlib.sha256(stored.document).digest()
+        facts = self._facts.get(digest) or find_facts(stored)
+        return self._keep(self._facts, digest, facts) if facts.size <= self.LARGEST else facts
 
     def _learn(self, stored: StoredSession, at: float) -> Facts:
         facts = self._facts_of(stored)
-        self._keep(self._known, stored.timestamp, KnownSession(dataclasses.replace(stored, document=None), facts, at))
+        if facts.size <= self.LARGEST:
+            size = len(stored.document or b"")
+            known = KnownSession(dataclasses.replace(stored, document=None), facts, at, size)
+            self._keep(self._known, stored.timestamp, known)
         return facts
 
     def _keep(self, kept: dict[Any, T], key: Any, value: T) -> T:
@@ -4113,8 +4150,11 @@ class ShortWay:
         return self._checked[key]
 
     def _prompts(self, timestamp: int, state: object) -> Answer | None:
-        known = self._parts.sessions.known(timestamp, state)
-        return known and _prompts_answer(known)
+        sessions = self._parts.sessions
+        with contextlib.suppress(Unavailable):
+            known = sessions.known(timestamp, state) or sessions.renewed(timestamp, state)
+            return known and _prompts_answer(known)
+        return None
 
     def write(self, shorts: Sequence[Short]) -> list[Answer | None]:
         """The answers to what was made and acknowledged, each in one step for all."""

@@ -4109,6 +4109,23 @@ def test_a_document_replaced_by_one_of_the_same_length_is_read_within_a_second_b
     assert sessions.known(T, state).facts.progress.ready is True
 
 
+@pytest.mark.parametrize(("quick", "ways"), [(1_000_000, 0), (10, 1)], ids=["small", "large"])
+def test_a_document_that_is_due_to_be_read_again_is_read(
+    poll_service, redis_store, other_program, monkeypatch, quick, ways
+):
+    """A small one by the thread that looks, another by one of its own."""
+    polled = poll_service(redis_store)
+    other_program.set(f"session:{T}", UNREADY)
+    assert polled.is_ready() is False
+    monkeypatch.setattr(service.Sessions, "FRESH", 0.0)
+    monkeypatch.setattr(service.Sessions, "LIMIT", 0.0)
+    monkeypatch.setattr(service.Sessions, "QUICK", quick)
+    polled.long_way.clear()
+    other_program.set(f"session:{T}", READY)
+    assert polled.is_ready() is True
+    assert len(polled.long_way) == ways
+
+
 def test_a_session_that_is_found_ready_on_the_short_way_is_announced_once(poll_service, redis_store, other_program):
     polled = poll_service(redis_store)
     document = {**make_session(size=1000, prompts=0), "timestamp": T}
@@ -4227,6 +4244,24 @@ def test_while_a_thread_answers_the_loop_does_not_wait_for_its_lock(serving):
         leave.set()
         assert client.recv(100).startswith(b"HTTP/1.1 200")
     assert wanted == [False, False, True, False]
+
+
+def test_a_session_with_an_enormous_title_is_not_kept_in_memory(polled, store):
+    document = {**json.loads(READY), "storyUuid": "u" * 30_000}
+    store.save(T, json.dumps(document).encode(), None)
+    assert [polled.is_ready() for _ in range(2)] == [True, True]
+    assert len(polled.ask("GET", "/api/v1/session/list")[2]["sessions"][0]["storyUuid"]) == 30_000
+    assert polled.parts.sessions._known == polled.parts.sessions._facts == {}
+
+
+@pytest.mark.parametrize("text", [b"[" + b"1," * 100_000, b'{"analyzedEpisode": "' + b"x" * 100_000 + b'"}'])
+def test_what_is_wrong_with_a_document_does_not_keep_it_in_memory(store, text):
+    sessions = service.Sessions(store)
+    store.save(T, text, None)
+    _, facts = sessions.find(T)
+    fault = facts.fault or facts.progress
+    assert isinstance(fault, service.NotASession)
+    assert (fault.__context__, fault.__cause__, fault.__traceback__) == (None, None, None)
 
 
 def raw_answers(port: int, *requests: bytes) -> list[dict[str, Any]]:
