@@ -1478,6 +1478,40 @@ def test_an_id_stays_acknowledged_and_an_unknown_one_never_becomes_so(store):
 # ======================================================================================================
 
 
+REPLIES = [
+    (b":5\r\n", [5]),
+    (b"+OK\r\n", [b"OK"]),
+    (b"$-1\r\n", [None]),
+    (b"$0\r\n\r\n", [b""]),
+    (b"$4\r\na\r\nb\r\n", [b"a\r\nb"]),
+    (b"*0\r\n", []),
+    (b"*-1\r\n", []),
+    (b"*3\r\n$1\r\na\r\n*2\r\n:1\r\n$-1\r\n$1\r\nb\r\n", [b"a", 1, None, b"b"]),
+    (b"$200000\r\n" + b"x\r\ny" * 50_000 + b"\r\n", [b"x\r\ny" * 50_000]),
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 65_536, 1 << 20])
+@pytest.mark.parametrize("large", [100, float("inf")])
+def test_what_redis_answers_is_read_however_it_comes_in_pieces(size, large):
+    sent, expected = b"".join(reply for reply, _ in REPLIES), [values for _, values in REPLIES]
+    taken = 0
+
+    def receive(most: int) -> bytes:
+        nonlocal taken
+        piece = sent[taken : taken + min(most, size)]
+        assert piece, "more was wanted than was sent"
+        taken += len(piece)
+        return piece
+
+    received, at, found = bytearray(), 0, []
+    for _ in REPLIES:
+        values, at = service.read_reply(received, at, receive, large)
+        found.append(values)
+    assert found == expected
+    assert taken == len(sent)
+
+
 def is_a_week(ms: int) -> bool:
     return WEEK - PATIENCE * 1000 < ms <= WEEK
 
