@@ -1071,7 +1071,7 @@ def read_reply(
     while left:
         while (end := received.find(b"\r\n", at)) < 0:
             received += receive(LARGE_VALUE)
-        kind, text, at = received[at : at + 1], bytes(received[at + 1 : end]), end + 2
+        kind, text, at = received[at : at + 1], received[at + 1 : end], end + 2
         left -= 1
         if kind == b"*":
             left += max(0, int(text))
@@ -1080,27 +1080,25 @@ def read_reply(
         elif kind == b"-":
             values.append(redis.ResponseError(text.decode("utf-8", "replace")))
         elif kind == b"+":
-            values.append(text)
-        elif text == b"-1":
+            values.append(bytes(text))
+        elif (size := int(text)) < 0:
             values.append(None)
-        else:
-            end = at + int(text)
-            if int(text) > large and len(received) < end:
-                pieces = [bytes(memoryview(received)[at:])]
-                missing = end - len(received)
-                while missing:
-                    pieces.append(receive(missing))
-                    missing -= len(pieces[-1])
-                values.append(b"".join(pieces))
-                received.clear()
-                end = 0
-            else:
-                while len(received) < end:
-                    received += receive(LARGE_VALUE)
-                values.append(bytes(memoryview(received)[at:end]))
-            while len(received) < end + 2:
+        elif size > large and len(received) < at + size:
+            pieces = [bytes(memoryview(received)[at:])]
+            size -= len(pieces[0])
+            while size:
+                pieces.append(receive(size))
+                size -= len(pieces[-1])
+            values.append(b"".join(pieces))
+            received[:] = receive(LARGE_VALUE)
+            while len(received) < 2:
                 received += receive(LARGE_VALUE)
-            at = end + 2
+            at = 2
+        else:
+            while len(received) < at + size + 2:
+                received += receive(LARGE_VALUE)
+            values.append(bytes(received[at : at + size]))
+            at += size + 2
     return values, at
 
 
