@@ -3968,6 +3968,18 @@ def headers_for(origin: str | None) -> dict[str, str]:
     }
 
 
+def refusal(
+    code: int, reason: str, words: str, headers: Mapping[str, str], settings: Settings
+) -> tuple[bytes, dict[str, str]]:
+    """Body and headers for a request that the server refuses before it comes to a route. Of its words only those
+    before what it quotes, which is a header, perhaps the token's."""
+    told = words.partition('"')[0].rstrip()
+    request_id = request_id_of({"HTTP_X_REQUEST_ID": headers.get("X_REQUEST_ID", "")})
+    log.info("http: refused %d %s %s", code, reason, request_id)
+    common = headers_for(known_origin(headers.get("ORIGIN"), settings))
+    return to_bytes(Answer({"error": f"{reason}: {told}"})), {**common, "X-Request-Id": request_id}
+
+
 def preflight(environ: Mapping[str, Any], origin: str | None, methods: Sequence[str]) -> Answer:
     """A browser's question before it calls, without a token."""
     headers = {"Allow": ", ".join(methods)}
@@ -4352,13 +4364,8 @@ def make_channel_class(settings: Settings, take: Callable[[Any, bytes], bool]) -
     class JsonErrorTask(waitress.task.ErrorTask):
         def execute(self) -> None:
             error = self.request.error
-            words = error.body.partition('"')[0].rstrip()  # what waitress quotes is a header, perhaps the token's
-            body = to_bytes(Answer({"error": f"{error.reason}: {words}"}))
+            body, headers = refusal(error.code, error.reason, error.body, self.request.headers, settings)
             self.status = f"{error.code} {error.reason}"
-            origin = known_origin(self.request.headers.get("ORIGIN"), settings)
-            request_id = request_id_of({"HTTP_X_REQUEST_ID": self.request.headers.get("X_REQUEST_ID", "")})
-            headers = {**headers_for(origin), "X-Request-Id": request_id}
-            log.info("http: refused %d %s %s", error.code, error.reason, request_id)
             self.response_headers.extend(headers.items())
             self.set_close_on_finish()
             self.content_length = len(body)
@@ -4419,8 +4426,7 @@ def make_channel_class(settings: Settings, take: Callable[[Any, bytes], bool]) -
         def is_stuck(self, now: float) -> bool:
             if not self.total_outbufs_len:
                 self.taken = now
-            since = min(self.begun or now, self.taken or now)
-            return now - since >= STUCK
+            return now - min(self.begun or now, self.taken or now) >= STUCK
 
     return Channel
 
