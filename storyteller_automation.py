@@ -525,6 +525,12 @@ def is_count(value: object) -> bool:
     return is_whole(value) and 0 <= value <= LARGEST
 
 
+def bound(kept: dict[Any, Any], most: int) -> None:
+    """Drop the oldest past so many."""
+    while len(kept) > most:
+        del kept[next(iter(kept))]
+
+
 # ======================================================================================================
 # This system: files, sockets, the console
 # ======================================================================================================
@@ -1203,25 +1209,26 @@ redis.call('PEXPIRE', KEYS[6], week)
 return result
 """
 
-# KEYS: 1 pending, 2 marker. ARGV: members.
-_LUA_ACKNOWLEDGE = """
-local removed = 0
-for _, member in ipairs(ARGV) do removed = removed + redis.call('ZREM', KEYS[1], member) end
+# Of an id some of whose members were removed, or none.
+_LUA_MARK = """
 if removed == 0 then return redis.call('EXISTS', KEYS[2]) end
 redis.call('SET', KEYS[2], '1', 'PX', 604800000)
 return 1
 """
 
+# KEYS: 1 pending, 2 marker. ARGV: members.
+_LUA_ACKNOWLEDGE = f"""
+local removed = 0
+for _, member in ipairs(ARGV) do removed = removed + redis.call('ZREM', KEYS[1], member) end
+{_LUA_MARK}"""
+
 # The same for those members, from score ARGV[1] to ARGV[2], that begin with ARGV[3].
-_LUA_ACKNOWLEDGE_OWN = """
+_LUA_ACKNOWLEDGE_OWN = f"""
 local removed = 0
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], ARGV[2])) do
   if string.sub(member, 1, #ARGV[3]) == ARGV[3] then removed = removed + redis.call('ZREM', KEYS[1], member) end
 end
-if removed == 0 then return redis.call('EXISTS', KEYS[2]) end
-redis.call('SET', KEYS[2], '1', 'PX', 604800000)
-return 1
-"""
+{_LUA_MARK}"""
 
 # KEYS: 1 session, 2 StoryArt's key for it, 3 index, 4 StoryArt's index. Looks again, as a save may have come between.
 _LUA_TRIM = """
@@ -2162,8 +2169,7 @@ class Sessions:
         with self._lock:
             kept.pop(key, None)
             kept[key] = value
-            while len(kept) > self.KEPT:
-                del kept[next(iter(kept))]
+            bound(kept, self.KEPT)
         return value
 
 
@@ -2266,8 +2272,9 @@ class Notifications:
     def check(self, types: Sequence[str], limit: int) -> list[Notification]:
         """Those that are not acknowledged, oldest first, `limit` at most."""
         found: list[Notification] = []
-        rows = self._store.pending(page=max(100, limit))
-        while batch := list(self._read(rows, max(100, limit))):
+        page = max(100, limit)
+        valid = self._read(self._store.pending(page))
+        while batch := list(itertools.islice(valid, page)):
             batch = [one for one in batch if one.type in types and not one.acknowledged]
             marked = self._store.acknowledged([one.id for one in batch])
             found += [one for one in batch if one.id not in marked]
@@ -2277,7 +2284,7 @@ class Notifications:
 
     def read(self, rows: Iterable[tuple[bytes, float]]) -> Iterator[Notification]:
         """The valid ones that are not acknowledged by their own word."""
-        return (one for one in self._read(iter(rows), -1) if not one.acknowledged)
+        return (one for one in self._read(rows) if not one.acknowledged)
 
     def create(self, drafts: Sequence[Draft]) -> list[tuple[Notification, bool]]:
         """Keep each, and True; or the one of the same type and session that is pending already, and False."""
@@ -2308,8 +2315,8 @@ class Notifications:
         except (ValueError, OverflowError):
             return False
 
-    def _read(self, rows: Iterator[tuple[bytes, float]], count: int) -> Iterator[Notification]:
-        """The valid ones, `count` at most unless it is negative; the others stay where they are and are logged once."""
+    def _read(self, rows: Iterable[tuple[bytes, float]]) -> Iterator[Notification]:
+        """The valid ones; the others stay where they are and are logged once."""
         for member, at in rows:
             try:
                 notification = read_member(member, at)
@@ -2317,9 +2324,6 @@ class Notifications:
                 self._report(member, fault)
                 continue
             yield notification
-            count -= 1
-            if not count:
-                return
 
     def _report(self, member: bytes, fault: Exception) -> None:
         ours = object()
@@ -3079,7 +3083,7 @@ class Authenticator:
         with self._lock:
             self._revoked[digest] = None
             self._known.pop(digest, None)
-            _bound(self._revoked)
+            bound(self._revoked, 1000)
         try:
             self._store.revoke_token(digest)
         except Unavailable:
@@ -3122,7 +3126,7 @@ class Authenticator:
             self._known.pop(digest, None)
             if caller:
                 self._known[digest] = (at, caller)
-            _bound(self._known)
+            bound(self._known, 1000)
         return caller
 
     def _by_origin(self, environ: Mapping[str, Any]) -> Caller | None:
@@ -3141,15 +3145,9 @@ class Authenticator:
             recent = [at for at in self._failures.pop(address, ()) if now - at < 60]
             full = len(recent) >= self._settings.token_failures
             self._failures[address] = recent if full else [*recent, now]
-            _bound(self._failures)
+            bound(self._failures, 1000)
         if full:
             raise TooSoon("Too many wrong tokens from this address: ask again later.", recent[0] + 60 - now)
-
-
-def _bound(kept: dict[str, Any]) -> None:
-    """Drop the oldest past 1000."""
-    while len(kept) > 1000:
-        del kept[next(iter(kept))]
 
 
 def is_loopback(address: str) -> bool:
@@ -4122,8 +4120,7 @@ class ShortWay:
         short = self._short_of(read())
         if short and short.route.method == "GET":
             self._read[key] = short
-            while len(self._read) > self.KEPT:
-                del self._read[next(iter(self._read))]
+            bound(self._read, self.KEPT)
         return short
 
     def _short_of(self, environ: dict[str, Any] | None) -> Short | None:
