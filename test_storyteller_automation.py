@@ -289,7 +289,7 @@ def free_port() -> int:
 def can_connect(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), PATIENCE).close()
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, ConnectionResetError):  # reset: nobody took it before the listener was closed
         return False
     return True
 
@@ -3897,8 +3897,10 @@ class Polled:
 
     def channels(self) -> list[Any]:
         """The server's ends of the connections that are open."""
-        kept = list(self.server._map.values())
-        return [one for one in kept if isinstance(one, service.waitress.channel.HTTPChannel)]
+        kept = list(self.server._map.values())  # the last of them may be in the making, in the loop's thread
+        return [
+            one for one in kept if isinstance(one, service.waitress.channel.HTTPChannel) and hasattr(one, "requests")
+        ]
 
     def check(self, query: str = "") -> list[str]:
         """The ids."""
