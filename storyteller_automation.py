@@ -10,6 +10,7 @@ The rooms of this file, each under a banner, each knowing only those above it:
     errors                      the exceptions that mean an answer, each with its status
     values                      JSON that is strict, times, whole numbers
     this system                 what differs between Windows, Linux and macOS: files, sockets, the console; processes
+    batching                    questions of one moment share one step
     stores: the interface       the verbs that both have; then Redis and SQLite, in the same order
     Redis: connections          how it is asked; its scripts, each one atomic step
     sessions                    a document (pure): how many prompts, is it ready, its summary; what is known of them
@@ -23,8 +24,8 @@ The rooms of this file, each under a banner, each knowing only those above it:
     command line                serve, check, token
 
 The way of a request: a connection of the server, a thread, the routes of its path, who calls, the check of its input,
-its handler, a verb of the store, an Answer, JSON. The way of a poll is shorter: a connection, what its bytes meant the
-last time, who calls, one glance of the store for all polls of that moment, an Answer that is made already.
+its handler, a verb of the store, a Response, JSON. The way of a poll is shorter: a connection, what its bytes meant the
+last time, who calls, one glance of the store for all polls of that moment, a Response that is made already.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 import bottle
 import redis
@@ -364,7 +365,7 @@ def load_settings(
 # ======================================================================================================
 
 
-class Fault(Exception):
+class ApiError(Exception):
     """An answer other than 2xx: a sentence for the caller, its status, and when to come back (seconds)."""
 
     status = 500
@@ -374,47 +375,47 @@ class Fault(Exception):
         self.retry_after = None if retry_after is None else max(1, math.ceil(retry_after))
 
 
-class BadRequest(Fault):
+class BadRequest(ApiError):
     status = 400
 
 
-class Unauthorized(Fault):
+class Unauthorized(ApiError):
     status = 401
 
 
-class Forbidden(Fault):
+class Forbidden(ApiError):
     status = 403
 
 
-class NotFound(Fault):
+class NotFound(ApiError):
     status = 404
 
 
-class Conflict(Fault):
+class Conflict(ApiError):
     status = 409
 
 
-class TooLarge(Fault):
+class ContentTooLarge(ApiError):
     status = 413
 
 
-class NotJson(Fault):
+class UnsupportedMediaType(ApiError):
     """A body of another content type."""
 
     status = 415
 
 
-class Misdirected(Fault):
+class MisdirectedRequest(ApiError):
     """A Host header that names another machine."""
 
     status = 421
 
 
-class TooSoon(Fault):
+class TooManyRequests(ApiError):
     status = 429
 
 
-class Unavailable(Fault):
+class Unavailable(ApiError):
     """The store does not answer, or every place for a request that waits is taken."""
 
     status = 503
@@ -881,6 +882,65 @@ def _windows_start_time(pid: int) -> str | None:
 
 
 # ======================================================================================================
+# Batching
+# ======================================================================================================
+
+Q = TypeVar("Q")
+
+
+def settle(future: Future[T], outcome: T | BaseException) -> None:
+    """Give a future that is marked as running its result or its exception."""
+    if isinstance(outcome, BaseException):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
+
+
+class Batcher(Generic[Q, T]):
+    """Answers questions many at a time, in one thread of its own: those that arrive while a step is at work share the
+    next one. `step` gets at least one question and gives as many outcomes in the same order, a result or an exception
+    for each; what it raises itself is the outcome of all of them. Cancelled questions are skipped."""
+
+    def __init__(self, step: Callable[[list[Q]], Sequence[T | BaseException]], name: str) -> None:
+        self._step = step
+        self._queue: queue.SimpleQueue[tuple[Q, Future[T]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def ask(self, question: Q) -> Future[T]:
+        """Not after close(). Cancelling the future withdraws a question that no step has taken yet."""
+        future: Future[T] = Future()
+        self._queue.put((question, future))
+        return future
+
+    def close(self, timeout: float) -> None:
+        """End the thread once all questions are answered, or go on without it after `timeout` seconds."""
+        self._queue.put(None)
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while first := self._queue.get():
+            asked = [first]
+            with contextlib.suppress(queue.Empty):
+                while one := self._queue.get_nowait():
+                    asked.append(one)
+                self._queue.put(None)  # close() was called: find it again once these are answered
+            self._answer(asked)
+            del asked, first  # hold on to nothing while waiting for the next question
+
+    def _answer(self, asked: Sequence[tuple[Q, Future[T]]]) -> None:
+        waiting = [(question, future) for question, future in asked if future.set_running_or_notify_cancel()]
+        outcomes: Sequence[T | BaseException] = ()
+        if waiting:
+            try:
+                outcomes = self._step([question for question, _ in waiting])
+            except BaseException as error:
+                outcomes = [error] * len(waiting)
+        for (_, future), outcome in zip(waiting, outcomes):
+            settle(future, outcome)
+
+
+# ======================================================================================================
 # Stores: the interface
 # ======================================================================================================
 
@@ -892,7 +952,7 @@ def is_address(host: str) -> bool:
     return False
 
 
-KEEP_MS = 7 * 24 * 3600 * 1000  # sessions, pending notifications and marks of acknowledgement: 7 days
+TTL_MS = 7 * 24 * 3600 * 1000  # sessions, pending notifications and marks of acknowledgement: 7 days
 
 
 def now_ms() -> int:
@@ -1039,7 +1099,7 @@ class _BoundedConnect:
 class _Pool(redis.ConnectionPool):
     """Connections that were idle for a while are made anew: they may have died silently (the PC slept)."""
 
-    IDLE = 5.0
+    KEEPALIVE_TIMEOUT = 5.0
 
     def release(self, connection: Any) -> None:
         connection.released = time.time()  # the clock on the wall goes on while the PC sleeps
@@ -1047,7 +1107,7 @@ class _Pool(redis.ConnectionPool):
 
     def get_connection(self, *arguments: Any, **options: Any) -> Any:
         connection = super().get_connection(*arguments, **options)
-        if not 0 <= time.time() - getattr(connection, "released", time.time()) < self.IDLE:
+        if not 0 <= time.time() - getattr(connection, "released", time.time()) < self.KEEPALIVE_TIMEOUT:
             try:
                 connection.disconnect()
                 connection.connect()
@@ -1479,7 +1539,7 @@ class RedisStore:
         return [(member, int(float(time)), outcome == b"added") for outcome, member, time in found]
 
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
-        lowest: float = self._clock() - KEEP_MS + 1
+        lowest: float = self._clock() - TTL_MS + 1
         seen: set[bytes] = set()  # those of the lowest score that were given already
         while True:
             wanted = page + len(seen)
@@ -1498,7 +1558,7 @@ class RedisStore:
     def glance(self, page: int, ids: Sequence[str], timestamps: Sequence[int], last: object = None) -> Glance:
         commands = []
         if page:
-            commands.append(self._pending_command(self._clock() - KEEP_MS + 1, page))
+            commands.append(self._pending_command(self._clock() - TTL_MS + 1, page))
         if ids:
             commands.append(pack("EXISTS", *map(self._marker, ids)))
         count = len(commands) + 3 * len(timestamps)
@@ -1528,7 +1588,7 @@ class RedisStore:
         return self._run(_LUA_ACKNOWLEDGE, [([self.PENDING, self._marker(id)], members)]) == [[1]]
 
     def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool]:
-        oldest = self._clock() - KEEP_MS + 1
+        oldest = self._clock() - TTL_MS + 1
         calls = [
             ([self.PENDING, self._marker(id)], [max(time, oldest), time, OWN_MEMBER % id.encode()]) for id, time in ids
         ]
@@ -1771,7 +1831,7 @@ class SqliteStore:
                 "INSERT INTO session (timestamp, document, saved, expires) VALUES (?, ?, ?, ?) ON CONFLICT (timestamp)"
                 " DO UPDATE SET document = excluded.document, saved = max(excluded.saved, saved + 1),"
                 " expires = excluded.expires",
-                (timestamp, document, now, now + KEEP_MS),
+                (timestamp, document, now, now + TTL_MS),
             )
             if draft:
                 self._announce(database, now, timestamp, draft)
@@ -1810,7 +1870,7 @@ class SqliteStore:
     _PENDING = "SELECT member, time FROM pending WHERE (time, member) > (?, ?) ORDER BY time, member LIMIT ?"
 
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
-        last: tuple[int, bytes] = (self._clock() - KEEP_MS, b"\xff")
+        last: tuple[int, bytes] = (self._clock() - TTL_MS, b"\xff")
         while True:
             with self._reading() as database:
                 rows = database.execute(self._PENDING, (*last, page)).fetchall()
@@ -1822,7 +1882,7 @@ class SqliteStore:
     def glance(self, page: int, ids: Sequence[str], timestamps: Sequence[int], last: object = None) -> Glance:
         now = self._clock()
         with self._reading() as database:
-            rows = database.execute(self._PENDING, (now - KEEP_MS, b"\xff", page)).fetchall() if page else []
+            rows = database.execute(self._PENDING, (now - TTL_MS, b"\xff", page)).fetchall() if page else []
             session = "SELECT saved, announced FROM session WHERE timestamp = ? AND expires > ?"
             states = [database.execute(session, (timestamp, now)).fetchone() for timestamp in timestamps]
         return Glance(rows, False, states)
@@ -1854,7 +1914,7 @@ class SqliteStore:
         if not removed:
             marked = database.execute("SELECT 1 FROM marker WHERE id = ? AND expires > ?", (id, now)).fetchone()
             return marked is not None
-        database.execute("INSERT OR REPLACE INTO marker (id, expires) VALUES (?, ?)", (id, now + KEEP_MS))
+        database.execute("INSERT OR REPLACE INTO marker (id, expires) VALUES (?, ?)", (id, now + TTL_MS))
         return True
 
     def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
@@ -1880,7 +1940,7 @@ class SqliteStore:
     def _purge(database: sqlite3.Connection, now: int) -> None:
         """End what is over: Redis does it by itself, here each transaction does."""
         database.execute("DELETE FROM session WHERE expires <= ?", (now,))
-        database.execute("DELETE FROM pending WHERE time <= ?", (now - KEEP_MS,))
+        database.execute("DELETE FROM pending WHERE time <= ?", (now - TTL_MS,))
         database.execute("DELETE FROM marker WHERE expires <= ?", (now,))
         database.execute("DELETE FROM token WHERE expires <= ?", (now,))
 
@@ -2827,7 +2887,7 @@ class SwarmUILauncher:
         self._closed = threading.Event()
 
     def start(self) -> Started:
-        """Return once SwarmUI answers. Raises Fault with what went wrong, TooSoon between two launches."""
+        """Return once SwarmUI answers. Raises ApiError with what went wrong, TooManyRequests between two launches."""
         with self._lock:
             attempt = self._attempt
             if attempt is None or attempt.done():
@@ -2881,15 +2941,15 @@ class SwarmUILauncher:
     def _settle(self, attempt: Future[Started]) -> None:
         try:
             started = allow_page(self._make_ready(), self._settings)
-        except Fault as fault:
+        except ApiError as fault:
             attempt.set_exception(fault)
         except LaunchError as error:
             self._failure = str(error)
             log.error("swarmui: failed to start: %s", error)
-            attempt.set_exception(Fault(f"SwarmUI failed to start: {error}"))
+            attempt.set_exception(ApiError(f"SwarmUI failed to start: {error}"))
         except Exception as error:
             log.exception("swarmui: failed to start")
-            attempt.set_exception(Fault(f"SwarmUI failed to start: {type(error).__name__}, see the service's log"))
+            attempt.set_exception(ApiError(f"SwarmUI failed to start: {type(error).__name__}, see the service's log"))
         else:
             attempt.set_result(started)
 
@@ -2910,7 +2970,7 @@ class SwarmUILauncher:
         if self._launch and now - self._launch.at < self._settings.start_interval:
             wait = self._settings.start_interval - (now - self._launch.at)
             why = f" ({self._failure})" if self._failure else ""
-            raise TooSoon(f"SwarmUI was launched a moment ago{why}: ask again in {math.ceil(wait)} s.", wait)
+            raise TooManyRequests(f"SwarmUI was launched a moment ago{why}: ask again in {math.ceil(wait)} s.", wait)
         shorten_log(self._output)
         try:
             log_start = self._output.stat().st_size if self._output.exists() else 0
@@ -3049,7 +3109,7 @@ class Authenticator:
         self._failures: dict[str, list[float]] = {}  # address -> when it sent wrong tokens; 1000 at most
 
     def identify(self, environ: Mapping[str, Any]) -> Caller:
-        """Who sent this request. Raises Unauthorized, TooSoon, and Unavailable when the store is needed and away."""
+        """Who sent this request. Raises Unauthorized, TooManyRequests, Unavailable."""
         found = self._token_of(environ)
         try:
             caller = self._by_token(found) if found else None
@@ -3139,7 +3199,7 @@ class Authenticator:
         return Caller(f"origin:{origin}", tuple(one for one in PERMISSIONS if one != "admin"))
 
     def _count_failure(self, address: str) -> None:
-        """Raises TooSoon past so many wrong tokens a minute. Missing ones do not count: any page could send those."""
+        """Raises TooManyRequests past so many wrong tokens a minute; a missing one does not count."""
         now = self._clock()
         with self._lock:
             recent = [at for at in self._failures.pop(address, ()) if now - at < 60]
@@ -3147,7 +3207,7 @@ class Authenticator:
             self._failures[address] = recent if full else [*recent, now]
             bound(self._failures, 1000)
         if full:
-            raise TooSoon("Too many wrong tokens from this address: ask again later.", recent[0] + 60 - now)
+            raise TooManyRequests("Too many wrong tokens from this address: ask again later.", recent[0] + 60 - now)
 
 
 def is_loopback(address: str) -> bool:
@@ -3199,7 +3259,7 @@ Schema = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Parts:
+class Services:
     """What the handlers work with."""
 
     settings: Settings
@@ -3215,7 +3275,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Call:
+class Request:
     """A request whose input was checked against its route: path parameters and query by name, and the body."""
 
     caller: Caller | None  # None on a route that is open to all
@@ -3227,7 +3287,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """A status and what to send as JSON; bytes are JSON already."""
 
     body: Mapping[str, Any] | bytes
@@ -3242,7 +3302,7 @@ class Route:
 
     method: str
     path: str
-    handler: Callable[[Parts, Call], Answer]
+    handler: Callable[[Services, Request], Response]
     permission: str  # one of PERMISSIONS; `any` is any good token, `open` is everybody
     summary: str
     answers: Mapping[int, Schema | None]  # status -> what is answered; None is no body
@@ -3368,7 +3428,7 @@ def read_query(environ: Mapping[str, Any], declared: Mapping[str, Schema]) -> di
 def read_body(environ: Mapping[str, Any]) -> bytes:
     length = int(environ.get("CONTENT_LENGTH") or 0)
     if length > MAX_BODY:
-        raise TooLarge(f"The body is too large: {MAX_BODY // 1024**2} MiB at most.")
+        raise ContentTooLarge(f"The body is too large: {MAX_BODY // 1024**2} MiB at most.")
     return environ["wsgi.input"].read(length)
 
 
@@ -3377,14 +3437,14 @@ LARGE_BODY = 4 * 1024 * 1024  # bytes; parsing one holds every other thread up, 
 
 def read_call(
     route: Route, environ: Mapping[str, Any], path: Mapping[str, str], large_bodies: threading.Lock, **known: Any
-) -> Call:
-    """The request as the route declares it. Raises BadRequest, TooLarge, NotJson, Unavailable."""
+) -> Request:
+    """The request as the route declares it. Raises BadRequest, ContentTooLarge, UnsupportedMediaType, Unavailable."""
     found, query = read_path(environ, path), read_query(environ, route.query)
     if route.body is None:
-        return Call(**known, path=found, query=query)
+        return Request(**known, path=found, query=query)
     kind = str(environ.get("CONTENT_TYPE") or "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise NotJson("The body: expected Content-Type application/json.")
+        raise UnsupportedMediaType("The body: expected Content-Type application/json.")
     raw = read_body(environ)
     large = len(raw) > LARGE_BODY
     if large and not large_bodies.acquire(timeout=30):
@@ -3396,7 +3456,7 @@ def read_call(
     finally:
         if large:
             large_bodies.release()
-    return Call(**known, path=found, query=query, body=check_body(value, route.body), raw_body=raw)
+    return Request(**known, path=found, query=query, body=check_body(value, route.body), raw_body=raw)
 
 
 # ======================================================================================================
@@ -3404,12 +3464,12 @@ def read_call(
 # ======================================================================================================
 
 
-def health(parts: Parts, call: Call) -> Answer:
+def health(parts: Services, call: Request) -> Response:
     try:
         parts.store.ping()
     except Unavailable as fault:
-        return Answer({"status": "degraded", "store": parts.store.name}, fault.status)
-    return Answer({"status": "ok", "store": parts.store.name})
+        return Response({"status": "degraded", "store": parts.store.name}, fault.status)
+    return Response({"status": "ok", "store": parts.store.name})
 
 
 def gpu_json(status: GpuStatus) -> dict[str, Any]:
@@ -3425,12 +3485,12 @@ def gpu_json(status: GpuStatus) -> dict[str, Any]:
     }
 
 
-def gpu_status(parts: Parts, call: Call) -> Answer:
+def gpu_status(parts: Services, call: Request) -> Response:
     status = parts.gpu.status()
-    return Answer(gpu_json(status), 500 if status.fault else 200)
+    return Response(gpu_json(status), 500 if status.fault else 200)
 
 
-def swarmui_start(parts: Parts, call: Call) -> Answer:
+def swarmui_start(parts: Services, call: Request) -> Response:
     """Nothing of the request is used: nothing in it can reach a command line."""
     if not parts.waiting_starts.acquire(blocking=False):
         raise Unavailable("Too many calls wait for SwarmUI already: ask again.", parts.settings.poll_interval)
@@ -3445,12 +3505,12 @@ def swarmui_start(parts: Parts, call: Call) -> Answer:
             f"; but pages of {call.origin} cannot see it, since it answers "
             f"{started.allow_origin or 'no page'}: set SWARMUI_ALLOW_ORIGIN"
         )
-    return Answer(
+    return Response(
         {"success": True, "message": message, "port": settings.swarmui_port, "apiUrl": settings.swarmui_api_url}
     )
 
 
-def notifications_check(parts: Parts, call: Call) -> Answer:
+def notifications_check(parts: Services, call: Request) -> Response:
     return check_answer(parts.notifications.check(types_of(call.query["type"]), call.query["limit"]))
 
 
@@ -3458,11 +3518,11 @@ def types_of(wanted: str) -> Sequence[str]:
     return list(TOTALS) if wanted == "all" else [wanted]
 
 
-def check_answer(found: Sequence[Notification]) -> Answer:
-    return Answer({"notifications": [one.as_json() for one in found]})
+def check_answer(found: Sequence[Notification]) -> Response:
+    return Response({"notifications": [one.as_json() for one in found]})
 
 
-def notification_create(parts: Parts, call: Call) -> Answer:
+def notification_create(parts: Services, call: Request) -> Response:
     return created_answer(*parts.notifications.create([draft_of(call.body)])[0])
 
 
@@ -3474,26 +3534,26 @@ def draft_of(body: Mapping[str, Any]) -> Draft:
     return draft_notification(body["type"], int(body["sessionTimestamp"]), **fields)
 
 
-def created_answer(notification: Notification, made: bool) -> Answer:
-    return Answer(notification.as_json(), 201 if made else 200)
+def created_answer(notification: Notification, made: bool) -> Response:
+    return Response(notification.as_json(), 201 if made else 200)
 
 
-def notification_ack(parts: Parts, call: Call) -> Answer:
+def notification_ack(parts: Services, call: Request) -> Response:
     id = call.path["notification_id"]
     if not parts.notifications.acknowledge(id):
         raise NotFound("Notification not found")
     return acknowledged_answer(id)
 
 
-def acknowledged_answer(id: str) -> Answer:
-    return Answer({"success": True, "notificationId": id})
+def acknowledged_answer(id: str) -> Response:
+    return Response({"success": True, "notificationId": id})
 
 
-def prompts_status(parts: Parts, call: Call) -> Answer:
+def prompts_status(parts: Services, call: Request) -> Response:
     timestamp = call.path["timestamp"]
     stored, facts = _find_session(parts, timestamp)
     if isinstance(facts.progress, NotASession):
-        raise Fault(f"Session {timestamp} is not a session: {facts.progress}.")
+        raise ApiError(f"Session {timestamp} is not a session: {facts.progress}.")
     if is_announcement_due(stored, facts):  # StorySwarm may have written it behind our back
         draft = due_notification(timestamp, read_session(stored), facts.progress)
         try:
@@ -3501,7 +3561,7 @@ def prompts_status(parts: Parts, call: Call) -> Answer:
                 parts.store.announce(timestamp, draft)
         except Unavailable as fault:
             log.warning("notifications: session %d announces its prompts at a later poll: %s", timestamp, fault)
-    return Answer(prompts_json(stored, facts))
+    return Response(prompts_json(stored, facts))
 
 
 def is_announcement_due(stored: StoredSession, facts: Facts) -> bool:
@@ -3518,41 +3578,41 @@ def prompts_json(stored: StoredSession, facts: Facts) -> dict[str, Any]:
     }
 
 
-def _find_session(parts: Parts, timestamp: int) -> tuple[StoredSession, Facts]:
+def _find_session(parts: Services, timestamp: int) -> tuple[StoredSession, Facts]:
     found = parts.sessions.find(timestamp)
     if found is None:
         raise NotFound("Session not found")
     if found[1].fault:
-        raise Fault(f"Session {timestamp} is not a session: {found[1].fault}.")
+        raise ApiError(f"Session {timestamp} is not a session: {found[1].fault}.")
     return found
 
 
-def _session_answer(parts: Parts, stored: StoredSession) -> Answer:
+def _session_answer(parts: Services, stored: StoredSession) -> Response:
     """The document goes out as it is kept: it was read, and writing it anew would cost as much again."""
-    return Answer(b'{"success":true,"data":%b,"storage":"%b"}' % (stored.document, parts.store.name.encode()))
+    return Response(b'{"success":true,"data":%b,"storage":"%b"}' % (stored.document, parts.store.name.encode()))
 
 
-def session_get(parts: Parts, call: Call) -> Answer:
+def session_get(parts: Services, call: Request) -> Response:
     stored, _ = _find_session(parts, call.path["timestamp"])
     return _session_answer(parts, stored)
 
 
-def session_latest(parts: Parts, call: Call) -> Answer:
+def session_latest(parts: Services, call: Request) -> Response:
     stored = parts.sessions.latest()
     if stored is None:
         raise NotFound("No session found")
     return _session_answer(parts, stored)
 
 
-def session_list(parts: Parts, call: Call) -> Answer:
+def session_list(parts: Services, call: Request) -> Response:
     found = [
         {"timestamp": timestamp, **shown}
         for timestamp, shown in itertools.islice(parts.sessions.listed(), call.query["limit"])
     ]
-    return Answer({"success": True, "count": len(found), "sessions": found})
+    return Response({"success": True, "count": len(found), "sessions": found})
 
 
-def session_save(parts: Parts, call: Call) -> Answer:
+def session_save(parts: Services, call: Request) -> Response:
     """Without a timestamp it gets the next free one from now: two saves at one moment are two sessions."""
     if call.body.get("timestamp") is not None:
         return _keep_session(parts, int(call.body["timestamp"]), call.body, call.raw_body)
@@ -3563,7 +3623,7 @@ def session_save(parts: Parts, call: Call) -> Answer:
     raise Unavailable("Every timestamp of this second is taken: ask again.", 1)
 
 
-def session_put(parts: Parts, call: Call) -> Answer:
+def session_put(parts: Services, call: Request) -> Response:
     timestamp = call.path["timestamp"]
     if call.body.get("timestamp") is None:
         return _keep_with_timestamp(parts, timestamp, call.body)
@@ -3572,11 +3632,11 @@ def session_put(parts: Parts, call: Call) -> Answer:
     return _keep_session(parts, timestamp, call.body, call.raw_body)
 
 
-def token_create(parts: Parts, call: Call) -> Answer:
+def token_create(parts: Services, call: Request) -> Response:
     ttl = int(call.body.get("ttlSeconds") or TOKEN_TTL)
     token, caller = issue_token(parts.store, call.body["subject"], call.body["permissions"], ttl, now_ms())
     log.info("authentication: %s gave %s a token for %d s", call.caller.subject, caller.subject, ttl)
-    return Answer({"token": token, **caller_json(caller)}, 201)
+    return Response({"token": token, **caller_json(caller)}, 201)
 
 
 def caller_json(caller: Caller) -> dict[str, Any]:
@@ -3584,31 +3644,31 @@ def caller_json(caller: Caller) -> dict[str, Any]:
     return {"subject": caller.subject, "permissions": list(caller.permissions), "expiresAt": expires}
 
 
-def token_show(parts: Parts, call: Call) -> Answer:
-    return Answer(caller_json(call.caller))
+def token_show(parts: Services, call: Request) -> Response:
+    return Response(caller_json(call.caller))
 
 
-def token_revoke(parts: Parts, call: Call) -> Answer:
+def token_revoke(parts: Services, call: Request) -> Response:
     if call.caller.digest is None:
         raise Conflict("No session token was sent, so there is none to revoke.")
     parts.authenticator.revoke(call.caller.digest)
     log.info("authentication: %s revoked its token", call.caller.subject)
-    return Answer(b"", 204)
+    return Response(b"", 204)
 
 
-def openapi(parts: Parts, call: Call) -> Answer:
-    return Answer(describe_api())
+def openapi(parts: Services, call: Request) -> Response:
+    return Response(describe_api())
 
 
-def _keep_with_timestamp(parts: Parts, timestamp: int, body: Mapping[str, Any], *, replace: bool = True) -> Any:
+def _keep_with_timestamp(parts: Services, timestamp: int, body: Mapping[str, Any], *, replace: bool = True) -> Any:
     document = {**body, "timestamp": timestamp}
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     return _keep_session(parts, timestamp, document, text, replace=replace)
 
 
 def _keep_session(
-    parts: Parts, timestamp: int, document: dict[str, Any], text: bytes, *, replace: bool = True
-) -> Answer | None:
+    parts: Services, timestamp: int, document: dict[str, Any], text: bytes, *, replace: bool = True
+) -> Response | None:
     """None when the timestamp is taken and must not be replaced."""
     try:
         draft = due_notification(timestamp, document, progress(document))
@@ -3617,7 +3677,7 @@ def _keep_session(
     if not parts.store.save(timestamp, text, draft, replace=replace):
         return None
     saved = {"success": True, "message": "Session saved", "sessionKey": f"session:{timestamp}"}
-    return Answer({**saved, "storage": parts.store.name})
+    return Response({**saved, "storage": parts.store.name})
 
 
 # ======================================================================================================
@@ -3915,14 +3975,14 @@ def describe_api() -> dict[str, Any]:
 # ======================================================================================================
 
 
-def error_answer(shape: Mapping[str, Any], fault: Fault) -> Answer:
+def error_answer(shape: Mapping[str, Any], fault: ApiError) -> Response:
     """The one place that turns an error into an answer."""
     headers = {}
     if fault.retry_after is not None:
         headers["Retry-After"] = str(fault.retry_after)
     if isinstance(fault, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    return Answer({**shape, "error": str(fault)}, fault.status, headers)
+    return Response({**shape, "error": str(fault)}, fault.status, headers)
 
 
 COMMON_HEADERS: Mapping[str, str] = {
@@ -3975,10 +4035,10 @@ def refusal(
     request_id = request_id_of({"HTTP_X_REQUEST_ID": headers.get("X_REQUEST_ID", "")})
     log.info("http: refused %d %s %s", code, reason, request_id)
     common = headers_for(known_origin(headers.get("ORIGIN"), settings))
-    return to_bytes(Answer({"error": f"{reason}: {told}"})), {**common, "X-Request-Id": request_id}
+    return to_bytes(Response({"error": f"{reason}: {told}"})), {**common, "X-Request-Id": request_id}
 
 
-def preflight(environ: Mapping[str, Any], origin: str | None, methods: Sequence[str]) -> Answer:
+def preflight(environ: Mapping[str, Any], origin: str | None, methods: Sequence[str]) -> Response:
     """A browser's question before it calls, without a token."""
     headers = {"Allow": ", ".join(methods)}
     if origin:
@@ -3987,16 +4047,16 @@ def preflight(environ: Mapping[str, Any], origin: str | None, methods: Sequence[
         headers["Access-Control-Max-Age"] = "600"
         if environ.get("HTTP_ACCESS_CONTROL_REQUEST_PRIVATE_NETWORK") == "true":
             headers["Access-Control-Allow-Private-Network"] = "true"
-    return Answer(b"", 204, headers)
+    return Response(b"", 204, headers)
 
 
-def to_bytes(answer: Answer) -> bytes:
+def to_bytes(answer: Response) -> bytes:
     body = answer.body
     return body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def make_parts(settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUILauncher) -> Parts:
-    return Parts(
+def make_services(settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUILauncher) -> Services:
+    return Services(
         settings,
         store,
         gpu,
@@ -4010,7 +4070,7 @@ def make_parts(settings: Settings, store: Store, gpu: GpuMonitor, swarmui: Swarm
     )
 
 
-def create_app(parts: Parts) -> bottle.Bottle:
+def create_app(parts: Services) -> bottle.Bottle:
     """The service as a WSGI application. Raises ValueError for an empty `settings.api_token` and for a route that
     names no permission. Once `parts.stopping` is set, new requests are answered 503."""
     settings, authenticator = parts.settings, parts.authenticator
@@ -4020,7 +4080,7 @@ def create_app(parts: Parts) -> bottle.Bottle:
         if route.permission not in (*PERMISSIONS, "any", "open"):
             raise ValueError(f"{route.method} {route.path} names no permission")
 
-    def run(route: Route, caller: Caller | None, path: Mapping[str, str], origin: str | None) -> Answer:
+    def run(route: Route, caller: Caller | None, path: Mapping[str, str], origin: str | None) -> Response:
         if caller and not caller.may(route.permission):
             raise Forbidden(f"This token lacks the permission {route.permission}.")
         environ = bottle.request.environ
@@ -4039,7 +4099,9 @@ def create_app(parts: Parts) -> bottle.Bottle:
             if parts.stopping.is_set() and not (route and route.permission == "open"):
                 raise Unavailable("The service is stopping: ask again.", 5)
             if not is_own_host(environ.get("HTTP_HOST"), settings):
-                raise Misdirected("The Host header names another machine: add its name to STORYTELLER_ALLOWED_HOSTS.")
+                raise MisdirectedRequest(
+                    "The Host header names another machine: add its name to STORYTELLER_ALLOWED_HOSTS."
+                )
             caller = None
             asks_first = method == "OPTIONS"
             if not asks_first and (route is None or route.permission != "open"):
@@ -4052,14 +4114,14 @@ def create_app(parts: Parts) -> bottle.Bottle:
                 found = preflight(environ, origin, sorted(routes or {"GET", "POST", "PUT", "DELETE"}))
             elif routes:
                 allow = {"Allow": ", ".join(sorted(routes))}
-                found = Answer({"error": "Method not allowed on this path."}, 405, allow)
+                found = Response({"error": "Method not allowed on this path."}, 405, allow)
             else:
-                found = Answer({"error": "Not found: there is no such path."}, 404)
-        except Fault as fault:
+                found = Response({"error": "Not found: there is no such path."}, 404)
+        except ApiError as fault:
             found = error_answer(route.error_shape if route else {}, fault)
         except Exception:
             log.exception("http: %s %s failed, request %s", method, route.path if route else "", request_id)
-            found = Answer({**(route.error_shape if route else {}), "error": "Internal server error"}, 500)
+            found = Response({**(route.error_shape if route else {}), "error": "Internal server error"}, 500)
         log_request(environ, request_id, subject, found.status, began)
         headers = {**headers_for(origin), **found.headers, "X-Request-Id": request_id}
         return bottle.HTTPResponse(to_bytes(found), found.status, headers)
@@ -4086,7 +4148,7 @@ class Short:
 
     route: Route
     environ: Mapping[str, Any]
-    call: Call
+    call: Request
 
 
 class ShortWay:
@@ -4097,10 +4159,10 @@ class ShortWay:
     LONGEST = 8192  # bytes of a request
     KEPT = 512  # polls whose bytes are remembered
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Services) -> None:
         self._parts = parts
         self._front = PendingFront(parts.store, parts.notifications)
-        self._checked: dict[Any, Answer] = {}  # answers to checks, until the front changes
+        self._checked: dict[Any, Response] = {}  # answers to checks, until the front changes
         self._read: dict[Any, Short] = {}
         handlers = (gpu_status, notifications_check, prompts_status, notification_create, notification_ack)
         self._routes = [
@@ -4129,7 +4191,7 @@ class ShortWay:
         for method, pattern, route in self._routes:
             found = pattern.fullmatch(environ["PATH_INFO"])
             if found and method == environ["REQUEST_METHOD"]:
-                with contextlib.suppress(Fault):
+                with contextlib.suppress(ApiError):
                     origin = known_origin(environ.get("HTTP_ORIGIN"), self._parts.settings)
                     path = found.groupdict()
                     call = read_call(route, environ, path, self._parts.large_bodies, caller=None, origin=origin)
@@ -4138,7 +4200,7 @@ class ShortWay:
 
     def caller(self, short: Short) -> Caller | None:
         """Who asks, when that is known without the store and allowed."""
-        with contextlib.suppress(Fault):
+        with contextlib.suppress(ApiError):
             caller = self._parts.authenticator.known(short.environ)
             if caller and caller.may(short.route.permission) and not self._parts.stopping.is_set():
                 return caller
@@ -4148,10 +4210,10 @@ class ShortWay:
         return self._parts.gpu.ask()
 
     @staticmethod
-    def tell_gpu(status: GpuStatus) -> Answer | None:
-        return None if status.fault else Answer(gpu_json(status))
+    def tell_gpu(status: GpuStatus) -> Response | None:
+        return None if status.fault else Response(gpu_json(status))
 
-    def look(self, shorts: Sequence[Short]) -> list[Answer | None]:
+    def look(self, shorts: Sequence[Short]) -> list[Response | None]:
         """The answers to polls, in one round trip; further ones only where something changed. Not for two threads at
         once."""
         front, sessions = self._front, [one.call.path.get("timestamp") for one in shorts]
@@ -4169,25 +4231,25 @@ class ShortWay:
             for one, timestamp in zip(shorts, sessions)
         ]
 
-    def _check(self, query: Mapping[str, Any]) -> Answer | None:
+    def _check(self, query: Mapping[str, Any]) -> Response | None:
         key = (query["type"], query["limit"])
         if key not in self._checked:
             found = self._front.check(types_of(query["type"]), query["limit"])
             if found is None:
                 return None
-            self._checked[key] = Answer(to_bytes(check_answer(found)))
+            self._checked[key] = Response(to_bytes(check_answer(found)))
         return self._checked[key]
 
-    def _prompts(self, timestamp: int, state: object) -> Answer | None:
+    def _prompts(self, timestamp: int, state: object) -> Response | None:
         sessions = self._parts.sessions
         with contextlib.suppress(Unavailable):
             known = sessions.known(timestamp, state) or sessions.renewed(timestamp, state)
             return known and _prompts_answer(known)
         return None
 
-    def write(self, shorts: Sequence[Short]) -> list[Answer | None]:
+    def write(self, shorts: Sequence[Short]) -> list[Response | None]:
         """The answers to what was made and acknowledged, each in one step for all."""
-        answers: dict[int, Answer | None] = {}
+        answers: dict[int, Response | None] = {}
         for handler, step in ((notification_ack, self._acknowledge), (notification_create, self._create)):
             numbers = [number for number, one in enumerate(shorts) if one.route.handler is handler]
             try:
@@ -4197,16 +4259,16 @@ class ShortWay:
             answers.update(zip(numbers, found))
         return [answers[number] for number in range(len(shorts))]
 
-    def _acknowledge(self, calls: Sequence[Call]) -> list[Answer | None]:
+    def _acknowledge(self, calls: Sequence[Request]) -> list[Response | None]:
         ids = [call.path["notification_id"] for call in calls]
         done = self._parts.notifications.acknowledge_own(ids)
         return [acknowledged_answer(id) if ours else None for id, ours in zip(ids, done)]
 
-    def _create(self, calls: Sequence[Call]) -> list[Answer | None]:
+    def _create(self, calls: Sequence[Request]) -> list[Response | None]:
         made = self._parts.notifications.create([draft_of(call.body) for call in calls])
         return [created_answer(*one) for one in made]
 
-    def respond(self, short: Short, caller: Caller, answer: Answer, began: float) -> bytes:
+    def respond(self, short: Short, caller: Caller, answer: Response, began: float) -> bytes:
         """All that is sent."""
         body, request_id = to_bytes(answer), request_id_of(short.environ)
         log_request(short.environ, request_id, caller.subject, answer.status, began)
@@ -4228,12 +4290,12 @@ def _http_date(second: int) -> bytes:
 
 
 @functools.lru_cache(maxsize=Sessions.KEPT)
-def _prompts_answer(known: KnownSession) -> Answer | None:
+def _prompts_answer(known: KnownSession) -> Response | None:
     """None where there is more to do than to answer."""
     stored, facts = known.stored, known.facts
     if facts.fault or isinstance(facts.progress, NotASession) or is_announcement_due(stored, facts):
         return None
-    return Answer(to_bytes(Answer(prompts_json(stored, facts))))
+    return Response(to_bytes(Response(prompts_json(stored, facts))))
 
 
 # ======================================================================================================
@@ -4241,8 +4303,8 @@ def _prompts_answer(known: KnownSession) -> Answer | None:
 # ======================================================================================================
 
 CONNECTIONS = min(450, descriptor_limit() - 100)  # below what `select` on Windows takes, files and Redis beside them
-IDLE = 120.0  # seconds that a kept connection may be idle
-STUCK = 60.0  # seconds for a request to be whole, and for a client that takes nothing of its answer
+KEEPALIVE_TIMEOUT = 120.0  # seconds that a kept connection may be idle
+REQUEST_TIMEOUT = 60.0  # seconds for a request to be whole, and for a client that takes nothing of its answer
 
 # A thread costs 150 KB. Half of them may wait for SwarmUI, 24 more for Redis; the others serve what ends at once.
 THREADS = 2 * WAITING_STARTS
@@ -4251,7 +4313,7 @@ WAITRESS: Mapping[str, Any] = {
     # At its limit waitress leaves new clients unanswered; ours is below it, and lets idle ones go first.
     "connection_limit": CONNECTIONS + 40,
     "backlog": 1024,
-    # Never: waitress counts by the clock on the wall, whose setting would end requests half sent. See IDLE.
+    # Never: waitress counts by the clock on the wall, whose setting would end requests half sent. See _sweep.
     "channel_timeout": 1_000_000_000,
     "max_request_header_size": 64 * 1024,  # browsers send 16 KiB at most
     # Above our own limit: waitress refuses with a reset, the application with a 413 that says why.
@@ -4423,7 +4485,7 @@ def make_channel_class(settings: Settings, take: Callable[[Any, bytes], bool]) -
         def is_stuck(self, now: float) -> bool:
             if not self.total_outbufs_len:
                 self.taken = now
-            return now - min(self.begun or now, self.taken or now) >= STUCK
+            return now - min(self.begun or now, self.taken or now) >= REQUEST_TIMEOUT
 
     return Channel
 
@@ -4667,7 +4729,7 @@ class Server:
     def _write(self, batch: list[_Asked]) -> None:
         self._serve(batch, self._short_way.write)
 
-    def _serve(self, batch: list[_Asked], serve: Callable[[list[Short]], list[Answer | None]]) -> None:
+    def _serve(self, batch: list[_Asked], serve: Callable[[list[Short]], list[Response | None]]) -> None:
         try:
             answers = serve([asked.short for asked in batch])
         except Exception:
@@ -4675,12 +4737,12 @@ class Server:
             answers = [None] * len(batch)
         self._tell(batch, answers)
 
-    def _tell(self, batch: list[_Asked], answers: list[Answer | None]) -> None:
+    def _tell(self, batch: list[_Asked], answers: list[Response | None]) -> None:
         """Have the loop answer: a connection is its own."""
         if not self._closed:  # its descriptor would be somebody else's
             self._trigger.pull_trigger(lambda: self._answer(batch, answers))
 
-    def _answer(self, batch: list[_Asked], answers: list[Answer | None]) -> None:
+    def _answer(self, batch: list[_Asked], answers: list[Response | None]) -> None:
         for (channel, data, short, caller, began), answer in zip(batch, answers):
             with channel.requests_lock:
                 channel.requests = []
@@ -4700,7 +4762,7 @@ class Server:
         limit of connections those that are idle longest."""
         channels = [one for one in self._map.values() if isinstance(one, waitress.channel.HTTPChannel)]
         for channel in channels:
-            if channel.is_stuck(now) or (channel.is_idle() and now - channel.active >= IDLE):
+            if channel.is_stuck(now) or (channel.is_idle() and now - channel.active >= KEEPALIVE_TIMEOUT):
                 channel.handle_close()
         idle = sorted((one for one in channels if one.is_idle()), key=lambda one: one.active)
         for channel in idle[: max(0, len(self._map) - CONNECTIONS)]:
@@ -4817,7 +4879,7 @@ def serve(settings: Settings) -> int:
         children: set[int] = set()
         gpu = GpuMonitor(lambda: query_gpus(find_nvidia_smi(settings), children), settings.gpu_cache_seconds)
         with contextlib.closing(SwarmUILauncher(settings)) as swarmui:
-            parts = make_parts(settings, store, gpu, swarmui)
+            parts = make_services(settings, store, gpu, swarmui)
             sockets = open_sockets(settings.host, settings.port)
             server = Server(create_app(parts), sockets, settings, ShortWay(parts))
 

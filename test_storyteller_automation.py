@@ -593,7 +593,7 @@ def make_app(settings: service.Settings) -> Iterator[Callable[..., webtest.TestA
                 store = stack.enter_context(contextlib.closing(service.SqliteStore(path)))
             gpu = service.GpuMonitor(lambda: service.query_gpus(service.find_nvidia_smi(changed_settings), set()), 0)
             swarmui = stack.enter_context(contextlib.closing(service.SwarmUILauncher(changed_settings)))
-            app = service.create_app(service.make_parts(changed_settings, store, gpu, swarmui))
+            app = service.create_app(service.make_services(changed_settings, store, gpu, swarmui))
             return webtest.TestApp(app, extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"})
 
         yield make
@@ -2550,7 +2550,7 @@ def response(status: int, body: str, headers: str = "") -> bytes:
 
 
 def failure(launcher: service.SwarmUILauncher) -> str:
-    with pytest.raises(service.Fault) as caught:
+    with pytest.raises(service.ApiError) as caught:
         launcher.start()
     assert caught.value.status == 500
     assert str(caught.value).startswith("SwarmUI failed to start: ")
@@ -2662,7 +2662,7 @@ def test_after_the_interval_it_is_launched_again(make_launcher, swarmui_folder, 
     launcher = make_launcher(clock, swarmui_path=swarmui_folder(exit=3))
     failure(launcher)
     clock.now += 59.9
-    with pytest.raises(service.TooSoon):
+    with pytest.raises(service.TooManyRequests):
         launcher.start()
     clock.now += 0.1
     failure(launcher)
@@ -3462,7 +3462,7 @@ def test_many_wrong_tokens_from_one_address_are_refused_for_a_while(authenticato
     for _ in range(20):
         with pytest.raises(service.Unauthorized):
             identify(authenticator, "wrong")
-    with pytest.raises(service.TooSoon) as caught:
+    with pytest.raises(service.TooManyRequests) as caught:
         identify(authenticator, "wrong")
     assert 0 < caught.value.retry_after <= 60
     with pytest.raises(service.Unauthorized):
@@ -3870,7 +3870,7 @@ def test_storyarts_own_calls_work_without_a_token(start_service, nvidia_smi, swa
 class Polled:
     """The service on a store, in this process, and a kept connection to it."""
 
-    def __init__(self, served: Serving, parts: service.Parts, way: service.ShortWay, long_way: list[str]) -> None:
+    def __init__(self, served: Serving, parts: service.Services, way: service.ShortWay, long_way: list[str]) -> None:
         self.port = served.port
         self.server = served.server
         self.parts = parts
@@ -3922,7 +3922,7 @@ def poll_service(settings: service.Settings) -> Iterator[Callable[..., Polled]]:
             given = dataclasses.replace(settings, **changed)
             gpu = service.GpuMonitor(lambda: service.GpuStatus(available=True, memory_total=8192), 3600)
             swarmui = stack.enter_context(contextlib.closing(service.SwarmUILauncher(given)))
-            parts = service.make_parts(given, store, gpu, swarmui)
+            parts = service.make_services(given, store, gpu, swarmui)
             app, long_way = service.create_app(parts), []
 
             def noted(environ: Any, start_response: Any) -> Any:
@@ -4096,7 +4096,7 @@ def test_checks_of_one_moment_that_must_look_further_are_all_told_the_whole(poll
     way = service.ShortWay(polled.parts)
     (route,) = [route for route in service.ROUTES if route.handler is service.notifications_check]
     asked = service.read_query({"QUERY_STRING": query[1:]}, route.query)
-    shorts = [service.Short(route, {}, service.Call(None, None, {}, asked)) for _ in range(3)]
+    shorts = [service.Short(route, {}, service.Request(None, None, {}, asked)) for _ in range(3)]
     told = [way.look(shorts) for _ in range(3)]
     whole = len(json.loads(told[2][0].body)["notifications"])
     assert whole == (1 if query == "" else 151)
@@ -4502,7 +4502,7 @@ def test_100_polls_at_the_moment_when_redis_hangs_leave_a_gpu_call_under_half_a_
     ],
 )
 def test_a_request_that_does_not_get_whole_is_cut_off(serving, make_app, monkeypatch, request_begun, rest):
-    monkeypatch.setattr(service, "STUCK", 0.2)
+    monkeypatch.setattr(service, "REQUEST_TIMEOUT", 0.2)
     with send_request(serving(make_app().app).port, request_begun) as client:
         if rest:
             letters = iter(rest + "x" * 100_000)
@@ -4522,7 +4522,7 @@ def test_a_request_that_does_not_get_whole_is_cut_off(serving, make_app, monkeyp
 
 @pytest.mark.skipif(service.WINDOWS, reason="Wine closes a socket only once all that was sent is taken")
 def test_an_answer_of_which_the_client_takes_nothing_is_cut_off(serving, make_app, monkeypatch):
-    monkeypatch.setattr(service, "STUCK", 0.2)
+    monkeypatch.setattr(service, "REQUEST_TIMEOUT", 0.2)
     app = make_app()
     app.put_json("/api/v1/session/5", LARGE)
     with send_request(serving(app.app).port, request_of("GET", "/api/v1/session/5"), receive_buffer=4096) as client:
@@ -4533,7 +4533,7 @@ def test_an_answer_of_which_the_client_takes_nothing_is_cut_off(serving, make_ap
 @pytest.mark.slow
 def test_who_reads_slowly_but_steadily_gets_it_whole(serving, make_app, monkeypatch):
     """However long it takes: here more than twice the limit."""
-    monkeypatch.setattr(service, "STUCK", 1.0)
+    monkeypatch.setattr(service, "REQUEST_TIMEOUT", 1.0)
     app = make_app()
     app.put_json("/api/v1/session/5", {"scriptText": "x" * (24 << 20)})
     with send_request(serving(app.app).port, request_of("GET", "/api/v1/session/5"), receive_buffer=65536) as client:
@@ -4548,7 +4548,7 @@ def test_who_reads_slowly_but_steadily_gets_it_whole(serving, make_app, monkeypa
 
 
 def test_a_connection_that_is_idle_for_too_long_is_ended(serving, make_app, monkeypatch):
-    monkeypatch.setattr(service, "IDLE", 0.2)
+    monkeypatch.setattr(service, "KEEPALIVE_TIMEOUT", 0.2)
     with send_request(serving(make_app().app).port, POLL) as client:
         assert answer_of(client)[0] == 200
         assert client.recv(1) == b""
@@ -4912,7 +4912,7 @@ def test_an_announcement_that_cannot_be_written_comes_at_a_later_poll(make_redis
 
 @pytest.mark.parametrize("die", [Forwarder.end_connections, Forwarder.forget_connections], ids=["ended", "silent"])
 def test_connections_that_died_while_idle_cost_no_503(make_redis_app, forwarder, monkeypatch, die):
-    monkeypatch.setattr(service._Pool, "IDLE", 0.2)
+    monkeypatch.setattr(service._Pool, "KEEPALIVE_TIMEOUT", 0.2)
     app = make_redis_app(forwarder.url)
     at_once(*[lambda: app.get("/api/v1/notifications/check") for _ in range(8)])
     die(forwarder)
@@ -4924,7 +4924,7 @@ def test_connections_that_died_while_idle_cost_no_503(make_redis_app, forwarder,
 
 def test_outages_use_up_no_connection(forwarder, monkeypatch):
     """Each that is made anew and fails must go back to the pool."""
-    monkeypatch.setattr(service._Pool, "IDLE", 0.0)
+    monkeypatch.setattr(service._Pool, "KEEPALIVE_TIMEOUT", 0.0)
     monkeypatch.setattr(service.RedisStore, "LOOK_INTERVAL", 0.02)
     with contextlib.closing(service.RedisStore(forwarder.url)) as store:
         store._pool.max_connections = 4
