@@ -36,7 +36,6 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
-import email.utils
 import errno
 import functools
 import hashlib
@@ -52,7 +51,7 @@ import os
 import queue
 import re
 import secrets
-import selectors
+import select
 import shlex
 import shutil
 import signal
@@ -67,12 +66,12 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 import bottle
 import redis
@@ -83,6 +82,8 @@ import waitress.task
 import waitress.trigger
 import waitress.wasyncore
 
+Q = TypeVar("Q")
+R = TypeVar("R")
 T = TypeVar("T")
 
 log = logging.getLogger("storyteller")
@@ -885,8 +886,6 @@ def _windows_start_time(pid: int) -> str | None:
 # Batching
 # ======================================================================================================
 
-Q = TypeVar("Q")
-
 
 def settle(future: Future[T], outcome: T | BaseException) -> None:
     """Give a future that is marked as running its result or its exception."""
@@ -894,6 +893,24 @@ def settle(future: Future[T], outcome: T | BaseException) -> None:
         future.set_exception(outcome)
     else:
         future.set_result(outcome)
+
+
+def then(outcome: T | Future[T], function: Callable[[T], R]) -> R | Future[R]:
+    """function(outcome); of a future the future of that. Cancelling it cancels the first one."""
+    if not isinstance(outcome, Future):
+        return function(outcome)
+    result: Future[R] = Future()
+
+    def finish(done: Future[T]) -> None:
+        if result.set_running_or_notify_cancel():
+            try:
+                settle(result, function(done.result()))
+            except BaseException as error:
+                settle(result, error)
+
+    outcome.add_done_callback(finish)
+    result.add_done_callback(lambda done: done.cancelled() and outcome.cancel())
+    return result
 
 
 class Batcher(Generic[Q, T]):
@@ -945,6 +962,7 @@ class Batcher(Generic[Q, T]):
 # ======================================================================================================
 
 
+@functools.lru_cache(maxsize=256)
 def is_address(host: str) -> bool:
     """An IP address, not a name."""
     with contextlib.suppress(ValueError):
@@ -3086,9 +3104,10 @@ def read_token(digest: str, record: bytes) -> Caller | None:
 
 
 class Authenticator:
-    """Knows callers by their tokens, or by the trusted page that they are."""
+    """Identifies callers by their token, or by the trusted page that they are."""
 
-    KEPT = 5.0  # seconds that a token looked up is good for without asking again
+    TTL = 5.0  # seconds that a session token is good for without asking the store again
+    ENTRIES = 1000  # of each dictionary; an entry takes less than 1 KB
 
     def __init__(
         self,
@@ -3098,37 +3117,60 @@ class Authenticator:
         wall_clock: Callable[[], int] = now_ms,
     ) -> None:
         self._settings = settings
-        self._own_token = (settings.api_token or "").encode("ascii")
+        self._api_token = (settings.api_token or "").encode("ascii")
         self._owner = Caller("api-token", PERMISSIONS)
         self._store = store
         self._clock = clock
         self._wall_clock = wall_clock
         self._lock = threading.Lock()
-        self._known: dict[str, tuple[float, Caller]] = {}  # digest -> when it was looked up; 1000 at most
-        self._revoked: dict[str, None] = {}  # digests revoked here: also against a look-up under way; 1000 at most
-        self._failures: dict[str, list[float]] = {}  # address -> when it sent wrong tokens; 1000 at most
-
-    def identify(self, environ: Mapping[str, Any]) -> Caller:
-        """Who sent this request. Raises Unauthorized, TooManyRequests, Unavailable."""
-        found = self._token_of(environ)
-        try:
-            caller = self._by_token(found) if found else None
-        except Unavailable:
-            if not self._by_origin(environ):  # a trusted page needs no store, whatever token it sends
-                raise
-            caller = None
-        caller = caller or self._by_origin(environ)
-        if caller:
-            return caller
-        if not found:
-            raise Unauthorized("A token is needed: send the header Authorization: Bearer <token>.")
-        self._count_failure(str(environ.get("REMOTE_ADDR", "")))
-        raise Unauthorized("The token is unknown, revoked or has expired: ask for another one.")
+        self._cache: dict[str, tuple[float, Caller]] = {}  # digest -> when the store was asked
+        self._revoked: dict[str, None] = {}  # digests revoked here: also against a look-up in progress
+        self._failures: dict[str, list[float]] = {}  # address -> when it sent wrong tokens
 
     def known(self, environ: Mapping[str, Any]) -> Caller | None:
-        """The same where it can be told without the store; None where it cannot, or where there is nobody."""
-        found = self._token_of(environ)
-        return self._by_known_token(found) if found else self._by_origin(environ)
+        """Who sent this request; None when only the store can tell: call identify(). Raises Unauthorized when there
+        is neither a token nor a trusted page, BadRequest."""
+        token = self._token_of(environ)
+        if token is None:
+            caller = self._by_origin(environ)
+            if caller is None:
+                raise Unauthorized("A token is needed: send the header Authorization: Bearer <token>.")
+            return caller
+        # Bytes, since compare_digest refuses text beyond ASCII, which a header may contain.
+        if hmac.compare_digest(token.encode("utf-8", "surrogateescape"), self._api_token):
+            return self._owner
+        at, caller = self._cache.get(digest_of(token), (-math.inf, None))
+        return caller if caller and self._clock() - at < self.TTL and self._is_good(caller) else None
+
+    def identify(self, environ: Mapping[str, Any]) -> Caller:
+        """The same, asking the store where it must. Raises Unauthorized, TooManyRequests, Unavailable, BadRequest."""
+        caller = self.known(environ)
+        if caller:
+            return caller
+        try:
+            caller = self._look_up(digest_of(self._token_of(environ) or ""))
+        except Unavailable:
+            caller = self._by_origin(environ)  # a trusted page needs no store, whatever token it sends
+            if caller is None:
+                raise
+        caller = caller or self._by_origin(environ)
+        if caller is None:
+            self._count_failure(str(environ.get("REMOTE_ADDR", "")))
+            raise Unauthorized("The token is unknown, revoked or has expired: ask for another one.")
+        return caller
+
+    def revoke(self, digest: str) -> None:
+        """At once for this instance; within TTL seconds for others on the same store."""
+        with self._lock:
+            self._revoked[digest] = None
+            self._cache.pop(digest, None)
+            bound(self._revoked, self.ENTRIES)
+        try:
+            self._store.revoke_token(digest)
+        except Unavailable:
+            with self._lock:
+                self._revoked.pop(digest, None)  # it is not revoked: the caller asks again
+            raise
 
     @staticmethod
     def _token_of(environ: Mapping[str, Any]) -> str | None:
@@ -3138,59 +3180,29 @@ class Authenticator:
         found = re.fullmatch(r"[Bb][Ee][Aa][Rr][Ee][Rr] +(\S+)", (header or "").strip(" \t"))
         return found[1] if found else None
 
-    def revoke(self, digest: str) -> None:
-        """At once for this instance; within KEPT seconds for others on the same store."""
-        with self._lock:
-            self._revoked[digest] = None
-            self._known.pop(digest, None)
-            bound(self._revoked, 1000)
-        try:
-            self._store.revoke_token(digest)
-        except Unavailable:
-            with self._lock:
-                self._revoked.pop(digest, None)  # it is not revoked: the caller asks again
-            raise
-
-    def _by_token(self, token: str) -> Caller | None:
-        caller = self._by_known_token(token)
-        if caller:
-            return caller
-        digest = digest_of(token)
-        at, caller = self._known.get(digest, (-math.inf, None))
-        if caller is None or self._clock() - at >= self.KEPT:
-            caller = self._look_up(digest, caller)
-        return caller if caller and self._is_good(caller) else None
-
-    def _by_known_token(self, token: str) -> Caller | None:
-        # Bytes, since compare_digest refuses text beyond ASCII, which a header may hold.
-        if hmac.compare_digest(token.encode("utf-8", "surrogateescape"), self._own_token):
-            return self._owner
-        at, caller = self._known.get(digest_of(token), (-math.inf, None))
-        return caller if caller and self._clock() - at < self.KEPT and self._is_good(caller) else None
-
     def _is_good(self, caller: Caller) -> bool:
-        return caller.digest not in self._revoked and caller.expires > self._wall_clock()
+        return caller.digest not in self._revoked and (caller.expires or 0) > self._wall_clock()
 
-    def _look_up(self, digest: str, before: Caller | None) -> Caller | None:
+    def _look_up(self, digest: str) -> Caller | None:
         at = self._clock()
+        _, before = self._cache.get(digest, (at, None))
         try:
             record = self._store.token(digest)
         except Unavailable:
             if before is None:
                 raise
-            with self._lock:
-                self._known[digest] = (at, before)  # it goes on while the store is away
-            return before
-        caller = read_token(digest, record) if record is not None else None
+            caller: Caller | None = before  # it goes on while the store does not answer
+        else:
+            caller = read_token(digest, record) if record is not None else None
         with self._lock:
-            self._known.pop(digest, None)
+            self._cache.pop(digest, None)
             if caller:
-                self._known[digest] = (at, caller)
-            bound(self._known, 1000)
-        return caller
+                self._cache[digest] = (at, caller)
+            bound(self._cache, self.ENTRIES)
+        return caller if caller and self._is_good(caller) else None
 
     def _by_origin(self, environ: Mapping[str, Any]) -> Caller | None:
-        """A trusted page of this PC. Behind a proxy on this machine everybody would come from a loopback address."""
+        """A trusted page on this PC. Behind a proxy on this machine every client would have a loopback address."""
         origin = environ.get("HTTP_ORIGIN")
         if origin not in self._settings.trusted_origins or not is_loopback(str(environ.get("REMOTE_ADDR", ""))):
             return None
@@ -3205,7 +3217,7 @@ class Authenticator:
             recent = [at for at in self._failures.pop(address, ()) if now - at < 60]
             full = len(recent) >= self._settings.token_failures
             self._failures[address] = recent if full else [*recent, now]
-            bound(self._failures, 1000)
+            bound(self._failures, self.ENTRIES)
         if full:
             raise TooManyRequests("Too many wrong tokens from this address: ask again later.", recent[0] + 60 - now)
 
@@ -3247,11 +3259,10 @@ def token_path(settings: Settings) -> Path:
 
 
 # ======================================================================================================
-# HTTP application: what comes in
+# HTTP: requests
 # ======================================================================================================
 
 MAX_BODY = 50 * 1024 * 1024  # bytes; as much as StoryArt's own server takes
-WAITING_STARTS = 32  # calls that may wait for SwarmUI at once: half of the server's threads
 
 # A subset of JSON Schema: type, const, enum, minimum, maximum, minLength, maxLength, pattern, items, minItems,
 # properties, required, additionalProperties: False, anyOf whose `title` says in words what is expected.
@@ -3259,27 +3270,11 @@ Schema = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Services:
-    """What the handlers work with."""
-
-    settings: Settings
-    store: Store
-    gpu: GpuMonitor
-    swarmui: SwarmUILauncher
-    sessions: Sessions
-    notifications: Notifications
-    authenticator: Authenticator
-    waiting_starts: threading.Semaphore
-    large_bodies: threading.Lock
-    stopping: threading.Event
-
-
-@dataclass(frozen=True)
 class Request:
     """A request whose input was checked against its route: path parameters and query by name, and the body."""
 
     caller: Caller | None  # None on a route that is open to all
-    origin: str | None  # of the page that calls, when it is an allowed or a trusted one
+    origin: str | None  # of the page that sent it, when it is an allowed or a trusted one
     path: Mapping[str, Any]
     query: Mapping[str, Any]
     body: Any = None
@@ -3288,28 +3283,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """A status and what to send as JSON; bytes are JSON already."""
+    """Status, body, and the headers beside those that every response has."""
 
-    body: Mapping[str, Any] | bytes
+    body: bytes
     status: int = 200
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Route:
-    """One endpoint: who may call it, what it takes, who answers, with what. All that is checked, and all that
-    /openapi.json says, is made from this."""
-
-    method: str
-    path: str
-    handler: Callable[[Services, Request], Response]
-    permission: str  # one of PERMISSIONS; `any` is any good token, `open` is everybody
-    summary: str
-    answers: Mapping[int, Schema | None]  # status -> what is answered; None is no body
-    error_shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what errors hold beside `error`
-    errors: tuple[int, ...] = ()  # beside those that every route of its kind has
-    query: Mapping[str, Schema] = dataclasses.field(default_factory=dict)
-    body: Schema | None = None
+def json_response(body: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] = {}) -> Response:
+    return Response(json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(), status, headers)
 
 
 def _expected(schema: Schema) -> str:
@@ -3425,51 +3407,105 @@ def read_query(environ: Mapping[str, Any], declared: Mapping[str, Schema]) -> di
     return {name: given.get(name, schema["default"]) for name, schema in declared.items()}
 
 
-def read_body(environ: Mapping[str, Any]) -> bytes:
-    length = int(environ.get("CONTENT_LENGTH") or 0)
-    if length > MAX_BODY:
-        raise ContentTooLarge(f"The body is too large: {MAX_BODY // 1024**2} MiB at most.")
-    return environ["wsgi.input"].read(length)
+SMALL_BODY = 64 * 1024  # bytes; a larger one is read in the thread pool
+LARGE_BODY = 4 * 1024 * 1024  # parsing one delays every other thread, so they are read one at a time
 
 
-LARGE_BODY = 4 * 1024 * 1024  # bytes; parsing one holds every other thread up, so one at a time
+def body_size(environ: Mapping[str, Any]) -> int:
+    return int(environ.get("CONTENT_LENGTH") or 0)
 
 
-def read_call(
-    route: Route, environ: Mapping[str, Any], path: Mapping[str, str], large_bodies: threading.Lock, **known: Any
-) -> Request:
-    """The request as the route declares it. Raises BadRequest, ContentTooLarge, UnsupportedMediaType, Unavailable."""
-    found, query = read_path(environ, path), read_query(environ, route.query)
-    if route.body is None:
-        return Request(**known, path=found, query=query)
+def read_body(environ: Mapping[str, Any], schema: Schema) -> tuple[dict[str, Any], bytes]:
+    """The body as an object that fits, and its bytes. Raises BadRequest, ContentTooLarge, UnsupportedMediaType."""
     kind = str(environ.get("CONTENT_TYPE") or "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise UnsupportedMediaType("The body: expected Content-Type application/json.")
-    raw = read_body(environ)
-    large = len(raw) > LARGE_BODY
-    if large and not large_bodies.acquire(timeout=30):
-        raise Unavailable("Other large bodies are being read: ask again.", 5)
+    if body_size(environ) > MAX_BODY:
+        raise ContentTooLarge(f"The body is too large: {MAX_BODY // 1024**2} MiB at most.")
+    raw: bytes = environ["wsgi.input"].read(body_size(environ))
     try:
         value = parse_json(raw, from_request=True)
     except ValueError as fault:
         raise BadRequest(f"The body: expected a JSON object ({fault}).") from None
-    finally:
-        if large:
-            large_bodies.release()
-    return Request(**known, path=found, query=query, body=check_body(value, route.body), raw_body=raw)
+    return check_body(value, schema), raw
 
 
 # ======================================================================================================
-# HTTP application: the handlers
+# HTTP: handlers
 # ======================================================================================================
 
+POOL_THREADS = 24  # the bulkhead: at most so many requests use the store at once, beside the batchers
+POOL_TIMEOUT = 2.0  # seconds that a request may wait for one of them
+LARGE_BODY_TIMEOUT = 30.0  # the same for the thread that reads large bodies
 
-def health(parts: Services, call: Request) -> Response:
+CheckQuestion = tuple[str, int]  # the type, or "all", and the limit
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the handlers work with."""
+
+    settings: Settings
+    store: Store
+    gpu: GpuMonitor
+    swarmui: SwarmUILauncher
+    sessions: Sessions
+    notifications: Notifications
+    authenticator: Authenticator
+    pool: ThreadPoolExecutor  # for what works
+    large_bodies: ThreadPoolExecutor  # one thread
+    checks: Batcher[CheckQuestion, Response | Future[Response]]
+    progress: Batcher[int, Response | Future[Response]]  # by the session's timestamp
+    writes: Batcher[Draft | str, Response | Future[Response]]  # what to create, or the id to acknowledge
+
+    def close(self) -> None:
+        """End the threads: what waits for one is dropped, what is at work ends within the store's own time-outs."""
+        for batcher in (self.checks, self.progress, self.writes):
+            batcher.close(timeout=0.5)
+        for pool in (self.pool, self.large_bodies):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def make_services(settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUILauncher) -> Services:
+    pool, sessions, notifications = ThreadPoolExecutor(POOL_THREADS, "pool"), Sessions(store), Notifications(store)
+    return Services(
+        settings,
+        store,
+        gpu,
+        swarmui,
+        sessions,
+        notifications,
+        Authenticator(settings, store),
+        pool,
+        ThreadPoolExecutor(1, "large-bodies"),
+        Batcher(functools.partial(answer_checks, notifications, pool), "checks"),
+        Batcher(functools.partial(answer_progress, sessions, store, pool), "progress"),
+        Batcher(functools.partial(answer_writes, notifications, pool), "writes"),
+    )
+
+
+def submit(pool: ThreadPoolExecutor, timeout: float, function: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Call the function in a thread of the pool; Unavailable when none is free within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+
+    def work() -> T:
+        if time.monotonic() > deadline:
+            raise Unavailable("Too many requests wait for a free thread: ask again.", 1)
+        return function(*arguments)
+
+    return pool.submit(work)
+
+
+def health(services: Services, request: Request) -> Response:
     try:
-        parts.store.ping()
-    except Unavailable as fault:
-        return Response({"status": "degraded", "store": parts.store.name}, fault.status)
-    return Response({"status": "ok", "store": parts.store.name})
+        services.store.ping()
+    except Unavailable as error:
+        return json_response({"status": "degraded", "store": services.store.name}, error.status)
+    return json_response({"status": "ok", "store": services.store.name})
+
+
+def openapi(services: Services, request: Request) -> Response:
+    return json_response(describe_api())
 
 
 def gpu_json(status: GpuStatus) -> dict[str, Any]:
@@ -3485,45 +3521,165 @@ def gpu_json(status: GpuStatus) -> dict[str, Any]:
     }
 
 
-def gpu_status(parts: Services, call: Request) -> Response:
-    status = parts.gpu.status()
-    return Response(gpu_json(status), 500 if status.fault else 200)
+def gpu_status(services: Services, request: Request) -> Response | Future[Response]:
+    return then(services.gpu.ask(), lambda status: json_response(gpu_json(status), 500 if status.fault else 200))
 
 
-def swarmui_start(parts: Services, call: Request) -> Response:
+def swarmui_start(services: Services, request: Request) -> Response | Future[Response]:
     """Nothing of the request is used: nothing in it can reach a command line."""
-    if not parts.waiting_starts.acquire(blocking=False):
-        raise Unavailable("Too many calls wait for SwarmUI already: ask again.", parts.settings.poll_interval)
-    try:
-        started = parts.swarmui.start()
-    finally:
-        parts.waiting_starts.release()
-    settings, message = parts.settings, started.message
-    told = settings.swarmui_allow_origin in ("*", call.origin)
-    if call.origin and not told and started.allow_origin not in ("*", call.origin):
-        message += (
-            f"; but pages of {call.origin} cannot see it, since it answers "
-            f"{started.allow_origin or 'no page'}: set SWARMUI_ALLOW_ORIGIN"
+    settings = services.settings
+
+    def respond(started: Started) -> Response:
+        message = started.message
+        allowed = settings.swarmui_allow_origin in ("*", request.origin)
+        if request.origin and not allowed and started.allow_origin not in ("*", request.origin):
+            message += (
+                f"; but pages of {request.origin} cannot see it, since it answers "
+                f"{started.allow_origin or 'no page'}: set SWARMUI_ALLOW_ORIGIN"
+            )
+        return json_response(
+            {"success": True, "message": message, "port": settings.swarmui_port, "apiUrl": settings.swarmui_api_url}
         )
-    return Response(
-        {"success": True, "message": message, "port": settings.swarmui_port, "apiUrl": settings.swarmui_api_url}
+
+    return then(services.swarmui.start(), respond)
+
+
+def notifications_check(services: Services, request: Request) -> Future[Any]:
+    return services.checks.ask((request.query["type"], request.query["limit"]))
+
+
+def notification_create(services: Services, request: Request) -> Future[Any]:
+    return services.writes.ask(draft_of(request.body))
+
+
+def notification_ack(services: Services, request: Request) -> Future[Any]:
+    return services.writes.ask(request.path["notification_id"])
+
+
+def prompts_status(services: Services, request: Request) -> Future[Any]:
+    return services.progress.ask(request.path["timestamp"])
+
+
+def answer_checks(
+    notifications: Notifications, pool: ThreadPoolExecutor, questions: list[CheckQuestion]
+) -> list[Response | Future[Response]]:
+    """A step of the batcher: one snapshot of the store for all. Who must look further than it does so in the pool."""
+
+    def look_further(types: Sequence[str], limit: int) -> Response:
+        return check_response(notifications.check(types, limit))
+
+    wanted = list(dict.fromkeys(questions))
+    queries = [(list(TOTALS) if kind == "all" else [kind], limit) for kind, limit in wanted]
+    found = notifications.check_many(queries)
+    responses = {one: check_response(shown) for one, shown in zip(wanted, found) if shown is not None}
+    types_of = dict(zip(wanted, queries))
+    return [responses.get(one) or submit(pool, POOL_TIMEOUT, look_further, *types_of[one]) for one in questions]
+
+
+def check_response(found: Sequence[Notification]) -> Response:
+    return Response(b'{"notifications":[%b]}' % b",".join([one.text for one in found]))
+
+
+def answer_progress(
+    sessions: Sessions, store: Store, pool: ThreadPoolExecutor, timestamps: list[int]
+) -> list[Response | Future[Response] | ApiError]:
+    """A step of the batcher: each session is read once for all that ask for it. What takes longer than a look at its
+    digest (a large document that is not known yet, an announcement) is done in the pool."""
+    wanted = list(dict.fromkeys(timestamps))
+    found = dict(zip(wanted, sessions.find_many(wanted)))
+
+    def respond(timestamp: int) -> Response | Future[Response] | ApiError:
+        one = found[timestamp]
+        if one is None:
+            return NotFound("Session not found")
+        if isinstance(one, ApiError):
+            return one
+        stored, facts = one
+        if facts is None or is_announcement_due(stored, facts):
+            return submit(pool, POOL_TIMEOUT, announce_progress, sessions, store, stored)
+        try:
+            return progress_response(stored, facts)
+        except ApiError as error:
+            return error
+
+    return [respond(timestamp) for timestamp in timestamps]
+
+
+def is_announcement_due(stored: StoredSession, facts: Facts) -> bool:
+    """StorySwarm may have completed the prompts without a call of this service."""
+    found = facts.progress
+    return facts.waits and isinstance(found, Progress) and found.ready and stored.announced != "prompts_ready"
+
+
+def announce_progress(sessions: Sessions, store: Store, stored: StoredSession) -> Response:
+    facts = sessions.facts_of(stored)
+    if is_announcement_due(stored, facts) and isinstance(facts.progress, Progress):
+        draft = due_notification(stored.timestamp, read_session(stored), facts.progress)
+        try:
+            if draft:
+                store.announce(stored.timestamp, draft)
+        except Unavailable as error:
+            log.warning("notifications: session %d announces its prompts at a later poll: %s", stored.timestamp, error)
+    return progress_response(stored, facts)
+
+
+def progress_response(stored: StoredSession, facts: Facts) -> Response:
+    found = _usable(stored, facts).progress
+    if not isinstance(found, Progress):
+        raise ApiError(f"Session {stored.timestamp} is not a session: {found}.")
+    return json_response(
+        {
+            "promptsReady": found.ready,
+            "sessionTimestamp": stored.timestamp,
+            "totalBeats": found.total_beats,
+            "totalPrompts": found.total_prompts,
+            "lastUpdated": last_updated(stored, facts.updated),
+        }
     )
 
 
-def notifications_check(parts: Services, call: Request) -> Response:
-    return check_answer(parts.notifications.check(types_of(call.query["type"]), call.query["limit"]))
+def _usable(stored: StoredSession, facts: Facts) -> Facts:
+    if facts.fault:
+        raise ApiError(f"Session {stored.timestamp} is not a session: {facts.fault}.")
+    return facts
 
 
-def types_of(wanted: str) -> Sequence[str]:
-    return list(TOTALS) if wanted == "all" else [wanted]
+def answer_writes(
+    notifications: Notifications, pool: ThreadPoolExecutor, questions: list[Draft | str]
+) -> list[Response | Future[Response] | ApiError]:
+    """A step of the batcher: all that is acknowledged at one moment in one step of the store, then all that is created.
+    An id that was not made here is searched for in the pool."""
+
+    def outcomes(step: Callable[[list[T]], Sequence[R]], given: list[T]) -> Iterator[R | ApiError]:
+        try:
+            return iter(step(given) if given else ())
+        except Unavailable as error:
+            return itertools.repeat(error, len(given))
+
+    acknowledged = outcomes(notifications.acknowledge_own, [one for one in questions if isinstance(one, str)])
+    created = outcomes(notifications.create, [one for one in questions if isinstance(one, Draft)])
+
+    def respond(question: Draft | str) -> Response | Future[Response] | ApiError:
+        if isinstance(question, Draft):
+            made = next(created)
+            return made if isinstance(made, ApiError) else Response(made[0].text, 201 if made[1] else 200)
+        done = next(acknowledged)
+        if isinstance(done, ApiError):
+            return done
+        if done:
+            return acknowledged_response(question)
+        return submit(pool, POOL_TIMEOUT, search_and_acknowledge, question)
+
+    def search_and_acknowledge(id: str) -> Response:
+        if not notifications.acknowledge(id):
+            raise NotFound("Notification not found")
+        return acknowledged_response(id)
+
+    return [respond(question) for question in questions]
 
 
-def check_answer(found: Sequence[Notification]) -> Response:
-    return Response({"notifications": [one.as_json() for one in found]})
-
-
-def notification_create(parts: Services, call: Request) -> Response:
-    return created_answer(*parts.notifications.create([draft_of(call.body)])[0])
+def acknowledged_response(id: str) -> Response:
+    return json_response({"success": True, "notificationId": id})
 
 
 def draft_of(body: Mapping[str, Any]) -> Draft:
@@ -3534,109 +3690,74 @@ def draft_of(body: Mapping[str, Any]) -> Draft:
     return draft_notification(body["type"], int(body["sessionTimestamp"]), **fields)
 
 
-def created_answer(notification: Notification, made: bool) -> Response:
-    return Response(notification.as_json(), 201 if made else 200)
+def _session_response(services: Services, stored: StoredSession) -> Response:
+    """The document goes out as it is stored: it was read, and writing it anew would cost as much again."""
+    return Response(b'{"success":true,"data":%b,"storage":"%b"}' % (stored.document, services.store.name.encode()))
 
 
-def notification_ack(parts: Services, call: Request) -> Response:
-    id = call.path["notification_id"]
-    if not parts.notifications.acknowledge(id):
-        raise NotFound("Notification not found")
-    return acknowledged_answer(id)
-
-
-def acknowledged_answer(id: str) -> Response:
-    return Response({"success": True, "notificationId": id})
-
-
-def prompts_status(parts: Services, call: Request) -> Response:
-    timestamp = call.path["timestamp"]
-    stored, facts = _find_session(parts, timestamp)
-    if isinstance(facts.progress, NotASession):
-        raise ApiError(f"Session {timestamp} is not a session: {facts.progress}.")
-    if is_announcement_due(stored, facts):  # StorySwarm may have written it behind our back
-        draft = due_notification(timestamp, read_session(stored), facts.progress)
-        try:
-            if draft:
-                parts.store.announce(timestamp, draft)
-        except Unavailable as fault:
-            log.warning("notifications: session %d announces its prompts at a later poll: %s", timestamp, fault)
-    return Response(prompts_json(stored, facts))
-
-
-def is_announcement_due(stored: StoredSession, facts: Facts) -> bool:
-    return facts.waits and facts.progress.ready and stored.announced != "prompts_ready"
-
-
-def prompts_json(stored: StoredSession, facts: Facts) -> dict[str, Any]:
-    return {
-        "promptsReady": facts.progress.ready,
-        "sessionTimestamp": stored.timestamp,
-        "totalBeats": facts.progress.total_beats,
-        "totalPrompts": facts.progress.total_prompts,
-        "lastUpdated": last_updated(stored, facts.updated),
-    }
-
-
-def _find_session(parts: Services, timestamp: int) -> tuple[StoredSession, Facts]:
-    found = parts.sessions.find(timestamp)
+def session_get(services: Services, request: Request) -> Response:
+    found = services.sessions.find(request.path["timestamp"])
     if found is None:
         raise NotFound("Session not found")
-    if found[1].fault:
-        raise ApiError(f"Session {timestamp} is not a session: {found[1].fault}.")
-    return found
+    _usable(*found)
+    return _session_response(services, found[0])
 
 
-def _session_answer(parts: Services, stored: StoredSession) -> Response:
-    """The document goes out as it is kept: it was read, and writing it anew would cost as much again."""
-    return Response(b'{"success":true,"data":%b,"storage":"%b"}' % (stored.document, parts.store.name.encode()))
-
-
-def session_get(parts: Services, call: Request) -> Response:
-    stored, _ = _find_session(parts, call.path["timestamp"])
-    return _session_answer(parts, stored)
-
-
-def session_latest(parts: Services, call: Request) -> Response:
-    stored = parts.sessions.latest()
+def session_latest(services: Services, request: Request) -> Response:
+    stored = services.sessions.latest()
     if stored is None:
         raise NotFound("No session found")
-    return _session_answer(parts, stored)
+    return _session_response(services, stored)
 
 
-def session_list(parts: Services, call: Request) -> Response:
+def session_list(services: Services, request: Request) -> Response:
     found = [
         {"timestamp": timestamp, **shown}
-        for timestamp, shown in itertools.islice(parts.sessions.listed(), call.query["limit"])
+        for timestamp, shown in itertools.islice(services.sessions.listed(), request.query["limit"])
     ]
-    return Response({"success": True, "count": len(found), "sessions": found})
+    return json_response({"success": True, "count": len(found), "sessions": found})
 
 
-def session_save(parts: Services, call: Request) -> Response:
+def session_save(services: Services, request: Request) -> Response:
     """Without a timestamp it gets the next free one from now: two saves at one moment are two sessions."""
-    if call.body.get("timestamp") is not None:
-        return _keep_session(parts, int(call.body["timestamp"]), call.body, call.raw_body)
+    if request.body.get("timestamp") is not None:
+        return _saved(services, int(request.body["timestamp"]), request.body, request.raw_body)
     now = now_ms()
     for timestamp in range(now, now + 1000):
-        if answer := _keep_with_timestamp(parts, timestamp, call.body, replace=False):
-            return answer
+        with contextlib.suppress(Conflict):
+            return _save_with_timestamp(services, timestamp, request.body, replace=False)
     raise Unavailable("Every timestamp of this second is taken: ask again.", 1)
 
 
-def session_put(parts: Services, call: Request) -> Response:
-    timestamp = call.path["timestamp"]
-    if call.body.get("timestamp") is None:
-        return _keep_with_timestamp(parts, timestamp, call.body)
-    if call.body["timestamp"] != timestamp:
+def session_put(services: Services, request: Request) -> Response:
+    timestamp = request.path["timestamp"]
+    if request.body.get("timestamp") is None:
+        return _save_with_timestamp(services, timestamp, request.body)
+    if request.body["timestamp"] != timestamp:
         raise BadRequest(f"timestamp: expected {timestamp}, as in the path, or none.")
-    return _keep_session(parts, timestamp, call.body, call.raw_body)
+    return _saved(services, timestamp, request.body, request.raw_body)
 
 
-def token_create(parts: Services, call: Request) -> Response:
-    ttl = int(call.body.get("ttlSeconds") or TOKEN_TTL)
-    token, caller = issue_token(parts.store, call.body["subject"], call.body["permissions"], ttl, now_ms())
-    log.info("authentication: %s gave %s a token for %d s", call.caller.subject, caller.subject, ttl)
-    return Response({"token": token, **caller_json(caller)}, 201)
+def _save_with_timestamp(
+    services: Services, timestamp: int, body: Mapping[str, Any], *, replace: bool = True
+) -> Response:
+    document = {**body, "timestamp": timestamp}
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    return _saved(services, timestamp, document, text, replace=replace)
+
+
+def _saved(
+    services: Services, timestamp: int, document: dict[str, Any], text: bytes, *, replace: bool = True
+) -> Response:
+    """Raises Conflict when the timestamp is taken and must not be replaced."""
+    try:
+        draft = due_notification(timestamp, document, progress(document))
+    except NotASession:  # it may be a script alone; prompts-status says what is wrong with it
+        draft = None
+    if not services.store.save(timestamp, text, draft, replace=replace):
+        raise Conflict(f"Session {timestamp} exists.")
+    saved = {"success": True, "message": "Session saved", "sessionKey": f"session:{timestamp}"}
+    return json_response({**saved, "storage": services.store.name})
 
 
 def caller_json(caller: Caller) -> dict[str, Any]:
@@ -3644,45 +3765,53 @@ def caller_json(caller: Caller) -> dict[str, Any]:
     return {"subject": caller.subject, "permissions": list(caller.permissions), "expiresAt": expires}
 
 
-def token_show(parts: Services, call: Request) -> Response:
-    return Response(caller_json(call.caller))
+def token_create(services: Services, request: Request) -> Response:
+    body, ttl = request.body, int(request.body.get("ttlSeconds") or TOKEN_TTL)
+    token, caller = issue_token(services.store, body["subject"], body["permissions"], ttl, now_ms())
+    log.info("authentication: %s gave %s a token for %d s", _caller(request).subject, caller.subject, ttl)
+    return json_response({"token": token, **caller_json(caller)}, 201)
 
 
-def token_revoke(parts: Services, call: Request) -> Response:
-    if call.caller.digest is None:
+def token_show(services: Services, request: Request) -> Response:
+    return json_response(caller_json(_caller(request)))
+
+
+def token_revoke(services: Services, request: Request) -> Response:
+    caller = _caller(request)
+    if caller.digest is None:
         raise Conflict("No session token was sent, so there is none to revoke.")
-    parts.authenticator.revoke(call.caller.digest)
-    log.info("authentication: %s revoked its token", call.caller.subject)
+    services.authenticator.revoke(caller.digest)
+    log.info("authentication: %s revoked its token", caller.subject)
     return Response(b"", 204)
 
 
-def openapi(parts: Services, call: Request) -> Response:
-    return Response(describe_api())
-
-
-def _keep_with_timestamp(parts: Services, timestamp: int, body: Mapping[str, Any], *, replace: bool = True) -> Any:
-    document = {**body, "timestamp": timestamp}
-    text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    return _keep_session(parts, timestamp, document, text, replace=replace)
-
-
-def _keep_session(
-    parts: Services, timestamp: int, document: dict[str, Any], text: bytes, *, replace: bool = True
-) -> Response | None:
-    """None when the timestamp is taken and must not be replaced."""
-    try:
-        draft = due_notification(timestamp, document, progress(document))
-    except NotASession:  # it may be a script alone; prompts-status says what is wrong with it
-        draft = None
-    if not parts.store.save(timestamp, text, draft, replace=replace):
-        return None
-    saved = {"success": True, "message": "Session saved", "sessionKey": f"session:{timestamp}"}
-    return Response({**saved, "storage": parts.store.name})
+def _caller(request: Request) -> Caller:
+    """Of a route that is not open to all."""
+    assert request.caller is not None
+    return request.caller
 
 
 # ======================================================================================================
-# HTTP application: the routes
+# HTTP: routes
 # ======================================================================================================
+
+
+@dataclass(frozen=True)
+class Route:
+    """One endpoint. All that is checked, and all that /openapi.json says, is made from this."""
+
+    method: str
+    path: str
+    handler: Callable[[Services, Request], Response | Future[Response]]
+    permission: str  # one of PERMISSIONS; `any` is any good token, `open` is everybody
+    summary: str
+    responses: Mapping[int, Schema | None]  # by status; None is no body
+    error_shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what errors hold beside `error`
+    errors: tuple[int, ...] = ()  # beside those that every route of its kind has
+    query: Mapping[str, Schema] = dataclasses.field(default_factory=dict)
+    body: Schema | None = None
+    works: bool = False  # its handler computes or waits for the store, so it runs in the thread pool
+
 
 _TIMESTAMP: Schema = {"type": "integer", "minimum": 0, "maximum": 99_999_999_999_999, "example": 1738195200000}
 _COUNT: Schema = {"type": "integer", "minimum": 0, "maximum": 1_000_000, "example": 48}
@@ -3830,7 +3959,10 @@ _FAILED = {"success": False}
 _API = "/api/v1"
 
 ROUTES: tuple[Route, ...] = (
-    Route("GET", "/health", health, "open", "Does the service answer, and its store?", {200: _HEALTH, 503: _HEALTH}),
+    Route(
+        "GET", "/health", health, "open", "Does the service answer, and its store?", {200: _HEALTH, 503: _HEALTH},
+        works=True,
+    ),
     Route("GET", "/openapi.json", openapi, "open", "This description.", {200: {"type": "object", "example": {}}}),
     Route("GET", f"{_API}/gpu/status", gpu_status, "gpu:read", "Is the GPU free?", {200: _GPU}, gpu_json(GpuStatus())),
     Route(
@@ -3856,30 +3988,33 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route(
         "POST", f"{_API}/session/save", session_save, "sessions:write", "Keep a session.", {200: _SAVED}, _FAILED,
-        body=_SESSION,
+        body=_SESSION, works=True
     ),
     Route(
         "GET", f"{_API}/session/latest", session_latest, "sessions:read", "The newest session.", {200: _WHOLE_SESSION},
-        _FAILED, (404,),
+        _FAILED, (404,), works=True
     ),
     Route(
         "GET", f"{_API}/session/list", session_list, "sessions:read", "Summaries, newest first.",
-        {200: _object(success=_FLAG, count=_COUNT, sessions=_array(_SUMMARY))}, _FAILED, query=_LIST_QUERY,
+        {200: _object(success=_FLAG, count=_COUNT, sessions=_array(_SUMMARY))}, _FAILED, query=_LIST_QUERY, works=True
     ),
     Route(
         "GET", f"{_API}/session/<timestamp>", session_get, "sessions:read", "A whole session.", {200: _WHOLE_SESSION},
-        _FAILED, (404,),
+        _FAILED, (404,), works=True
     ),
     Route(
         "PUT", f"{_API}/session/<timestamp>", session_put, "sessions:write", "Create or replace a session.",
-        {200: _SAVED}, _FAILED, body=_SESSION,
+        {200: _SAVED}, _FAILED, body=_SESSION, works=True
     ),
     Route(
         "POST", f"{_API}/auth/session", token_create, "admin", "Make a session token.",
-        {201: _object(token=_TEXT, **_CALLER)}, body=_TOKEN_WANTED,
+        {201: _object(token=_TEXT, **_CALLER)}, body=_TOKEN_WANTED, works=True
     ),
     Route("GET", f"{_API}/auth/session", token_show, "any", "Who am I?", {200: _object(**_CALLER)}),
-    Route("DELETE", f"{_API}/auth/session", token_revoke, "any", "Revoke the token sent.", {204: None}, errors=(409,)),
+    Route(
+        "DELETE", f"{_API}/auth/session", token_revoke, "any", "Revoke the token sent.", {204: None}, errors=(409,),
+        works=True,
+    ),
 )  # fmt: skip
 
 
@@ -3890,7 +4025,7 @@ def error_statuses(route: Route) -> list[int]:
         found |= {401, 403, 429}
     if route.body is not None:
         found |= {413, 415}
-    return sorted(found - route.answers.keys())
+    return sorted(found - route.responses.keys())
 
 
 def error_schema(route: Route) -> Schema:
@@ -3936,7 +4071,7 @@ def describe_api() -> dict[str, Any]:
             for name in re.findall(r"<(\w+)>", route.path)
         ] + [{"name": name, "in": "query", "schema": _for_openapi(schema)} for name, schema in route.query.items()]
         answers: dict[str, Any] = {}
-        for status, schema in route.answers.items():
+        for status, schema in route.responses.items():
             answers[str(status)] = {"description": http.client.responses[status]}
             if schema:
                 answers[str(status)]["content"] = content(schema)
@@ -3971,19 +4106,8 @@ def describe_api() -> dict[str, Any]:
 
 
 # ======================================================================================================
-# HTTP application: who answers
+# HTTP: application
 # ======================================================================================================
-
-
-def error_answer(shape: Mapping[str, Any], fault: ApiError) -> Response:
-    """The one place that turns an error into an answer."""
-    headers = {}
-    if fault.retry_after is not None:
-        headers["Retry-After"] = str(fault.retry_after)
-    if isinstance(fault, Unauthorized):
-        headers["WWW-Authenticate"] = "Bearer"
-    return Response({**shape, "error": str(fault)}, fault.status, headers)
-
 
 COMMON_HEADERS: Mapping[str, str] = {
     "Content-Type": "application/json",
@@ -3993,15 +4117,168 @@ COMMON_HEADERS: Mapping[str, str] = {
     "Vary": "Origin",
 }
 
+# The one path of a request as a generator: it yields each future that it waits for and returns the response.
+Steps = Generator[Future[Any], None, Response]
+
+
+def result_of(outcome: T | Future[Any]) -> Generator[Future[Any], None, T]:
+    """To be used with `yield from`. The result of a future may be a future again."""
+    while isinstance(outcome, Future):
+        if not outcome.done():
+            yield outcome
+        outcome = outcome.result()
+    return outcome
+
+
+def wait_for(steps: Steps) -> Response:
+    """Run the steps in this thread."""
+    while True:
+        try:
+            concurrent.futures.wait([next(steps)], timeout=86_400)
+        except StopIteration as end:
+            return cast(Response, end.value)
+
+
+class Exchange:
+    """Runs the steps in the event loop, to which `call_soon` returns when a future is done. `done` gets the response,
+    in the loop's thread, unless the exchange was cancelled."""
+
+    def __init__(
+        self, steps: Steps, call_soon: Callable[[Callable[[], None]], None], done: Callable[[Response], None]
+    ) -> None:
+        self._steps = steps
+        self._call_soon = call_soon
+        self._done = done
+        self._future: Future[Any] | None = None
+
+    def advance(self) -> None:
+        try:
+            self._future = next(self._steps)
+        except StopIteration as end:
+            if end.value is not None:
+                self._done(end.value)
+            return
+        self._future.add_done_callback(lambda _: self._call_soon(self.advance))
+
+    def cancel(self) -> None:
+        """The client left: end the steps, and withdraw what they wait for."""
+        self._steps.close()
+        if self._future:
+            self._future.cancel()
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What Bottle calls for a path: its routes by method; none for a path that does not exist."""
+
+    services: Services
+    routes: Mapping[str, Route]
+
+    def __call__(self, **path: str) -> bottle.HTTPResponse:
+        response = wait_for(self.respond(bottle.request.environ, path))
+        return bottle.HTTPResponse(response.body, response.status, response.headers)
+
+    def respond(self, environ: Mapping[str, Any], path: Mapping[str, str], *, refused: ApiError | None = None) -> Steps:
+        """The one path of every request. `refused`: the server could not read it, or is stopping."""
+        began = time.monotonic()
+        origin = known_origin(environ.get("HTTP_ORIGIN"), self.services.settings)
+        method, request_id = environ["REQUEST_METHOD"], request_id_of(environ)
+        route = self.routes.get("GET" if method == "HEAD" else method)
+        error_shape = route.error_shape if route else {}
+        caller: Caller | None = None
+        try:
+            if refused and not (route and route.permission == "open"):
+                raise refused
+            if not is_own_host(environ.get("HTTP_HOST"), self.services.settings):
+                raise MisdirectedRequest(
+                    "The Host header names another machine: add its name to STORYTELLER_ALLOWED_HOSTS."
+                )
+            if method != "OPTIONS" and not (route and route.permission == "open"):
+                caller = yield from self._identify(environ)
+            if route:
+                response = yield from self._handle(route, environ, path, caller, origin)
+            elif method == "OPTIONS":
+                # Also for a path that does not exist: otherwise the page would never see the 404.
+                response = preflight(environ, origin, sorted(self.routes or {"GET", "POST", "PUT", "DELETE"}))
+            elif self.routes:
+                allow = {"Allow": ", ".join(sorted(self.routes))}
+                response = json_response({"error": "Method not allowed on this path."}, 405, allow)
+            else:
+                response = json_response({"error": "Not found: there is no such path."}, 404)
+        except ApiError as error:
+            response = error_response(error_shape, error)
+        except Exception:
+            log.exception("http: %s %s failed, request %s", method, route.path if route else "", request_id)
+            response = json_response({**error_shape, "error": "Internal server error"}, 500)
+        log_request(environ, request_id, caller.subject if caller else "-", response.status, began)
+        headers = {**headers_for(origin), **response.headers, "X-Request-Id": request_id}
+        if not response.body:
+            del headers["Content-Type"]
+        return Response(response.body, response.status, headers)
+
+    def _identify(self, environ: Mapping[str, Any]) -> Generator[Future[Any], None, Caller]:
+        authenticator = self.services.authenticator
+        caller = authenticator.known(environ)
+        if caller is None:
+            looked_up = submit(self.services.pool, POOL_TIMEOUT, authenticator.identify, environ)
+            caller = yield from result_of(looked_up)
+        return caller
+
+    def _handle(
+        self,
+        route: Route,
+        environ: Mapping[str, Any],
+        path: Mapping[str, str],
+        caller: Caller | None,
+        origin: str | None,
+    ) -> Steps:
+        if caller and not caller.may(route.permission):
+            raise Forbidden(f"This token lacks the permission {route.permission}.")
+        pool = self.services.pool
+        request = Request(caller, origin, read_path(environ, path), read_query(environ, route.query))
+        if route.body is not None:
+            size = body_size(environ)
+            body: Any
+            if size <= SMALL_BODY:
+                body = read_body(environ, route.body)
+            elif size <= LARGE_BODY:
+                body = submit(pool, POOL_TIMEOUT, read_body, environ, route.body)
+            else:
+                body = submit(self.services.large_bodies, LARGE_BODY_TIMEOUT, read_body, environ, route.body)
+            value, raw = yield from result_of(body)
+            request = dataclasses.replace(request, body=value, raw_body=raw)
+        if route.works:
+            return (yield from result_of(submit(pool, POOL_TIMEOUT, route.handler, self.services, request)))
+        return (yield from result_of(route.handler(self.services, request)))
+
+
+def error_response(shape: Mapping[str, Any], error: ApiError) -> Response:
+    """The one place that turns an error into a response."""
+    headers = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    return json_response({**shape, "error": str(error)}, error.status, headers)
+
+
+def refusal(headers: Mapping[str, str], code: int, reason: str, words: str) -> tuple[dict[str, Any], ApiError]:
+    """The environment and the error of a request that the server cannot read."""
+    environ = {f"HTTP_{name}": value for name, value in headers.items()}
+    # Of its words only those before what it quotes, which is a header, perhaps the token's.
+    error = ApiError(f"{reason}: " + words.partition('"')[0].rstrip())
+    error.status = code
+    return environ | {"REQUEST_METHOD": "-", "PATH_INFO": "-"}, error
+
 
 def request_id_of(environ: Mapping[str, Any]) -> str:
-    """A caller's own, when it is one that a log can hold; else a new one."""
+    """The client's own, when it is one that a log can hold; else a new one."""
     given = str(environ.get("HTTP_X_REQUEST_ID", ""))
     return given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else secrets.token_hex(8)
 
 
 def log_request(environ: Mapping[str, Any], request_id: str, subject: str, status: int, began: float) -> None:
-    """One line a request: polls are many, so they are shown only when asked for."""
+    """One line a request. Polls are many, so they are logged at DEBUG."""
     level = logging.DEBUG if status < 400 and environ["REQUEST_METHOD"] in ("GET", "HEAD", "OPTIONS") else logging.INFO
     if log.isEnabledFor(level):
         ms = (time.monotonic() - began) * 1000
@@ -4010,12 +4287,12 @@ def log_request(environ: Mapping[str, Any], request_id: str, subject: str, statu
 
 
 def known_origin(origin: str | None, settings: Settings) -> str | None:
-    """The origin of a page that may read our answers, else None."""
+    """The origin of a page that may read the responses, else None."""
     return origin if origin in (*settings.cors_origins, *settings.trusted_origins) else None
 
 
 def headers_for(origin: str | None) -> dict[str, str]:
-    """What every answer carries; `origin` is a known one or None. Without them an error is a network failure to
+    """What every response carries; `origin` is a known one or None. Without them an error is a network failure to
     the page."""
     if origin is None:
         return dict(COMMON_HEADERS)
@@ -4026,20 +4303,8 @@ def headers_for(origin: str | None) -> dict[str, str]:
     }
 
 
-def refusal(
-    code: int, reason: str, words: str, headers: Mapping[str, str], settings: Settings
-) -> tuple[bytes, dict[str, str]]:
-    """Body and headers for a request that the server refuses before it comes to a route. Of its words only those
-    before what it quotes, which is a header, perhaps the token's."""
-    told = words.partition('"')[0].rstrip()
-    request_id = request_id_of({"HTTP_X_REQUEST_ID": headers.get("X_REQUEST_ID", "")})
-    log.info("http: refused %d %s %s", code, reason, request_id)
-    common = headers_for(known_origin(headers.get("ORIGIN"), settings))
-    return to_bytes(Response({"error": f"{reason}: {told}"})), {**common, "X-Request-Id": request_id}
-
-
 def preflight(environ: Mapping[str, Any], origin: str | None, methods: Sequence[str]) -> Response:
-    """A browser's question before it calls, without a token."""
+    """A browser asks before it sends the request itself, without a token."""
     headers = {"Allow": ", ".join(methods)}
     if origin:
         headers["Access-Control-Allow-Methods"] = headers["Allow"]
@@ -4050,252 +4315,30 @@ def preflight(environ: Mapping[str, Any], origin: str | None, methods: Sequence[
     return Response(b"", 204, headers)
 
 
-def to_bytes(answer: Response) -> bytes:
-    body = answer.body
-    return body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def make_services(settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUILauncher) -> Services:
-    return Services(
-        settings,
-        store,
-        gpu,
-        swarmui,
-        Sessions(store),
-        Notifications(store),
-        Authenticator(settings, store),
-        threading.BoundedSemaphore(WAITING_STARTS),
-        threading.Lock(),
-        threading.Event(),
-    )
-
-
-def create_app(parts: Services) -> bottle.Bottle:
-    """The service as a WSGI application. Raises ValueError for an empty `settings.api_token` and for a route that
-    names no permission. Once `parts.stopping` is set, new requests are answered 503."""
-    settings, authenticator = parts.settings, parts.authenticator
-    if not settings.api_token:
+def create_app(services: Services) -> bottle.Bottle:
+    """The service as a WSGI application; a server that need not wait in a thread calls respond() instead. Raises
+    ValueError for an empty `settings.api_token` and for a route that names no permission."""
+    if not services.settings.api_token:
         raise ValueError("an API token is needed")
+    by_path: dict[str, dict[str, Route]] = {}
     for route in ROUTES:
         if route.permission not in (*PERMISSIONS, "any", "open"):
             raise ValueError(f"{route.method} {route.path} names no permission")
-
-    def run(route: Route, caller: Caller | None, path: Mapping[str, str], origin: str | None) -> Response:
-        if caller and not caller.may(route.permission):
-            raise Forbidden(f"This token lacks the permission {route.permission}.")
-        environ = bottle.request.environ
-        call = read_call(route, environ, path, parts.large_bodies, caller=caller, origin=origin)
-        return route.handler(parts, call)
-
-    def answer(routes: Mapping[str, Route], **path: str) -> bottle.HTTPResponse:
-        """The way of every request; `routes` are those of its path, by their methods."""
-        began = time.monotonic()
-        environ = bottle.request.environ
-        origin = known_origin(environ.get("HTTP_ORIGIN"), settings)
-        method, request_id = environ["REQUEST_METHOD"], request_id_of(environ)
-        route = routes.get("GET" if method == "HEAD" else method)
-        subject = "-"
-        try:
-            if parts.stopping.is_set() and not (route and route.permission == "open"):
-                raise Unavailable("The service is stopping: ask again.", 5)
-            if not is_own_host(environ.get("HTTP_HOST"), settings):
-                raise MisdirectedRequest(
-                    "The Host header names another machine: add its name to STORYTELLER_ALLOWED_HOSTS."
-                )
-            caller = None
-            asks_first = method == "OPTIONS"
-            if not asks_first and (route is None or route.permission != "open"):
-                caller = authenticator.identify(environ)
-                subject = caller.subject
-            if route:
-                found = run(route, caller, path, origin)
-            elif asks_first:
-                # Of a path that is none of ours too: else the page would never see the 404.
-                found = preflight(environ, origin, sorted(routes or {"GET", "POST", "PUT", "DELETE"}))
-            elif routes:
-                allow = {"Allow": ", ".join(sorted(routes))}
-                found = Response({"error": "Method not allowed on this path."}, 405, allow)
-            else:
-                found = Response({"error": "Not found: there is no such path."}, 404)
-        except ApiError as fault:
-            found = error_answer(route.error_shape if route else {}, fault)
-        except Exception:
-            log.exception("http: %s %s failed, request %s", method, route.path if route else "", request_id)
-            found = Response({**(route.error_shape if route else {}), "error": "Internal server error"}, 500)
-        log_request(environ, request_id, subject, found.status, began)
-        headers = {**headers_for(origin), **found.headers, "X-Request-Id": request_id}
-        return bottle.HTTPResponse(to_bytes(found), found.status, headers)
-
-    app = bottle.Bottle()
-    by_path: dict[str, dict[str, Route]] = {}
-    for route in ROUTES:
         by_path.setdefault(route.path, {})[route.method] = route
+    app = bottle.Bottle()
     for path, routes in by_path.items():
         # One callback for every method: so a fixed path wins over one with a parameter whatever the method is.
-        app.route(path, "ANY", functools.partial(answer, routes))
-    app.default_error_handler = lambda error: answer({})  # Bottle's own are paths that are none of ours
+        app.route(path, "ANY", Endpoint(services, routes))
+    app.route("<path:re:(?s:.*)>", "ANY", Endpoint(services, {}))
     return app
 
 
-# ======================================================================================================
-# HTTP application: the short way
-# ======================================================================================================
-
-
-@dataclass(frozen=True, eq=False)
-class Short:
-    """A request that may go the short way: where it came from (as WSGI has it) and what it asks for."""
-
-    route: Route
-    environ: Mapping[str, Any]
-    call: Request
-
-
-class ShortWay:
-    """How what programs ask all day is answered: no thread for each, and one step of the store for all that ask at
-    one moment, which begins after they asked: one hand-over from thread to thread, however many they are. Whatever is
-    neither plain success nor an absent store goes the long way, through the application. Both have the same answers."""
-
-    LONGEST = 8192  # bytes of a request
-    KEPT = 512  # polls whose bytes are remembered
-
-    def __init__(self, parts: Services) -> None:
-        self._parts = parts
-        self._front = PendingFront(parts.store, parts.notifications)
-        self._checked: dict[Any, Response] = {}  # answers to checks, until the front changes
-        self._read: dict[Any, Short] = {}
-        handlers = (gpu_status, notifications_check, prompts_status, notification_create, notification_ack)
-        self._routes = [
-            (route.method, re.compile(re.sub(r"<(\w+)>", r"(?P<\1>[^/]+)", route.path)), route)
-            for route in ROUTES
-            if route.handler in handlers
-        ]
-
-    def find(self, address: str, data: bytes, read: Callable[[], dict[str, Any] | None]) -> Short | None:
-        """What these bytes of a client ask for; None when they go the long way. A poll is the same bytes each time,
-        so what they mean is remembered."""
-        if len(data) > self.LONGEST:
-            return None
-        key = (address, data)
-        if key in self._read:
-            return self._read[key]
-        short = self._short_of(read())
-        if short and short.route.method == "GET":
-            self._read[key] = short
-            bound(self._read, self.KEPT)
-        return short
-
-    def _short_of(self, environ: dict[str, Any] | None) -> Short | None:
-        if environ is None or not is_own_host(environ.get("HTTP_HOST"), self._parts.settings):
-            return None
-        for method, pattern, route in self._routes:
-            found = pattern.fullmatch(environ["PATH_INFO"])
-            if found and method == environ["REQUEST_METHOD"]:
-                with contextlib.suppress(ApiError):
-                    origin = known_origin(environ.get("HTTP_ORIGIN"), self._parts.settings)
-                    path = found.groupdict()
-                    call = read_call(route, environ, path, self._parts.large_bodies, caller=None, origin=origin)
-                    return Short(route, environ, call)
-        return None
-
-    def caller(self, short: Short) -> Caller | None:
-        """Who asks, when that is known without the store and allowed."""
-        with contextlib.suppress(ApiError):
-            caller = self._parts.authenticator.known(short.environ)
-            if caller and caller.may(short.route.permission) and not self._parts.stopping.is_set():
-                return caller
-        return None
-
-    def ask_gpu(self) -> Future[GpuStatus]:
-        return self._parts.gpu.ask()
-
-    @staticmethod
-    def tell_gpu(status: GpuStatus) -> Response | None:
-        return None if status.fault else Response(gpu_json(status))
-
-    def look(self, shorts: Sequence[Short]) -> list[Response | None]:
-        """The answers to polls, in one round trip; further ones only where something changed. Not for two threads at
-        once."""
-        front, sessions = self._front, [one.call.path.get("timestamp") for one in shorts]
-        timestamps = list(set(sessions) - {None})
-        page, ids = (front.next_page(), front.ids) if None in sessions else (0, ())
-        try:
-            glance = self._parts.store.glance(page, ids, timestamps, front.members)
-            if page and front.update(glance):
-                self._checked.clear()
-        except Unavailable as fault:
-            return [error_answer(one.route.error_shape, fault) for one in shorts]
-        states = dict(zip(timestamps, glance.sessions))
-        return [
-            self._check(one.call.query) if timestamp is None else self._prompts(timestamp, states[timestamp])
-            for one, timestamp in zip(shorts, sessions)
-        ]
-
-    def _check(self, query: Mapping[str, Any]) -> Response | None:
-        key = (query["type"], query["limit"])
-        if key not in self._checked:
-            found = self._front.check(types_of(query["type"]), query["limit"])
-            if found is None:
-                return None
-            self._checked[key] = Response(to_bytes(check_answer(found)))
-        return self._checked[key]
-
-    def _prompts(self, timestamp: int, state: object) -> Response | None:
-        sessions = self._parts.sessions
-        with contextlib.suppress(Unavailable):
-            known = sessions.known(timestamp, state) or sessions.renewed(timestamp, state)
-            return known and _prompts_answer(known)
-        return None
-
-    def write(self, shorts: Sequence[Short]) -> list[Response | None]:
-        """The answers to what was made and acknowledged, each in one step for all."""
-        answers: dict[int, Response | None] = {}
-        for handler, step in ((notification_ack, self._acknowledge), (notification_create, self._create)):
-            numbers = [number for number, one in enumerate(shorts) if one.route.handler is handler]
-            try:
-                found = step([shorts[number].call for number in numbers]) if numbers else []
-            except Unavailable as fault:  # as ever, it may have happened
-                found = [error_answer(shorts[number].route.error_shape, fault) for number in numbers]
-            answers.update(zip(numbers, found))
-        return [answers[number] for number in range(len(shorts))]
-
-    def _acknowledge(self, calls: Sequence[Request]) -> list[Response | None]:
-        ids = [call.path["notification_id"] for call in calls]
-        done = self._parts.notifications.acknowledge_own(ids)
-        return [acknowledged_answer(id) if ours else None for id, ours in zip(ids, done)]
-
-    def _create(self, calls: Sequence[Request]) -> list[Response | None]:
-        made = self._parts.notifications.create([draft_of(call.body) for call in calls])
-        return [created_answer(*one) for one in made]
-
-    def respond(self, short: Short, caller: Caller, answer: Response, began: float) -> bytes:
-        """All that is sent."""
-        body, request_id = to_bytes(answer), request_id_of(short.environ)
-        log_request(short.environ, request_id, caller.subject, answer.status, began)
-        told = b"X-Request-Id: %b\r\nDate: %b\r\nContent-Length: %d\r\n\r\n"
-        told %= (request_id.encode(), _http_date(int(time.time())), len(body))
-        further = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items()).encode("latin-1")
-        return _head(answer.status, short.call.origin) + further + told + body
-
-
-@functools.lru_cache(maxsize=64)
-def _head(status: int, origin: str | None) -> bytes:
-    first = f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
-    return "".join([first, *(f"{name}: {value}\r\n" for name, value in headers_for(origin).items())]).encode("latin-1")
-
-
-@functools.lru_cache(maxsize=1)
-def _http_date(second: int) -> bytes:
-    return email.utils.formatdate(second, usegmt=True).encode()
-
-
-@functools.lru_cache(maxsize=Sessions.KEPT)
-def _prompts_answer(known: KnownSession) -> Response | None:
-    """None where there is more to do than to answer."""
-    stored, facts = known.stored, known.facts
-    if facts.fault or isinstance(facts.progress, NotASession) or is_announcement_due(stored, facts):
-        return None
-    return Response(to_bytes(Response(prompts_json(stored, facts))))
+def respond(app: bottle.Bottle, environ: dict[str, Any], *, refused: ApiError | None = None) -> Steps:
+    """The steps to the response, found by the application's own routes."""
+    path = environ["bottle.raw_path"] = environ["PATH_INFO"]
+    environ["PATH_INFO"] = path.encode("latin-1").decode("utf-8", "ignore")  # as Bottle does under WSGI
+    route, parameters = app.match(environ)
+    return cast(Endpoint, route.callback).respond(environ, parameters, refused=refused)
 
 
 # ======================================================================================================
@@ -4303,17 +4346,16 @@ def _prompts_answer(known: KnownSession) -> Response | None:
 # ======================================================================================================
 
 CONNECTIONS = min(450, descriptor_limit() - 100)  # below what `select` on Windows takes, files and Redis beside them
-KEEPALIVE_TIMEOUT = 120.0  # seconds that a kept connection may be idle
-REQUEST_TIMEOUT = 60.0  # seconds for a request to be whole, and for a client that takes nothing of its answer
-
-# A thread costs 150 KB. Half of them may wait for SwarmUI, 24 more for Redis; the others serve what ends at once.
-THREADS = 2 * WAITING_STARTS
+KEEPALIVE_TIMEOUT = 120.0  # seconds that a connection may be idle
+STOPPING = "The service is stopping: ask again."
+REQUEST_TIMEOUT = 60.0  # seconds in which at least something of a request or a response must move,
+SLOWEST_CLIENT = 1024  # and on average so many bytes a second
 
 WAITRESS: Mapping[str, Any] = {
     # At its limit waitress leaves new clients unanswered; ours is below it, and lets idle ones go first.
     "connection_limit": CONNECTIONS + 40,
     "backlog": 1024,
-    # Never: waitress counts by the clock on the wall, whose setting would end requests half sent. See _sweep.
+    # Never: waitress counts by the wall clock, whose setting would end requests half sent. See Activity.
     "channel_timeout": 1_000_000_000,
     "max_request_header_size": 64 * 1024,  # browsers send 16 KiB at most
     # Above our own limit: waitress refuses with a reset, the application with a 413 that says why.
@@ -4321,11 +4363,53 @@ WAITRESS: Mapping[str, Any] = {
     # What is smaller stays in memory: a full temporary folder must not hold up a session.
     "inbuf_overflow": 9 * 1024 * 1024,
     "outbuf_overflow": 9 * 1024 * 1024,
+    "channel_request_lookahead": 1,  # so that a client that leaves is noticed while it waits
     "recv_bytes": 256 * 1024,  # an 850 KB session in 4 reads instead of 104
     "ident": None,  # no Server header
     "clear_untrusted_proxy_headers": False,  # a request that came through a proxy is never trusted: see them
     "log_socket_errors": False,  # a client that leaves is no error
 }
+
+
+class Activity:
+    """What moves on a connection. Times are monotonic seconds."""
+
+    def __init__(self, now: float) -> None:
+        self.since = now  # the end of its last response; before that its beginning
+        self.begun = now  # of the request that is not whole yet, or of the connection
+        self._last = now  # when bytes last came or went
+        self._bytes = 0
+        self._window = (now, 0)  # when the rate was last looked at, and the bytes by then
+
+    def received(self, size: int, *, begins: bool) -> None:
+        if begins:
+            self.begun = time.monotonic()
+        self.moved(size)
+
+    def moved(self, size: int) -> None:
+        if size:
+            self._last = time.monotonic()
+            self._bytes += size
+
+    def responded(self) -> None:
+        self.since, self.begun = time.monotonic(), -math.inf
+
+    def is_spare(self, now: float) -> bool:
+        """Whether it may be closed when there are too many, if nothing is owed to it: not in its first second, nor in
+        that of a request, else a new client would be the victim of its own arrival."""
+        return now - self.begun >= 1.0
+
+    def is_over(self, now: float, *, owed: bool, moving: bool) -> bool:
+        """Idle for too long, or too slow. `owed`: a response is due; `moving`: bytes are expected to come or to go."""
+        if not moving:
+            self._window = (now, self._bytes)
+            return not owed and now - self._last >= KEEPALIVE_TIMEOUT
+        since, before = self._window
+        slow = False
+        if now - since >= REQUEST_TIMEOUT:
+            slow = self._bytes - before < REQUEST_TIMEOUT * SLOWEST_CLIENT
+            self._window = (now, self._bytes)
+        return slow or now - self._last >= REQUEST_TIMEOUT
 
 
 def open_sockets(host: str, port: int) -> list[socket.socket]:
@@ -4377,184 +4461,156 @@ def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
 
 
 # ======================================================================================================
-# Server: connections
+# Server: below waitress's documentation
 # ======================================================================================================
 
-
-class Parser(waitress.parser.HTTPRequestParser):
-    """It lets a ValueError of urllib through, as of http://[/, which would end the connection without an answer."""
-
-    def parse_header(self, header_plus: bytes) -> None:
-        try:
-            super().parse_header(header_plus)
-        except ValueError:
-            raise waitress.parser.ParsingError("Bad URI") from None
-
-
-def environ_of(data: bytes, address: str, adjustments: Any) -> dict[str, Any] | None:
-    """What a whole request of HTTP/1.1 says, as WSGI has it, when the bytes are one and nothing else."""
-    if not data.startswith((b"GET ", b"POST ")):
-        return None
-    request, read = Parser(adjustments), 0
-    while read < len(data) and not request.completed:
-        read += request.received(data[read:])
-    plain = request.completed and read == len(data) and not (request.error or request.empty or request.chunked)
-    if not plain or request.version != "1.1" or request.expect_continue:
-        return None
-    if request.headers.get("CONNECTION", "keep-alive").lower() != "keep-alive":
-        return None
-    environ: dict[str, Any] = {f"HTTP_{name}": value for name, value in request.headers.items()}
-    return environ | {
-        "REQUEST_METHOD": request.command,
-        "PATH_INFO": request.path,
-        "bottle.raw_path": request.path,
-        "QUERY_STRING": request.query,
-        "REMOTE_ADDR": address,
-        "CONTENT_TYPE": request.headers.get("CONTENT_TYPE", ""),
-        "CONTENT_LENGTH": str(request.content_length),
-        "wsgi.input": request.get_body_stream(),
-    }
+# waitress documents a server with a thread for each request. Here its event loop itself takes each whole request and
+# sends each response, so a response may come later and no thread waits for it. All that this rests on:
+WAITRESS_NAMES = {
+    "server.create_server server.BaseWSGIServer": "puts what listens into map=, with _dispatcher= as `task_dispatcher`",
+    "server.BaseWSGIServer.channel_class channel.HTTPChannel.parser_class": "make a new connection and its parser",
+    "server.BaseWSGIServer.accepting server.BaseWSGIServer.add_task": "new connections; a channel to the dispatcher",
+    "channel.HTTPChannel.received": "parses bytes into `requests` and calls the server's add_task() for the first one",
+    "channel.HTTPChannel.request": "the request that is not whole yet, or None",
+    "channel.HTTPChannel.send channel.HTTPChannel.write_soon": "to the socket, and how many; also to the output buffer",
+    "channel.HTTPChannel.total_outbufs_len channel.HTTPChannel.close_when_flushed": "bytes to be sent; what follows",
+    "channel.HTTPChannel.current_outbuf_count": "at the limit, the next response gets a buffer of its own",
+    "channel.HTTPChannel.handle_write channel.HTTPChannel.handle_close": "sends output; also when the client leaves",
+    "channel.HTTPChannel.send_continue": "answers an Expect: 100-continue that came behind another request",
+    "parser.HTTPRequestParser.parse_header parser.HTTPRequestParser.error": "ParsingError; code, reason, body of it",
+    "task.WSGITask.get_environment task.WSGITask.build_response_header": "what WSGI gives, with Date and Connection",
+    "wasyncore.poll wasyncore.poll2 wasyncore.close_all": "one turn of the loop over a map, and its end",
+    "trigger.trigger.pull_trigger": "wakes the loop, from any thread",
+}
 
 
-def make_channel_class(settings: Settings, take: Callable[[Any, bytes], bool]) -> type[waitress.channel.HTTPChannel]:
-    """A connection that gives what waitress refuses by itself (bad chunks, malformed or too large headers) our
-    shape and our headers, and that first offers to take() what came."""
+class Channel(waitress.channel.HTTPChannel):
+    """A connection. Only the event loop's thread touches it."""
 
-    class JsonErrorTask(waitress.task.ErrorTask):
-        def execute(self) -> None:
-            error = self.request.error
-            body, headers = refusal(error.code, error.reason, error.body, self.request.headers, settings)
-            self.status = f"{error.code} {error.reason}"
-            self.response_headers.extend(headers.items())
-            self.set_close_on_finish()
-            self.content_length = len(body)
-            self.write(body)
-
-    class Channel(waitress.channel.HTTPChannel):
-        parser_class, error_task_class = Parser, JsonErrorTask
-        active = math.inf  # when bytes last came or went
-        begun: float | None = None  # when the first byte came of a request that is not whole yet
-        taken: float | None = None  # when the client last took something of its answer
-
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            self.active = time.monotonic()
-
-        def received(self, data: bytes) -> bool:
-            if self.is_idle() and take(self, data):
-                self.active = time.monotonic()
-                return True
-            return self.receive(data)
-
-        def receive(self, data: bytes) -> bool:
-            """The long way: parse it, and hand it to a thread."""
-            result = super().received(data)
-            self.active = time.monotonic()
-            if self.request is None:
-                self.begun = None
-            elif self.begun is None:
-                self.begun = self.active
-            return result
-
-        def reply(self, answer: bytes) -> None:
-            """From the loop's thread, while no other thread has this connection."""
+    class parser_class(waitress.parser.HTTPRequestParser):
+        def parse_header(self, header_plus: bytes) -> None:
             try:
-                sent = self.send(answer)
-            except OSError:
-                self.handle_close()
-                return
-            if sent < len(answer) and self.connected:
-                self.write_soon(answer[sent:])
+                super().parse_header(header_plus)
+            except ValueError:  # of urllib, as for http://[/: it would end the connection without a response
+                raise waitress.parser.ParsingError("Bad URI") from None
 
-        def send(self, data: bytes, do_close: bool = True) -> int:
-            sent = super().send(data, do_close)
-            if sent:
-                self.active = self.taken = time.monotonic()
-            return sent
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.exchange: Exchange | None = None  # of the first of `requests`
+        self.activity = Activity(time.monotonic())
 
-        def writable(self) -> bool:
-            """A thread that answers sends by itself, under a lock that we would wait for without end; only past so
-            much does it wait for us."""
-            if self.requests and self.total_outbufs_len <= self.adj.outbuf_high_watermark:
-                return False
-            return super().writable()
+    def received(self, data: bytes) -> bool:
+        self.activity.received(len(data), begins=self.request is None)
+        return bool(super().received(data))
 
-        def is_idle(self) -> bool:
-            return not (self.requests or self.total_outbufs_len or self.begun)
+    def send(self, data: bytes, do_close: bool = True) -> int:
+        sent: int = super().send(data, do_close)
+        self.activity.moved(sent)
+        return sent
 
-        def is_stuck(self, now: float) -> bool:
-            if not self.total_outbufs_len:
-                self.taken = now
-            return now - min(self.begun or now, self.taken or now) >= REQUEST_TIMEOUT
+    def service(self) -> None:
+        """Begin with the first of `requests`, once the response before is sent: so write_soon never blocks."""
+        if not self.requests or self.exchange or self.total_outbufs_len or self.close_when_flushed:
+            return
+        request, dispatcher = self.requests[0], self.server.task_dispatcher
+        task = waitress.task.WSGITask(self, request)
+        task.start()
+        if request.error:
+            task.set_close_on_finish()
+            environ, refused = refusal(request.headers, request.error.code, request.error.reason, request.error.body)
+        else:
+            environ = task.get_environment()
+            refused = Unavailable(STOPPING, 5) if self.activity.begun > dispatcher.stopped_at else None
+        steps = respond(self.server.application, environ, refused=refused)
+        finish = functools.partial(self._finish, task, environ["REQUEST_METHOD"])
+        self.exchange = Exchange(steps, functools.partial(dispatcher.call_soon, self), finish)
+        self.exchange.advance()
 
-    return Channel
+    def _finish(self, task: Any, method: str, response: Response) -> None:
+        self.exchange = None
+        task.status = f"{response.status} {http.client.responses.get(response.status, '')}"
+        task.response_headers += response.headers.items()
+        task.content_length = len(response.body)
+        header, body = task.build_response_header(), b"" if method == "HEAD" else response.body
+        self.write_soon(header + body)
+        self.current_outbuf_count = self.adj.outbuf_high_watermark
+        self.activity.responded()
+        self.requests.pop(0).close()
+        self.close_when_flushed = task.close_on_finish
+        if self.request and self.request.expect_continue and self.request.headers_finished and not self.requests:
+            self.send_continue()
+        self.handle_write()
+
+    def handle_write(self) -> None:
+        super().handle_write()
+        if self.requests:
+            self.server.add_task(self)
+
+    def handle_close(self) -> None:
+        if self.exchange:
+            self.exchange.cancel()
+        for request in self.requests:
+            request.close()
+        self.exchange, self.requests = None, []
+        super().handle_close()
+
+    def state(self) -> tuple[bool, bool]:
+        """Whether its client is owed a response, or the rest of one; whether bytes are expected to come or to go."""
+        return bool(self.requests or self.total_outbufs_len), bool(self.total_outbufs_len or self.request)
 
 
-class Watched(dict[int, Any]):
-    """The map that waitress keeps of its sockets, each of them also in a selector. Its own loop asks all of them at
-    every turn what they wait for, which costs 1 us each, 400 idle ones too; here only what something happened to
-    is asked, and what a thread is working for."""
+class Dispatcher:
+    """What waitress gives whole requests to. Owns the sockets, and calls what is ready in the event loop's thread."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._selector = selectors.DefaultSelector()
-        self._working: set[Any] = set()
+    def __init__(self, app: bottle.Bottle, sockets: Sequence[socket.socket]) -> None:
+        self.stopped_at = math.inf  # monotonic seconds; what begins later is refused
+        self._awake = False  # the trigger was pulled since the loop last looked
+        self._ready: collections.deque[tuple[Channel, Callable[[], None]]] = collections.deque()
+        self._poll = waitress.wasyncore.poll2 if hasattr(select, "poll") else waitress.wasyncore.poll
+        self._map: dict[int, Any] = {}
+        waitress.server.create_server(app, map=self._map, sockets=list(sockets), _dispatcher=self, **WAITRESS)
+        self._listeners = [one for one in self._map.values() if isinstance(one, waitress.server.BaseWSGIServer)]
+        for listener in self._listeners:
+            listener.channel_class = Channel
 
-    def __setitem__(self, descriptor: int, one: Any) -> None:
-        super().__setitem__(descriptor, one)
-        self._selector.register(descriptor, selectors.EVENT_READ, one)
+    def channels(self) -> list[Channel]:
+        return [one for one in self._map.values() if isinstance(one, Channel)]
 
-    def __delitem__(self, descriptor: int) -> None:
-        self._working.discard(self[descriptor])
-        super().__delitem__(descriptor)
-        with contextlib.suppress(KeyError):  # nothing of it was waited for
-            self._selector.unregister(descriptor)
+    def add_task(self, channel: Channel) -> None:
+        self._ready.append((channel, channel.service))  # in the loop's thread, which looks before it waits
+
+    def call_soon(self, channel: Channel, function: Callable[[], None]) -> None:
+        """From any thread. An exception of the function closes the channel."""
+        self._ready.append((channel, function))
+        self.wake()
+
+    def wake(self) -> None:
+        if not self._awake:
+            self._awake = True
+            self._listeners[0].trigger.pull_trigger()
 
     def turn(self, seconds: float) -> None:
-        """Wait until something happens, and see to it."""
-        woken = False  # by a thread, which has done its work
-        for key, events in self._selector.select(seconds):
-            one = key.data
-            woken = woken or isinstance(one, waitress.trigger.trigger)
-            if events & selectors.EVENT_READ and self.get(key.fd) is one:
-                if one.readable():
-                    waitress.wasyncore.read(one)
-                else:  # more came than is to be read now, or the client left: not to be told again
-                    self.watch(one)
-                    continue
-            if events & selectors.EVENT_WRITE and self.get(key.fd) is one:
-                waitress.wasyncore.write(one)
-            if self.get(key.fd) is one and isinstance(one, waitress.channel.HTTPChannel):
-                self.look_after(one)
-                if key.events & selectors.EVENT_WRITE or one.writable():
-                    self.watch(one)
-        for one in list(self._working) if woken else ():
-            if not one.requests:
-                self._working.discard(one)
-            self.watch(one)
+        """Wait for something to happen, `seconds` at most, and handle it."""
+        self._poll(0.0 if self._ready else seconds, self._map)
+        self._awake = False
+        for _ in range(len(self._ready)):
+            channel, function = self._ready.popleft()
+            try:
+                function()
+            except Exception:
+                log.exception("server: a request failed")
+                channel.handle_close()
 
-    def look_after(self, channel: Any) -> None:
-        """A thread that works for it may change what it waits for."""
-        if not all(isinstance(request, _Asked) for request in channel.requests[:1]):
-            self._working.add(channel)
-
-    def watch(self, one: Any) -> None:
-        """Wait for what it wants now. (That it wants to read no more is not said until something comes: mostly it
-        wants to again by then.)"""
-        descriptor = one._fileno
-        if self.get(descriptor) is not one:
-            return
-        wanted = (selectors.EVENT_READ if one.readable() else 0) | (selectors.EVENT_WRITE if one.writable() else 0)
-        key = self._selector.get_map().get(descriptor)
-        if key and not wanted:
-            self._selector.unregister(descriptor)
-        elif key and wanted != key.events:
-            self._selector.modify(descriptor, wanted, one)
-        elif wanted and not key:
-            self._selector.register(descriptor, wanted, one)
+    def stop_listening(self) -> None:
+        self.stopped_at = time.monotonic()
+        for listener in self._listeners:
+            listener.accepting = False
+            listener.del_channel()
+            listener.socket.close()
 
     def close(self) -> None:
-        self._selector.close()
+        self._awake = True  # so that nothing is written to a descriptor that is somebody else's by then
+        waitress.wasyncore.close_all(self._map)
 
 
 # ======================================================================================================
@@ -4562,216 +4618,47 @@ class Watched(dict[int, Any]):
 # ======================================================================================================
 
 
-class Workers:
-    """As waitress's dispatcher of tasks, whose Condition costs 70 system calls a request. A thread is started when
-    none is free, up to a limit."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._free = threading.Semaphore(0)
-        self._threads: list[threading.Thread] = []
-
-    def add_task(self, task: Any) -> None:
-        self._queue.put(task)
-        if not self._free.acquire(blocking=False) and len(self._threads) < self._limit:
-            self._threads.append(threading.Thread(target=self._work, name="worker", daemon=True))
-            self._threads[-1].start()
-
-    def _work(self) -> None:
-        while True:
-            try:
-                task = self._queue.get_nowait()
-            except queue.Empty:
-                self._free.release()
-                task = self._queue.get()
-            if task is None:
-                return
-            try:
-                task.service()
-            except Exception:
-                log.exception("server: a connection's request failed")
-
-    def shutdown(self, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        for _ in self._threads:
-            self._queue.put(None)
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-
-
-class _Asked(NamedTuple):
-    """A request on the short way that waits for its answer."""
-
-    channel: Any
-    data: bytes
-    short: Short
-    caller: Caller
-    began: float
-
-
-class Lane:
-    """A thread that serves what was gathered, all of it at once: what comes while it is at work is its next batch."""
-
-    def __init__(self, serve: Callable[[list[_Asked]], None]) -> None:
-        self.gathered: list[_Asked] = []  # in this turn of the loop
-        self._queue: queue.SimpleQueue[list[_Asked] | None] = queue.SimpleQueue()
-        self._serve = serve
-        self._thread = threading.Thread(target=self._run, name="short-way", daemon=True)
-        self._thread.start()
-
-    def hand_over(self) -> None:
-        if self.gathered:
-            self._queue.put(self.gathered)
-            self.gathered = []
-
-    def close(self, timeout: float) -> None:
-        self._queue.put(None)
-        self._thread.join(timeout)
-
-    def _run(self) -> None:
-        while batch := self._queue.get():
-            with contextlib.suppress(queue.Empty):
-                while more := self._queue.get_nowait():
-                    batch += more
-                self._queue.put(None)
-            self._serve(batch)
-
-
 class Server:
-    """waitress with a loop of our own, so that it has a short way, and an end in order: its own shutdown drops what it
-    holds, or leaves it unanswered."""
+    """The event loop. stop() lets requests in flight be answered; waitress's own shutdown drops them."""
 
-    def __init__(
-        self,
-        app: Callable[..., Any],
-        sockets: Sequence[socket.socket],
-        settings: Settings,
-        short_way: ShortWay | None = None,
-    ) -> None:
-        self._map = Watched()
-        self._workers = Workers(THREADS)
-        sockets = list(sockets)
-        waitress.server.create_server(app, map=self._map, sockets=sockets, _dispatcher=self._workers, **WAITRESS)
-        listeners = self._listeners()
-        for listener in listeners:
-            listener.channel_class = make_channel_class(settings, self._take)
-        self._trigger = listeners[0].trigger  # wakes the loop
-        self._short_way = short_way
-        self._looking, self._writing = Lane(self._look), Lane(self._write)
+    def __init__(self, app: bottle.Bottle, sockets: Sequence[socket.socket]) -> None:
+        self._dispatcher = Dispatcher(app, sockets)
         self._grace: float | None = None
-        self._closed = False
-
-    def _listeners(self) -> list[Any]:
-        return [one for one in self._map.values() if isinstance(one, waitress.server.BaseWSGIServer)]
 
     def stop(self, grace: float) -> None:
-        """End within about `grace` seconds: no new connections, requests in flight are answered whole. May be called
-        from a signal handler and from any thread."""
+        """End within about `grace` seconds. May be called from a signal handler and from any thread."""
         self._grace = grace
-        self._trigger.pull_trigger()
+        self._dispatcher.wake()
 
     def run(self) -> None:
         """Serve until stop() is called."""
         swept = time.monotonic()
         while self._grace is None:
-            self._turn(1.0)
-            if len(self._map) > CONNECTIONS or time.monotonic() - swept >= 1.0:
-                swept = time.monotonic()
-                self._sweep(swept)
-                for listener in self._listeners():
-                    self._map.watch(listener)  # one that had to refuse connections may take them again
-        for listener in self._listeners():
-            listener.accepting = False
-            listener.del_channel()
-            listener.socket.close()
+            self._dispatcher.turn(1.0)
+            now, channels = time.monotonic(), self._dispatcher.channels()
+            if now - swept >= 1.0 or len(channels) > CONNECTIONS:
+                swept = now
+                self._sweep(channels, now)
+        self._dispatcher.stop_listening()
         deadline = time.monotonic() + self._grace
-        while time.monotonic() < deadline and any(map(self._is_busy, list(self._map.values()))):
-            self._turn(0.05)
-        for lane in (self._looking, self._writing):
-            lane.close(max(0.0, deadline - time.monotonic()))
-        self._workers.shutdown(timeout=0.5)
-        self._closed = True
-        waitress.wasyncore.close_all(self._map)
-        self._map.close()
-
-    def _turn(self, seconds: float) -> None:
-        self._map.turn(seconds)
-        self._looking.hand_over()
-        self._writing.hand_over()
-
-    def _take(self, channel: Any, data: bytes) -> bool:
-        """Whether these bytes go the short way."""
-        way, address = self._short_way, channel.addr[0]
-        short = way and way.find(address, data, lambda: environ_of(data, address, channel.adj))
-        caller = short and way.caller(short)
-        if not caller:
-            return False
-        asked = _Asked(channel, data, short, caller, time.monotonic())
-        with channel.requests_lock:  # a thread may be at the end of the request before
-            if not channel.is_idle():
-                return False
-            channel.requests = [asked]  # nothing else is read from it until this is answered
-        if short.route.handler is not gpu_status:
-            lane = self._looking if short.route.method == "GET" else self._writing
-            lane.gathered.append(asked)
-            return True
-        status = way.ask_gpu()
-        if status.done():
-            self._answer([asked], [way.tell_gpu(status.result())])
-        else:
-            status.add_done_callback(lambda done: self._tell([asked], [way.tell_gpu(done.result())]))
-        return True
-
-    def _look(self, batch: list[_Asked]) -> None:
-        self._serve(batch, self._short_way.look)
-
-    def _write(self, batch: list[_Asked]) -> None:
-        self._serve(batch, self._short_way.write)
-
-    def _serve(self, batch: list[_Asked], serve: Callable[[list[Short]], list[Response | None]]) -> None:
-        try:
-            answers = serve([asked.short for asked in batch])
-        except Exception:
-            log.exception("server: the short way failed")
-            answers = [None] * len(batch)
-        self._tell(batch, answers)
-
-    def _tell(self, batch: list[_Asked], answers: list[Response | None]) -> None:
-        """Have the loop answer: a connection is its own."""
-        if not self._closed:  # its descriptor would be somebody else's
-            self._trigger.pull_trigger(lambda: self._answer(batch, answers))
-
-    def _answer(self, batch: list[_Asked], answers: list[Response | None]) -> None:
-        for (channel, data, short, caller, began), answer in zip(batch, answers):
-            with channel.requests_lock:
-                channel.requests = []
-            try:
-                if answer is None and channel.connected:
-                    channel.receive(data)
-                    self._map.look_after(channel)
-                elif channel.connected:
-                    channel.reply(self._short_way.respond(short, caller, answer, began))
-                self._map.watch(channel)
-            except Exception:  # the others must not wait for ever
-                log.exception("server: an answer on the short way failed")
-                channel.handle_close()
-
-    def _sweep(self, now: float) -> None:
-        """Close what waitress's own time-outs miss (a byte a second, a client that stopped reading), and near the
-        limit of connections those that are idle longest."""
-        channels = [one for one in self._map.values() if isinstance(one, waitress.channel.HTTPChannel)]
-        for channel in channels:
-            if channel.is_stuck(now) or (channel.is_idle() and now - channel.active >= KEEPALIVE_TIMEOUT):
-                channel.handle_close()
-        idle = sorted((one for one in channels if one.is_idle()), key=lambda one: one.active)
-        for channel in idle[: max(0, len(self._map) - CONNECTIONS)]:
-            channel.handle_close()
+        while time.monotonic() < deadline and any(any(one.state()) for one in self._dispatcher.channels()):
+            self._dispatcher.turn(0.05)
+        self._dispatcher.close()
 
     @staticmethod
-    def _is_busy(one: Any) -> bool:
-        """Whether a connection still has a request at work, or an answer that is not sent whole."""
-        return isinstance(one, waitress.channel.HTTPChannel) and bool(one.requests or one.total_outbufs_len)
+    def _sweep(channels: Sequence[Channel], now: float) -> None:
+        """Close what waitress's own time-out misses (a byte a second, a client that stopped reading), and where there
+        are too many connections the oldest of those to which nothing is owed."""
+        spare = []
+        for channel in channels:
+            owed, moving = channel.state()
+            if channel.activity.is_over(now, owed=owed, moving=moving):
+                channel.handle_close()
+            elif not owed and channel.activity.is_spare(now):
+                spare.append(channel)
+        spare.sort(key=lambda one: one.activity.since)
+        for channel in spare[: max(0, len(channels) - CONNECTIONS)]:
+            channel.handle_close()
 
 
 # ======================================================================================================
@@ -4878,16 +4765,17 @@ def serve(settings: Settings) -> int:
     with contextlib.closing(open_store(settings)) as store:
         children: set[int] = set()
         gpu = GpuMonitor(lambda: query_gpus(find_nvidia_smi(settings), children), settings.gpu_cache_seconds)
-        with contextlib.closing(SwarmUILauncher(settings)) as swarmui:
-            parts = make_services(settings, store, gpu, swarmui)
+        with contextlib.closing(SwarmUILauncher(settings)) as swarmui, contextlib.ExitStack() as stack:
+            services = stack.enter_context(contextlib.closing(make_services(settings, store, gpu, swarmui)))
             sockets = open_sockets(settings.host, settings.port)
-            server = Server(create_app(parts), sockets, settings, ShortWay(parts))
+            server = Server(create_app(services), sockets)
+            stopping = threading.Event()
 
             def stop(grace: float) -> None:
-                if parts.stopping.is_set():  # told twice: at once
+                if stopping.is_set():  # a second signal ends it at once
                     end_children(children)
                     os._exit(1)
-                parts.stopping.set()
+                stopping.set()
                 swarmui.close()
                 server.stop(grace)
 
