@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import email.utils
+import functools
 import http.client
 import http.server
 import inspect
@@ -28,9 +29,10 @@ import sys
 import threading
 import time
 import urllib.request
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -591,7 +593,8 @@ def make_app(settings: service.Settings) -> Iterator[Callable[..., webtest.TestA
             if store is None:
                 path = settings.data_dir / f"app-{len(list(settings.data_dir.iterdir()))}.sqlite3"
                 store = stack.enter_context(contextlib.closing(service.SqliteStore(path)))
-            gpu = service.GpuMonitor(lambda: service.query_gpus(service.find_nvidia_smi(changed_settings), set()), 0)
+            query = functools.partial(service.query_gpus, service.find_nvidia_smi(changed_settings), set())
+            gpu = stack.enter_context(contextlib.closing(service.GpuMonitor(query, 0)))
             swarmui = stack.enter_context(contextlib.closing(service.SwarmUILauncher(changed_settings)))
             app = service.create_app(service.make_services(changed_settings, store, gpu, swarmui))
             return webtest.TestApp(app, extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"})
@@ -2233,7 +2236,6 @@ def test_what_a_session_announces_is_valid_whatever_else_it_holds(notifications,
 # GPU
 # ======================================================================================================
 
-AVAILABLE = {"available": True, "fault": False, "error": None}
 RECORDED = [
     pytest.param("8, 819, 8192, 45, 1\n", (1, 8, 819, 8192, 45), id="RTX 2080 SUPER, Linux, busy"),
     pytest.param("0, 596, 16376, 43, 1\n", (1, 0, 596, 16376, 43), id="RTX 4080 SUPER, Linux, idle"),
@@ -2256,7 +2258,7 @@ def test_recorded_output_is_read(printed, expected):
         status.memory_total,
         status.temperature,
     ) == expected
-    assert (status.available, status.fault, status.error) == (True, False, None)
+    assert (status.available, status.failed, status.error) == (True, False, None)
 
 
 @pytest.mark.parametrize("cell", UNREADABLE)
@@ -2278,7 +2280,7 @@ def test_a_gpu_whose_total_memory_is_no_number_is_not_counted(cell):
 )  # fmt: skip
 def test_output_that_names_no_gpu_is_a_fault(printed):
     status = service.parse_gpus(printed)
-    assert (status.available, status.fault) == (False, True)
+    assert (status.available, status.failed) == (False, True)
     assert "nvidia-smi" in status.error
 
 
@@ -2371,7 +2373,7 @@ def test_a_program_that_cannot_be_run_is_a_fault(tmp_path):
     program.write_bytes(b"\x7fnot a program")
     program.chmod(0o755)
     status = service.query_gpus(str(program), set())
-    assert status.fault
+    assert status.failed
     assert "cannot be run" in status.error or "exit code" in status.error
 
 
@@ -2391,14 +2393,13 @@ def test_a_process_query_that_hangs_counts_none_and_is_ended_with_its_child(nvid
 def test_an_nvidia_smi_that_prints_without_end_is_a_fault(tmp_path):
     program = write_program(tmp_path / "nvidia-smi", "while True: sys.stdout.write('8, 819, 8192, 45, 1' * 1000)", {})
     status = service.query_gpus(str(program), set(), timeout=3 if service.WINDOWS else 1)
-    assert status.fault
-    assert "did not answer within" in status.error
+    assert status.failed
 
 
 def test_an_nvidia_smi_that_hangs_is_ended_with_its_child(nvidia_smi, leash):
     program = nvidia_smi({"hang": True}, {"print": "41\n"})
     status = service.query_gpus(program, set(), timeout=6 if service.WINDOWS else 1.5)
-    assert status.fault
+    assert status.failed
     assert "did not answer within" in status.error
     assert leash.next().has_ended()
 
@@ -2432,47 +2433,105 @@ def test_both_queries_run_at_the_same_time(nvidia_smi, leash, tmp_path):
     assert service.query_gpus(str(program), set(), timeout=PATIENCE).process_count == 1
 
 
-@pytest.mark.parametrize("status", [service.GpuStatus(available=True), service.GpuStatus(error="broken", fault=True)])
-def test_a_status_is_kept_for_its_seconds_good_or_bad(status):
+@pytest.mark.parametrize("number", range(4))
+def test_a_thread_that_cannot_be_started_costs_one_run_alone(nvidia_smi, monkeypatch, number):
+    program = nvidia_smi(GOOD, {"print": "41\n"})
+    running: set[int] = set()
+    fail_to_start_thread(monkeypatch, number)
+    status = service.query_gpus(program, running)
+    assert status.failed
+    assert "can't start new thread" in status.error
+    assert service.query_gpus(program, running, timeout=PATIENCE).process_count == 1
+    assert running == set()
+
+
+@pytest.fixture
+def make_monitor():
+    with contextlib.ExitStack() as stack:
+        yield lambda *given, **named: stack.enter_context(contextlib.closing(service.GpuMonitor(*given, **named)))
+
+
+def status_of(monitor: service.GpuMonitor) -> service.GpuStatus:
+    asked = monitor.ask()
+    return asked.result(PATIENCE) if isinstance(asked, Future) else asked
+
+
+class Runs:
+    """A query whose runs begin as they are counted, and end when the test lets them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.began = threading.Semaphore(0)
+        self.end = threading.Semaphore(0)
+
+    def __call__(self) -> service.GpuStatus:
+        self.count += 1
+        self.began.release()
+        assert self.end.acquire(timeout=PATIENCE)
+        return service.GpuStatus(available=True, gpu_count=self.count)
+
+
+@pytest.mark.parametrize("status", [service.GpuStatus(available=True), service.GpuStatus(error="broken", failed=True)])
+def test_a_status_is_cached_for_its_ttl_good_or_bad(make_monitor, status):
     clock, runs = Clock(100.0), []
-    monitor = service.GpuMonitor(lambda: runs.append(1) or status, 5.0, clock)
-    assert [monitor.status(), monitor.status()] == [status, status]
+    monitor = make_monitor(lambda: runs.append(1) or status, 5.0, clock)
+    assert status_of(monitor) == status
     clock.now += 4.9
-    monitor.status()
+    assert monitor.ask() == status
     assert len(runs) == 1
     clock.now += 0.1
-    monitor.status()
+    assert status_of(monitor) == status
     assert len(runs) == 2
 
 
-def test_any_number_of_callers_cause_one_run():
-    asked, answered, runs = threading.Barrier(9), threading.Event(), []
-
-    def query() -> service.GpuStatus:
-        runs.append(1)
-        answered.wait(PATIENCE)
-        return service.GpuStatus(available=True)
-
-    def call() -> service.GpuStatus:
-        asked.wait(PATIENCE)
-        return monitor.status()
-
-    monitor = service.GpuMonitor(query, 5.0)
-    with ThreadPoolExecutor(8) as pool:
-        calls = [pool.submit(call) for _ in range(8)]
-        asked.wait(PATIENCE)
-        answered.set()
-        assert all(one.result(PATIENCE).available for one in calls)
-    assert len(runs) == 1
+@pytest.mark.parametrize(("ttl", "run"), [(5.0, 1), (0.0, 2)], ids=["its status is fresh", "without a cache"])
+def test_callers_during_a_run_share_its_status_or_the_next_run(make_monitor, ttl, run):
+    runs = Runs()
+    monitor = make_monitor(runs, ttl)
+    first = monitor.ask()
+    assert runs.began.acquire(timeout=PATIENCE)
+    others = [monitor.ask() for _ in range(100)]
+    runs.end.release(2)
+    assert first.result(PATIENCE).gpu_count == 1
+    assert {one.result(PATIENCE).gpu_count for one in others} == {run}
+    assert runs.count == run
 
 
-def test_a_query_that_raises_is_a_fault_for_all_who_wait():
+def test_a_caller_that_cancels_withdraws_alone(make_monitor):
+    runs = Runs()
+    monitor = make_monitor(runs, 0.0)
+    first = monitor.ask()
+    assert runs.began.acquire(timeout=PATIENCE)
+    cancelled, second = monitor.ask(), monitor.ask()
+    assert cancelled.cancel()
+    runs.end.release()
+    assert first.result(PATIENCE).gpu_count == 1
+    assert runs.began.acquire(timeout=PATIENCE)
+    assert monitor.ask().cancel()  # nobody is left for a third run
+    runs.end.release()
+    assert second.result(PATIENCE).gpu_count == 2
+    monitor.close()
+    assert runs.count == 2
+
+
+def test_a_query_that_raises_is_a_failure_for_all_who_wait(make_monitor):
     def query() -> service.GpuStatus:
         raise RuntimeError("unforeseen")
 
-    status = service.GpuMonitor(query, 5.0).status()
-    assert status.fault
+    status = status_of(make_monitor(query, 5.0))
+    assert status.failed
     assert "RuntimeError" in status.error
+
+
+def test_closing_the_monitor_ends_its_run_and_starts_no_other(make_monitor):
+    runs = Runs()
+    monitor = make_monitor(runs, 0.0, cancel=runs.end.release)
+    before = monitor.ask()
+    assert runs.began.acquire(timeout=PATIENCE)
+    waiting = monitor.ask()
+    monitor.close()
+    assert (before.result(0).available, waiting.result(0).failed, runs.count) == (True, True, 1)
+    assert "gpu" not in {thread.name for thread in threading.enumerate()}
 
 
 # ======================================================================================================
@@ -2549,9 +2608,13 @@ def response(status: int, body: str, headers: str = "") -> bytes:
     return f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n{headers}\r\n{body}".encode()
 
 
+def ready(launcher: service.SwarmUILauncher) -> service.Started:
+    return launcher.start().result(PATIENCE)
+
+
 def failure(launcher: service.SwarmUILauncher) -> str:
     with pytest.raises(service.ApiError) as caught:
-        launcher.start()
+        ready(launcher)
     assert caught.value.status == 500
     assert str(caught.value).startswith("SwarmUI failed to start: ")
     return str(caught.value)
@@ -2570,10 +2633,10 @@ def test_a_start_launches_swarmui_and_waits_until_it_answers(make_app, settings,
 
 def test_swarmui_that_answers_is_not_launched_again(make_launcher, swarmui_folder, leash):
     launcher = make_launcher(swarmui_path=swarmui_folder())
-    launcher.start()
+    ready(launcher)
     leash.next()
-    assert launcher.start().message == "SwarmUI is already running"
-    assert make_launcher().start().message == "SwarmUI is already running"  # another instance, which knows no path
+    assert ready(launcher).message == "SwarmUI is already running"
+    assert ready(make_launcher()).message == "SwarmUI is already running"  # another instance, which knows no path
     assert leash.count_further() == 0
 
 
@@ -2582,7 +2645,7 @@ def test_swarmui_is_launched_in_its_folder_with_its_arguments(
 ):
     monkeypatch.setenv("STORYTELLER_API_TOKEN", "secret")
     folder = swarmui_folder()
-    make_launcher(swarmui_path=folder, swarmui_args=("--user_id", "a b & c")).start()
+    ready(make_launcher(swarmui_path=folder, swarmui_args=("--user_id", "a b & c")))
     report = leash.next().report
     expected = ["--launch_mode", "none", "--port", str(settings.swarmui_port), "--user_id", "a b & c"]
     assert report["arguments"] == expected
@@ -2593,24 +2656,65 @@ def test_swarmui_is_launched_in_its_folder_with_its_arguments(
 def test_an_executable_runs_in_the_folder_of_the_launch_scripts(make_launcher, swarmui_folder, leash):
     folder = swarmui_folder()
     program = folder / "src" / "bin" / "live_release" / ("SwarmUI.exe" if service.WINDOWS else "SwarmUI")
-    make_launcher(swarmui_path=program).start()
+    ready(make_launcher(swarmui_path=program))
     assert Path(leash.next().report["folder"]) == folder
 
 
 def test_an_executable_without_launch_scripts_above_it_runs_in_its_own_folder(make_launcher, tmp_path, leash):
     folder = tmp_path / "alone"
     folder.mkdir()
-    make_launcher(swarmui_path=write_program(folder / "SwarmUI", SWARMUI, {"leash": leash.port})).start()
+    ready(make_launcher(swarmui_path=write_program(folder / "SwarmUI", SWARMUI, {"leash": leash.port})))
     assert Path(leash.next().report["folder"]) == folder
 
 
-def test_calls_share_the_start_that_is_in_flight(make_launcher, swarmui_folder, leash):
+def test_any_number_of_callers_wait_for_one_launch_without_a_thread_each(make_launcher, swarmui_folder, leash):
     launcher = make_launcher(swarmui_path=swarmui_folder(delay=0.3))
-    with ThreadPoolExecutor(8) as pool:
-        messages = {call.result().message for call in [pool.submit(launcher.start) for _ in range(8)]}
-    assert messages == {"SwarmUI started successfully"}
+    before = threading.active_count()
+    waiting = [launcher.start() for _ in range(400)]
+    assert threading.active_count() < before + 5
+    assert {future.result(PATIENCE).message for future in waiting} == {"SwarmUI started successfully"}
     leash.next()
     assert leash.count_further() == 0
+
+
+def test_a_caller_that_cancels_leaves_nothing_behind_and_the_others_wait_on(make_launcher, swarmui_folder, leash):
+    launcher = make_launcher(swarmui_path=swarmui_folder(delay=0.3))
+    first, second = launcher.start(), launcher.start()
+    cancelled = weakref.ref(first)
+    assert first.cancel()
+    del first
+    assert cancelled() is None
+    assert second.result(PATIENCE).message == "SwarmUI started successfully"
+    leash.next()
+
+
+def test_an_attempt_goes_on_when_all_who_waited_cancelled(make_launcher, swarmui_folder, leash):
+    launcher = make_launcher(swarmui_path=swarmui_folder(delay=0.3))
+    launcher.start().cancel()
+    held = leash.next()
+    assert ready(launcher).message.startswith("SwarmUI ")
+    assert held.is_alive()
+    assert leash.count_further() == 0
+
+
+def fail_to_start_thread(monkeypatch: pytest.MonkeyPatch, number: int = 0) -> None:
+    """Have the start of one thread fail, after that of so many others."""
+    start, left = threading.Thread.start, iter(range(number + 1))
+
+    def limited(thread: threading.Thread) -> None:
+        if next(left, None) == number:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+
+
+def test_a_thread_that_cannot_be_started_costs_one_start_alone(make_launcher, swarmui_folder, leash, monkeypatch):
+    launcher = make_launcher(swarmui_path=swarmui_folder())
+    fail_to_start_thread(monkeypatch)
+    assert "can't start new thread" in failure(launcher)
+    assert ready(launcher).message == "SwarmUI started successfully"
+    leash.next()
 
 
 def start_swarmui(running: Service) -> tuple[int, str | None, Any]:
@@ -2620,32 +2724,6 @@ def start_swarmui(running: Service) -> tuple[int, str | None, Any]:
         connection.request("POST", "/api/v1/swarmui/start", headers=BEARER)
         answer = connection.getresponse()
         return answer.status, answer.getheader("Retry-After"), json.loads(answer.read())
-
-
-def test_waiting_starts_leave_room_for_other_calls(start_service, swarmui_folder, leash, settings):
-    running = start_service(
-        SWARMUI_PATH=str(swarmui_folder(delay=3600)),
-        SWARMUI_API_URL=settings.swarmui_api_url,
-        SWARMUI_POLL_INTERVAL="0.05",
-    )
-    answers: list[tuple[int, str | None, Any]] = []
-
-    def start() -> None:
-        with contextlib.suppress(OSError, http.client.HTTPException):  # those that wait are cut off with the service
-            answers.append(start_swarmui(running))
-
-    threads = [threading.Thread(target=start, daemon=True) for _ in range(service.WAITING_STARTS + 8)]
-    for thread in threads:
-        thread.start()
-    leash.next()
-    assert all(running.call("GET", "/api/v1/notifications/check")[0] == 200 for _ in range(20))
-    wait_until(lambda: len(answers) == 8)
-    for status, retry_after, answer in answers:  # past the share of those that wait: at once
-        assert (status, answer["success"], "Too many calls wait" in answer["error"]) == (503, False, True)
-        assert int(retry_after) >= 1
-    running.stop()
-    for thread in threads:
-        thread.join(PATIENCE)
 
 
 def test_a_second_launch_within_the_interval_is_a_429(make_app, swarmui_folder, leash):
@@ -2663,7 +2741,7 @@ def test_after_the_interval_it_is_launched_again(make_launcher, swarmui_folder, 
     failure(launcher)
     clock.now += 59.9
     with pytest.raises(service.TooManyRequests):
-        launcher.start()
+        ready(launcher)
     clock.now += 0.1
     failure(launcher)
     leash.next()
@@ -2696,7 +2774,7 @@ def test_a_wrapper_that_ends_with_0_is_waited_for(make_launcher, settings, tmp_p
     server = write_program(tmp_path / "server", SWARMUI, {"leash": leash.port, "delay": 0.3})
     code = "import subprocess; subprocess.Popen([plan['server'], *sys.argv[1:]])"
     wrapper = write_program(tmp_path / "wrapper", code, {"server": str(server)})
-    assert make_launcher(swarmui_path=wrapper).start().message == "SwarmUI started successfully"
+    assert ready(make_launcher(swarmui_path=wrapper)).message == "SwarmUI started successfully"
     leash.next()
 
 
@@ -2731,7 +2809,7 @@ def test_a_port_held_by_something_else_is_told_and_nothing_is_launched(
 ):
     answering(answer)
     message = failure(make_launcher(swarmui_path=swarmui_folder(), health_timeout=0.3))
-    assert "held by something that is not SwarmUI" in message
+    assert "another program than SwarmUI has its port" in message
     assert words in message
     assert leash.count_further() == 0
 
@@ -2753,25 +2831,25 @@ def test_a_probe_ends_in_time_though_bytes_come_one_by_one(settings):
         found = service.probe(dataclasses.replace(settings, health_timeout=0.3))
         sent.set()
         thread.join(PATIENCE)
-    assert (found.ready, found.held) == (False, True)
-    assert "did not answer within 0.3 s" in found.words
+    assert (found.ready, found.occupied) == (False, True)
+    assert "did not answer within 0.3 s" in found.message
 
 
 def test_nobody_at_the_port_is_told_from_somebody(settings):
     assert service.probe(settings) == service.Probe(
-        ready=False, held=False, words=f"nobody answers at {settings.swarmui_api_url}"
+        ready=False, occupied=False, message=f"nobody answers at {settings.swarmui_api_url}"
     )
 
 
 def test_the_token_is_sent_as_a_cookie(make_launcher, swarmui_folder, leash):
     launcher = make_launcher(swarmui_path=swarmui_folder(token="t0k3n"), swarmui_token="t0k3n")
-    assert launcher.start().message == "SwarmUI started successfully"
+    assert ready(launcher).message == "SwarmUI started successfully"
     leash.next()
 
 
 def test_no_proxy_is_asked(make_launcher, swarmui_folder, leash, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    assert make_launcher(swarmui_path=swarmui_folder()).start().message == "SwarmUI started successfully"
+    assert ready(make_launcher(swarmui_path=swarmui_folder())).message == "SwarmUI started successfully"
     leash.next()
 
 
@@ -2786,7 +2864,7 @@ def test_nothing_of_a_request_reaches_the_command_line(make_app, settings, swarm
     [
         (None, "SWARMUI_PATH is not set"),
         ("nowhere", "does not exist"),
-        (".", "holds no launch-"),
+        (".", "has no launch-"),
         ("a file", "cannot be launched"),
     ],
 )
@@ -2821,12 +2899,12 @@ def test_what_swarmui_prints_is_kept_and_swarmui_outlives_the_service(start_serv
 
 def test_closing_the_launcher_ends_a_start_that_waits(make_launcher, swarmui_folder, leash):
     launcher = make_launcher(swarmui_path=swarmui_folder(delay=3600), poll_interval=3600.0, start_timeout=3600.0)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(launcher.start)
-        held = leash.next()
-        launcher.close()
-        with pytest.raises(service.Unavailable):
-            waiting.result(PATIENCE)
+    waiting = launcher.start()
+    held = leash.next()
+    launcher.close()
+    assert isinstance(waiting.exception(timeout=0), service.Unavailable)
+    with pytest.raises(service.Unavailable):
+        launcher.start()
     assert held.is_alive()
 
 
@@ -3801,24 +3879,24 @@ def test_real_answers_fit_what_their_routes_declare(recorded):
     ],
 )
 def test_swarmui_is_told_which_page_to_answer(make_launcher, swarmui_folder, leash, wanted, before, words, after):
-    started = make_launcher(swarmui_path=swarmui_folder(allow_origin=before), swarmui_allow_origin=wanted).start()
+    started = ready(make_launcher(swarmui_path=swarmui_folder(allow_origin=before), swarmui_allow_origin=wanted))
     leash.next()
     assert started == service.Started(f"SwarmUI started successfully{words}", after)
 
 
 def test_a_start_that_finds_swarmui_running_sees_to_it_too(make_launcher, swarmui_folder, leash):
-    make_launcher(swarmui_path=swarmui_folder()).start()
+    ready(make_launcher(swarmui_path=swarmui_folder()))
     leash.next()
-    started = make_launcher(swarmui_allow_origin=PAGE).start()
+    started = ready(make_launcher(swarmui_allow_origin=PAGE))
     assert started == service.Started(f"SwarmUI is already running; it now answers pages of {PAGE}", PAGE)
 
 
 def test_a_swarmui_that_will_not_be_told_is_ready_all_the_same(make_launcher, swarmui_folder, leash):
     """Its `success` proves nothing: what it sends is looked at again."""
-    started = make_launcher(swarmui_path=swarmui_folder(stubborn=True), swarmui_allow_origin=PAGE).start()
+    started = ready(make_launcher(swarmui_path=swarmui_folder(stubborn=True), swarmui_allow_origin=PAGE))
     leash.next()
     assert started.allow_origin is None
-    assert f"would not be told to answer pages of {PAGE}" in started.message
+    assert f"still does not answer pages of {PAGE}" in started.message
 
 
 @pytest.mark.parametrize(("origin", "told"), [(PAGE, True), (TRUSTED, True), (None, False)])
@@ -3920,7 +3998,8 @@ def poll_service(settings: service.Settings) -> Iterator[Callable[..., Polled]]:
 
         def make(store: service.Store, **changed: Any) -> Polled:
             given = dataclasses.replace(settings, **changed)
-            gpu = service.GpuMonitor(lambda: service.GpuStatus(available=True, memory_total=8192), 3600)
+            query = functools.partial(service.GpuStatus, available=True, memory_total=8192)
+            gpu = stack.enter_context(contextlib.closing(service.GpuMonitor(query, 3600)))
             swarmui = stack.enter_context(contextlib.closing(service.SwarmUILauncher(given)))
             parts = service.make_services(given, store, gpu, swarmui)
             app, long_way = service.create_app(parts), []
@@ -5514,14 +5593,14 @@ def test_an_executable_that_ends_at_once_is_told(make_launcher, tmp_path, leash,
 
 def test_a_swarmui_that_its_script_starts_again_is_waited_for(make_launcher, swarmui_folder, tmp_path, leash):
     folder = swarmui_folder(exit=42, once=str(tmp_path / "once"))
-    assert make_launcher(swarmui_path=folder).start().message == "SwarmUI started successfully"
+    assert ready(make_launcher(swarmui_path=folder)).message == "SwarmUI started successfully"
     assert leash.next().has_ended()
     assert leash.next().is_alive()
 
 
 def test_a_swarmui_that_prints_100_mb_starts(make_launcher, swarmui_folder, settings, nothing_left):
     launcher = make_launcher(swarmui_path=swarmui_folder(flood=100))
-    assert launcher.start().message == "SwarmUI started successfully"
+    assert ready(launcher).message == "SwarmUI started successfully"
     assert (settings.data_dir / "swarmui.log").stat().st_size >= 100_000_000
     nothing_left()
 
@@ -5579,7 +5658,7 @@ def test_a_swarmui_that_comes_just_before_the_end_of_its_time_is_ready(make_laun
         swarmui_path=swarmui_folder(delay=0.05), poll_interval=PATIENCE, health_timeout=3600.0, **SLOW_START
     )
     began = time.monotonic()
-    assert launcher.start().message == "SwarmUI started successfully"
+    assert ready(launcher).message == "SwarmUI started successfully"
     assert time.monotonic() - began < SLOW_START["start_timeout"] + IN_TIME
     nothing_left()
 
@@ -5595,10 +5674,10 @@ def test_a_swarmui_killed_while_it_starts_is_told_at_once(make_launcher, swarmui
 
 def test_a_swarmui_that_ends_after_its_start_is_seen_and_launched_again(make_launcher, swarmui_folder, leash):
     launcher = make_launcher(swarmui_path=swarmui_folder(), start_interval=0.0)
-    launcher.start()
+    ready(launcher)
     os.kill(leash.next().report["pid"], signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
     wait_until(lambda: not zombies() and "swarmui-watch" not in {thread.name for thread in threading.enumerate()})
-    assert launcher.start().message == "SwarmUI started successfully"
+    assert ready(launcher).message == "SwarmUI started successfully"
     assert leash.next().is_alive()
 
 
@@ -5637,7 +5716,7 @@ def test_a_swarmui_that_still_starts_when_the_service_does_is_not_launched_twice
 )
 def test_what_was_kept_of_an_ended_swarmui_holds_up_no_launch(make_launcher, settings, swarmui_folder, leash, kept):
     (settings.data_dir / "swarmui.json").write_text(json.dumps(kept))
-    assert make_launcher(swarmui_path=swarmui_folder()).start().message == "SwarmUI started successfully"
+    assert ready(make_launcher(swarmui_path=swarmui_folder())).message == "SwarmUI started successfully"
     assert leash.next().is_alive()
 
 
@@ -6527,7 +6606,7 @@ def test_check_warns_of_what_is_not_there_yet(run_module):
         pytest.param("REDIS_PORT", str(free_port()), "store", "REDIS_PORT", id="Redis does not answer"),
         pytest.param("STORYTELLER_DATA_DIR", "a file", "store", "set STORYTELLER_DATA_DIR", id="data folder"),
         pytest.param("SWARMUI_PATH", "nowhere", "SWARMUI_PATH", "does not exist: set it", id="SWARMUI_PATH not there"),
-        pytest.param("SWARMUI_PATH", ".", "SWARMUI_PATH", "holds no launch-", id="SWARMUI_PATH another folder"),
+        pytest.param("SWARMUI_PATH", ".", "SWARMUI_PATH", "has no launch-", id="SWARMUI_PATH another folder"),
         pytest.param("STORYTELLER_PORT", "held port", "port", "set STORYTELLER_PORT", id="port held"),
     ],
 )
