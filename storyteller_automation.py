@@ -71,7 +71,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar, cast
+from typing import IO, Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 import bottle
 import redis
@@ -668,6 +668,10 @@ def lock_file(path: Path) -> Any:
     return file
 
 
+# No route or no such address, as ::1 where there is no IPv6; WinSock has numbers of its own.
+_NOT_HERE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, 10047, 10049, 10051, 10065}
+
+
 def descriptor_limit() -> int:
     """How many sockets and files this process may hold; `select` on Windows takes 512 sockets."""
     if WINDOWS:
@@ -750,8 +754,8 @@ def _make_job(limits: int = 0x2000) -> int:
 
 @contextlib.contextmanager
 def bounded_child(command: Sequence[str], running: set[int]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program without input, its output in pipes; leaving the block ends it with all that it started. Meanwhile
-    it is among those `running`, for end_children()."""
+    """Run a program without input, its output in pipes. Leaving the block ends it with all that it started; until then
+    `running` has its process id, for end_children()."""
     options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with contextlib.ExitStack() as ending:
         if WINDOWS:
@@ -772,43 +776,41 @@ def bounded_child(command: Sequence[str], running: set[int]) -> Iterator[subproc
             yield child
         finally:
             ending.close()
-            # It may hang inside its driver, past any signal, and a pipe that is being read is closed only at its end.
-            closing = threading.Thread(target=lambda: (child.stdout.close(), child.stderr.close()), daemon=True)
-            closing.start()
-            closing.join(1)
+            for pipe in (child.stdout, child.stderr):
+                if pipe:  # else a reader of read_output() closes it
+                    pipe.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(timeout=1)
 
 
 def end_children(running: set[int]) -> None:
-    """Before this process ends with some bounded ones at work. On Windows their jobs end with it."""
+    """Before this process ends. On Windows their jobs end with it."""
     for leader in list(running):
         _kill_group(leader)
 
 
-MAX_OUTPUT = 256 * 1024  # bytes of a child's output; one that prints more is held up by its full pipe
+MAX_OUTPUT = 256 * 1024  # bytes of a child's output; its pipe is closed when it prints more
 
 
 def read_output(child: subprocess.Popen[bytes], timeout: float) -> tuple[str, str]:
     """What a bounded child prints until it ends. Raises TimeoutExpired."""
-    found = [b"", b""]
+    found = {"stdout": b"", "stderr": b""}
 
-    def read(number: int, pipe: Any) -> None:
-        found[number] = pipe.read(MAX_OUTPUT)
+    def read(name: str, pipe: IO[bytes]) -> None:
+        with pipe:  # closed here, since a child that hangs in its driver survives any signal and keeps this waiting
+            found[name] = pipe.read(MAX_OUTPUT)
 
-    readers = [
-        threading.Thread(target=read, args=(number, pipe), daemon=True)
-        for number, pipe in enumerate((child.stdout, child.stderr))
-    ]
-    for reader in readers:
+    readers = [threading.Thread(target=read, args=[name, getattr(child, name)], daemon=True) for name in found]
+    for name, reader in zip(found, readers):
         reader.start()
+        setattr(child, name, None)
     deadline = time.monotonic() + timeout
     child.wait(timeout)
     for reader in readers:
-        reader.join(max(0.0, deadline - time.monotonic()))  # what it started may hold its pipes open
+        reader.join(max(0.0, deadline - time.monotonic()))  # what the child started may keep its pipes open
         if reader.is_alive():
             raise subprocess.TimeoutExpired(child.args, timeout)
-    return found[0].decode("utf-8", "replace"), found[1].decode("utf-8", "replace")
+    return found["stdout"].decode("utf-8", "replace"), found["stderr"].decode("utf-8", "replace")
 
 
 def _kill_group(leader: int) -> None:
@@ -2468,8 +2470,8 @@ NVIDIA_SMI_TIMEOUT = 5.0  # seconds; it takes 20 to 100 ms, seconds with many GP
 
 @dataclass(frozen=True)
 class GpuStatus:
-    """Memory in MiB, utilization in percent, temperature in degrees Celsius. `fault`: nvidia-smi gave no answer
-    that can be used; without it, an unavailable GPU is one that is not there."""
+    """Memory in MiB, utilization in percent, temperature in degrees Celsius. `failed`: nvidia-smi gave no usable
+    output. A GPU that is unavailable without it does not exist."""
 
     available: bool = False
     gpu_count: int = 0
@@ -2479,11 +2481,15 @@ class GpuStatus:
     temperature: int = 0
     process_count: int = 0
     error: str | None = None
-    fault: bool = False
+    failed: bool = False
+
+
+def _failed(error: str) -> GpuStatus:
+    return GpuStatus(error=error, failed=True)
 
 
 def _number(cell: str) -> float | None:
-    """Whatever is not a number is unreadable: [N/A], [Not Supported], [GPU is lost], nothing."""
+    """None for all that is not a number: [N/A], [Not Supported], [GPU is lost], nothing."""
     return float(cell) if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,6})?", cell) else None
 
 
@@ -2491,22 +2497,22 @@ def _half_up(value: float) -> int:
     return math.floor(value + 0.5)
 
 
-def _words_of(*outputs: str) -> str:
-    """nvidia-smi's own words, on one line. Driver trouble goes to stdout, so that comes first."""
+def _message_of(*outputs: str) -> str:
+    """nvidia-smi's own message, on one line. It reports driver trouble on stdout, so stdout comes first."""
     return next((" ".join(text.split())[:300] for text in outputs if text.strip()), "")
 
 
 def parse_gpus(output: str) -> GpuStatus:
-    """The answer to GPU_QUERY, a line for each GPU. One whose total memory cannot be read is not counted."""
+    """The output of GPU_QUERY, a line for each GPU. A GPU without readable total memory is not counted."""
     rows = [[cell.strip() for cell in line.split(",")] for line in output.splitlines() if line.strip()]
     if not rows:
-        return GpuStatus(error="nvidia-smi printed nothing", fault=True)
+        return _failed("nvidia-smi printed nothing")
     if any(len(row) != 5 for row in rows):
-        return GpuStatus(error=f"nvidia-smi printed a line that cannot be read: {_words_of(output)}", fault=True)
+        return _failed(f"nvidia-smi printed a line that cannot be read: {_message_of(output)}")
     gpus = [[_number(cell) for cell in row] for row in rows]
     counted = [[cell or 0 for cell in gpu] for gpu in gpus if gpu[2] is not None]
     if not counted:
-        return GpuStatus(error=f"nvidia-smi names no GPU with readable memory: {_words_of(output)}", fault=True)
+        return _failed(f"nvidia-smi names no GPU with readable memory: {_message_of(output)}")
     utilization, used, total, temperature, _ = zip(*counted)
     return GpuStatus(
         available=True,
@@ -2519,7 +2525,7 @@ def parse_gpus(output: str) -> GpuStatus:
 
 
 def count_processes(output: str) -> int:
-    """The answer to PROCESS_QUERY, a pid a line. A process on two GPUs is listed twice."""
+    """The output of PROCESS_QUERY, a pid a line. A process on two GPUs is listed twice."""
     return len({line.strip() for line in output.splitlines() if re.fullmatch(r"\s*[0-9]+\s*", line)})
 
 
@@ -2531,86 +2537,90 @@ def find_nvidia_smi(settings: Settings) -> str | None:
 
 
 def query_gpus(program: str | None, running: set[int], timeout: float = NVIDIA_SMI_TIMEOUT) -> GpuStatus:
-    """Run both queries at the same time, each among the children that are `running`. Never raises: what goes wrong is
-    in `error`."""
+    """Run both queries at the same time, as bounded children in `running`. Failures are in the status."""
     if not program:
-        return GpuStatus(
-            error="nvidia-smi not found or GPU not available: install NVIDIA's driver, or set NVIDIA_SMI", fault=True
-        )
+        return _failed("nvidia-smi not found or GPU not available: install NVIDIA's driver, or set NVIDIA_SMI")
     deadline = time.monotonic() + timeout
     try:
         with (
             bounded_child([program, *GPU_QUERY], running) as gpus,
             bounded_child([program, *PROCESS_QUERY], running) as processes,
         ):
-            try:
-                outputs = read_output(gpus, timeout)
-            except subprocess.TimeoutExpired:
-                return GpuStatus(error=f"nvidia-smi did not answer within {timeout:g} s", fault=True)
+            outputs = read_output(gpus, timeout)
             if any("no devices were found" in text.lower() for text in outputs):
-                return GpuStatus(error=_words_of(*outputs))
+                return GpuStatus(error=_message_of(*outputs))
             if gpus.returncode != 0:
-                words = _words_of(*outputs) or "no words"
-                return GpuStatus(error=f"nvidia-smi failed (exit code {gpus.returncode}): {words}", fault=True)
+                message = _message_of(*outputs) or "it printed nothing"
+                return _failed(f"nvidia-smi failed (exit code {gpus.returncode}): {message}")
             status = parse_gpus(outputs[0])
-            if status.fault:
-                return status
             with contextlib.suppress(subprocess.TimeoutExpired):
-                listed, _ = read_output(processes, max(0.0, deadline - time.monotonic()))
-                if processes.returncode == 0:
-                    return dataclasses.replace(status, process_count=count_processes(listed))
+                if status.available:
+                    listed, _ = read_output(processes, max(0.0, deadline - time.monotonic()))
+                    if processes.returncode == 0:
+                        return dataclasses.replace(status, process_count=count_processes(listed))
             return status
-    except OSError as error:
-        return GpuStatus(error=f"nvidia-smi cannot be run ({error.strerror}): {program}", fault=True)
+    except subprocess.TimeoutExpired:
+        return _failed(f"nvidia-smi did not answer within {timeout:g} s")
+    except (OSError, RuntimeError) as error:  # RuntimeError: no further thread can be started
+        return _failed(f"nvidia-smi cannot be run ({getattr(error, 'strerror', None) or error}): {program}")
 
 
 class GpuMonitor:
-    """The status, kept for `keep` seconds, good or bad. However many ask at once, one run answers them all."""
+    """The status, cached for `ttl` seconds, good or bad. Everyone who asks during a run shares the next one.
+    `cancel` ends a run."""
 
     def __init__(
-        self, query: Callable[[], GpuStatus], keep: float, clock: Callable[[], float] = time.monotonic
+        self,
+        query: Callable[[], GpuStatus],
+        ttl: float,
+        clock: Callable[[], float] = time.monotonic,
+        cancel: Callable[[], None] = lambda: None,
     ) -> None:
-        self._query = query
-        self._keep = keep
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._run: Future[GpuStatus] | None = None  # the run under way, or the last one
-        self._ended = -math.inf
+        self._query, self._ttl, self._clock, self._cancel = query, ttl, clock, cancel
+        self._cached: tuple[GpuStatus, float] | None = None  # and when its run ended
+        self._closed = False
+        self._batcher: Batcher[None, GpuStatus] = Batcher(self._answer, "gpu")
 
-    def ask(self) -> Future[GpuStatus]:
-        """The run under way, which a thread of its own makes; done already while its status is kept."""
-        with self._lock:
-            run = self._run
-            if run is None or (run.done() and self._clock() - self._ended >= self._keep):
-                run = self._run = Future()
-                threading.Thread(target=self._answer, args=[run], name="gpu", daemon=True).start()
-        return run
+    def ask(self) -> GpuStatus | Future[GpuStatus]:
+        """The cached status, or a future of the caller's own, which it may cancel. Not after close()."""
+        return self._fresh() or self._batcher.ask(None)
 
-    def status(self) -> GpuStatus:
-        return self.ask().result(timeout=NVIDIA_SMI_TIMEOUT * 2)
+    def close(self) -> None:
+        """End the run that is at work, start no other, and end the thread."""
+        self._closed = True
+        self._cancel()
+        self._batcher.close(timeout=1.0)
 
-    def _answer(self, run: Future[GpuStatus]) -> None:
-        try:
-            status = self._query()
-        except Exception as error:  # those who wait must not wait for ever
-            log.exception("gpu: asking nvidia-smi failed")
-            status = GpuStatus(error=f"asking nvidia-smi failed ({type(error).__name__})", fault=True)
-        self._ended = self._clock()
-        run.set_result(status)
+    def _fresh(self) -> GpuStatus | None:
+        cached = self._cached
+        return cached[0] if cached and self._clock() - cached[1] < self._ttl else None
+
+    def _answer(self, questions: Sequence[None]) -> list[GpuStatus]:
+        status = self._fresh()
+        if self._closed:
+            status = _failed("the service is stopping")
+        elif status is None:
+            try:
+                status = self._query()
+            except Exception as error:
+                log.exception("gpu: nvidia-smi could not be asked")
+                status = _failed(f"asking nvidia-smi failed ({type(error).__name__})")
+            self._cached = status, self._clock()
+        return [status] * len(questions)
 
 
 # ======================================================================================================
-# SwarmUI: the probe
+# SwarmUI: the client
 # ======================================================================================================
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What SwarmUI's URL answered. `held`: somebody is there; without it, nobody is. `words`: for people."""
+    """What SwarmUI's URL answered. `occupied`: some program has the port, SwarmUI or another one."""
 
     ready: bool
-    held: bool
-    words: str
+    occupied: bool
+    message: str
     session_id: str = ""  # what SwarmUI gave when it is ready
     allow_origin: str | None = None  # whose pages SwarmUI answers
     url: str = ""  # where it answered
@@ -2618,46 +2628,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class Started:
-    """SwarmUI is ready: what to tell, and whose pages it answers."""
+    """SwarmUI is ready. `allow_origin`: whose pages it answers."""
 
     message: str
     allow_origin: str | None
-
-
-class _UntilHandler(urllib.request.AbstractHTTPHandler):
-    """urllib's HTTP with an end: a socket's own time-out starts anew with each byte that comes."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self._seconds = seconds
-        self._watchdog: threading.Timer | None = None
-
-    def http_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(self._connection(http.client.HTTPConnection), request)
-
-    def https_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(self._connection(http.client.HTTPSConnection), request)
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-    def _connection(self, kind: type[http.client.HTTPConnection]) -> Any:
-        def connect(host: str, **options: Any) -> http.client.HTTPConnection:
-            connection = kind(host, **options)
-            self._watchdog = threading.Timer(self._seconds, self._cut, [connection])
-            self._watchdog.daemon = True
-            self._watchdog.start()
-            return connection
-
-        return connect
-
-    @staticmethod
-    def _cut(connection: http.client.HTTPConnection) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
-
-    def end(self) -> None:
-        if self._watchdog:
-            self._watchdog.cancel()
 
 
 class Reply(NamedTuple):
@@ -2666,77 +2640,104 @@ class Reply(NamedTuple):
     body: bytes
 
 
-def call(url: str, seconds: float, *, data: bytes | None = None, headers: Mapping[str, str] = {}) -> Reply:
-    """One HTTP call that ends within `seconds` of connecting: no proxy, no redirect followed, 64 KiB of body at most.
-    Raises OSError (URLError before the request was sent), http.client.HTTPException."""
+class _DeadlineHandler(urllib.request.BaseHandler):
+    """HTTP for urllib that ends `seconds` after it connected. A socket's own time-out starts again with each byte."""
+
+    def __init__(self, seconds: float, ending: contextlib.ExitStack) -> None:
+        self._seconds = seconds
+        self._ending = ending
+
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self._send(http.client.HTTPConnection(request.host, timeout=self._seconds), request)
+
+    def https_open(self, request: urllib.request.Request) -> Any:
+        return self._send(http.client.HTTPSConnection(request.host, timeout=self._seconds), request)
+
+    def _send(self, connection: http.client.HTTPConnection, request: urllib.request.Request) -> Any:
+        try:
+            connection.connect()
+        except OSError as error:
+            raise urllib.error.URLError(error) from error
+        self._ending.callback(connection.close)
+        watchdog = threading.Timer(self._seconds, _shut_down, [connection.sock])
+        watchdog.daemon = True
+        watchdog.start()
+        self._ending.callback(watchdog.cancel)
+        headers = {**dict(request.header_items()), "Connection": "close"}
+        connection.request(request.get_method(), request.selector, request.data, headers)
+        return connection.getresponse()
+
+
+def _shut_down(connected: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it is closed already
+        connected.shutdown(socket.SHUT_RDWR)
+
+
+def fetch(url: str, seconds: float, *, data: bytes | None = None, headers: Mapping[str, str] = {}) -> Reply:
+    """One HTTP request that ends within `seconds` of connecting, and 64 KiB of its response's body. It uses no proxy
+    and follows no redirect. Raises OSError (URLError when it did not connect), http.client.HTTPException."""
     deadline = time.monotonic() + seconds
-    handler = _UntilHandler(seconds)
-    opener = urllib.request.OpenerDirector()  # bare: it neither follows redirects nor raises for a status
-    opener.add_handler(handler)
-    try:
-        request = urllib.request.Request(url, data=data, headers=dict(headers))
-        with opener.open(request, timeout=seconds) as response:
-            body = b""
-            while time.monotonic() < deadline and (piece := response.read1(65536 - len(body))):
-                body += piece
-            if time.monotonic() >= deadline:  # what came before the cut is no answer
-                raise TimeoutError("timed out")
-            return Reply(response.status, response.headers, body)
-    except (OSError, http.client.HTTPException) as error:
-        if time.monotonic() >= deadline and not _is_refusal(error):
+    opener = urllib.request.OpenerDirector()
+    with contextlib.ExitStack() as ending:
+        opener.add_handler(_DeadlineHandler(seconds, ending))
+        try:
+            with opener.open(urllib.request.Request(url, data, dict(headers)), timeout=seconds) as response:
+                reply = Reply(response.status, response.headers, response.read(65536))
+            if time.monotonic() < deadline:
+                return reply
+            raise TimeoutError  # what came before the deadline is incomplete
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.URLError) or time.monotonic() < deadline:
+                raise
             raise TimeoutError("timed out") from None
-        raise
-    finally:
-        handler.end()
 
 
 def _is_refusal(error: object) -> bool:
-    """Nobody listens there. A connection that takes too long is one on Windows, which repeats refused ones."""
+    """No program listens there. Windows retries a refused connection, so that one that times out counts there too."""
     reason = error.reason if isinstance(error, urllib.error.URLError) else None
     return isinstance(reason, (ConnectionRefusedError, TimeoutError) if REFUSAL_IS_SLOW else ConnectionRefusedError)
 
 
-def probe(settings: Settings) -> Probe:
-    """Ask SwarmUI for a session, as everything that uses it does first: 200 with a session_id is ready."""
-    urls = [settings.swarmui_api_url]
-    parts = urllib.parse.urlsplit(settings.swarmui_api_url)
-    if parts.hostname == "localhost" and parts.scheme == "http":
-        # 127.0.0.1 first: where nothing listens on ::1, Windows takes 2 s to say so.
-        hosts = [f"{address}:{settings.swarmui_port}" for address in ("127.0.0.1", "[::1]")]
-        urls = [urllib.parse.urlunsplit(parts._replace(netloc=host)) for host in hosts]
-    found = Probe(ready=False, held=False, words=f"nobody answers at {settings.swarmui_api_url}")
-    for url in urls:
-        answer = _probe_one(url, settings)
-        if answer.ready or answer.held:
-            return answer
-    return found
-
-
 def call_swarmui(url: str, route: str, body: Mapping[str, Any], settings: Settings) -> Reply:
-    """One call of SwarmUI's API at `url`, which is POST with JSON and nothing else. Raises as call() does."""
+    """One call of SwarmUI's API at `url`, which takes POST with JSON and nothing else. Raises as fetch() does."""
     headers = {"Content-Type": "application/json", "Host": urllib.parse.urlsplit(settings.swarmui_api_url).netloc}
     if settings.swarmui_token:
         headers["Cookie"] = f"swarm_token={settings.swarmui_token}"
-    return call(f"{url}/API/{route}", settings.health_timeout, data=json.dumps(body).encode(), headers=headers)
+    return fetch(f"{url}/API/{route}", settings.health_timeout, data=json.dumps(body).encode(), headers=headers)
 
 
-def _probe_one(url: str, settings: Settings) -> Probe:
+def probe(settings: Settings) -> Probe:
+    """Ask SwarmUI for a session, as its other clients do first: it is ready when it answers 200 with a session_id."""
+    urls = [settings.swarmui_api_url]
+    parts = urllib.parse.urlsplit(settings.swarmui_api_url)
+    if parts.hostname == "localhost" and parts.scheme == "http":
+        # 127.0.0.1 first: where nothing listens on ::1, Windows takes 2 s to refuse.
+        hosts = [f"{address}:{settings.swarmui_port}" for address in ("127.0.0.1", "[::1]")]
+        urls = [urllib.parse.urlunsplit(parts._replace(netloc=host)) for host in hosts]
+    found = []
+    for url in urls:
+        found.append(_probe_address(url, settings))
+        if found[-1].occupied:
+            return found[-1]
+    return found[0]
+
+
+def _probe_address(url: str, settings: Settings) -> Probe:
     where = settings.swarmui_api_url
     try:
         reply = call_swarmui(url, "GetNewSession", {}, settings)
     except (OSError, http.client.HTTPException) as error:
-        if _is_refusal(error):
-            return Probe(ready=False, held=False, words=f"nobody answers at {where}")
         reason = getattr(error, "reason", error)
+        if _is_refusal(error):
+            return Probe(False, False, f"nobody answers at {where}")
         if isinstance(reason, socket.gaierror) or getattr(reason, "errno", None) in _NOT_HERE:
-            return Probe(ready=False, held=False, words=f"{where} cannot be reached ({reason})")
+            return Probe(False, False, f"{where} cannot be reached ({reason})")
         if isinstance(reason, TimeoutError):
-            return Probe(ready=False, held=True, words=f"{where} did not answer within {settings.health_timeout:g} s")
-        return Probe(ready=False, held=True, words=f"{where} broke the connection off ({type(reason).__name__})")
-    try:
+            return Probe(False, True, f"{where} did not answer within {settings.health_timeout:g} s")
+        return Probe(False, True, f"{where} broke the connection off ({type(reason).__name__})")
+    answer = None
+    with contextlib.suppress(ValueError, RecursionError):
         answer = json.loads(reply.body)
-    except (ValueError, RecursionError):
-        answer = None
     if not isinstance(answer, dict):
         answer = {}
     session_id = answer.get("session_id")
@@ -2744,34 +2745,30 @@ def _probe_one(url: str, settings: Settings) -> Probe:
         allow_origin = reply.headers.get("Access-Control-Allow-Origin")
         return Probe(True, True, "SwarmUI answers", session_id, allow_origin, url)
     text = answer.get("error") or answer.get("error_id") or reply.body.decode("utf-8", "replace")
-    words = f"{where} answered {reply.status}: {' '.join(str(text).split())[:200]}"
-    if "unauthorized" in words.lower() or reply.status == 401:
+    message = f"{where} answered {reply.status}: {' '.join(str(text).split())[:200]}"
+    if "unauthorized" in message.lower() or reply.status == 401:
         advice = "check SWARMUI_TOKEN" if settings.swarmui_token else "set SWARMUI_TOKEN"
-        words += f" (SwarmUI has accounts on: {advice})"
-    return Probe(ready=False, held=True, words=words)
+        message += f" (SwarmUI has accounts on: {advice})"
+    return Probe(False, True, message)
 
 
 def allow_page(found: Probe, settings: Settings) -> Started:
-    """See to it that SwarmUI answers the page of SWARMUI_ALLOW_ORIGIN: as it is installed no page can see it."""
+    """Set the page of SWARMUI_ALLOW_ORIGIN in SwarmUI, which as installed answers no page."""
     wanted, before = settings.swarmui_allow_origin, found.allow_origin
     if wanted is None or before in ("*", wanted):
-        return Started(found.words, before)
-    instead = f" instead of {before}" if before else ""
-    change = {"session_id": found.session_id, "settings": {"Network.AccessControlAllowOrigin": wanted}}
+        return Started(found.message, before)
+    body = {"session_id": found.session_id, "settings": {"Network.AccessControlAllowOrigin": wanted}}
     try:
-        call_swarmui(found.url, "ChangeServerSettings", change, settings)
+        call_swarmui(found.url, "ChangeServerSettings", body, settings)
     except (OSError, http.client.HTTPException) as error:
-        log.warning("swarmui: its answer to ChangeServerSettings is missing (%s)", type(error).__name__)
+        log.warning("swarmui: ChangeServerSettings got no response (%s)", type(error).__name__)
     after = probe(settings).allow_origin  # its own `success` proves nothing
-    if after != wanted:
-        log.warning("swarmui: it would not answer pages of %s", wanted)
-        return Started(f"{found.words}; but it would not be told to answer pages of {wanted}", after)
-    log.info("swarmui: it now answers pages of %s%s", wanted, instead)
-    return Started(f"{found.words}; it now answers pages of {wanted}{instead}", after)
-
-
-# No route or no such address, as ::1 where there is no IPv6; WinSock has numbers of its own.
-_NOT_HERE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, 10047, 10049, 10051, 10065}
+    if after == wanted:
+        change = f"it now answers pages of {wanted}" + (f" instead of {before}" if before else "")
+    else:
+        change = f"but it still does not answer pages of {wanted}"
+    log.log(logging.INFO if after == wanted else logging.WARNING, "swarmui: %s", change)
+    return Started(f"{found.message}; {change}", after)
 
 
 # ======================================================================================================
@@ -2783,14 +2780,14 @@ LOGS_KEPT = 3  # older ones beside it
 
 
 def shorten_log(path: Path) -> None:
-    """Copy a log that is too long, and empty it: SwarmUI holds it open and outlives us, so it cannot be moved.
-    Lines written in between are lost."""
+    """Copy a log above LOG_LIMIT and empty it: SwarmUI has it open and outlives this service, so it cannot be moved.
+    Lines written between the two steps are lost."""
     try:
         if path.stat().st_size <= LOG_LIMIT:
             return
         for number in range(LOGS_KEPT - 1, 0, -1):
             older = path.with_name(f"{path.name}.{number}")
-            with contextlib.suppress(FileNotFoundError, PermissionError):  # Windows moves none that somebody reads
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # Windows moves no file that is open
                 os.replace(older, path.with_name(f"{path.name}.{number + 1}"))
         shutil.copyfile(path, path.with_name(f"{path.name}.1"))
         os.truncate(path, 0)
@@ -2798,61 +2795,6 @@ def shorten_log(path: Path) -> None:
         pass
     except OSError as error:
         log.warning("swarmui: %s cannot be shortened (%s)", path, error.strerror)
-
-
-class LaunchError(Exception):
-    """Why SwarmUI did not start, for the end of "SwarmUI failed to start: "."""
-
-
-@dataclass(frozen=True)
-class LaunchPlan:
-    """What to run, and in which folder."""
-
-    program: Path
-    arguments: tuple[str, ...]
-    folder: Path
-
-
-def plan_launch(settings: Settings) -> LaunchPlan:
-    """Raises LaunchError, naming SWARMUI_PATH, when there is nothing to launch."""
-    host = urllib.parse.urlsplit(settings.swarmui_api_url).hostname or ""
-    if not _is_this_machine(host):
-        raise LaunchError(f"SWARMUI_API_URL names another machine ({host}): start SwarmUI there")
-    path = settings.swarmui_path
-    if path is None:
-        raise LaunchError("SWARMUI_PATH is not set: set it to SwarmUI's folder")
-    if path.is_dir():
-        program = path / LAUNCH_SCRIPT
-        if not program.is_file():
-            raise LaunchError(f"SWARMUI_PATH {path} holds no {LAUNCH_SCRIPT}: set it to SwarmUI's folder")
-    elif path.is_file():
-        program = path
-    else:
-        raise LaunchError(f"SWARMUI_PATH {path} does not exist: set it to SwarmUI's folder")
-    # In any other folder SwarmUI's executable aborts and leaves a stray Data/ there.
-    roots = (up for up in program.parents if any((up / name).is_file() for name in LAUNCH_SCRIPTS))
-    folder = next(roots, program.parent)
-    arguments = ("--launch_mode", "none", "--port", str(settings.swarmui_port), *settings.swarmui_args)
-    return LaunchPlan(program, arguments, folder)
-
-
-def _is_this_machine(host: str) -> bool:
-    if host == "localhost":
-        return True
-    with contextlib.suppress(ValueError):
-        address = ipaddress.ip_address(host)
-        return address.is_loopback or address.is_unspecified or _is_own_address(host)
-    return host.lower() in (socket.gethostname().lower(), socket.getfqdn().lower())
-
-
-def _is_own_address(address: str) -> bool:
-    """Only an address of this machine can be bound."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as made:
-            made.bind((address, 0))
-    except OSError:
-        return False
-    return True
 
 
 def last_lines(path: Path, since: int, count: int = 5) -> str:
@@ -2868,8 +2810,52 @@ def last_lines(path: Path, since: int, count: int = 5) -> str:
     return " | ".join([line for line in printable if line][-count:])
 
 
+class LaunchError(Exception):
+    """Why SwarmUI did not start, to follow "SwarmUI failed to start: "."""
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """What to run, and in which folder."""
+
+    program: Path
+    arguments: tuple[str, ...]
+    folder: Path
+
+
+def plan_launch(settings: Settings) -> LaunchPlan:
+    """Raises LaunchError, which names SWARMUI_PATH, when there is nothing to launch."""
+    host = urllib.parse.urlsplit(settings.swarmui_api_url).hostname or ""
+    if not _is_this_machine(host):
+        raise LaunchError(f"SWARMUI_API_URL names another machine ({host}): start SwarmUI there")
+    program = settings.swarmui_path
+    if program is None:
+        raise LaunchError("SWARMUI_PATH is not set: set it to SwarmUI's folder")
+    if not program.exists():
+        raise LaunchError(f"SWARMUI_PATH {program} does not exist: set it to SwarmUI's folder")
+    if program.is_dir():
+        program /= LAUNCH_SCRIPT
+        if not program.is_file():
+            raise LaunchError(f"SWARMUI_PATH {program.parent} has no {LAUNCH_SCRIPT}: set it to SwarmUI's folder")
+    # In any other folder SwarmUI's executable aborts and leaves a stray Data/ there.
+    roots = (up for up in program.parents if any((up / name).is_file() for name in LAUNCH_SCRIPTS))
+    arguments = ("--launch_mode", "none", "--port", str(settings.swarmui_port), *settings.swarmui_args)
+    return LaunchPlan(program, arguments, next(roots, program.parent))
+
+
+def _is_this_machine(host: str) -> bool:
+    """Of addresses, only those of this machine can be bound."""
+    if not is_address(host):
+        return host == "localhost" or host in (socket.gethostname().lower(), socket.getfqdn().lower())
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as made:
+        made.bind((host, 0))
+        return True
+    return ipaddress.ip_address(host).is_loopback
+
+
 class FoundProcess:
-    """A process that an earlier run of this service launched. How it ended cannot be known: that counts as 0."""
+    """A process that an earlier run of this service launched. Its exit code cannot be known: it counts as 0."""
 
     def __init__(self, pid: int, identity: str) -> None:
         self.pid = pid
@@ -2881,7 +2867,7 @@ class FoundProcess:
 
 @dataclass(frozen=True)
 class _Launch:
-    """A process that was launched, when (monotonic seconds), and where its part of the log begins."""
+    """A launched process, when it was launched (monotonic seconds), and where its part of the log begins."""
 
     process: subprocess.Popen[bytes] | FoundProcess
     at: float
@@ -2889,96 +2875,85 @@ class _Launch:
 
 
 class SwarmUILauncher:
-    """Makes SwarmUI ready. One attempt at a time, in a thread of its own that alone owns the state; whoever asks
-    meanwhile gets that attempt's outcome. Nobody looks first and acts afterwards."""
+    """Makes SwarmUI ready. One attempt runs at a time, in a thread that alone owns the state of the launch."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._clock = clock
         self._output = settings.data_dir / "swarmui.log"
-        self._lock = threading.Lock()
-        self._attempt: Future[Started] | None = None
         self._record = settings.data_dir / "swarmui.json"
-        self._launch: _Launch | None = self._find_launch()  # the last one; only the attempt's thread touches it
+        self._lock = threading.Lock()  # over the next two
+        self._waiting: set[Future[Started]] = set()
+        self._attempting = False
+        self._launch: _Launch | None = self._find_launch()  # the last one; only the attempt's thread uses it
         self._failure = ""  # why the last launch failed; likewise
         self._wake = threading.Event()  # the process ended, or close() was called
         self._closed = threading.Event()
 
-    def start(self) -> Started:
-        """Return once SwarmUI answers. Raises ApiError with what went wrong, TooManyRequests between two launches."""
+    def start(self) -> Future[Started]:
+        """A future of the caller's own, which it may cancel, for the outcome of the attempt at work or of a new one:
+        done once SwarmUI answers, else an ApiError; TooManyRequests between two launches. Raises ApiError."""
+        future: Future[Started] = Future()
         with self._lock:
-            attempt = self._attempt
-            if attempt is None or attempt.done():
-                attempt = self._attempt = Future()
-                threading.Thread(target=self._run, args=[attempt], name="swarmui-start", daemon=True).start()
-        return attempt.result(timeout=self._settings.start_timeout + 10 * self._settings.health_timeout + 60)
+            if self._closed.is_set():
+                raise _stopping()
+            if not self._attempting:
+                try:
+                    threading.Thread(target=self._run, name="swarmui-start", daemon=True).start()
+                except RuntimeError as error:
+                    raise ApiError(f"SwarmUI failed to start: {error}, ask again later.") from None
+                self._attempting = True
+            self._waiting.add(future)
+        future.add_done_callback(self._waiting.discard)
+        return future
 
     def close(self) -> None:
-        """End an attempt, and tell those who wait for it at once. SwarmUI goes on."""
+        """End the attempt, and answer everyone who waits for it at once. SwarmUI goes on."""
         self._closed.set()
         self._wake.set()
-        with self._lock:
-            attempt = self._attempt
-        if attempt:
-            with contextlib.suppress(concurrent.futures.InvalidStateError):  # it has ended
-                attempt.set_exception(Unavailable("SwarmUI failed to start: the service is stopping.", 5))
+        self._answer(_stopping())
 
     def keep_log_short(self) -> None:
-        """Look at SwarmUI's log about once a second, in a thread that ends with close()."""
+        """Shorten SwarmUI's log about once a second when needed, in a thread that ends with close()."""
 
-        def look() -> None:
+        def run() -> None:
             while not self._closed.wait(1.0):
                 shorten_log(self._output)
 
-        threading.Thread(target=look, name="swarmui-log", daemon=True).start()
+        threading.Thread(target=run, name="swarmui-log", daemon=True).start()
 
-    def _find_launch(self) -> _Launch | None:
-        """What an earlier run launched, when it is alive still: it may be starting, and must not be launched twice."""
+    def _answer(self, outcome: Started | ApiError) -> None:
+        with self._lock:
+            waiting = list(self._waiting)
+            self._waiting.clear()
+            self._attempting = False
+        for future in waiting:
+            if future.set_running_or_notify_cancel():
+                settle(future, outcome)
+
+    def _run(self) -> None:
+        outcome: Started | ApiError
         try:
-            kept = json.loads(self._record.read_text(encoding="utf-8"))
-            pid, identity = int(kept["pid"]), str(kept["identity"])
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
-        if process_identity(pid) != identity:
-            return None
-        log.info("swarmui: found process %d, which was launched before", pid)
-        return _Launch(FoundProcess(pid, identity), -math.inf, 0)
-
-    def _keep_launch(self, pid: int) -> None:
-        try:
-            draft = self._record.with_suffix(".new")
-            draft.write_text(json.dumps({"pid": pid, "identity": process_identity(pid)}), encoding="utf-8")
-            os.replace(draft, self._record)
-        except OSError as error:
-            log.warning("swarmui: %s cannot be written (%s)", self._record, error.strerror)
-
-    def _run(self, attempt: Future[Started]) -> None:
-        with contextlib.suppress(concurrent.futures.InvalidStateError):  # close() was first
-            self._settle(attempt)
-
-    def _settle(self, attempt: Future[Started]) -> None:
-        try:
-            started = allow_page(self._make_ready(), self._settings)
-        except ApiError as fault:
-            attempt.set_exception(fault)
+            outcome = allow_page(self._make_ready(), self._settings)
+        except ApiError as error:
+            outcome = error
         except LaunchError as error:
             self._failure = str(error)
             log.error("swarmui: failed to start: %s", error)
-            attempt.set_exception(ApiError(f"SwarmUI failed to start: {error}"))
+            outcome = ApiError(f"SwarmUI failed to start: {error}")
         except Exception as error:
             log.exception("swarmui: failed to start")
-            attempt.set_exception(ApiError(f"SwarmUI failed to start: {type(error).__name__}, see the service's log"))
-        else:
-            attempt.set_result(started)
+            outcome = ApiError(f"SwarmUI failed to start: {type(error).__name__}, see the service's log")
+        self._answer(outcome)
 
     def _make_ready(self) -> Probe:
         found = probe(self._settings)
         if found.ready:
-            return dataclasses.replace(found, words="SwarmUI is already running")
+            return dataclasses.replace(found, message="SwarmUI is already running")
         launch = self._launch
         if launch is None or launch.process.poll() is not None:
-            if found.held:
-                raise LaunchError(f"its port is held by something that is not SwarmUI: {found.words}")
+            if found.occupied:
+                raise LaunchError(f"another program than SwarmUI has its port: {found.message}")
             launch = self._launch_it()
         return self._await_ready(launch)
 
@@ -3003,6 +2978,26 @@ class SwarmUILauncher:
         threading.Thread(target=self._watch, args=[process], name="swarmui-watch", daemon=True).start()
         return self._launch
 
+    def _find_launch(self) -> _Launch | None:
+        """What an earlier run launched, while it lives: it may still be starting, and must not be launched twice."""
+        try:
+            kept = json.loads(self._record.read_text(encoding="utf-8"))
+            pid, identity = int(kept["pid"]), str(kept["identity"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        if process_identity(pid) != identity:
+            return None
+        log.info("swarmui: found process %d, which was launched before", pid)
+        return _Launch(FoundProcess(pid, identity), -math.inf, 0)
+
+    def _keep_launch(self, pid: int) -> None:
+        try:
+            draft = self._record.with_suffix(".new")
+            draft.write_text(json.dumps({"pid": pid, "identity": process_identity(pid)}), encoding="utf-8")
+            os.replace(draft, self._record)
+        except OSError as error:
+            log.warning("swarmui: %s cannot be written (%s)", self._record, error.strerror)
+
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         code = process.wait()
         log.info("swarmui: process %d ended with exit code %d", process.pid, code)
@@ -3015,11 +3010,11 @@ class SwarmUILauncher:
             self._wake.clear()
             found = probe(self._settings)
             if found.ready:
-                return dataclasses.replace(found, words="SwarmUI started successfully")
+                return dataclasses.replace(found, message="SwarmUI started successfully")
             if self._clock() >= deadline:
-                late = f"no answer within {self._settings.start_timeout:g} s (last: {found.words})"
+                late = f"no answer within {self._settings.start_timeout:g} s (last: {found.message})"
                 if launch.process.poll() is not None:
-                    raise LaunchError(f"{late}; it exited with code 0: {self._last_words(launch)}")
+                    raise LaunchError(f"{late}; it exited with code 0: {self._last_lines(launch)}")
                 raise LaunchError(f"{late}; it keeps running, so ask again, or look into {self._output}")
             self._pause(launch, min(next_probe, deadline))
 
@@ -3027,18 +3022,22 @@ class SwarmUILauncher:
         """Until the next probe is due. Raises LaunchError when the process fails meanwhile, or the service stops."""
         while True:
             if self._closed.is_set():
-                raise Unavailable("SwarmUI failed to start: the service is stopping.", 5)
+                raise _stopping()
             code = launch.process.poll()
-            if code:  # 0 counts as a wrapper that went to the background: it may still come
-                raise LaunchError(f"it exited with code {code}: {self._last_words(launch)}")
+            if code:  # 0 may be a wrapper's that went to the background: SwarmUI may still answer
+                raise LaunchError(f"it exited with code {code}: {self._last_lines(launch)}")
             left = until - self._clock()
             if left <= 0:
                 return
             self._wake.wait(left)
             self._wake.clear()
 
-    def _last_words(self, launch: _Launch) -> str:
+    def _last_lines(self, launch: _Launch) -> str:
         return last_lines(self._output, launch.log_start) or "its log is empty"
+
+
+def _stopping() -> Unavailable:
+    return Unavailable("SwarmUI failed to start: the service is stopping.", 5)
 
 
 # ======================================================================================================
@@ -3522,7 +3521,7 @@ def gpu_json(status: GpuStatus) -> dict[str, Any]:
 
 
 def gpu_status(services: Services, request: Request) -> Response | Future[Response]:
-    return then(services.gpu.ask(), lambda status: json_response(gpu_json(status), 500 if status.fault else 200))
+    return then(services.gpu.ask(), lambda status: json_response(gpu_json(status), 500 if status.failed else 200))
 
 
 def swarmui_start(services: Services, request: Request) -> Response | Future[Response]:
@@ -4619,14 +4618,18 @@ class Dispatcher:
 
 
 class Server:
-    """The event loop. stop() lets requests in flight be answered; waitress's own shutdown drops them."""
+    """The event loop. stop() lets requests in flight be answered; waitress's own shutdown drops them. `on_stop` ends
+    what they need not wait for."""
 
-    def __init__(self, app: bottle.Bottle, sockets: Sequence[socket.socket]) -> None:
+    def __init__(
+        self, app: bottle.Bottle, sockets: Sequence[socket.socket], on_stop: Callable[[], None] = lambda: None
+    ) -> None:
         self._dispatcher = Dispatcher(app, sockets)
+        self._on_stop = on_stop
         self._grace: float | None = None
 
     def stop(self, grace: float) -> None:
-        """End within about `grace` seconds. May be called from a signal handler and from any thread."""
+        """End within about `grace` seconds. Takes no lock: may be called from a signal handler and from any thread."""
         self._grace = grace
         self._dispatcher.wake()
 
@@ -4640,6 +4643,7 @@ class Server:
                 swept = now
                 self._sweep(channels, now)
         self._dispatcher.stop_listening()
+        self._on_stop()
         deadline = time.monotonic() + self._grace
         while time.monotonic() < deadline and any(any(one.state()) for one in self._dispatcher.channels()):
             self._dispatcher.turn(0.05)
@@ -4764,11 +4768,18 @@ def serve(settings: Settings) -> int:
     ended = threading.Event()
     with contextlib.closing(open_store(settings)) as store:
         children: set[int] = set()
-        gpu = GpuMonitor(lambda: query_gpus(find_nvidia_smi(settings), children), settings.gpu_cache_seconds)
-        with contextlib.closing(SwarmUILauncher(settings)) as swarmui, contextlib.ExitStack() as stack:
-            services = stack.enter_context(contextlib.closing(make_services(settings, store, gpu, swarmui)))
+        gpu = GpuMonitor(
+            lambda: query_gpus(find_nvidia_smi(settings), children),
+            settings.gpu_cache_seconds,
+            cancel=lambda: end_children(children),
+        )
+        with (
+            contextlib.closing(gpu),
+            contextlib.closing(SwarmUILauncher(settings)) as swarmui,
+            contextlib.closing(make_services(settings, store, gpu, swarmui)) as services,
+        ):
             sockets = open_sockets(settings.host, settings.port)
-            server = Server(create_app(services), sockets)
+            server = Server(create_app(services), sockets, on_stop=swarmui.close)
             stopping = threading.Event()
 
             def stop(grace: float) -> None:
@@ -4776,7 +4787,6 @@ def serve(settings: Settings) -> int:
                     end_children(children)
                     os._exit(1)
                 stopping.set()
-                swarmui.close()
                 server.stop(grace)
 
             handler = on_end_signal(stop, ended)
@@ -4788,7 +4798,6 @@ def serve(settings: Settings) -> int:
             greet(settings, store, port, token_place)
             log.info("server: listening on %s", url_of(settings, port))
             server.run()
-            end_children(children)  # what nvidia-smi would still say has nobody to go to
     log.info("server: stopped")
     running.close()
     ended.set()
@@ -4840,7 +4849,7 @@ def check(arguments: Mapping[str, str | None]) -> int:
     say("OK" if status.available else "WARN", "nvidia-smi", status.error or good)
     say(*check_swarmui_path(settings))
     found = probe(settings)
-    say("OK" if found.ready else "WARN", "SwarmUI", found.words)
+    say("OK" if found.ready else "WARN", "SwarmUI", found.message)
     for words in describe_pages(settings):
         say("WARN", "SwarmUI's pages", words)
     say(*check_port(settings))
@@ -4889,7 +4898,7 @@ def check_port(settings: Settings) -> tuple[str, str, str]:
         host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
         url = url_of(dataclasses.replace(settings, host=host), settings.port)
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-            answer = json.loads(call(f"{url}/health", 6).body)  # a store that hangs takes 3 s to be told
+            answer = json.loads(fetch(f"{url}/health", 6).body)  # a store that hangs takes 3 s to be told
             if isinstance(answer, dict) and answer.keys() == {"status", "store"}:
                 return "OK", "port", f"this service runs on {settings.port} already"
         return "FAIL", "port", str(error)

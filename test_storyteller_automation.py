@@ -10,8 +10,10 @@ import contextlib
 import ctypes
 import dataclasses
 import email.utils
+import functools
 import http.client
 import http.server
+import importlib
 import inspect
 import io
 import json
@@ -28,9 +30,10 @@ import sys
 import threading
 import time
 import urllib.request
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -582,21 +585,32 @@ def settings(tmp_path: Path) -> service.Settings:
 
 
 @pytest.fixture
-def make_app(settings: service.Settings) -> Iterator[Callable[..., webtest.TestApp]]:
-    """Makes the application with a store (SQLite unless given), and settings of its own when wanted."""
+def make_services(settings: service.Settings) -> Iterator[Callable[..., service.Services]]:
+    """What the handlers work with, on a store (SQLite unless given) and with settings of its own when wanted."""
     with contextlib.ExitStack() as stack:
 
-        def make(store: service.Store | None = None, **changed: Any) -> webtest.TestApp:
-            changed_settings = dataclasses.replace(settings, **changed)
+        def make(store: service.Store | None = None, **changed: Any) -> service.Services:
+            given = dataclasses.replace(settings, **changed)
             if store is None:
                 path = settings.data_dir / f"app-{len(list(settings.data_dir.iterdir()))}.sqlite3"
                 store = stack.enter_context(contextlib.closing(service.SqliteStore(path)))
-            gpu = service.GpuMonitor(lambda: service.query_gpus(service.find_nvidia_smi(changed_settings), set()), 0)
-            swarmui = stack.enter_context(contextlib.closing(service.SwarmUILauncher(changed_settings)))
-            app = service.create_app(service.make_services(changed_settings, store, gpu, swarmui))
-            return webtest.TestApp(app, extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"})
+            gpu = service.GpuMonitor(lambda: service.query_gpus(service.find_nvidia_smi(given), set()), 0)
+            stack.callback(gpu.close)
+            swarmui = stack.enter_context(contextlib.closing(service.SwarmUILauncher(given)))
+            return stack.enter_context(contextlib.closing(service.make_services(given, store, gpu, swarmui)))
 
         yield make
+
+
+@pytest.fixture
+def make_app(make_services: Callable[..., service.Services]) -> Callable[..., webtest.TestApp]:
+    """Makes the application, as make_services does; it carries the token."""
+
+    def make(store: service.Store | None = None, **changed: Any) -> webtest.TestApp:
+        app = service.create_app(make_services(store, **changed))
+        return webtest.TestApp(app, extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"})
+
+    return make
 
 
 @pytest.fixture
@@ -608,11 +622,11 @@ def app(make_app: Callable[..., webtest.TestApp], store: service.Store) -> webte
 class Serving:
     """The service's Server in a thread of the test, where a limit can be made small."""
 
-    def __init__(self, app: Any, settings: service.Settings, short_way: service.ShortWay | None = None) -> None:
+    def __init__(self, app: Any) -> None:
         sockets = service.open_sockets("127.0.0.1", 0)
         self.port = sockets[0].getsockname()[1]
-        self.server = service.Server(app, sockets, settings, short_way)
-        self.thread = threading.Thread(target=self.server.run)
+        self.server = service.Server(app, sockets)
+        self.thread = threading.Thread(target=self.server.run, name="server")
         self.thread.start()
 
     def stop(self, grace: float = PATIENCE) -> None:
@@ -622,11 +636,12 @@ class Serving:
 
 
 @pytest.fixture
-def serving(settings: service.Settings) -> Iterator[Callable[[Any], Serving]]:
+def serving(make_services: Any) -> Iterator[Callable[[Any], Serving]]:
+    """Serves an application until the end of the test, before its services end."""
     with contextlib.ExitStack() as stack:
 
         def serve(app: Any) -> Serving:
-            made = Serving(app, settings)
+            made = Serving(app)
             stack.callback(made.stop)
             return made
 
@@ -2233,7 +2248,6 @@ def test_what_a_session_announces_is_valid_whatever_else_it_holds(notifications,
 # GPU
 # ======================================================================================================
 
-AVAILABLE = {"available": True, "fault": False, "error": None}
 RECORDED = [
     pytest.param("8, 819, 8192, 45, 1\n", (1, 8, 819, 8192, 45), id="RTX 2080 SUPER, Linux, busy"),
     pytest.param("0, 596, 16376, 43, 1\n", (1, 0, 596, 16376, 43), id="RTX 4080 SUPER, Linux, idle"),
@@ -2256,7 +2270,7 @@ def test_recorded_output_is_read(printed, expected):
         status.memory_total,
         status.temperature,
     ) == expected
-    assert (status.available, status.fault, status.error) == (True, False, None)
+    assert (status.available, status.failed, status.error) == (True, False, None)
 
 
 @pytest.mark.parametrize("cell", UNREADABLE)
@@ -2278,7 +2292,7 @@ def test_a_gpu_whose_total_memory_is_no_number_is_not_counted(cell):
 )  # fmt: skip
 def test_output_that_names_no_gpu_is_a_fault(printed):
     status = service.parse_gpus(printed)
-    assert (status.available, status.fault) == (False, True)
+    assert (status.available, status.failed) == (False, True)
     assert "nvidia-smi" in status.error
 
 
@@ -2371,7 +2385,7 @@ def test_a_program_that_cannot_be_run_is_a_fault(tmp_path):
     program.write_bytes(b"\x7fnot a program")
     program.chmod(0o755)
     status = service.query_gpus(str(program), set())
-    assert status.fault
+    assert status.failed
     assert "cannot be run" in status.error or "exit code" in status.error
 
 
@@ -2391,14 +2405,13 @@ def test_a_process_query_that_hangs_counts_none_and_is_ended_with_its_child(nvid
 def test_an_nvidia_smi_that_prints_without_end_is_a_fault(tmp_path):
     program = write_program(tmp_path / "nvidia-smi", "while True: sys.stdout.write('8, 819, 8192, 45, 1' * 1000)", {})
     status = service.query_gpus(str(program), set(), timeout=3 if service.WINDOWS else 1)
-    assert status.fault
-    assert "did not answer within" in status.error
+    assert status.failed
 
 
 def test_an_nvidia_smi_that_hangs_is_ended_with_its_child(nvidia_smi, leash):
     program = nvidia_smi({"hang": True}, {"print": "41\n"})
     status = service.query_gpus(program, set(), timeout=6 if service.WINDOWS else 1.5)
-    assert status.fault
+    assert status.failed
     assert "did not answer within" in status.error
     assert leash.next().has_ended()
 
@@ -2432,47 +2445,105 @@ def test_both_queries_run_at_the_same_time(nvidia_smi, leash, tmp_path):
     assert service.query_gpus(str(program), set(), timeout=PATIENCE).process_count == 1
 
 
-@pytest.mark.parametrize("status", [service.GpuStatus(available=True), service.GpuStatus(error="broken", fault=True)])
-def test_a_status_is_kept_for_its_seconds_good_or_bad(status):
+@pytest.mark.parametrize("number", range(4))
+def test_a_thread_that_cannot_be_started_costs_one_run_alone(nvidia_smi, monkeypatch, number):
+    program = nvidia_smi(GOOD, {"print": "41\n"})
+    running: set[int] = set()
+    fail_to_start_thread(monkeypatch, number)
+    status = service.query_gpus(program, running)
+    assert status.failed
+    assert "can't start new thread" in status.error
+    assert service.query_gpus(program, running, timeout=PATIENCE).process_count == 1
+    assert running == set()
+
+
+@pytest.fixture
+def make_monitor():
+    with contextlib.ExitStack() as stack:
+        yield lambda *given, **named: stack.enter_context(contextlib.closing(service.GpuMonitor(*given, **named)))
+
+
+def status_of(monitor: service.GpuMonitor) -> service.GpuStatus:
+    asked = monitor.ask()
+    return asked.result(PATIENCE) if isinstance(asked, Future) else asked
+
+
+class Runs:
+    """A query whose runs begin as they are counted, and end when the test lets them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.began = threading.Semaphore(0)
+        self.end = threading.Semaphore(0)
+
+    def __call__(self) -> service.GpuStatus:
+        self.count += 1
+        self.began.release()
+        assert self.end.acquire(timeout=PATIENCE)
+        return service.GpuStatus(available=True, gpu_count=self.count)
+
+
+@pytest.mark.parametrize("status", [service.GpuStatus(available=True), service.GpuStatus(error="broken", failed=True)])
+def test_a_status_is_cached_for_its_ttl_good_or_bad(make_monitor, status):
     clock, runs = Clock(100.0), []
-    monitor = service.GpuMonitor(lambda: runs.append(1) or status, 5.0, clock)
-    assert [monitor.status(), monitor.status()] == [status, status]
+    monitor = make_monitor(lambda: runs.append(1) or status, 5.0, clock)
+    assert status_of(monitor) == status
     clock.now += 4.9
-    monitor.status()
+    assert monitor.ask() == status
     assert len(runs) == 1
     clock.now += 0.1
-    monitor.status()
+    assert status_of(monitor) == status
     assert len(runs) == 2
 
 
-def test_any_number_of_callers_cause_one_run():
-    asked, answered, runs = threading.Barrier(9), threading.Event(), []
-
-    def query() -> service.GpuStatus:
-        runs.append(1)
-        answered.wait(PATIENCE)
-        return service.GpuStatus(available=True)
-
-    def call() -> service.GpuStatus:
-        asked.wait(PATIENCE)
-        return monitor.status()
-
-    monitor = service.GpuMonitor(query, 5.0)
-    with ThreadPoolExecutor(8) as pool:
-        calls = [pool.submit(call) for _ in range(8)]
-        asked.wait(PATIENCE)
-        answered.set()
-        assert all(one.result(PATIENCE).available for one in calls)
-    assert len(runs) == 1
+@pytest.mark.parametrize(("ttl", "run"), [(5.0, 1), (0.0, 2)], ids=["its status is fresh", "without a cache"])
+def test_callers_during_a_run_share_its_status_or_the_next_run(make_monitor, ttl, run):
+    runs = Runs()
+    monitor = make_monitor(runs, ttl)
+    first = monitor.ask()
+    assert runs.began.acquire(timeout=PATIENCE)
+    others = [monitor.ask() for _ in range(100)]
+    runs.end.release(2)
+    assert first.result(PATIENCE).gpu_count == 1
+    assert {one.result(PATIENCE).gpu_count for one in others} == {run}
+    assert runs.count == run
 
 
-def test_a_query_that_raises_is_a_fault_for_all_who_wait():
+def test_a_caller_that_cancels_withdraws_alone(make_monitor):
+    runs = Runs()
+    monitor = make_monitor(runs, 0.0)
+    first = monitor.ask()
+    assert runs.began.acquire(timeout=PATIENCE)
+    cancelled, second = monitor.ask(), monitor.ask()
+    assert cancelled.cancel()
+    runs.end.release()
+    assert first.result(PATIENCE).gpu_count == 1
+    assert runs.began.acquire(timeout=PATIENCE)
+    assert monitor.ask().cancel()  # nobody is left for a third run
+    runs.end.release()
+    assert second.result(PATIENCE).gpu_count == 2
+    monitor.close()
+    assert runs.count == 2
+
+
+def test_a_query_that_raises_is_a_failure_for_all_who_wait(make_monitor):
     def query() -> service.GpuStatus:
         raise RuntimeError("unforeseen")
 
-    status = service.GpuMonitor(query, 5.0).status()
-    assert status.fault
+    status = status_of(make_monitor(query, 5.0))
+    assert status.failed
     assert "RuntimeError" in status.error
+
+
+def test_closing_the_monitor_ends_its_run_and_starts_no_other(make_monitor):
+    runs = Runs()
+    monitor = make_monitor(runs, 0.0, cancel=runs.end.release)
+    before = monitor.ask()
+    assert runs.began.acquire(timeout=PATIENCE)
+    waiting = monitor.ask()
+    monitor.close()
+    assert (before.result(0).available, waiting.result(0).failed, runs.count) == (True, True, 1)
+    assert "gpu" not in {thread.name for thread in threading.enumerate()}
 
 
 # ======================================================================================================
@@ -2549,9 +2620,13 @@ def response(status: int, body: str, headers: str = "") -> bytes:
     return f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n{headers}\r\n{body}".encode()
 
 
+def ready(launcher: service.SwarmUILauncher) -> service.Started:
+    return launcher.start().result(PATIENCE)
+
+
 def failure(launcher: service.SwarmUILauncher) -> str:
     with pytest.raises(service.ApiError) as caught:
-        launcher.start()
+        ready(launcher)
     assert caught.value.status == 500
     assert str(caught.value).startswith("SwarmUI failed to start: ")
     return str(caught.value)
@@ -2570,10 +2645,10 @@ def test_a_start_launches_swarmui_and_waits_until_it_answers(make_app, settings,
 
 def test_swarmui_that_answers_is_not_launched_again(make_launcher, swarmui_folder, leash):
     launcher = make_launcher(swarmui_path=swarmui_folder())
-    launcher.start()
+    ready(launcher)
     leash.next()
-    assert launcher.start().message == "SwarmUI is already running"
-    assert make_launcher().start().message == "SwarmUI is already running"  # another instance, which knows no path
+    assert ready(launcher).message == "SwarmUI is already running"
+    assert ready(make_launcher()).message == "SwarmUI is already running"  # another instance, which knows no path
     assert leash.count_further() == 0
 
 
@@ -2582,7 +2657,7 @@ def test_swarmui_is_launched_in_its_folder_with_its_arguments(
 ):
     monkeypatch.setenv("STORYTELLER_API_TOKEN", "secret")
     folder = swarmui_folder()
-    make_launcher(swarmui_path=folder, swarmui_args=("--user_id", "a b & c")).start()
+    ready(make_launcher(swarmui_path=folder, swarmui_args=("--user_id", "a b & c")))
     report = leash.next().report
     expected = ["--launch_mode", "none", "--port", str(settings.swarmui_port), "--user_id", "a b & c"]
     assert report["arguments"] == expected
@@ -2593,24 +2668,65 @@ def test_swarmui_is_launched_in_its_folder_with_its_arguments(
 def test_an_executable_runs_in_the_folder_of_the_launch_scripts(make_launcher, swarmui_folder, leash):
     folder = swarmui_folder()
     program = folder / "src" / "bin" / "live_release" / ("SwarmUI.exe" if service.WINDOWS else "SwarmUI")
-    make_launcher(swarmui_path=program).start()
+    ready(make_launcher(swarmui_path=program))
     assert Path(leash.next().report["folder"]) == folder
 
 
 def test_an_executable_without_launch_scripts_above_it_runs_in_its_own_folder(make_launcher, tmp_path, leash):
     folder = tmp_path / "alone"
     folder.mkdir()
-    make_launcher(swarmui_path=write_program(folder / "SwarmUI", SWARMUI, {"leash": leash.port})).start()
+    ready(make_launcher(swarmui_path=write_program(folder / "SwarmUI", SWARMUI, {"leash": leash.port})))
     assert Path(leash.next().report["folder"]) == folder
 
 
-def test_calls_share_the_start_that_is_in_flight(make_launcher, swarmui_folder, leash):
+def test_any_number_of_callers_wait_for_one_launch_without_a_thread_each(make_launcher, swarmui_folder, leash):
     launcher = make_launcher(swarmui_path=swarmui_folder(delay=0.3))
-    with ThreadPoolExecutor(8) as pool:
-        messages = {call.result().message for call in [pool.submit(launcher.start) for _ in range(8)]}
-    assert messages == {"SwarmUI started successfully"}
+    before = threading.active_count()
+    waiting = [launcher.start() for _ in range(400)]
+    assert threading.active_count() < before + 5
+    assert {future.result(PATIENCE).message for future in waiting} == {"SwarmUI started successfully"}
     leash.next()
     assert leash.count_further() == 0
+
+
+def test_a_caller_that_cancels_leaves_nothing_behind_and_the_others_wait_on(make_launcher, swarmui_folder, leash):
+    launcher = make_launcher(swarmui_path=swarmui_folder(delay=0.3))
+    first, second = launcher.start(), launcher.start()
+    cancelled = weakref.ref(first)
+    assert first.cancel()
+    del first
+    assert cancelled() is None
+    assert second.result(PATIENCE).message == "SwarmUI started successfully"
+    leash.next()
+
+
+def test_an_attempt_goes_on_when_all_who_waited_cancelled(make_launcher, swarmui_folder, leash):
+    launcher = make_launcher(swarmui_path=swarmui_folder(delay=0.3))
+    launcher.start().cancel()
+    held = leash.next()
+    assert ready(launcher).message.startswith("SwarmUI ")
+    assert held.is_alive()
+    assert leash.count_further() == 0
+
+
+def fail_to_start_thread(monkeypatch: pytest.MonkeyPatch, number: int = 0) -> None:
+    """Have the start of one thread fail, after that of so many others."""
+    start, left = threading.Thread.start, iter(range(number + 1))
+
+    def limited(thread: threading.Thread) -> None:
+        if next(left, None) == number:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+
+
+def test_a_thread_that_cannot_be_started_costs_one_start_alone(make_launcher, swarmui_folder, leash, monkeypatch):
+    launcher = make_launcher(swarmui_path=swarmui_folder())
+    fail_to_start_thread(monkeypatch)
+    assert "can't start new thread" in failure(launcher)
+    assert ready(launcher).message == "SwarmUI started successfully"
+    leash.next()
 
 
 def start_swarmui(running: Service) -> tuple[int, str | None, Any]:
@@ -2620,32 +2736,6 @@ def start_swarmui(running: Service) -> tuple[int, str | None, Any]:
         connection.request("POST", "/api/v1/swarmui/start", headers=BEARER)
         answer = connection.getresponse()
         return answer.status, answer.getheader("Retry-After"), json.loads(answer.read())
-
-
-def test_waiting_starts_leave_room_for_other_calls(start_service, swarmui_folder, leash, settings):
-    running = start_service(
-        SWARMUI_PATH=str(swarmui_folder(delay=3600)),
-        SWARMUI_API_URL=settings.swarmui_api_url,
-        SWARMUI_POLL_INTERVAL="0.05",
-    )
-    answers: list[tuple[int, str | None, Any]] = []
-
-    def start() -> None:
-        with contextlib.suppress(OSError, http.client.HTTPException):  # those that wait are cut off with the service
-            answers.append(start_swarmui(running))
-
-    threads = [threading.Thread(target=start, daemon=True) for _ in range(service.WAITING_STARTS + 8)]
-    for thread in threads:
-        thread.start()
-    leash.next()
-    assert all(running.call("GET", "/api/v1/notifications/check")[0] == 200 for _ in range(20))
-    wait_until(lambda: len(answers) == 8)
-    for status, retry_after, answer in answers:  # past the share of those that wait: at once
-        assert (status, answer["success"], "Too many calls wait" in answer["error"]) == (503, False, True)
-        assert int(retry_after) >= 1
-    running.stop()
-    for thread in threads:
-        thread.join(PATIENCE)
 
 
 def test_a_second_launch_within_the_interval_is_a_429(make_app, swarmui_folder, leash):
@@ -2663,7 +2753,7 @@ def test_after_the_interval_it_is_launched_again(make_launcher, swarmui_folder, 
     failure(launcher)
     clock.now += 59.9
     with pytest.raises(service.TooManyRequests):
-        launcher.start()
+        ready(launcher)
     clock.now += 0.1
     failure(launcher)
     leash.next()
@@ -2696,7 +2786,7 @@ def test_a_wrapper_that_ends_with_0_is_waited_for(make_launcher, settings, tmp_p
     server = write_program(tmp_path / "server", SWARMUI, {"leash": leash.port, "delay": 0.3})
     code = "import subprocess; subprocess.Popen([plan['server'], *sys.argv[1:]])"
     wrapper = write_program(tmp_path / "wrapper", code, {"server": str(server)})
-    assert make_launcher(swarmui_path=wrapper).start().message == "SwarmUI started successfully"
+    assert ready(make_launcher(swarmui_path=wrapper)).message == "SwarmUI started successfully"
     leash.next()
 
 
@@ -2731,7 +2821,7 @@ def test_a_port_held_by_something_else_is_told_and_nothing_is_launched(
 ):
     answering(answer)
     message = failure(make_launcher(swarmui_path=swarmui_folder(), health_timeout=0.3))
-    assert "held by something that is not SwarmUI" in message
+    assert "another program than SwarmUI has its port" in message
     assert words in message
     assert leash.count_further() == 0
 
@@ -2753,25 +2843,25 @@ def test_a_probe_ends_in_time_though_bytes_come_one_by_one(settings):
         found = service.probe(dataclasses.replace(settings, health_timeout=0.3))
         sent.set()
         thread.join(PATIENCE)
-    assert (found.ready, found.held) == (False, True)
-    assert "did not answer within 0.3 s" in found.words
+    assert (found.ready, found.occupied) == (False, True)
+    assert "did not answer within 0.3 s" in found.message
 
 
 def test_nobody_at_the_port_is_told_from_somebody(settings):
     assert service.probe(settings) == service.Probe(
-        ready=False, held=False, words=f"nobody answers at {settings.swarmui_api_url}"
+        ready=False, occupied=False, message=f"nobody answers at {settings.swarmui_api_url}"
     )
 
 
 def test_the_token_is_sent_as_a_cookie(make_launcher, swarmui_folder, leash):
     launcher = make_launcher(swarmui_path=swarmui_folder(token="t0k3n"), swarmui_token="t0k3n")
-    assert launcher.start().message == "SwarmUI started successfully"
+    assert ready(launcher).message == "SwarmUI started successfully"
     leash.next()
 
 
 def test_no_proxy_is_asked(make_launcher, swarmui_folder, leash, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    assert make_launcher(swarmui_path=swarmui_folder()).start().message == "SwarmUI started successfully"
+    assert ready(make_launcher(swarmui_path=swarmui_folder())).message == "SwarmUI started successfully"
     leash.next()
 
 
@@ -2786,7 +2876,7 @@ def test_nothing_of_a_request_reaches_the_command_line(make_app, settings, swarm
     [
         (None, "SWARMUI_PATH is not set"),
         ("nowhere", "does not exist"),
-        (".", "holds no launch-"),
+        (".", "has no launch-"),
         ("a file", "cannot be launched"),
     ],
 )
@@ -2821,12 +2911,12 @@ def test_what_swarmui_prints_is_kept_and_swarmui_outlives_the_service(start_serv
 
 def test_closing_the_launcher_ends_a_start_that_waits(make_launcher, swarmui_folder, leash):
     launcher = make_launcher(swarmui_path=swarmui_folder(delay=3600), poll_interval=3600.0, start_timeout=3600.0)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(launcher.start)
-        held = leash.next()
-        launcher.close()
-        with pytest.raises(service.Unavailable):
-            waiting.result(PATIENCE)
+    waiting = launcher.start()
+    held = leash.next()
+    launcher.close()
+    assert isinstance(waiting.exception(timeout=0), service.Unavailable)
+    with pytest.raises(service.Unavailable):
+        launcher.start()
     assert held.is_alive()
 
 
@@ -3801,24 +3891,24 @@ def test_real_answers_fit_what_their_routes_declare(recorded):
     ],
 )
 def test_swarmui_is_told_which_page_to_answer(make_launcher, swarmui_folder, leash, wanted, before, words, after):
-    started = make_launcher(swarmui_path=swarmui_folder(allow_origin=before), swarmui_allow_origin=wanted).start()
+    started = ready(make_launcher(swarmui_path=swarmui_folder(allow_origin=before), swarmui_allow_origin=wanted))
     leash.next()
     assert started == service.Started(f"SwarmUI started successfully{words}", after)
 
 
 def test_a_start_that_finds_swarmui_running_sees_to_it_too(make_launcher, swarmui_folder, leash):
-    make_launcher(swarmui_path=swarmui_folder()).start()
+    ready(make_launcher(swarmui_path=swarmui_folder()))
     leash.next()
-    started = make_launcher(swarmui_allow_origin=PAGE).start()
+    started = ready(make_launcher(swarmui_allow_origin=PAGE))
     assert started == service.Started(f"SwarmUI is already running; it now answers pages of {PAGE}", PAGE)
 
 
 def test_a_swarmui_that_will_not_be_told_is_ready_all_the_same(make_launcher, swarmui_folder, leash):
     """Its `success` proves nothing: what it sends is looked at again."""
-    started = make_launcher(swarmui_path=swarmui_folder(stubborn=True), swarmui_allow_origin=PAGE).start()
+    started = ready(make_launcher(swarmui_path=swarmui_folder(stubborn=True), swarmui_allow_origin=PAGE))
     leash.next()
     assert started.allow_origin is None
-    assert f"would not be told to answer pages of {PAGE}" in started.message
+    assert f"still does not answer pages of {PAGE}" in started.message
 
 
 @pytest.mark.parametrize(("origin", "told"), [(PAGE, True), (TRUSTED, True), (None, False)])
@@ -3863,19 +3953,17 @@ def test_storyarts_own_calls_work_without_a_token(start_service, nvidia_smi, swa
 
 
 # ======================================================================================================
-# The short way
+# The server, in this process
 # ======================================================================================================
 
 
 class Polled:
-    """The service on a store, in this process, and a kept connection to it."""
+    """The service on a store, in this process, and a connection to it that stays open."""
 
-    def __init__(self, served: Serving, parts: service.Services, way: service.ShortWay, long_way: list[str]) -> None:
+    def __init__(self, served: Serving, services: service.Services) -> None:
         self.port = served.port
         self.server = served.server
-        self.parts = parts
-        self.way = way
-        self.long_way = long_way  # the paths of what went that way
+        self.services = services
         self.connection = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], Any]:
@@ -3886,21 +3974,14 @@ class Polled:
         self.connection.sendall("\r\n".join([*lines, f"Content-Length: {len(data)}", "", ""]).encode() + data)
         answer = http.client.HTTPResponse(self.connection, method=method)
         answer.begin()
-        found = answer.status, dict(answer.headers), json.loads(answer.read() or b"null")
-        if headers.get("Connection") == "close":
-            self.connection.close()
-            self.connection = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
-        return found
+        return answer.status, dict(answer.headers), json.loads(answer.read() or b"null")
 
     def close(self) -> None:
         self.connection.close()
 
-    def channels(self) -> list[Any]:
-        """The server's ends of the connections that are open."""
-        kept = list(self.server._map.values())  # the last of them may be in the making, in the loop's thread
-        return [
-            one for one in kept if isinstance(one, service.waitress.channel.HTTPChannel) and hasattr(one, "requests")
-        ]
+    def in_flight(self) -> int:
+        """How many connections wait for a response."""
+        return sum(bool(getattr(one, "requests", [])) for one in self.server._dispatcher.channels())
 
     def check(self, query: str = "") -> list[str]:
         """The ids."""
@@ -3915,26 +3996,12 @@ class Polled:
 
 
 @pytest.fixture
-def poll_service(settings: service.Settings) -> Iterator[Callable[..., Polled]]:
+def poll_service(make_services, serving) -> Iterator[Callable[..., Polled]]:
     with contextlib.ExitStack() as stack:
 
-        def make(store: service.Store, **changed: Any) -> Polled:
-            given = dataclasses.replace(settings, **changed)
-            gpu = service.GpuMonitor(lambda: service.GpuStatus(available=True, memory_total=8192), 3600)
-            swarmui = stack.enter_context(contextlib.closing(service.SwarmUILauncher(given)))
-            parts = service.make_services(given, store, gpu, swarmui)
-            app, long_way = service.create_app(parts), []
-
-            def noted(environ: Any, start_response: Any) -> Any:
-                long_way.append(environ["PATH_INFO"])
-                return app(environ, start_response)
-
-            way = service.ShortWay(parts)
-            served = Serving(noted, given, way)
-            stack.callback(served.stop)
-            made = Polled(served, parts, way, long_way)
-            stack.callback(made.close)
-            return made
+        def make(store: service.Store | None = None, **changed: Any) -> Polled:
+            services = make_services(store, **changed)
+            return stack.enter_context(contextlib.closing(Polled(serving(service.create_app(services)), services)))
 
         yield make
 
@@ -3945,111 +4012,50 @@ def polled(poll_service, store) -> Polled:
     return poll_service(store)
 
 
-POLLS = [
-    pytest.param("/api/v1/gpu/status", id="gpu"),
-    pytest.param("/api/v1/notifications/check", id="check"),
-    pytest.param("/api/v1/notifications/check?type=all&limit=2", id="check with a query"),
-    pytest.param("/api/v1/notifications/check?type=beats_ready", id="check of nothing"),
-    pytest.param(f"/api/v1/session/{T}/prompts-status", id="prompts-status"),
-]
-
-
-@pytest.mark.parametrize("path", POLLS)
-def test_a_poll_has_the_same_answer_on_both_ways_and_takes_no_thread(polled, store, path):
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/health"),
+        ("GET", "/api/v1/gpu/status"),
+        ("GET", "/api/v1/notifications/check?type=all&limit=2"),
+        ("GET", f"/api/v1/session/{T}/prompts-status"),
+        ("GET", f"/api/v1/session/{T}"),
+        ("GET", "/api/v1/session/1"),
+        ("OPTIONS", "/api/v1/gpu/status"),
+        ("DELETE", "/api/v1/gpu/status"),
+        ("GET", "/nothing%FF"),
+    ],
+)
+def test_the_server_and_wsgi_give_the_same_response(polled, store, method, path):
     store.save(T, json.dumps({**make_session(size=1000), "promptMode": "storyart"}).encode(), None)
     for number in range(3):
         add(store, service.draft_notification(PROMPTS, T + number, totalPrompts=number))
-    polled.ask("GET", path)  # once the long way where there is something to be learnt
-    polled.long_way.clear()
-    short = polled.ask("GET", path, Origin=PAGE)
-    assert polled.long_way == []
-    long = polled.ask("GET", path, Origin=PAGE, Connection="close")
-    assert len(polled.long_way) == 1
-    for _, headers, _ in (short, long):
-        assert re.fullmatch(r"[0-9a-f]{16}", headers.pop("X-Request-Id"))
-        assert abs(email.utils.mktime_tz(email.utils.parsedate_tz(headers.pop("Date"))) - time.time()) < 60
-    assert long[1].pop("Connection") == "close"
-    assert short == long
-
-
-def test_what_is_made_and_acknowledged_has_the_same_answers_on_both_ways(polled):
-    def answers(connection: str) -> list[Any]:
-        new = {**NOTIFICATION, "sessionTimestamp": T + len(connection), "totalPrompts": 1}
-        made = [polled.ask("POST", "/api/v1/notifications", new, Connection=connection) for _ in range(2)]
-        id = made[0][2]["id"]
-        assert polled.check() == [id]
-        ack = f"/api/v1/notifications/{id}/ack"
-        acked = [polled.ask("POST", ack, Connection=connection) for _ in range(2)]
-        assert polled.check() == []
-        own = ("id", "notificationId", "sessionTimestamp", "timestamp")
-        return [
-            [status, set(headers) - {"Connection"}, {**body, **{name: None for name in own if name in body}}]
-            for status, headers, body in made + acked
-        ]
-
-    short = answers("keep-alive")
-    assert polled.long_way == []
-    assert answers("close") == short
-    assert len(polled.long_way) == 4
-    assert [status for status, _, _ in short] == [201, 200, 200, 200]
+    status, headers, body = polled.ask(method, path, Origin=PAGE)
+    wsgi = webtest.TestApp(service.create_app(polled.services)).request(
+        path, method=method, headers={**BEARER, "Origin": PAGE}, expect_errors=True
+    )
+    assert (status, body) == (wsgi.status_int, wsgi.json if wsgi.body else None)
+    for given in (headers, wsgi.headers):
+        assert re.fullmatch(r"[0-9a-f]{16}", given.pop("X-Request-Id"))
+    assert abs(email.utils.mktime_tz(email.utils.parsedate_tz(headers.pop("Date"))) - time.time()) < 60
+    headers.pop("Connection", None)
+    assert headers == dict(wsgi.headers)
 
 
 @pytest.mark.parametrize(
-    ("path", "headers", "status"),
-    [
-        pytest.param("/api/v1/notifications/check", {"Authorization": "Bearer wrong"}, 401, id="a wrong token"),
-        pytest.param("/api/v1/notifications/check", {"Host": "evil.example"}, 421, id="a name of another machine"),
-        pytest.param("/api/v1/notifications/check?limit=0", {}, 400, id="a query that does not fit"),
-        pytest.param("/api/v1/session/1/prompts-status", {}, 404, id="no such session"),
-        pytest.param("/api/v1/session/1x/prompts-status", {}, 400, id="no timestamp"),
-    ],
+    ("size", "thread"),
+    [(100, "server"), (service.SMALL_BODY + 1, "pool_"), (service.LARGE_BODY + 1, "large-bodies_")],
 )
-def test_what_is_refused_is_refused_each_time(polled, path, headers, status):
-    assert [polled.ask("GET", path, **headers)[0] for _ in range(3)] == [status] * 3
+def test_a_body_is_read_where_it_delays_nobody(poll_service, monkeypatch, size, thread):
+    polled, parse, seen = poll_service(), service.parse_json, []
 
+    def watched(data: bytes, **options: Any) -> Any:
+        seen.append(threading.current_thread().name)
+        return parse(data, **options)
 
-def test_a_trusted_page_goes_the_short_way_but_not_through_a_proxy(poll_service, sqlite_store):
-    polled = poll_service(sqlite_store, trusted_origins=(PAGE,))
-    page = {"Authorization": "", "Origin": PAGE}
-    assert polled.ask("GET", "/api/v1/gpu/status", **page)[0] == 200
-    assert polled.long_way == []
-    for header in ("X-Forwarded-For", "Forwarded", "Via"):
-        assert polled.ask("GET", "/api/v1/gpu/status", **page, **{header: "192.0.2.7"})[0] == 401
-
-
-def test_an_answer_that_cannot_be_made_closes_its_connection_alone(poll_service, sqlite_store, monkeypatch, caplog):
-    polled = poll_service(sqlite_store)
-    respond, failed = service.ShortWay.respond, []
-
-    def fail_once(*given: Any) -> bytes:
-        if not failed:
-            failed.append(given)
-            raise RuntimeError("a fault of ours")
-        return respond(*given)
-
-    monkeypatch.setattr(service.ShortWay, "respond", fail_once)
-    with pytest.raises((http.client.HTTPException, ConnectionError)):
-        polled.check()
-    assert "a fault of ours" in caplog.text
-    polled.close()
-    polled.connection = socket.create_connection(("127.0.0.1", polled.port), PATIENCE)
-    assert polled.check() == []
-
-
-def test_a_token_without_the_permission_is_a_403_on_the_short_way_too(polled, store):
-    token, _ = service.issue_token(store, "a", ["gpu:read"], 600, service.now_ms())
-    bearer = {"Authorization": f"Bearer {token}"}
-    paths = ["/api/v1/gpu/status", "/api/v1/notifications/check"] * 2
-    assert [polled.ask("GET", path, **bearer)[0] for path in paths] == [200, 403, 200, 403]
-
-
-def test_a_revoked_token_is_a_401_at_the_next_poll(polled, store):
-    token, caller = service.issue_token(store, "a", ["gpu:read"], 600, service.now_ms())
-    bearer = {"Authorization": f"Bearer {token}"}
-    assert [polled.ask("GET", "/api/v1/gpu/status", **bearer)[0] for _ in range(2)] == [200, 200]
-    assert polled.long_way == ["/api/v1/gpu/status"]  # once, to look the token up
-    polled.parts.authenticator.revoke(caller.digest)
-    assert polled.ask("GET", "/api/v1/gpu/status", **bearer)[0] == 401
+    monkeypatch.setattr(service, "parse_json", watched)
+    assert polled.ask("PUT", "/api/v1/session/5", {"scriptText": "x" * size})[0] == 200
+    assert seen[0].startswith(thread)
 
 
 def test_a_change_by_another_instance_is_seen_by_the_next_check(polled, twin):
@@ -4082,34 +4088,14 @@ def test_a_check_finds_those_behind_many_of_another_type(polled, store):
         add(store, draft(BEATS, T + number))
     id = json.loads(add(store, draft())[0])["id"]
     assert [polled.check() for _ in range(4)] == [[id]] * 4
-    polled.long_way.clear()  # by now it looks far enough
-    assert polled.check() == [id]
-    assert polled.long_way == []
-
-
-@pytest.mark.parametrize("query", ["", "?type=all&limit=1000"])
-def test_checks_of_one_moment_that_must_look_further_are_all_told_the_whole(polled, store, query):
-    """The first of them makes the next look go further; what was read so far is no more for that."""
-    for number in range(150):
-        add(store, draft(BEATS, T + number))
-    add(store, draft())
-    way = service.ShortWay(polled.parts)
-    (route,) = [route for route in service.ROUTES if route.handler is service.notifications_check]
-    asked = service.read_query({"QUERY_STRING": query[1:]}, route.query)
-    shorts = [service.Short(route, {}, service.Request(None, None, {}, asked)) for _ in range(3)]
-    told = [way.look(shorts) for _ in range(3)]
-    whole = len(json.loads(told[2][0].body)["notifications"])
-    assert whole == (1 if query == "" else 151)
-    found = {len(json.loads(answer.body)["notifications"]) for answers in told for answer in answers if answer}
-    assert found == {whole}
 
 
 LONGER = json.dumps(episode(READY_BEAT, {}))
 UNREADY, READY = (json.dumps(episode({"prompts": {"cinematic": text}})).encode() for text in (" ", "x"))
 
 
-def test_a_save_of_the_same_length_by_another_instance_is_seen_by_the_next_poll(polled, store, twin):
-    """Even within one millisecond, by the clock that both see."""
+def test_a_save_by_another_instance_is_seen_by_the_next_poll(polled, store, twin):
+    """Even of the same length and within one millisecond, by the clock that both see."""
     assert len(UNREADY) == len(READY)
     store.save(T, UNREADY, None)
     assert [polled.is_ready(), polled.is_ready()] == [False, False]
@@ -4120,49 +4106,14 @@ def test_a_save_of_the_same_length_by_another_instance_is_seen_by_the_next_poll(
 @pytest.mark.parametrize("key", ["session:{}", "storyart:session:{}"])
 def test_what_another_program_writes_is_seen_by_the_next_poll(poll_service, redis_store, other_program, key):
     polled = poll_service(redis_store)
-    other_program.set(key.format(T), READY)
-    assert [polled.is_ready(), polled.is_ready()] == [True, True]
-    other_program.set(key.format(T), LONGER)
-    assert [polled.is_ready(), polled.is_ready()] == [False, False]
+    for document, ready in [(READY, True), (UNREADY, False), (READY, True), (LONGER, False)]:
+        other_program.set(key.format(T), document)
+        assert [polled.is_ready(), polled.is_ready()] == [ready, ready]
     other_program.delete(key.format(T))
     assert polled.ask("GET", f"/api/v1/session/{T}/prompts-status")[0] == 404
 
 
-def test_a_document_replaced_by_one_of_the_same_length_is_read_within_a_second_by_one_of_all(
-    redis_store, other_program
-):
-    clock = Clock(0.0)
-    sessions = service.Sessions(redis_store, clock)
-    other_program.set(f"session:{T}", UNREADY)
-    assert sessions.find(T)[1].progress.ready is False
-    other_program.set(f"session:{T}", READY)
-    (state,) = redis_store.glance(0, (), [T]).sessions
-    seen = []
-    for clock.now in (0.5, 0.85, 0.86, 0.96):
-        seen.append(sessions.known(T, state) is not None)
-    assert seen == [True, False, True, False]  # the second went to read it; past the limit nobody is told the old
-    assert sessions.find(T)[1].progress.ready is True
-    assert sessions.known(T, state).facts.progress.ready is True
-
-
-@pytest.mark.parametrize(("quick", "ways"), [(1_000_000, 0), (10, 1)], ids=["small", "large"])
-def test_a_document_that_is_due_to_be_read_again_is_read(
-    poll_service, redis_store, other_program, monkeypatch, quick, ways
-):
-    """A small one by the thread that looks, another by one of its own."""
-    polled = poll_service(redis_store)
-    other_program.set(f"session:{T}", UNREADY)
-    assert polled.is_ready() is False
-    monkeypatch.setattr(service.Sessions, "FRESH", 0.0)
-    monkeypatch.setattr(service.Sessions, "LIMIT", 0.0)
-    monkeypatch.setattr(service.Sessions, "QUICK", quick)
-    polled.long_way.clear()
-    other_program.set(f"session:{T}", READY)
-    assert polled.is_ready() is True
-    assert len(polled.long_way) == ways
-
-
-def test_a_session_that_is_found_ready_on_the_short_way_is_announced_once(poll_service, redis_store, other_program):
+def test_a_session_that_a_poll_finds_ready_is_announced_once(poll_service, redis_store, other_program):
     polled = poll_service(redis_store)
     document = {**make_session(size=1000, prompts=0), "timestamp": T}
     redis_store.save(T, json.dumps(document).encode(), None)
@@ -4186,122 +4137,104 @@ def test_an_announcement_that_failed_is_due_at_the_very_next_poll(polled, store,
     assert len(polled.check()) == 1
 
 
-def test_an_unchanged_session_is_neither_fetched_nor_read_again(polled, store, monkeypatch):
-    store.save(T, READY, None)
-    polled.is_ready()
-    for verb in ("session", "sessions"):
-        monkeypatch.setattr(store, verb, None)
-    assert polled.is_ready() is True
+@pytest.mark.parametrize(
+    ("path", "verb"),
+    [
+        pytest.param("/api/v1/notifications/check", "snapshot", id="check"),
+        pytest.param(f"/api/v1/session/{T}/prompts-status", "read_sessions", id="prompts-status"),
+    ],
+)
+def test_all_that_ask_while_the_store_is_read_share_the_next_read(poll_service, sqlite_store, monkeypatch, path, verb):
+    polled, reads, go_on = poll_service(sqlite_store), [], threading.Event()
+    sqlite_store.save(T, READY, None)
+    read = getattr(sqlite_store, verb)
+
+    def slow(*given: Any) -> Any:
+        reads.append(given)
+        assert go_on.wait(PATIENCE)
+        return read(*given)
+
+    monkeypatch.setattr(sqlite_store, verb, slow)
+    clients = [http.client.HTTPConnection("127.0.0.1", polled.port, timeout=PATIENCE) for _ in range(20)]
+    for client in clients:
+        client.request("GET", path, headers=BEARER)
+    wait_until(lambda: polled.in_flight() == 20)
+    go_on.set()
+    assert {client.getresponse().status for client in clients} == {200}
+    for client in clients:
+        client.close()
+    assert len(reads) <= 3
 
 
-def test_a_document_that_was_read_before_is_known_by_its_digest(store, monkeypatch):
-    sessions = service.Sessions(store)
-    store.save(T, READY, None)
-    store.save(T + 1, READY, None)
-    assert sessions.find(T)[1].progress.ready is True
-    monkeypatch.setattr(service, "read_session", None)
-    assert sessions.find(T + 1)[1].progress.ready is True
+@pytest.mark.parametrize("name", ["checks", "progress", "writes"])
+def test_a_step_that_fails_is_a_500_and_the_next_is_answered(poll_service, monkeypatch, name):
+    polled = poll_service()
+    batcher = getattr(polled.services, name)
+    step, failures = batcher._step, [RuntimeError("a fault of ours")]
+
+    def fail_once(questions: list[Any]) -> Any:
+        if failures:
+            raise failures.pop()
+        return step(questions)
+
+    monkeypatch.setattr(batcher, "_step", fail_once)
+    new = {**NOTIFICATION, "totalPrompts": 1}
+    method, path, good = {
+        "checks": ("GET", "/api/v1/notifications/check", 200),
+        "progress": ("GET", f"/api/v1/session/{T}/prompts-status", 404),
+        "writes": ("POST", "/api/v1/notifications", 201),
+    }[name]
+    assert [polled.ask(method, path, new)[0] for _ in range(2)] == [500, good]
 
 
-def test_what_is_known_of_sessions_and_requests_is_bounded(polled, store, monkeypatch):
-    monkeypatch.setattr(service.Sessions, "KEPT", 3)
-    monkeypatch.setattr(service.ShortWay, "KEPT", 3)
-    for number in range(6):
-        store.save(T + number, json.dumps({**json.loads(READY), "number": number}).encode(), None)
-        assert polled.is_ready(T + number) is True
-    sessions = polled.parts.sessions
-    assert [len(sessions._known), len(sessions._facts)] == [3, 3]
-    assert [polled.is_ready(T + number) for number in range(6)] == [True] * 6
+def test_a_pending_set_of_another_type_fails_no_prompts_status(poll_service, redis_store, other_program):
+    other_program.set("notifications:pending", "of another program")
+    polled = poll_service(redis_store)
+    redis_store.save(T, READY, None)
+    calls = [("check", 503), (f"session/{T}/prompts-status", 200)] * 10
+    paths = [path if path != "check" else "notifications/check" for path, _ in calls]
+    head = f"Host: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
+    clients = [send_request(polled.port, f"GET /api/v1/{path} HTTP/1.1\r\n{head}") for path in paths]
+    assert [answer_of(client)[0] for client in clients] == [status for _, status in calls]
+    for client in clients:
+        client.close()
 
 
-def test_only_polls_are_remembered(polled, store):
-    store.save(T, READY, None)
-    body = {"scriptText": "x" * 5000}
-    for number in range(5):
-        assert polled.ask("PUT", f"/api/v1/session/{number}", body)[0] == 200
-        assert polled.ask("GET", f"/api/v1/session/{number}")[0] == 200
-        assert polled.ask("POST", f"/api/v1/notifications/nobody{number}/ack")[0] == 404
-    polled.check()
-    assert [key[1].split()[1] for key in polled.way._read] == [b"/api/v1/notifications/check"]
+def test_60_gets_at_once_of_a_large_session_are_all_answered(poll_service, redis_store):
+    polled = poll_service(redis_store)
+    redis_store.save(T, json.dumps(make_session()).encode(), None)
+    clients = [send_request(polled.port, request_of("GET", f"/api/v1/session/{T}")) for _ in range(60)]
+    assert {answer_of(client)[0] for client in clients} == {200}
+    for client in clients:
+        client.close()
 
 
-def test_a_create_waits_once_for_a_database_that_another_process_holds(poll_service, sqlite_store, monkeypatch):
-    polled = poll_service(sqlite_store)
-    sqlite_store._writer.execute("PRAGMA busy_timeout = 300")
-    with contextlib.closing(sqlite3.connect(sqlite_store.place, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        began = time.monotonic()
-        status, headers, answer = polled.ask("POST", "/api/v1/notifications", {**NOTIFICATION, "totalPrompts": 1})
-        waited = time.monotonic() - began
-    assert (status, headers["Retry-After"], list(answer)) == (503, "1", ["error"])
-    assert waited < 0.6
-    assert polled.long_way == []
+def test_who_finds_no_free_thread_in_time_is_told_to_come_back(poll_service, monkeypatch):
+    monkeypatch.setattr(service, "POOL_TIMEOUT", 0.0)
+    status, headers, answer = poll_service().ask("GET", "/api/v1/session/latest")
+    assert (status, headers["Retry-After"], answer["success"]) == (503, "1", False)
 
 
-def test_a_poll_while_redis_is_away_is_a_503_in_its_own_shape(poll_service, forwarder):
-    with contextlib.closing(service.RedisStore(forwarder.url)) as store:
-        polled = poll_service(store)
-        assert polled.check() == []
-        forwarder.cut()
-        for path, shape in (
-            ("/api/v1/notifications/check", {}),
-            (f"/api/v1/session/{T}/prompts-status", {"promptsReady": False}),
-        ):
-            status, headers, answer = polled.ask("GET", path)
-            assert (status, headers["Retry-After"], {**answer, "error": 0}) == (503, "1", {**shape, "error": 0})
+def test_a_thread_that_cannot_be_started_fails_one_request_alone(poll_service, monkeypatch):
+    polled, start, failures = poll_service(), threading.Thread.start, [RuntimeError("can't start new thread")]
+
+    def fail_once(thread: threading.Thread) -> None:
+        if failures:
+            raise failures.pop()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail_once)
+    assert [polled.ask("GET", "/api/v1/session/5")[0] for _ in range(2)] == [500, 404]
 
 
 @pytest.mark.parametrize("uri", ["http://[/x", "http://[::1/api/v1/gpu/status"])
-def test_a_uri_that_cannot_be_split_is_a_400(polled, uri):
-    (answer,) = raw_answers(polled.port, f"GET {uri} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+def test_a_uri_that_cannot_be_split_is_a_400(poll_service, uri):
+    (answer,) = raw_answers(poll_service().port, f"GET {uri} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     assert answer["status"] == 400
 
 
-def test_while_a_thread_answers_the_loop_does_not_wait_for_its_lock(serving):
-    """It would turn without end, and keep Python's own lock from the thread."""
-    entered, leave = threading.Event(), threading.Event()
-
-    def app(environ: Any, start_response: Any) -> list[bytes]:
-        entered.set()
-        assert leave.wait(PATIENCE)
-        start_response("200 OK", [("Content-Length", "0")])
-        return [b""]
-
-    served = serving(app)
-    with socket.create_connection(("127.0.0.1", served.port), PATIENCE) as client:
-        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert entered.wait(PATIENCE)
-        (channel,) = [
-            one for one in served.server._map.values() if isinstance(one, service.waitress.channel.HTTPChannel)
-        ]
-        wanted = []
-        for channel.total_outbufs_len in (1, 1 << 20, 1 << 30, 0):  # past the last but one the thread waits for us
-            wanted.append(bool(channel.writable()))
-        leave.set()
-        assert client.recv(100).startswith(b"HTTP/1.1 200")
-    assert wanted == [False, False, True, False]
-
-
-def test_a_session_with_an_enormous_title_is_not_kept_in_memory(polled, store):
-    document = {**json.loads(READY), "storyUuid": "u" * 30_000}
-    store.save(T, json.dumps(document).encode(), None)
-    assert [polled.is_ready() for _ in range(2)] == [True, True]
-    assert len(polled.ask("GET", "/api/v1/session/list")[2]["sessions"][0]["storyUuid"]) == 30_000
-    assert polled.parts.sessions._known == polled.parts.sessions._facts == {}
-
-
-@pytest.mark.parametrize("text", [b"[" + b"1," * 100_000, b'{"analyzedEpisode": "' + b"x" * 100_000 + b'"}'])
-def test_what_is_wrong_with_a_document_does_not_keep_it_in_memory(store, text):
-    sessions = service.Sessions(store)
-    store.save(T, text, None)
-    _, facts = sessions.find(T)
-    fault = facts.fault or facts.progress
-    assert isinstance(fault, service.NotASession)
-    assert (fault.__context__, fault.__cause__, fault.__traceback__) == (None, None, None)
-
-
 def raw_answers(port: int, *requests: bytes) -> list[dict[str, Any]]:
-    """The JSON of as many answers as requests, sent in one go."""
+    """Status and JSON of what is answered to requests that are sent in one go."""
     with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
         client.sendall(b"".join(requests))
         found = []
@@ -4313,121 +4246,87 @@ def raw_answers(port: int, *requests: bytes) -> list[dict[str, Any]]:
         return found
 
 
-def test_polls_that_come_together_are_answered_in_their_order(polled, store):
+def test_requests_that_come_together_are_answered_in_their_order(polled, store):
     store.save(T, READY, None)
     head = f"Host: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
-    paths = ["/api/v1/notifications/check", f"/api/v1/session/{T}/prompts-status", "/api/v1/gpu/status"] * 2
+    paths = ["/api/v1/notifications/check", f"/api/v1/session/{T}/prompts-status", f"/api/v1/session/{T}"] * 10
     answers = raw_answers(polled.port, *[f"GET {path} HTTP/1.1\r\n{head}".encode() for path in paths])
-    assert [one["status"] for one in answers] == [200] * 6
-    assert ["notifications" in answers[n] and "promptsReady" in answers[n + 1] for n in (0, 3)] == [True, True]
+    assert {one["status"] for one in answers} == {200}
+    kinds = ["notifications" if "notifications" in one else "data" if "data" in one else "prompts" for one in answers]
+    assert kinds == ["notifications", "prompts", "data"] * 10
 
 
-def test_a_client_that_leaves_or_sends_more_while_it_waits_harms_nobody(poll_service, redis_url, forwarder):
+def test_large_responses_to_requests_that_come_together_come_whole(poll_service):
+    polled = poll_service()
+    assert polled.ask("PUT", "/api/v1/session/5", LARGE)[0] == 200
+    answers = raw_answers(polled.port, *[request_of("GET", "/api/v1/session/5").encode()] * 4)
+    assert [answer["data"] == {**LARGE, "timestamp": 5} for answer in answers] == [True] * 4
+
+
+def test_400_starts_wait_without_a_thread_each_and_nothing_is_kept_of_who_left(
+    poll_service, swarmui_folder, leash, settings
+):
+    polled = poll_service(swarmui_path=swarmui_folder(delay=3600), start_timeout=3600.0)
+    start = request_of("POST", "/api/v1/swarmui/start", "Content-Length: 0")
+    clients = [send_request(polled.port, start)]
+    leash.next()
+    threads = threading.active_count()
+    clients += [send_request(polled.port, start) for _ in range(399)]
+    wait_until(lambda: polled.in_flight() == 400)
+    assert threading.active_count() == threads
+    assert [polled.check() for _ in range(20)] == [[]] * 20
+    for client in clients:
+        client.close()
+    wait_until(lambda: polled.in_flight() == 0)
+    wait_until(lambda: len(polled.server._dispatcher.channels()) == 1)
+    assert [polled.check() for _ in range(20)] == [[]] * 20
+
+
+def test_who_leaves_while_waiting_harms_nobody(poll_service, forwarder):
     with contextlib.closing(service.RedisStore(forwarder.url)) as store:
         polled = poll_service(store)
         assert polled.check() == []
         forwarder.hang()
-        head = f"Host: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
-        poll = f"GET /api/v1/notifications/check HTTP/1.1\r\n{head}".encode()
-        clients = [socket.create_connection(("127.0.0.1", polled.port), PATIENCE) for _ in range(2)]
+        clients = [send_request(polled.port, POLL) for _ in range(2)]
         with clients[0] as leaves, clients[1] as stays:
-            for client in clients:
-                client.sendall(poll)
-            wait_until(lambda: sum(bool(one.requests) for one in polled.channels()) == 2)
+            wait_until(lambda: polled.in_flight() == 2)
             leaves.close()
-            stays.sendall(poll)
-            watched = polled.server._map._selector.get_map()
-            wait_until(lambda: sum(one._fileno in watched for one in polled.channels()) == 1)
+            stays.sendall(POLL.encode())
+            wait_until(lambda: polled.in_flight() == 1)
             forwarder.mend()
-            with stays.makefile("rb") as stream:
-                for _ in range(2):
-                    assert stream.readline().startswith(b"HTTP/1.1 200")
-                    stream.read(int(http.client.parse_headers(stream)["Content-Length"]))
+            assert [answer_of(stays)[0] for _ in range(2)] == [200, 200]
         assert polled.check() == []
 
 
-def test_all_that_ask_while_the_store_is_looked_at_are_told_by_one_look_more(poll_service, sqlite_store, monkeypatch):
-    polled, looks, go_on = poll_service(sqlite_store), [], threading.Event()
-    glance = sqlite_store.glance
+def test_a_response_that_cannot_be_sent_closes_its_connection_alone(poll_service, monkeypatch, caplog):
+    polled, log_request = poll_service(), service.log_request
+    failures = [RuntimeError("a fault of ours")]
 
-    def slow_glance(*given: Any) -> Any:
-        looks.append(given)
-        assert go_on.wait(PATIENCE)
-        return glance(*given)
+    def fail_once(*given: Any) -> None:
+        if failures:
+            raise failures.pop()
+        log_request(*given)
 
-    monkeypatch.setattr(sqlite_store, "glance", slow_glance)
-    clients = [http.client.HTTPConnection("127.0.0.1", polled.port, timeout=PATIENCE) for _ in range(20)]
-    for client in clients:
-        client.request("GET", "/api/v1/notifications/check", headers=BEARER)
-    wait_until(lambda: sum(bool(one.requests) for one in polled.channels()) == 20)
-    go_on.set()
-    assert {client.getresponse().status for client in clients} == {200}
-    for client in clients:
-        client.close()
-    assert len(looks) <= 3 and polled.long_way == []
-
-
-@pytest.mark.parametrize("verb", ["look", "write"])
-def test_what_fails_on_the_short_way_goes_the_long_one(polled, monkeypatch, verb, caplog):
-    def fail(*given: Any) -> None:
-        raise RuntimeError("a fault of ours")
-
-    monkeypatch.setattr(service.ShortWay, verb, fail)
-    new = {**NOTIFICATION, "totalPrompts": 1}
-    assert polled.ask("POST", "/api/v1/notifications", new)[0] == 201
-    assert len(polled.check()) == 1
+    monkeypatch.setattr(service, "log_request", fail_once)
+    with send_request(polled.port, POLL) as client, contextlib.suppress(ConnectionError):
+        assert client.recv(1) == b""
     assert "a fault of ours" in caplog.text
+    assert polled.check() == []
 
 
-def test_many_writers_share_one_commit(sqlite_store):
-    statements: list[str] = []
-    sqlite_store._writer.set_trace_callback(statements.append)
-    with sqlite_store._writer_lock:  # somebody commits
-        pool = ThreadPoolExecutor(8)
-        written = [pool.submit(sqlite_store.save, T + number, b"{}", None) for number in range(8)]
-        wait_until(lambda: len(sqlite_store._waiting) == 8)
-    with pool:
-        assert [one.result(PATIENCE) for one in written] == [True] * 8
-    assert statements.count("COMMIT") == 1
-    assert len(list(sqlite_store.sessions())) == 8
-
-
-def test_a_change_that_fails_takes_no_other_with_it(sqlite_store):
-    def bad_member(time: int) -> bytes:
-        raise RuntimeError("no member")
-
-    with sqlite_store._writer_lock:
-        pool = ThreadPoolExecutor(3)
-        written = [
-            pool.submit(sqlite_store.save, T + number, b"{}", service.Draft(PROMPTS, T, bad_member) if number else None)
-            for number in (0, 1, 2)
-        ]
-        wait_until(lambda: len(sqlite_store._waiting) == 3)
-    with pool:
-        assert [type(one.exception(PATIENCE)) for one in written] == [type(None), RuntimeError, RuntimeError]
-    assert [one.timestamp for one in sqlite_store.sessions()] == [T]
-
-
-def test_a_writer_that_waits_too_long_has_changed_nothing(sqlite_store, monkeypatch):
-    monkeypatch.setattr(service.SqliteStore, "WAIT", 0.05)
-    with sqlite_store._writer_lock, pytest.raises(service.Unavailable):
-        sqlite_store.save(T, b"{}", None)
-    sqlite_store.save(T + 1, b"{}", None)
-    assert [one.timestamp for one in sqlite_store.sessions()] == [T + 1]
-
-
-def test_what_is_used_below_the_public_surface_of_the_libraries_is_there():
-    """Where this fails after an update: look at "Redis: connections" and "Server: connections"."""
-    connection = redis.Connection(host="127.0.0.1", port=1)
-    assert connection._sock is None
-    assert [callable(getattr(connection, name)) for name in ("_connect", "send_packed_command")] == [True, True]
-    assert connection.socket_connect_timeout > 0
+def test_what_the_server_rests_on_below_waitresss_documentation_is_there():
+    """Where this fails after an update: look at "Server: below waitress's documentation"."""
+    for names, reason in service.WAITRESS_NAMES.items():
+        for name in names.split():
+            module, *attributes = name.split(".")
+            found = importlib.import_module(f"waitress.{module}")
+            for attribute in attributes:
+                found = getattr(found, attribute, None)
+                assert found is not None or attribute in ("request", "error"), f"{name}: {reason}"
+    create = inspect.signature(service.waitress.server.create_server).parameters
+    assert {"map", "_dispatcher"} <= set(create), service.WAITRESS_NAMES["server.create_server server.BaseWSGIServer"]
     channel = service.waitress.channel.HTTPChannel
-    for name in ("readable", "writable", "received", "write_soon", "send", "handle_close", "service"):
-        assert callable(getattr(channel, name)), name
-    assert (channel.request, channel.total_outbufs_len) == (None, 0)
-    assert "_dispatcher" in inspect.signature(service.waitress.server.create_server).parameters
-    assert [callable(getattr(service.waitress.wasyncore, name)) for name in ("read", "write")] == [True, True]
+    assert (channel.request, channel.total_outbufs_len, channel.close_when_flushed) == (None, 0, False)
 
 
 # ======================================================================================================
@@ -5514,14 +5413,14 @@ def test_an_executable_that_ends_at_once_is_told(make_launcher, tmp_path, leash,
 
 def test_a_swarmui_that_its_script_starts_again_is_waited_for(make_launcher, swarmui_folder, tmp_path, leash):
     folder = swarmui_folder(exit=42, once=str(tmp_path / "once"))
-    assert make_launcher(swarmui_path=folder).start().message == "SwarmUI started successfully"
+    assert ready(make_launcher(swarmui_path=folder)).message == "SwarmUI started successfully"
     assert leash.next().has_ended()
     assert leash.next().is_alive()
 
 
 def test_a_swarmui_that_prints_100_mb_starts(make_launcher, swarmui_folder, settings, nothing_left):
     launcher = make_launcher(swarmui_path=swarmui_folder(flood=100))
-    assert launcher.start().message == "SwarmUI started successfully"
+    assert ready(launcher).message == "SwarmUI started successfully"
     assert (settings.data_dir / "swarmui.log").stat().st_size >= 100_000_000
     nothing_left()
 
@@ -5579,7 +5478,7 @@ def test_a_swarmui_that_comes_just_before_the_end_of_its_time_is_ready(make_laun
         swarmui_path=swarmui_folder(delay=0.05), poll_interval=PATIENCE, health_timeout=3600.0, **SLOW_START
     )
     began = time.monotonic()
-    assert launcher.start().message == "SwarmUI started successfully"
+    assert ready(launcher).message == "SwarmUI started successfully"
     assert time.monotonic() - began < SLOW_START["start_timeout"] + IN_TIME
     nothing_left()
 
@@ -5595,10 +5494,10 @@ def test_a_swarmui_killed_while_it_starts_is_told_at_once(make_launcher, swarmui
 
 def test_a_swarmui_that_ends_after_its_start_is_seen_and_launched_again(make_launcher, swarmui_folder, leash):
     launcher = make_launcher(swarmui_path=swarmui_folder(), start_interval=0.0)
-    launcher.start()
+    ready(launcher)
     os.kill(leash.next().report["pid"], signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
     wait_until(lambda: not zombies() and "swarmui-watch" not in {thread.name for thread in threading.enumerate()})
-    assert launcher.start().message == "SwarmUI started successfully"
+    assert ready(launcher).message == "SwarmUI started successfully"
     assert leash.next().is_alive()
 
 
@@ -5637,7 +5536,7 @@ def test_a_swarmui_that_still_starts_when_the_service_does_is_not_launched_twice
 )
 def test_what_was_kept_of_an_ended_swarmui_holds_up_no_launch(make_launcher, settings, swarmui_folder, leash, kept):
     (settings.data_dir / "swarmui.json").write_text(json.dumps(kept))
-    assert make_launcher(swarmui_path=swarmui_folder()).start().message == "SwarmUI started successfully"
+    assert ready(make_launcher(swarmui_path=swarmui_folder())).message == "SwarmUI started successfully"
     assert leash.next().is_alive()
 
 
@@ -6527,7 +6426,7 @@ def test_check_warns_of_what_is_not_there_yet(run_module):
         pytest.param("REDIS_PORT", str(free_port()), "store", "REDIS_PORT", id="Redis does not answer"),
         pytest.param("STORYTELLER_DATA_DIR", "a file", "store", "set STORYTELLER_DATA_DIR", id="data folder"),
         pytest.param("SWARMUI_PATH", "nowhere", "SWARMUI_PATH", "does not exist: set it", id="SWARMUI_PATH not there"),
-        pytest.param("SWARMUI_PATH", ".", "SWARMUI_PATH", "holds no launch-", id="SWARMUI_PATH another folder"),
+        pytest.param("SWARMUI_PATH", ".", "SWARMUI_PATH", "has no launch-", id="SWARMUI_PATH another folder"),
         pytest.param("STORYTELLER_PORT", "held port", "port", "set STORYTELLER_PORT", id="port held"),
     ],
 )
