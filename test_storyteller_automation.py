@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import dataclasses
 import email.utils
-import functools
 import http.client
 import http.server
 import importlib
