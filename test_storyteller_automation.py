@@ -4445,6 +4445,19 @@ def test_who_reads_slowly_but_steadily_gets_it_whole(serving, make_app, monkeypa
         assert taken == size
 
 
+@pytest.mark.slow
+def test_who_sends_slowly_but_steadily_is_heard_to_the_end(serving, make_app, monkeypatch):
+    """However long it takes: here several times the limit, at a rate above the slowest that is allowed."""
+    monkeypatch.setattr(service, "REQUEST_TIMEOUT", 0.5)
+    body, pause = json.dumps({"scriptText": "x" * 30_000}).encode(), threading.Event()
+    head = request_of("PUT", "/api/v1/session/5", "Content-Type: application/json", f"Content-Length: {len(body)}")
+    with send_request(serving(make_app().app).port, head) as client:
+        for start in range(0, len(body), 1000):
+            client.sendall(body[start : start + 1000])
+            pause.wait(0.1)
+        assert answer_of(client)[0] == 200
+
+
 def test_a_connection_that_is_idle_for_too_long_is_ended(serving, make_app, monkeypatch):
     monkeypatch.setattr(service, "KEEPALIVE_TIMEOUT", 0.2)
     with send_request(serving(make_app().app).port, POLL) as client:
@@ -4480,6 +4493,23 @@ def test_connections_that_never_say_a_word_let_a_poll_in(start_service, change_m
         assert running.call("GET", "/api/v1/notifications/check")[0] == 200
     finally:
         for client in silent:
+            client.close()
+
+
+def test_half_sent_requests_make_room_oldest_first_but_not_for_their_own_arrival(start_service, change_module):
+    """A newcomer is answered, and what has just begun goes on."""
+    change_module(CONNECTIONS=20)
+    running = start_service()
+    half_sent = [send_request(running.port, POLL[:-2]) for _ in range(100)]
+    try:
+        assert running.call("GET", "/api/v1/notifications/check")[0] == 200
+        with send_request(running.port, POLL[:-2]) as newest:
+            assert running.call("GET", "/api/v1/notifications/check")[0] == 200
+            newest.sendall(b"\r\n")
+            assert answer_of(newest)[0] == 200
+        assert is_cut_off(half_sent[0])
+    finally:
+        for client in half_sent:
             client.close()
 
 
@@ -5674,6 +5704,36 @@ def test_told_to_stop_it_answers_new_requests_on_kept_connections_503(stopping):
         assert int(answer.getheader("Retry-After")) >= 1
     stopping.release()
     assert stopping.running.process.wait(PATIENCE) == 0
+
+
+def upload(port: int) -> tuple[socket.socket, bytes]:
+    """A connection on which half of a session was sent, and the rest."""
+    body = json.dumps(SESSION).encode()
+    head = request_of("PUT", "/api/v1/session/5", "Content-Type: application/json", f"Content-Length: {len(body)}")
+    return send_request(port, head + body[:9].decode()), body[9:]
+
+
+def test_told_to_stop_it_takes_an_upload_that_has_begun(start_service, change_module):
+    change_module(GRACE=PATIENCE)
+    running = start_service()
+    client, rest = upload(running.port)
+    with client:
+        assert running.call("GET", "/health")[0] == 200  # so that those bytes were read
+        running.press_ctrl_c()
+        wait_until(lambda: not can_connect(running.port))
+        client.sendall(rest)
+        assert answer_of(client)[0] == 200
+    assert running.process.wait(PATIENCE) == 0
+
+
+def test_an_upload_that_stalls_delays_the_end_by_the_grace_alone(start_service, change_module):
+    change_module(GRACE=0.2)
+    running = start_service()
+    with upload(running.port)[0]:
+        assert running.call("GET", "/health")[0] == 200
+        running.press_ctrl_c()
+        assert running.process.wait(PATIENCE) == 0
+    assert has_ended_in_order(running.folder)
 
 
 @contextlib.contextmanager
