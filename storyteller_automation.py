@@ -99,6 +99,23 @@ class SettingError(Exception):
     """A setting that cannot be used: one sentence that names it and says what was expected."""
 
 
+def _matching(pattern: str, expected: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(expected)
+        return text
+
+    return read
+
+
+_host = _matching(r"[A-Za-z0-9._:%-]{1,253}", "a host name or an IP address")
+_token = _matching(r"[!-+\--~]{16,1024}", "16 to 1024 printable ASCII characters without spaces or commas")
+_cookie = _matching(
+    r"[!#-+\--:<-\[\]-~]{1,4096}",
+    "a cookie's value: printable ASCII without spaces, quotes, commas, semicolons, backslashes",
+)
+
+
 def _whole(low: int, high: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
@@ -126,12 +143,6 @@ def _positive_seconds(text: str) -> float:
     return seconds
 
 
-def _host(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._:%-]{1,253}", text):
-        raise ValueError("a host name or an IP address")
-    return text
-
-
 def _path(text: str) -> Path:
     """Relative to this module: a relative path in .env must mean one folder, wherever the start came from."""
     try:
@@ -147,18 +158,6 @@ def _path(text: str) -> Path:
 def _program(text: str) -> str:
     """A bare name is looked up on PATH; anything with a folder in it is a path."""
     return text if os.path.basename(text) == text else str(_path(text))
-
-
-def _token(text: str) -> str:
-    if not re.fullmatch(r"[!-+\--~]{16,1024}", text):
-        raise ValueError("16 to 1024 printable ASCII characters without spaces or commas")
-    return text
-
-
-def _cookie(text: str) -> str:
-    if not re.fullmatch(r"[!#-+\--:<-\[\]-~]{1,4096}", text):
-        raise ValueError("a cookie's value: printable ASCII without spaces, quotes, commas, semicolons, backslashes")
-    return text
 
 
 def _redis_url(text: str) -> str:
@@ -296,10 +295,7 @@ class Settings:
         "SWARMUI_TOKEN", None, _cookie, "sent to SwarmUI as the cookie swarm_token", secret=True
     )
     swarmui_allow_origin: str | None = _option(
-        "SWARMUI_ALLOW_ORIGIN",
-        None,
-        _origin_or_all,
-        "origin of the page that SwarmUI shall answer; * is every page",
+        "SWARMUI_ALLOW_ORIGIN", None, _origin_or_all, "origin of the page that SwarmUI shall answer; * is every page"
     )
     start_timeout: float = _option(
         "SWARMUI_START_TIMEOUT", 30.0, _positive_seconds, "seconds that a start waits for SwarmUI to answer"
