@@ -3,7 +3,7 @@
 #
 #   ./run.sh                  start the service
 #   ./run.sh test [...]       run the tests (further arguments go to pytest)
-#   ./run.sh check            the doctor; any other arguments go to the service as well
+#   ./run.sh check            checks everything once; any other arguments go to the service as well
 set -eu
 
 # The folder of this script, also when it was called through a link or from another folder.

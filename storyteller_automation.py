@@ -1,31 +1,30 @@
 """StoryTeller automation: the service that joins StoryArt, StorySwarm and SwarmUI on the render PC.
 
-It says whether the GPU is free, starts SwarmUI and waits until it answers, hands notifications from one
-program to the other until they are acknowledged, and says when a session's prompts are complete. One
-process under waitress; sessions and notifications live in Redis, or in SQLite where no Redis is named.
+It reports whether the GPU is free, starts SwarmUI and waits until it answers, passes notifications from one
+program to the other until they are acknowledged, and reports when a session's prompts are complete. One
+process under waitress; sessions and notifications are stored in Redis, or in SQLite when no Redis is set.
 
-The rooms of this file, each under a banner, each knowing only those above it:
+The sections of this file, each under a banner, each depending only on those above it:
 
-    settings                    one table: name, default, how it is read, what it means
-    errors                      the exceptions that mean an answer, each with its status
-    values                      JSON that is strict, times, whole numbers
-    this system                 what differs between Windows, Linux and macOS: files, sockets, the console; processes
-    batching                    questions of one moment share one step
-    stores: the interface       the verbs that both have; then Redis and SQLite, in the same order
-    Redis: connections          how it is asked; its scripts, each one atomic step
-    sessions                    a document (pure): how many prompts, is it ready, its summary; what is known of them
+    settings                    one table: name, default, parser, meaning
+    errors                      the exceptions that become responses, each with its status
+    values                      strict JSON, times, whole numbers
+    platform                    what differs between Windows, Linux and macOS: files, sockets, the console; processes
+    logs                        the service's own log, and SwarmUI's
+    batching                    concurrent questions share one step
+    stores                      the interface; then Redis and SQLite, in the same order
+    sessions                    a document (pure): how many prompts, is it ready, its summary; the cache
     notifications               what one is, which are valid, when a session announces one
-    GPU                         the parser (pure) and the monitor (one run at a time, kept 5 s)
-    SwarmUI: the probe          what answers at its URL, and whose pages it answers
-    SwarmUI: the launcher       what to launch, and the one owner of the start
-    authentication              tokens, permissions, trusted pages, names of this PC
-    HTTP application            what comes in; the handlers; the routes, one table; who answers; the short way
-    server                      sockets and waitress's settings with their reasons; connections; how it runs and ends
+    GPU                         the parser (pure) and the monitor (one run at a time, cached)
+    SwarmUI                     the client: what answers at its URL, and whose pages it answers; the launcher
+    authentication              tokens, permissions, trusted origins, allowed hosts
+    HTTP application            requests, handlers, the table of routes, the one path of every request
+    server                      waitress: sockets, settings with their reasons; connections; how it runs and stops
     command line                serve, check, token
 
-The way of a request: a connection of the server, a thread, the routes of its path, who calls, the check of its input,
-its handler, a verb of the store, a Response, JSON. The way of a poll is shorter: a connection, what its bytes meant the
-last time, who calls, one glance of the store for all polls of that moment, a Response that is made already.
+How a request flows: a connection of the server has it whole; its route, its caller and its input are checked; the
+handler returns a Response, or a Future where the answer comes later (from the store, nvidia-smi or SwarmUI); the
+event loop sends it as JSON. No thread waits for it.
 """
 
 from __future__ import annotations
@@ -41,6 +40,7 @@ import functools
 import hashlib
 import hmac
 import http.client
+import io
 import ipaddress
 import itertools
 import json
@@ -71,7 +71,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import IO, Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar, cast
+from typing import IO, Any, Generic, NamedTuple, NoReturn, Protocol, TextIO, TypeGuard, TypeVar, cast
 
 import bottle
 import redis
@@ -87,7 +87,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 log = logging.getLogger("storyteller")
-log.addHandler(logging.NullHandler())  # until the service starts its log nobody is told
+log.addHandler(logging.NullHandler())  # silent until start_logging()
 
 # ======================================================================================================
 # Settings
@@ -98,6 +98,23 @@ HERE = Path(__file__).resolve().parent
 
 class SettingError(Exception):
     """A setting that cannot be used: one sentence that names it and says what was expected."""
+
+
+def _matching(pattern: str, expected: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(expected)
+        return text
+
+    return read
+
+
+_host = _matching(r"[A-Za-z0-9._:%-]{1,253}", "a host name or an IP address")
+_token = _matching(r"[!-+\--~]{16,1024}", "16 to 1024 printable ASCII characters without spaces or commas")
+_cookie = _matching(
+    r"[!#-+\--:<-\[\]-~]{1,4096}",
+    "a cookie's value: printable ASCII without spaces, quotes, commas, semicolons, backslashes",
+)
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
@@ -127,12 +144,6 @@ def _positive_seconds(text: str) -> float:
     return seconds
 
 
-def _host(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._:%-]{1,253}", text):
-        raise ValueError("a host name or an IP address")
-    return text
-
-
 def _path(text: str) -> Path:
     """Relative to this module: a relative path in .env must mean one folder, wherever the start came from."""
     try:
@@ -150,23 +161,11 @@ def _program(text: str) -> str:
     return text if os.path.basename(text) == text else str(_path(text))
 
 
-def _token(text: str) -> str:
-    if not re.fullmatch(r"[!-+\--~]{16,1024}", text):
-        raise ValueError("16 to 1024 printable ASCII characters without spaces or commas")
-    return text
-
-
-def _cookie(text: str) -> str:
-    if not re.fullmatch(r"[!#-+\--:<-\[\]-~]{1,4096}", text):
-        raise ValueError("a cookie's value: printable ASCII without spaces, quotes, commas, semicolons, backslashes")
-    return text
-
-
 def _redis_url(text: str) -> str:
     try:
         if not re.fullmatch(r"unix://.*|rediss?://[^/]*(/[0-9]*)?(\?.*)?", text):
             raise ValueError  # redis-py takes a database that is no number for 0
-        redis.ConnectionPool.from_url(text).make_connection()  # not connected yet; an unknown option is told here
+        redis.ConnectionPool.from_url(text).make_connection()  # does not connect yet, but refuses an unknown option
     except (ValueError, TypeError, AttributeError):
         raise ValueError("redis://[user:password@]host[:port][/database]") from None
     return text
@@ -186,16 +185,17 @@ def _http_url(text: str) -> str:
 
 
 def _origin(text: str) -> str:
-    """One origin, exactly as browsers send it: what differs from that would never match."""
+    """One origin, exactly as browsers send it: any other spelling would never match."""
     found = re.fullmatch(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([1-9][0-9]{0,4}))?", text)
     good = found and int(found[3] or 1) < 65536 and (found[1], found[3]) not in (("http", "80"), ("https", "443"))
-    if good and re.search(r"\]$|(^|\.)[0-9]+\.?$", found[2]):  # an address has one spelling
+    host = found[2] if found else ""
+    if re.search(r"\]$|(^|\.)[0-9]+\.?$", host):  # an address has one spelling
         try:
-            address = ipaddress.ip_address(found[2].strip("[]"))
-            good = found[2] == (f"[{address.compressed}]" if address.version == 6 else str(address))
+            address = ipaddress.ip_address(host.strip("[]"))
+            good = good and host == (f"[{address.compressed}]" if address.version == 6 else str(address))
         except ValueError:
             good = False
-    if not good or ".." in found[2]:
+    if not good or ".." in host:
         raise ValueError("an origin as browsers send it, like http://localhost:3000, without a slash at its end")
     return text
 
@@ -229,19 +229,19 @@ def _hosts(text: str) -> tuple[str, ...]:
     return names
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return split_arguments(text)  # of "this system": each system's shell has its own rules
+def _arguments(text: str) -> tuple[str, ...]:
+    return split_arguments(text)  # defined below, by platform: each shell has rules of its own
 
 
 def _option(name: str, default: Any, read: Callable[[str], Any], meaning: str, *, secret: bool = False) -> Any:
-    """One row of the table below: a field of Settings with the name, the reader and the meaning beside it."""
+    """One row of the table below: a field of Settings with its name, parser and meaning."""
     metadata = {"name": name, "read": read, "meaning": meaning, "secret": secret}
     return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that can be set. Seconds are floats; an unset path, URL or token is None."""
+    """All settings. Seconds are floats; a path, URL or token that is not set is None."""
 
     host: str = _option(
         "STORYTELLER_HOST", "localhost", _host, "address to listen on; localhost is 127.0.0.1 and ::1, on one port"
@@ -251,7 +251,11 @@ class Settings:
         "STORYTELLER_DATA_DIR", HERE / "data", _path, "folder for the embedded store, the API token and the logs"
     )
     api_token: str | None = _option(
-        "STORYTELLER_API_TOKEN", None, _token, "the service's own token; made at first start unless set", secret=True
+        "STORYTELLER_API_TOKEN",
+        None,
+        _token,
+        "the service's own token; by default made at the first start",
+        secret=True,
     )
     cors_origins: tuple[str, ...] = _option(
         "STORYTELLER_CORS_ORIGINS",
@@ -263,42 +267,39 @@ class Settings:
         "STORYTELLER_TRUSTED_ORIGINS", (), _origins, "origins of pages on this PC that may call without one"
     )
     allowed_hosts: tuple[str, ...] = _option(
-        "STORYTELLER_ALLOWED_HOSTS", (), _hosts, "further names of this PC that a call's Host header may hold"
+        "STORYTELLER_ALLOWED_HOSTS", (), _hosts, "further names of this PC that a request's Host header may have"
     )
     token_failures: int = _option(
         "STORYTELLER_TOKEN_FAILURES", 20, _whole(1, 1_000_000), "wrong tokens a minute that one address may send"
     )
     log_level: str = _option(
-        "STORYTELLER_LOG_LEVEL", "info", _one_of("debug", "info", "warning", "error"), "debug shows each poll too"
+        "STORYTELLER_LOG_LEVEL", "info", _one_of("debug", "info", "warning", "error"), "debug logs each poll too"
     )
-    log_format: str = _option("STORYTELLER_LOG_FORMAT", "text", _one_of("text", "json"), "text or json, a line each")
+    log_format: str = _option(
+        "STORYTELLER_LOG_FORMAT", "text", _one_of("text", "json"), "text or json, one line per record"
+    )
     redis_url: str | None = _option(
-        "REDIS_URL", None, _redis_url, "the Redis to use; wins over the two below", secret=True
+        "REDIS_URL", None, _redis_url, "the Redis to use; overrides the two below", secret=True
     )
     redis_host: str | None = _option("REDIS_HOST", None, _host, "the Redis to use; 127.0.0.1 when only the port is set")
     redis_port: int | None = _option("REDIS_PORT", None, _whole(1, 65535), "its port; 6379 when only the host is set")
-    nvidia_smi: str | None = _option(
-        "NVIDIA_SMI", None, _program, "the nvidia-smi program; looked for on PATH unless set"
-    )
-    gpu_cache_seconds: float = _option("GPU_CACHE_SECONDS", 5.0, _seconds, "how long a GPU status is kept")
+    nvidia_smi: str | None = _option("NVIDIA_SMI", None, _program, "the nvidia-smi program; by default the one on PATH")
+    gpu_cache_seconds: float = _option("GPU_CACHE_SECONDS", 5.0, _seconds, "seconds for which a GPU status is cached")
     swarmui_api_url: str = _option(
         "SWARMUI_API_URL", "http://localhost:7801", _http_url, "where SwarmUI answers, http or https"
     )
     swarmui_path: Path | None = _option(
         "SWARMUI_PATH", None, _path, "SwarmUI's folder, its launch script or its executable"
     )
-    swarmui_args: tuple[str, ...] = _option("SWARMUI_ARGS", (), _words, "further arguments for SwarmUI")
+    swarmui_args: tuple[str, ...] = _option("SWARMUI_ARGS", (), _arguments, "further arguments for SwarmUI")
     swarmui_token: str | None = _option(
         "SWARMUI_TOKEN", None, _cookie, "sent to SwarmUI as the cookie swarm_token", secret=True
     )
     swarmui_allow_origin: str | None = _option(
-        "SWARMUI_ALLOW_ORIGIN",
-        None,
-        _origin_or_all,
-        "the page that SwarmUI is told to answer; * is every one",
+        "SWARMUI_ALLOW_ORIGIN", None, _origin_or_all, "origin of the page that SwarmUI shall answer; * is every page"
     )
     start_timeout: float = _option(
-        "SWARMUI_START_TIMEOUT", 30.0, _positive_seconds, "how long a start waits for SwarmUI to answer"
+        "SWARMUI_START_TIMEOUT", 30.0, _positive_seconds, "seconds that a start waits for SwarmUI to answer"
     )
     poll_interval: float = _option("SWARMUI_POLL_INTERVAL", 2.0, _positive_seconds, "seconds between two probes")
     health_timeout: float = _option("SWARMUI_HEALTH_TIMEOUT", 2.0, _positive_seconds, "seconds for one probe")
@@ -327,7 +328,7 @@ def read_env_file(path: Path) -> dict[str, str]:
     except UnicodeDecodeError:
         raise SettingError(f"{path} is not UTF-8: save it as UTF-8 in your editor.") from None
     except OSError as error:
-        raise SettingError(f"{path} cannot be read ({error.strerror}): mend or remove it.") from None
+        raise SettingError(f"{path} cannot be read ({error.strerror}): fix or remove it.") from None
     values = {}
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if not line or line.startswith("#"):
@@ -345,7 +346,7 @@ def read_env_file(path: Path) -> dict[str, str]:
 def load_settings(
     arguments: Mapping[str, str | None], environ: Mapping[str, str], env_file: Path = HERE / ".env"
 ) -> Settings:
-    """Arguments (by field name) win over the environment, that over `env_file`; an empty value counts as unset."""
+    """Arguments (by field name) override the environment, it overrides `env_file`. An empty value counts as not set."""
     from_file = read_env_file(env_file)
     values = {}
     for row in dataclasses.fields(Settings):
@@ -367,7 +368,7 @@ def load_settings(
 
 
 class ApiError(Exception):
-    """An answer other than 2xx: a sentence for the caller, its status, and when to come back (seconds)."""
+    """A response other than 2xx: a sentence for the caller, its status, and when to retry (seconds)."""
 
     status = 500
 
@@ -417,7 +418,7 @@ class TooManyRequests(ApiError):
 
 
 class Unavailable(ApiError):
-    """The store does not answer, or every place for a request that waits is taken."""
+    """The store does not answer, or the service is stopping or at a limit."""
 
     status = 503
 
@@ -430,12 +431,12 @@ class StartError(Exception):
 # Values: JSON, times, numbers
 # ======================================================================================================
 
-MAX_DEPTH = 100  # levels of a request's body: writing back what is nested much deeper would fail
+MAX_DEPTH = 100  # levels of a request's body; json cannot write what is nested much deeper
 
 
 def parse_json(data: bytes, *, from_request: bool = False) -> Any:
     """Strict JSON: UTF-8, no NaN or Infinity (which browsers refuse), nothing that cannot be written back; in a
-    request also no key twice, and MAX_DEPTH levels at most. Raises ValueError with what is wrong."""
+    request also no duplicate key, and MAX_DEPTH levels at most. Raises ValueError with the reason."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is no JSON")
@@ -447,7 +448,7 @@ def parse_json(data: bytes, *, from_request: bool = False) -> Any:
         return number
 
     def whole(text: str) -> int:
-        if len(text) > 300:  # it may be too large for a double, as which JavaScript reads it
+        if len(text) > 300:  # it may be too large for a double, which JavaScript makes of it
             finite(text)
         return int(text)
 
@@ -494,13 +495,13 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 def iso_time(ms: int) -> str:
-    """ISO 8601 in UTC with `Z`; the milliseconds only where there are some. Raises OverflowError past year 9999."""
+    """ISO 8601 in UTC with `Z`, with milliseconds unless they are 0. Raises OverflowError past year 9999."""
     moment = _EPOCH + timedelta(milliseconds=ms)  # Windows' own conversion ends at the year 3000
     return moment.isoformat(timespec="milliseconds" if ms % 1000 else "seconds").replace("+00:00", "Z")
 
 
 def read_time(value: object) -> int | None:
-    """Milliseconds of an ISO 8601 string (UTC unless it says otherwise) or of a number of them; None for the rest."""
+    """Milliseconds of an ISO 8601 string (UTC by default) or of a number of milliseconds; None for anything else."""
     try:
         if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d", value):
             moment = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", value))
@@ -515,12 +516,12 @@ def read_time(value: object) -> int | None:
     return ms
 
 
-def is_whole(value: object) -> bool:
-    """5 and 5.0, not True: JSON has one kind of number, and JavaScript writes whole ones either way."""
+def is_whole(value: object) -> TypeGuard[int | float]:
+    """5 and 5.0, not True: JSON has one type of number, and JavaScript writes whole ones either way."""
     return value.is_integer() if isinstance(value, float) else isinstance(value, int) and not isinstance(value, bool)
 
 
-LARGEST = 2**53  # past it a whole number is not the same in JavaScript
+LARGEST = 2**53  # JavaScript does not represent every larger whole number
 
 
 def is_count(value: object) -> bool:
@@ -528,33 +529,78 @@ def is_count(value: object) -> bool:
 
 
 def bound(kept: dict[Any, Any], most: int) -> None:
-    """Drop the oldest past so many."""
+    """Remove the oldest entries beyond `most`."""
     while len(kept) > most:
         del kept[next(iter(kept))]
 
 
 # ======================================================================================================
-# This system: files, sockets, the console
+# Platform: files, sockets, the console
 # ======================================================================================================
 
-WINDOWS = os.name == "nt"
-MACOS = sys.platform == "darwin"
-
-# Windows repeats a refused connection for about 2 s before it says so; a probe's time-out may come first.
-REFUSAL_IS_SLOW = WINDOWS
+WINDOWS = sys.platform == "win32"  # type checkers do not understand this name: where types differ, the comparison
+REFUSAL_IS_SLOW = WINDOWS  # it retries a refused connection for about 2 s, and a probe may time out earlier
 
 LAUNCH_SCRIPTS = ("launch-windows.bat", "launch-linux.sh", "launch-macos.sh")
-LAUNCH_SCRIPT = LAUNCH_SCRIPTS[0 if WINDOWS else 2 if MACOS else 1]
+LAUNCH_SCRIPT = {"win32": LAUNCH_SCRIPTS[0], "darwin": LAUNCH_SCRIPTS[2]}.get(sys.platform, LAUNCH_SCRIPTS[1])
+
+if sys.platform == "win32":
+    import msvcrt
+
+    _POINTER, _DWORD, _STRING = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_wchar_p
+
+    def _win32(library: str, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+        """A function of Windows with its types. Without them ctypes truncates handles and pointers to 32 bits."""
+        function = getattr(ctypes.WinDLL(library, use_last_error=True), name)
+        function.restype, function.argtypes = result, arguments
+        return cast(Callable[..., Any], function)
+
+    def _win32_error() -> OSError:
+        return ctypes.WinError(ctypes.get_last_error())
+
+    def _open_windows(path: str, access: int, creation: int, owner_only: bool = False) -> int:
+        """CreateFileW, since `open` can neither say who may read the file nor ask for an access that only appends."""
+        security = (ctypes.c_size_t * 3)(ctypes.sizeof(ctypes.c_size_t * 3), 0, 0)  # SECURITY_ATTRIBUTES
+        if owner_only:
+            # Protected from inheritance; all rights to this user, none to anybody else.
+            name = "ConvertStringSecurityDescriptorToSecurityDescriptorW"
+            convert = _win32("advapi32", name, _DWORD, _STRING, _DWORD, _POINTER, _POINTER)
+            if not convert(f"D:P(A;;FA;;;{_user_sid()})", 1, ctypes.byref(security, ctypes.sizeof(_POINTER)), None):
+                raise _win32_error()
+        create = _win32(
+            "kernel32", "CreateFileW", _POINTER, _STRING, _DWORD, _DWORD, _POINTER, _DWORD, _DWORD, _POINTER
+        )
+        share_all = 0x7  # read, write, delete: SwarmUI has its log open while others read or shorten it
+        handle = create(path, access, share_all, ctypes.byref(security), creation, 0x80, None)
+        if handle == _POINTER(-1).value:
+            raise _win32_error()
+        return msvcrt.open_osfhandle(handle, os.O_WRONLY | os.O_APPEND | os.O_BINARY)
+
+    def _user_sid() -> str:
+        """The security identifier of the user that this process runs as."""
+        token, size, sid = _POINTER(), _DWORD(), _STRING()
+        process = _win32("kernel32", "GetCurrentProcess", _POINTER)()
+        open_token = _win32("advapi32", "OpenProcessToken", _DWORD, _POINTER, _DWORD, _POINTER)
+        open_token(process, 8, ctypes.byref(token))  # TOKEN_QUERY
+        query = _win32("advapi32", "GetTokenInformation", _DWORD, _POINTER, _DWORD, _POINTER, _DWORD, _POINTER)
+        query(token, 1, None, 0, ctypes.byref(size))  # TokenUser: first its size
+        user = ctypes.create_string_buffer(size.value)
+        if not query(token, 1, user, size, ctypes.byref(size)):
+            raise _win32_error()
+        _win32("kernel32", "CloseHandle", _DWORD, _POINTER)(token)
+        first = ctypes.cast(user, ctypes.POINTER(_POINTER))[0]
+        if not _win32("advapi32", "ConvertSidToStringSidW", _DWORD, _POINTER, _POINTER)(first, ctypes.byref(sid)):
+            raise _win32_error()
+        return sid.value or ""
 
 
 def split_arguments(text: str) -> tuple[str, ...]:
-    """Split as this system's shell does. Raises ValueError, with what was expected."""
-    if WINDOWS:
+    """Split as this platform's shell does. Raises ValueError, with what was expected."""
+    if sys.platform == "win32":
         count = ctypes.c_int()
-        shell32 = ctypes.WinDLL("shell32")
-        shell32.CommandLineToArgvW.restype = ctypes.POINTER(ctypes.c_wchar_p)
+        split = _win32("shell32", "CommandLineToArgvW", ctypes.POINTER(_STRING), _STRING, _POINTER)
         # The first word follows other rules, as it names the program: put one there.
-        words = shell32.CommandLineToArgvW(ctypes.c_wchar_p(f"program {text}"), ctypes.byref(count))
+        words = split(f"program {text}", ctypes.byref(count))
         return tuple(words[1 : count.value])  # a few hundred bytes a start, never freed
     try:
         return tuple(shlex.split(text))
@@ -563,12 +609,12 @@ def split_arguments(text: str) -> tuple[str, ...]:
 
 
 def nvidia_smi_places() -> list[str]:
-    """Where nvidia-smi is when it is not on PATH (old Windows drivers put it beside the driver)."""
-    if WINDOWS:
-        system = os.environ.get("SYSTEMROOT", r"C:\Windows")
-        programs = os.environ.get("PROGRAMW6432", r"C:\Program Files")
-        return [rf"{system}\System32\nvidia-smi.exe", rf"{programs}\NVIDIA Corporation\NVSMI\nvidia-smi.exe"]
-    return []
+    """Where nvidia-smi is when it is not on PATH: old Windows drivers put it beside the driver."""
+    if not WINDOWS:
+        return []
+    system = os.environ.get("SYSTEMROOT", r"C:\Windows")
+    programs = os.environ.get("PROGRAMW6432", r"C:\Program Files")
+    return [rf"{system}\System32\nvidia-smi.exe", rf"{programs}\NVIDIA Corporation\NVSMI\nvidia-smi.exe"]
 
 
 def write_private(path: Path, text: str) -> None:
@@ -589,74 +635,26 @@ def write_private(path: Path, text: str) -> None:
 
 
 def _open_private(path: str, flags: int) -> int:
-    """An opener for open(..., "x"): private from the first moment, not made so afterwards."""
-    if WINDOWS:
+    """An opener for open(..., "x"): the file is private from the first moment."""
+    if sys.platform == "win32":
         return _open_windows(path, access=0x4000_0000, creation=1, owner_only=True)  # GENERIC_WRITE, CREATE_NEW
     return os.open(path, flags, 0o600)
 
 
 def open_log(path: Path) -> int:
-    """A descriptor that only appends, wherever another handle truncated the file meanwhile."""
-    if WINDOWS:
+    """A descriptor that only appends, also after another program truncated the file."""
+    if sys.platform == "win32":
         return _open_windows(str(path), access=0x0004 | 0x0010_0000, creation=4)  # FILE_APPEND_DATA, OPEN_ALWAYS
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
 
-def _win32(library: str, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
-    """A function of Windows with its types: without them ctypes cuts handles and pointers to 32 bits."""
-    function = getattr(ctypes.WinDLL(library, use_last_error=True), name)
-    function.restype, function.argtypes = result, arguments
-    return function
-
-
-def _open_windows(path: str, access: int, creation: int, owner_only: bool = False) -> int:
-    """CreateFileW: what `open` cannot say, namely who may read the file and an access that only appends."""
-    import msvcrt
-
-    void, word, text = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_wchar_p
-    security = (ctypes.c_size_t * 3)(ctypes.sizeof(ctypes.c_size_t * 3), 0, 0)  # SECURITY_ATTRIBUTES
-    if owner_only:
-        # Protected from inheritance; all rights to this user, none to anybody else.
-        convert = _win32(
-            "advapi32", "ConvertStringSecurityDescriptorToSecurityDescriptorW", word, text, word, void, void
-        )
-        if not convert(f"D:P(A;;FA;;;{_user_sid()})", 1, ctypes.byref(security, ctypes.sizeof(void)), None):
-            raise ctypes.WinError(ctypes.get_last_error())
-    create = _win32("kernel32", "CreateFileW", void, text, word, word, void, word, word, void)
-    every_share = 0x7  # read, write, delete: SwarmUI keeps its log open while others read or shorten it
-    handle = create(path, access, every_share, ctypes.byref(security), creation, 0x80, None)
-    if handle == void(-1).value:
-        raise ctypes.WinError(ctypes.get_last_error())
-    return msvcrt.open_osfhandle(handle, os.O_WRONLY | os.O_APPEND | os.O_BINARY)
-
-
-def _user_sid() -> str:
-    """The name by which Windows' access rights know the user that this process runs as."""
-    void, word = ctypes.c_void_p, ctypes.c_uint32
-    token, size, sid = void(), word(), ctypes.c_wchar_p()
-    process = _win32("kernel32", "GetCurrentProcess", void)()
-    _win32("advapi32", "OpenProcessToken", word, void, word, void)(process, 8, ctypes.byref(token))  # TOKEN_QUERY
-    about = _win32("advapi32", "GetTokenInformation", word, void, word, void, word, void)
-    about(token, 1, None, 0, ctypes.byref(size))  # TokenUser: first its size
-    user = ctypes.create_string_buffer(size.value)
-    if not about(token, 1, user, size, ctypes.byref(size)):
-        raise ctypes.WinError(ctypes.get_last_error())
-    _win32("kernel32", "CloseHandle", word, void)(token)
-    first = ctypes.cast(user, ctypes.POINTER(void))[0]
-    if not _win32("advapi32", "ConvertSidToStringSidW", word, void, void)(first, ctypes.byref(sid)):
-        raise ctypes.WinError(ctypes.get_last_error())
-    return sid.value or ""
-
-
-def lock_file(path: Path) -> Any:
-    """The open file, locked until it is closed or this process ends; None when another process holds the lock.
-    What it contains can be read meanwhile."""
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - it stays open as long as the lock is held
+def lock_file(path: Path) -> TextIO | None:
+    """The open file, locked until it is closed or this process ends; None when another process has the lock. Its
+    contents can be read meanwhile."""
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the lock is needed
     try:
-        if WINDOWS:
-            import msvcrt
-
-            file.seek(1 << 20)  # past what is written: a locked byte could not be read
+        if sys.platform == "win32":
+            file.seek(1 << 20)  # past its contents: a locked byte could not be read
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
@@ -673,8 +671,8 @@ _NOT_HERE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.E
 
 
 def descriptor_limit() -> int:
-    """How many sockets and files this process may hold; `select` on Windows takes 512 sockets."""
-    if WINDOWS:
+    """How many sockets and files this process may open; `select` on Windows takes 512 sockets."""
+    if sys.platform == "win32":
         return 512
     import resource
 
@@ -686,7 +684,7 @@ def listen(address: str, port: int) -> socket.socket:
     """A listening socket that no other program shares. Raises OSError."""
     made = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        if WINDOWS:
+        if sys.platform == "win32":
             # SO_REUSEADDR there lets two programs share a port; without either, a third may still take it over.
             made.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         else:
@@ -701,55 +699,79 @@ def listen(address: str, port: int) -> socket.socket:
         raise
 
 
-GRACE = 5.0  # seconds for requests in flight once told to stop
-CLOSING_GRACE = 3.0  # the same where Windows ends us 5 s after the console's closing
+GRACE = 5.0  # seconds for the requests in flight at shutdown
+CLOSING_GRACE = 3.0  # the same when the console closes: Windows ends this process 5 s later
 
 
 def on_end_signal(stop: Callable[[float], None], ended: threading.Event) -> object:
-    """Call stop(grace in seconds) when this process is told to end: SIGINT, SIGTERM; on Windows Ctrl+C, Ctrl+Break,
-    and the console's closing. `ended` is to be set when all is done. Keep what it returns: Windows does not."""
-    if not WINDOWS:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: stop(GRACE))
-        return None
+    """Call stop(grace in seconds) on SIGINT and SIGTERM, on Windows on Ctrl+C, Ctrl+Break and the console's closing.
+    Set `ended` at the end of the shutdown, and keep a reference to the result, since Windows keeps none."""
+    if sys.platform == "win32":
+        # Python's own signals would wait until the main thread's select ends, and do not include the closing.
+        def handle(event: int) -> bool:
+            if event in (0, 1):  # Ctrl+C, Ctrl+Break
+                stop(GRACE)
+            else:  # the window is closed, or its user logs off
+                stop(CLOSING_GRACE)
+                ended.wait(CLOSING_GRACE + 1.5)  # Windows ends this process as soon as this returns
+            return True
 
-    # Python's own signals would wait there until the main thread's select has ended, and know no closing.
-    @ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint32)
-    def told(event: int) -> bool:
-        if event in (0, 1):  # Ctrl+C, Ctrl+Break
-            stop(GRACE)
-        else:  # the window is closed, or its user logs off
-            stop(CLOSING_GRACE)
-            ended.wait(CLOSING_GRACE + 1.5)  # this process is ended as soon as this returns
-        return True
-
-    ctypes.WinDLL("kernel32").SetConsoleCtrlHandler(told, True)
-    return told
+        handler = ctypes.WINFUNCTYPE(ctypes.c_int, _DWORD)(handle)
+        ctypes.WinDLL("kernel32").SetConsoleCtrlHandler(handler, True)
+        return handler
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stop(GRACE))
+    return None
 
 
 def prepare_console(title: str | None = None) -> None:
-    """Print what the code page lacks as an escape, since UnicodeEncodeError would end us; name the window."""
+    """Print what the code page lacks as an escape, as UnicodeEncodeError would end the service; name the window."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if WINDOWS and title:
-        ctypes.WinDLL("kernel32").SetConsoleTitleW(ctypes.c_wchar_p(title))
+    if sys.platform == "win32" and title:
+        _win32("kernel32", "SetConsoleTitleW", _DWORD, _STRING)(title)
 
 
 # ======================================================================================================
-# This system: processes
+# Platform: processes
 # ======================================================================================================
 
 
-def _make_job(limits: int = 0x2000) -> int:
-    """A job object; unless told otherwise one that ends every process in it when it is closed, be it by our own end."""
-    void, word = ctypes.c_void_p, ctypes.c_uint32
-    job = _win32("kernel32", "CreateJobObjectW", void, void, void)(None, None)
-    about = ctypes.create_string_buffer(144 if ctypes.sizeof(void) == 8 else 112)  # ..._EXTENDED_LIMIT_INFORMATION
-    struct.pack_into("<I", about, 16, limits)  # its LimitFlags; 0x2000 is ..._KILL_ON_JOB_CLOSE
-    if not _win32("kernel32", "SetInformationJobObject", word, void, word, void, word)(job, 9, about, len(about)):
-        raise ctypes.WinError(ctypes.get_last_error())
-    return job
+if sys.platform == "win32":
+
+    def _make_job(limits: int = 0x2000) -> int:
+        """A job object of Windows, by default one that ends its processes when it is closed or this process ends."""
+        job = _win32("kernel32", "CreateJobObjectW", _POINTER, _POINTER, _POINTER)(None, None)
+        about = ctypes.create_string_buffer(
+            144 if ctypes.sizeof(_POINTER) == 8 else 112
+        )  # ..._EXTENDED_LIMIT_INFORMATION
+        struct.pack_into("<I", about, 16, limits)  # its LimitFlags; 0x2000 is ..._KILL_ON_JOB_CLOSE
+        if not _win32("kernel32", "SetInformationJobObject", _DWORD, _POINTER, _DWORD, _POINTER, _DWORD)(
+            job, 9, about, len(about)
+        ):
+            raise _win32_error()
+        return cast(int, job)
+
+    @contextlib.contextmanager
+    def _open_process(pid: int, access: int) -> Iterator[int | None]:
+        """A handle of a process on Windows; None when there is no such process."""
+        process = _win32("kernel32", "OpenProcess", _POINTER, _DWORD, _DWORD, _DWORD)(access, 0, pid)
+        try:
+            yield process
+        finally:
+            if process:
+                _win32("kernel32", "CloseHandle", _DWORD, _POINTER)(process)
+
+    def _windows_start_time(pid: int) -> str | None:
+        with _open_process(pid, 0x1000) as process:  # QUERY_LIMITED_INFORMATION
+            times, code = (ctypes.c_uint64 * 4)(), _DWORD()
+            each = [ctypes.byref(times, 8 * number) for number in range(4)]
+            done = _win32("kernel32", "GetProcessTimes", _DWORD, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER)(
+                process, *each
+            )
+            _win32("kernel32", "GetExitCodeProcess", _DWORD, _POINTER, _POINTER)(process, ctypes.byref(code))
+        return str(times[0]) if done and code.value == 259 else None  # STILL_ACTIVE
 
 
 @contextlib.contextmanager
@@ -758,15 +780,15 @@ def bounded_child(command: Sequence[str], running: set[int]) -> Iterator[subproc
     `running` has its process id, for end_children()."""
     options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with contextlib.ExitStack() as ending:
-        if WINDOWS:
-            void, word = ctypes.c_void_p, ctypes.c_uint32
+        if sys.platform == "win32":
             job = _make_job()
-            ending.callback(_win32("kernel32", "CloseHandle", word, void), job)
+            ending.callback(_win32("kernel32", "CloseHandle", _DWORD, _POINTER), job)
             # Suspended until it is in the job: what it starts then is in it too.
             child = subprocess.Popen(command, creationflags=subprocess.CREATE_NO_WINDOW | 0x4, **options)
-            ending.callback(_win32("kernel32", "TerminateJobObject", word, void, word), job, 1)
-            _win32("kernel32", "AssignProcessToJobObject", word, void, void)(job, int(child._handle))
-            _win32("ntdll", "NtResumeProcess", word, void)(int(child._handle))
+            ending.callback(_win32("kernel32", "TerminateJobObject", _DWORD, _POINTER, _DWORD), job, 1)
+            with _open_process(child.pid, 0x0901) as process:  # SUSPEND_RESUME, SET_QUOTA, TERMINATE
+                _win32("kernel32", "AssignProcessToJobObject", _DWORD, _POINTER, _POINTER)(job, process)
+                _win32("ntdll", "NtResumeProcess", _DWORD, _POINTER)(process)
         else:
             child = subprocess.Popen(command, start_new_session=True, **options)
             running.add(child.pid)
@@ -784,9 +806,16 @@ def bounded_child(command: Sequence[str], running: set[int]) -> Iterator[subproc
 
 
 def end_children(running: set[int]) -> None:
-    """Before this process ends. On Windows their jobs end with it."""
+    """End bounded children before this process ends. On Windows their jobs end with it."""
     for leader in list(running):
         _kill_group(leader)
+
+
+def _kill_group(leader: int) -> None:
+    """The group outlives its leader while a child of it is left."""
+    if sys.platform != "win32":
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(leader, signal.SIGKILL)
 
 
 MAX_OUTPUT = 256 * 1024  # bytes of a child's output; its pipe is closed when it prints more
@@ -797,7 +826,7 @@ def read_output(child: subprocess.Popen[bytes], timeout: float) -> tuple[str, st
     found = {"stdout": b"", "stderr": b""}
 
     def read(name: str, pipe: IO[bytes]) -> None:
-        with pipe:  # closed here, since a child that hangs in its driver survives any signal and keeps this waiting
+        with pipe:  # nobody else could close it while a child that hangs in its driver, past any signal, has it open
             found[name] = pipe.read(MAX_OUTPUT)
 
     readers = [threading.Thread(target=read, args=[name, getattr(child, name)], daemon=True) for name in found]
@@ -807,81 +836,151 @@ def read_output(child: subprocess.Popen[bytes], timeout: float) -> tuple[str, st
     deadline = time.monotonic() + timeout
     child.wait(timeout)
     for reader in readers:
-        reader.join(max(0.0, deadline - time.monotonic()))  # what the child started may keep its pipes open
+        reader.join(max(0.0, deadline - time.monotonic()))  # what the child started may have its pipes open
         if reader.is_alive():
             raise subprocess.TimeoutExpired(child.args, timeout)
     return found["stdout"].decode("utf-8", "replace"), found["stderr"].decode("utf-8", "replace")
 
 
-def _kill_group(leader: int) -> None:
-    """The group outlives its leader while a child of it is left."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, signal.SIGKILL)
-
-
 def launch_detached(program: Path, arguments: Sequence[str], folder: Path, output: Path) -> subprocess.Popen[bytes]:
     """Start a program that outlives this one, its output appended to a file. Raises OSError or ValueError."""
-    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("STORYTELLER_")}
-    command: str | list[str] = [str(program), *arguments]
-    options: dict[str, Any] = {}
-    if WINDOWS:
-        # A console of its own, which is not seen: Ctrl+C in ours, and its closing, must not reach it.
-        options["creationflags"] = subprocess.CREATE_NO_WINDOW
-        if program.suffix.lower() in (".bat", ".cmd"):
-            # cmd reads its line by rules of its own: every word in quotes, in which only these stay special.
-            words = [str(program), *arguments]
-            if any(re.search(r'["%\r\n]', word) for word in words):
-                raise ValueError("a batch file's path and arguments cannot hold \" or %")
-            quoted = " ".join(f'"{word}"' for word in words)
-            # Of a batch file that ends in "pause" cmd tells no exit code by itself.
-            code = "if errorlevel 1 (exit 1) else if not errorlevel 0 exit 1"
-            command = f'"{os.environ.get("COMSPEC", "cmd.exe")}" /d /s /c "{quoted} & {code}"'
-    else:
-        options["start_new_session"] = True
-        if program.suffix == ".sh" and not os.access(program, os.X_OK):
-            command = ["bash", *command]
+    words = [str(program), *arguments]
+    command: str | list[str] = words
     log_file = open_log(output)
-    options |= {"cwd": folder, "env": environment, "stdin": subprocess.DEVNULL, "stdout": log_file, "stderr": log_file}
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log_file, "stderr": log_file, "cwd": folder}
+    options["env"] = {name: value for name, value in os.environ.items() if not name.upper().startswith("STORYTELLER_")}
     try:
-        if WINDOWS:
+        if sys.platform == "win32":
+            if program.suffix.lower() in (".bat", ".cmd"):
+                command = _batch_command(words)
+            # With a console of its own, which is invisible: Ctrl+C in ours, and its closing, must not reach it.
+            flags = subprocess.CREATE_NO_WINDOW
             # The task scheduler, for one, runs us in a job that may end with us: out of it, where that is allowed.
             with contextlib.suppress(PermissionError):
-                out_of_it = options["creationflags"] | subprocess.CREATE_BREAKAWAY_FROM_JOB
-                return subprocess.Popen(command, **{**options, "creationflags": out_of_it})
-        return subprocess.Popen(command, **options)
+                flags_outside = flags | subprocess.CREATE_BREAKAWAY_FROM_JOB
+                return subprocess.Popen(command, creationflags=flags_outside, **options)
+            return subprocess.Popen(command, creationflags=flags, **options)
+        if program.suffix == ".sh" and not os.access(program, os.X_OK):
+            command = ["bash", *words]
+        return subprocess.Popen(command, start_new_session=True, **options)
     finally:
         os.close(log_file)
 
 
+def _batch_command(words: Sequence[str]) -> str:
+    """cmd parses its line by rules of its own: with every word in quotes, only these characters stay special."""
+    if any(re.search(r'["%\r\n]', word) for word in words):
+        raise ValueError("a batch file's path and arguments cannot contain \" or %")
+    quoted = " ".join(f'"{word}"' for word in words)
+    # By itself cmd gives no exit code of a batch file that ends in "pause".
+    code = "if errorlevel 1 (exit 1) else if not errorlevel 0 exit 1"
+    return f'"{os.environ.get("COMSPEC", "cmd.exe")}" /d /s /c "{quoted} & {code}"'
+
+
 def process_identity(pid: int) -> str | None:
-    """What tells a process from a later one of the same number: when it started. None when there is none."""
+    """What distinguishes a process from a later one with its number: when it started. None when there is none."""
     try:
-        if WINDOWS:
+        if sys.platform == "win32":
             return _windows_start_time(pid)
-        if MACOS:
+        if sys.platform == "darwin":
             command = ["ps", "-o", "lstart=", "-p", str(pid)]
             found = subprocess.run(command, capture_output=True, timeout=5, check=False).stdout.strip()
             return found.decode("ascii", "replace") or None
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        # After the name, which may hold spaces and parentheses: state, then 19 on, the start in ticks since boot.
+        # After the name, which may contain spaces and parentheses: state, then 19 on, the start in ticks since boot.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return None if fields[0] in "ZX" else f"{boot} {fields[19]}"
     except (OSError, IndexError, subprocess.TimeoutExpired):
         return None
 
 
-def _windows_start_time(pid: int) -> str | None:
-    void, word = ctypes.c_void_p, ctypes.c_uint32
-    process = _win32("kernel32", "OpenProcess", void, word, word, word)(0x1000, 0, pid)  # ..._LIMITED_INFORMATION
-    if not process:
-        return None
-    times = (ctypes.c_uint64 * 4)()
-    each = [ctypes.byref(times, 8 * number) for number in range(4)]
-    code = word()
-    done = _win32("kernel32", "GetProcessTimes", word, void, void, void, void, void)(process, *each)
-    _win32("kernel32", "GetExitCodeProcess", word, void, void)(process, ctypes.byref(code))
-    _win32("kernel32", "CloseHandle", word, void)(process)
-    return str(times[0]) if done and code.value == 259 else None  # STILL_ACTIVE
+# ======================================================================================================
+# Logs
+# ======================================================================================================
+
+LOG_LIMIT = 5_000_000  # bytes of a log
+LOGS_KEPT = 3  # older ones beside it
+
+
+class LogFormatter(logging.Formatter):
+    """One line per record, as text or as JSON. It escapes what would break a line or a terminal."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self._as_json = as_json
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = re.sub(
+            r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], record.message
+        )
+        return super().formatMessage(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if not self._as_json:
+            return text
+        line = {"time": record.asctime, "level": record.levelname, "message": record.message}
+        if record.exc_text:
+            line["traceback"] = record.exc_text
+        return json.dumps(line, ensure_ascii=False)
+
+
+class LogFile(logging.handlers.RotatingFileHandler):
+    """Grows while another program has it open, since Windows cannot rename it then, and the line would be lost."""
+
+    def doRollover(self) -> None:
+        if self.stream:
+            self.stream.close()
+        self.stream = None  # the next line opens it again
+        with contextlib.suppress(OSError):
+            os.rename(self.baseFilename, self.baseFilename)  # fails on Windows here, before an older one was moved
+            super().doRollover()
+
+
+def start_logging(path: Path, settings: Settings) -> None:
+    """Log to the file, and warnings to the console too. Raises StartError."""
+    try:
+        file = LogFile(path, maxBytes=LOG_LIMIT, backupCount=LOGS_KEPT, encoding="utf-8")
+    except OSError as error:
+        raise StartError(f"The log {path} cannot be written ({error.strerror}): fix or remove it.") from None
+    file.setFormatter(LogFormatter(as_json=settings.log_format == "json"))
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[file, console], force=True)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of each request that waits for a moment
+    logging.raiseExceptions = False  # a log that cannot be written must not disturb the service
+
+
+def shorten_log(path: Path) -> None:
+    """Copy a log above LOG_LIMIT and empty it: SwarmUI has it open and outlives this service, so it cannot be moved.
+    Lines written between the two steps are lost."""
+    try:
+        if path.stat().st_size <= LOG_LIMIT:
+            return
+        for number in range(LOGS_KEPT - 1, 0, -1):
+            older = path.with_name(f"{path.name}.{number}")
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # Windows moves no file that is open
+                os.replace(older, path.with_name(f"{path.name}.{number + 1}"))
+        shutil.copyfile(path, path.with_name(f"{path.name}.1"))
+        os.truncate(path, 0)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("swarmui: %s cannot be shortened (%s)", path, error.strerror)
+
+
+def last_lines(path: Path, since: int, count: int = 5) -> str:
+    """The last lines that a log got after byte `since`, on one line; "" when there are none."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(since if since <= size else 0, size - 4096))
+            lines = file.read(4096).decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    printable = ("".join(char if char.isprintable() else " " for char in line).strip() for line in lines)
+    return " | ".join([line for line in printable if line][-count:])
 
 
 # ======================================================================================================
@@ -2775,40 +2874,6 @@ def allow_page(found: Probe, settings: Settings) -> Started:
 # SwarmUI: the launcher
 # ======================================================================================================
 
-LOG_LIMIT = 5_000_000  # bytes of a log
-LOGS_KEPT = 3  # older ones beside it
-
-
-def shorten_log(path: Path) -> None:
-    """Copy a log above LOG_LIMIT and empty it: SwarmUI has it open and outlives this service, so it cannot be moved.
-    Lines written between the two steps are lost."""
-    try:
-        if path.stat().st_size <= LOG_LIMIT:
-            return
-        for number in range(LOGS_KEPT - 1, 0, -1):
-            older = path.with_name(f"{path.name}.{number}")
-            with contextlib.suppress(FileNotFoundError, PermissionError):  # Windows moves no file that is open
-                os.replace(older, path.with_name(f"{path.name}.{number + 1}"))
-        shutil.copyfile(path, path.with_name(f"{path.name}.1"))
-        os.truncate(path, 0)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        log.warning("swarmui: %s cannot be shortened (%s)", path, error.strerror)
-
-
-def last_lines(path: Path, since: int, count: int = 5) -> str:
-    """The last lines that a log got after byte `since`, on one line; "" when there are none."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(since if since <= size else 0, size - 4096))
-            lines = file.read(4096).decode("utf-8", "replace").splitlines()
-    except OSError:
-        return ""
-    printable = ("".join(char if char.isprintable() else " " for char in line).strip() for line in lines)
-    return " | ".join([line for line in printable if line][-count:])
-
 
 class LaunchError(Exception):
     """Why SwarmUI did not start, to follow "SwarmUI failed to start: "."""
@@ -4671,7 +4736,7 @@ class Server:
 
 
 def prepare_data_dir(path: Path) -> None:
-    """Make it, and see that it can be written. Raises StartError."""
+    """Create the folder, and test that it can be written. Raises StartError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -4682,67 +4747,17 @@ def prepare_data_dir(path: Path) -> None:
         ) from None
 
 
-class LogFormatter(logging.Formatter):
-    """A line a record, as text or as JSON; what would break a line or a terminal is escaped."""
-
-    def __init__(self, *, as_json: bool) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(message)s")
-        self._as_json = as_json
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = re.sub(
-            r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], record.message
-        )
-        return super().formatMessage(record)
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        if not self._as_json:
-            return text
-        line = {"time": record.asctime, "level": record.levelname, "message": record.message}
-        if record.exc_text:
-            line["traceback"] = record.exc_text
-        return json.dumps(line, ensure_ascii=False)
-
-
-class LogFile(logging.handlers.RotatingFileHandler):
-    """Grows on while another program reads it: Windows renames no file that is open, and the line would be lost."""
-
-    def doRollover(self) -> None:
-        self.stream.close()
-        self.stream = None  # the next line opens it again
-        with contextlib.suppress(OSError):
-            os.rename(self.baseFilename, self.baseFilename)  # refused here, before any older one was moved
-            super().doRollover()
-
-
-def own_data_dir(settings: Settings) -> Any:
-    """Take the data folder for this process: the open lock file, to be closed at the end. Raises StartError when
-    another service has it."""
+def own_data_dir(settings: Settings) -> TextIO:
+    """Lock the data folder for this process: the open lock file. Raises StartError when another service uses it."""
     path = settings.data_dir / "running"
     file = lock_file(path)
     if file is None:
-        where = path.read_text(encoding="utf-8").strip() or "an address that it has not told yet"
+        where = path.read_text(encoding="utf-8").strip() or "an address that it has not written down yet"
         raise StartError(
             f"The data folder {settings.data_dir} is in use by the service at {where}: use that one, stop it, or set "
             "STORYTELLER_DATA_DIR."
         )
     return file
-
-
-def start_logging(path: Path, settings: Settings) -> None:
-    """Into the file, 5 MB and three older ones; warnings to the console too. Raises StartError."""
-    try:
-        file = LogFile(path, maxBytes=LOG_LIMIT, backupCount=LOGS_KEPT, encoding="utf-8")
-    except OSError as error:
-        raise StartError(f"The log {path} cannot be written ({error.strerror}): move it away, or mend it.") from None
-    file.setFormatter(LogFormatter(as_json=settings.log_format == "json"))
-    console = logging.StreamHandler()
-    console.setLevel(logging.WARNING)
-    console.setFormatter(logging.Formatter("%(message)s"))
-    logging.basicConfig(level=settings.log_level.upper(), handlers=[file, console], force=True)
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of each request that waits for a moment
-    logging.raiseExceptions = False  # a log that cannot be written must not spoil what it tells of
 
 
 def url_of(settings: Settings, port: int) -> str:
@@ -4758,8 +4773,8 @@ def describe_swarmui(settings: Settings) -> str:
 
 
 def serve(settings: Settings) -> int:
-    """Run until told to stop. Raises StartError."""
-    sys.setswitchinterval(0.001)  # 5 ms unless told: a thread that computes holds up each step of a poll for that long
+    """Run until a signal ends it. Raises StartError."""
+    sys.setswitchinterval(0.001)  # by default a thread that computes delays each step of a poll by 5 ms
     prepare_data_dir(settings.data_dir)
     running = own_data_dir(settings)
     start_logging(settings.data_dir / "storyteller.log", settings)
@@ -4806,7 +4821,7 @@ def serve(settings: Settings) -> int:
 
 
 def greet(settings: Settings, store: Store, port: int, token_place: str) -> None:
-    """Print what a person in front of it needs; never the token."""
+    """Print what a person at the console needs, but never the token."""
     prepare_console(f"StoryTeller automation, port {port}")
     rows = {
         "address": url_of(settings, port),
@@ -4820,54 +4835,55 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
     for name, text in rows.items():
         print(f"  {name:<11} {text}", flush=True)
     if settings.host.lower() != "localhost" and not is_loopback(settings.host):
-        log.warning("server: what is sent over the network is not encrypted: set STORYTELLER_HOST=localhost if you can")
+        log.warning("server: the network traffic is not encrypted: set STORYTELLER_HOST=localhost if you can")
     try:
         store.ping()
     except Unavailable as fault:
-        log.warning("store: %s Calls that need it get 503 until it does.", fault)
+        log.warning("store: %s Requests that need it get 503 until it does.", fault)
 
 
 def check(arguments: Mapping[str, str | None]) -> int:
-    """The doctor: a line for each thing that can be wrong. 0 when nothing FAILs, else 1."""
+    """Print a line for each check. The exit code is 1 when one FAILs."""
     failed = False
-
-    def say(level: str, subject: str, text: str) -> None:
-        nonlocal failed
+    for level, subject, text in run_checks(arguments):
         failed = failed or level == "FAIL"
         print(f"{level:<4} {subject}: {text}", flush=True)
-
-    try:
-        settings = load_settings(arguments, os.environ)
-    except SettingError as error:
-        say("FAIL", "settings", str(error))
-        return 1
-    env_file = HERE / ".env"
-    say("OK", "settings", f"read from arguments, environment and {env_file if env_file.exists() else 'no .env file'}")
-    say(*check_store(settings))
-    status = query_gpus(find_nvidia_smi(settings), set())
-    good = f"{status.gpu_count} GPU(s), {status.memory_total} MiB"
-    say("OK" if status.available else "WARN", "nvidia-smi", status.error or good)
-    say(*check_swarmui_path(settings))
-    found = probe(settings)
-    say("OK" if found.ready else "WARN", "SwarmUI", found.message)
-    for words in describe_pages(settings):
-        say("WARN", "SwarmUI's pages", words)
-    say(*check_port(settings))
     return int(failed)
 
 
-def describe_pages(settings: Settings) -> list[str]:
-    """What is unwise about the pages that may see SwarmUI."""
+Check = tuple[str, str, str]  # OK, WARN or FAIL; the subject; what was found, and what to do
+
+
+def run_checks(arguments: Mapping[str, str | None]) -> Iterator[Check]:
+    try:
+        settings = load_settings(arguments, os.environ)
+    except SettingError as error:
+        yield "FAIL", "settings", str(error)
+        return
+    env_file = HERE / ".env"
+    yield "OK", "settings", f"read from arguments, environment and {env_file if env_file.exists() else 'no .env file'}"
+    yield check_store(settings)
+    status = query_gpus(find_nvidia_smi(settings), set())
+    good = f"{status.gpu_count} GPU(s), {status.memory_total} MiB"
+    yield "OK" if status.available else "WARN", "nvidia-smi", status.error or good
+    yield check_swarmui_path(settings)
+    found = probe(settings)
+    yield "OK" if found.ready else "WARN", "SwarmUI", found.message
+    yield from check_pages(settings)
+    yield check_port(settings)
+
+
+def check_pages(settings: Settings) -> Iterator[Check]:
+    """Whether the right pages can see SwarmUI."""
     if settings.swarmui_allow_origin == "*":
-        return ["SWARMUI_ALLOW_ORIGIN is *, which opens SwarmUI to every page: set it to StoryArt's origin"]
-    if settings.trusted_origins and not settings.swarmui_allow_origin:
-        return [
-            f"a page of {settings.trusted_origins[0]} cannot see SwarmUI as installed: set SWARMUI_ALLOW_ORIGIN to it"
-        ]
-    return []
+        advice = "SWARMUI_ALLOW_ORIGIN is *, which opens SwarmUI to every page: set it to StoryArt's origin"
+        yield "WARN", "SwarmUI's pages", advice
+    elif settings.trusted_origins and not settings.swarmui_allow_origin:
+        page = settings.trusted_origins[0]
+        yield "WARN", "SwarmUI's pages", f"{page} cannot see SwarmUI as installed: set SWARMUI_ALLOW_ORIGIN to it"
 
 
-def check_store(settings: Settings) -> tuple[str, str, str]:
+def check_store(settings: Settings) -> Check:
     try:
         prepare_data_dir(settings.data_dir)
         if token_path(settings).exists():
@@ -4878,10 +4894,14 @@ def check_store(settings: Settings) -> tuple[str, str, str]:
     except StartError as error:
         return "FAIL", "store", str(error)
     except Unavailable as error:
-        return "FAIL", "store", f"{error} Start it, or unset REDIS_URL, REDIS_HOST and REDIS_PORT for the embedded one."
+        return (
+            "FAIL",
+            "store",
+            f"{error} Start it, or remove REDIS_URL, REDIS_HOST and REDIS_PORT for the embedded one.",
+        )
 
 
-def check_swarmui_path(settings: Settings) -> tuple[str, str, str]:
+def check_swarmui_path(settings: Settings) -> Check:
     try:
         return "OK", "SWARMUI_PATH", str(plan_launch(settings).program)
     except LaunchError as error:
@@ -4889,7 +4909,7 @@ def check_swarmui_path(settings: Settings) -> tuple[str, str, str]:
         return "FAIL" if wrong else "WARN", "SWARMUI_PATH", str(error)
 
 
-def check_port(settings: Settings) -> tuple[str, str, str]:
+def check_port(settings: Settings) -> Check:
     try:
         for one in open_sockets(settings.host, settings.port):
             one.close()
@@ -4898,8 +4918,8 @@ def check_port(settings: Settings) -> tuple[str, str, str]:
         host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
         url = url_of(dataclasses.replace(settings, host=host), settings.port)
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-            answer = json.loads(fetch(f"{url}/health", 6).body)  # a store that hangs takes 3 s to be told
-            if isinstance(answer, dict) and answer.keys() == {"status", "store"}:
+            body = json.loads(fetch(f"{url}/health", 6).body)  # 3 s of it for a store that hangs
+            if isinstance(body, dict) and body.keys() == {"status", "store"}:
                 return "OK", "port", f"this service runs on {settings.port} already"
         return "FAIL", "port", str(error)
 
@@ -4913,14 +4933,16 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = ("serve", "check", "token")
-    parser.add_argument("command", nargs="?", choices=commands, default="serve", help="serve unless said")
-    parser.add_argument("--host", help="wins over STORYTELLER_HOST")
-    parser.add_argument("--port", help="wins over STORYTELLER_PORT")
-    parser.add_argument("--data-dir", help="wins over STORYTELLER_DATA_DIR")
-    tokens = parser.add_argument_group("token", "makes a session token, and prints it alone")
-    tokens.add_argument("--subject", help="whom it is for: letters, digits, dot, hyphen, underscore; 64 at most")
+    parser.add_argument("command", nargs="?", choices=commands, default="serve", help="by default serve")
+    parser.add_argument("--host", help="overrides STORYTELLER_HOST")
+    parser.add_argument("--port", help="overrides STORYTELLER_PORT")
+    parser.add_argument("--data-dir", help="overrides STORYTELLER_DATA_DIR")
+    tokens = parser.add_argument_group("token", "makes a session token, and prints nothing else")
+    tokens.add_argument(
+        "--subject", help="the program that gets it: letters, digits, dot, hyphen, underscore; 64 at most"
+    )
     tokens.add_argument("--permission", action="append", choices=PERMISSIONS, default=[], help="as often as needed")
-    tokens.add_argument("--ttl", type=read_ttl, default=TOKEN_TTL, help="like 90s, 45m, 12h (unless said), 30d")
+    tokens.add_argument("--ttl", type=read_ttl, default=TOKEN_TTL, help="like 90s, 45m, 30d; by default 12h")
     instead = tokens.add_mutually_exclusive_group()
     instead.add_argument("--list", action="store_true", help="show who has tokens, never the tokens")
     instead.add_argument("--revoke", metavar="SUBJECT", help="revoke every token of that subject")
@@ -4933,7 +4955,7 @@ def read_ttl(text: str) -> int:
     seconds = int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2] or "s"] if found else 0
     low, high = TOKEN_TTL_RANGE
     if not low <= seconds <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time from 60s to 30d")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration from 60s to 30d")
     return seconds
 
 
@@ -4943,19 +4965,7 @@ def token_command(settings: Settings, given: Mapping[str, Any]) -> int:
     try:
         with contextlib.closing(open_store(settings)) as store:
             if given["list"] or given["revoke"]:
-                callers = [caller for digest, record in store.tokens() if (caller := read_token(digest, record))]
-                callers.sort(key=lambda one: (one.subject, one.expires))
-                if given["list"]:
-                    for caller in callers:
-                        print(caller.subject, iso_time(caller.expires), *caller.permissions)
-                    return 0
-                theirs = [caller for caller in callers if caller.subject == given["revoke"]]
-                for caller in theirs:
-                    store.revoke_token(caller.digest)
-                    print(f"revoked: {caller.subject}, which would have expired {iso_time(caller.expires)}")
-                if not theirs:
-                    print(f"{given['revoke']} has no token.", file=sys.stderr)
-                return int(not theirs)
+                return list_tokens(store, given["revoke"])
             if not re.fullmatch(SUBJECT_PATTERN, given["subject"] or "") or not given["permission"]:
                 raise StartError("A token needs --subject NAME and at least one --permission: see --help.")
             token, _ = issue_token(store, given["subject"], given["permission"], given["ttl"], now_ms())
@@ -4965,16 +4975,33 @@ def token_command(settings: Settings, given: Mapping[str, Any]) -> int:
         raise StartError(str(fault)) from None
 
 
-OWN_ARGUMENTS = ("host", "port", "data_dir")  # those that are settings
+def list_tokens(store: Store, revoked: str | None) -> int:
+    """Print the session tokens by subject, or those of one subject while revoking them."""
+    found = [(caller, digest) for digest, record in store.tokens() if (caller := read_token(digest, record))]
+    found.sort(key=lambda one: (one[0].subject, one[0].expires))
+    for caller, digest in found:
+        end = iso_time(caller.expires or 0)
+        if revoked is None:
+            print(caller.subject, end, *caller.permissions)
+        elif caller.subject == revoked:
+            store.revoke_token(digest)
+            print(f"revoked: {revoked}, which would have expired {end}")
+    if revoked is None or any(caller.subject == revoked for caller, _ in found):
+        return 0
+    print(f"{revoked} has no token.", file=sys.stderr)
+    return 1
+
+
+SETTING_ARGUMENTS = ("host", "port", "data_dir")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0, 1 when `check` found a fault, 2 when the service cannot start."""
+    """Exit codes: 0; 1 when a check failed or no token was revoked; 2 when the service cannot start."""
     prepare_console()
     given = vars(make_parser().parse_args(argv))
-    if given["data_dir"]:  # one that is typed begins where it is typed, not at the module
+    if given["data_dir"]:  # relative to the current folder, since a person typed it there
         given["data_dir"] = os.path.abspath(given["data_dir"])
-    arguments = {name: given[name] for name in OWN_ARGUMENTS}
+    arguments = {name: given[name] for name in SETTING_ARGUMENTS}
     try:
         if given["command"] == "check":
             return check(arguments)
