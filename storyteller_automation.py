@@ -3756,7 +3756,7 @@ def draft_of(body: Mapping[str, Any]) -> Draft:
 
 def _session_response(services: Services, stored: StoredSession) -> Response:
     """The document goes out as it is stored: it was read, and writing it anew would cost as much again."""
-    return Response(b'{"success":true,"data":%b,"storage":"%b"}' % (stored.document, services.store.name.encode()))
+    return Response(b'{"success":true,"data":%b,"storage":"%b"}' % (stored.document or b"", services.store.name.encode()))
 
 
 def session_get(services: Services, request: Request) -> Response:
@@ -4326,7 +4326,9 @@ def error_response(shape: Mapping[str, Any], error: ApiError) -> Response:
     return json_response({**shape, "error": str(error)}, error.status, headers)
 
 
-def refusal(headers: Mapping[str, str], code: int, reason: str, words: str) -> tuple[dict[str, Any], ApiError]:
+def refusal(
+    headers: Mapping[str, str], code: int, reason: str, words: str
+) -> tuple[dict[str, Any], ApiError | None]:
     """The environment and the error of a request that the server cannot read."""
     environ = {f"HTTP_{name}": value for name, value in headers.items()}
     # Of its words only those before what it quotes, which is a header, perhaps the token's.
@@ -4583,8 +4585,8 @@ class Channel(waitress.channel.HTTPChannel):
             task.set_close_on_finish()
             environ, refused = refusal(request.headers, request.error.code, request.error.reason, request.error.body)
         else:
-            environ = task.get_environment()
-            refused = Unavailable(STOPPING, 5) if self.activity.begun > dispatcher.stopped_at else None
+            late = self.activity.begun > dispatcher.stopped_at
+            environ, refused = task.get_environment(), Unavailable(STOPPING, 5) if late else None
         steps = respond(self.server.application, environ, refused=refused)
         finish = functools.partial(self._finish, task, environ["REQUEST_METHOD"])
         self.exchange = Exchange(steps, functools.partial(dispatcher.call_soon, self), finish)
@@ -4615,7 +4617,8 @@ class Channel(waitress.channel.HTTPChannel):
             self.exchange.cancel()
         for request in self.requests:
             request.close()
-        self.exchange, self.requests = None, []
+        self.exchange = None
+        self.requests.clear()
         super().handle_close()
 
     def state(self) -> tuple[bool, bool]:
