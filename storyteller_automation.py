@@ -1065,142 +1065,6 @@ class Store(Protocol):
 
 
 # ======================================================================================================
-# Redis: connections
-# ======================================================================================================
-
-# redis-py makes the connections (addresses, TLS, passwords, its pool) and sends; what comes back is read here, since
-# its own reading takes 250 us a command and up to 2.5 ms for a session, and gives no bytes to compare. This is all
-# that reaches below its public surface.
-
-
-class _BoundedConnect:
-    """Mixed into a connection of redis-py: looking a name up has no time-out of its own."""
-
-    def _connect(self) -> Any:
-        made: Future[Any] = Future()
-
-        def connect() -> None:
-            try:
-                made.set_result(super(_BoundedConnect, self)._connect())
-            except BaseException as error:
-                made.set_exception(error)
-
-        host = getattr(self, "host", None)
-        if host is None or is_address(host):
-            return super()._connect()
-        threading.Thread(target=connect, name="redis-connect", daemon=True).start()
-        try:
-            return made.result(timeout=self.socket_connect_timeout)
-        except concurrent.futures.TimeoutError:
-            made.add_done_callback(lambda late: late.exception() or late.result().close())
-            raise redis.TimeoutError("connecting took too long") from None
-
-
-class _Pool(redis.ConnectionPool):
-    """Connections that were idle for a while are made anew: they may have died silently (the PC slept)."""
-
-    KEEPALIVE_TIMEOUT = 5.0
-
-    def release(self, connection: Any) -> None:
-        connection.released = time.time()  # the clock on the wall goes on while the PC sleeps
-        super().release(connection)
-
-    def get_connection(self, *arguments: Any, **options: Any) -> Any:
-        connection = super().get_connection(*arguments, **options)
-        if not 0 <= time.time() - getattr(connection, "released", time.time()) < self.KEEPALIVE_TIMEOUT:
-            try:
-                connection.disconnect()
-                connection.connect()
-            except BaseException:
-                self.release(connection)  # else each outage would use up some of max_connections
-                raise
-        return connection
-
-
-def pack(*words: bytes | str | float) -> bytes:
-    """A command as Redis takes it."""
-    given = [word if isinstance(word, bytes) else str(word).encode("utf-8") for word in words]
-    return b"*%d\r\n" % len(given) + b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in given])
-
-
-LARGE_VALUE = 1 << 16  # bytes; to extend a buffer by one of 850 KB takes 1 ms, to join its pieces 0.2
-
-
-def read_reply(
-    received: bytearray, at: int, receive: Callable[[int], bytes], large: float = LARGE_VALUE
-) -> tuple[list[Any], int]:
-    """The reply that begins at `at` of what was received, as a flat list of its values (bytes, int, None,
-    ResponseError), and where the next one begins. What is missing is received; after a value that is `large` the
-    buffer begins anew."""
-    values: list[Any] = []
-    left = 1
-    while left:
-        while (end := received.find(b"\r\n", at)) < 0:
-            received += receive(LARGE_VALUE)
-        kind, text, at = received[at : at + 1], received[at + 1 : end], end + 2
-        left -= 1
-        if kind == b"*":
-            left += max(0, int(text))
-        elif kind == b":":
-            values.append(int(text))
-        elif kind == b"-":
-            values.append(redis.ResponseError(text.decode("utf-8", "replace")))
-        elif kind == b"+":
-            values.append(bytes(text))
-        elif (size := int(text)) < 0:
-            values.append(None)
-        elif size > large and len(received) < at + size:
-            pieces = [bytes(memoryview(received)[at:])]
-            size -= len(pieces[0])
-            while size:
-                pieces.append(receive(size))
-                size -= len(pieces[-1])
-            values.append(b"".join(pieces))
-            received[:] = receive(LARGE_VALUE)
-            while len(received) < 2:
-                received += receive(LARGE_VALUE)
-            at = 2
-        else:
-            while len(received) < at + size + 2:
-                received += receive(LARGE_VALUE)
-            values.append(bytes(received[at : at + size]))
-            at += size + 2
-    return values, at
-
-
-def is_refused(values: Sequence[Any], code: str) -> bool:
-    """Whether a reply is an error of that code."""
-    return bool(values) and isinstance(values[0], redis.ResponseError) and str(values[0]).startswith(code)
-
-
-def exchange(connection: Any, commands: bytes, count: int, last: bytes | None = None) -> list[Any]:
-    """Send packed commands in one round trip; `count` replies as flat lists. Where `last` is given, which is what the
-    first one was before, or b"", that one comes raw: to compare it takes 2 us, to read 100 members 200. Raises
-    RedisError, OSError."""
-    received, replies, at = bytearray(), [], 0
-
-    def receive(size: int) -> bytes:
-        data = connection._sock.recv(size)
-        if not data:
-            raise redis.ConnectionError("closed")
-        return data
-
-    connection.send_packed_command([commands])
-    if last:
-        while len(received) < len(last) and last.startswith(received):
-            received += receive(LARGE_VALUE)
-        if received.startswith(last):
-            replies, at = [last], len(last)
-    if last is not None and not replies:
-        _, at = read_reply(received, 0, receive, large=math.inf)
-        replies.append(bytes(memoryview(received)[:at]))
-    while len(replies) < count:
-        values, at = read_reply(received, at, receive)
-        replies.append(values)
-    return replies
-
-
-# ======================================================================================================
 # Redis: scripts
 # ======================================================================================================
 
@@ -1306,7 +1170,38 @@ end
 _REDIS_CODES = r"\b(READONLY|OOM|MISCONF|BUSY|NOPERM|NOAUTH|WRONGPASS|LOADING|MASTERDOWN|WRONGTYPE)\b"
 
 
-class RedisStore:
+_Word = bytes | str | int | float  # of a command
+
+
+class _CheckedConnection(redis.connection.AbstractConnection):
+    """Mixed into the connections of redis-py."""
+
+    def connect(self) -> None:
+        """A lookup of a name has no timeout of its own: it runs in a thread, which is not waited for if it is late."""
+        if self.is_connected:
+            return
+        host = getattr(self, "host", None)  # a Unix socket has none
+        if host is not None and not is_address(host):
+            found = threading.Event()
+
+            def look_up() -> None:
+                with contextlib.suppress(OSError, UnicodeError):  # super().connect() fails in the same way
+                    socket.getaddrinfo(host, None)
+                found.set()
+
+            threading.Thread(target=look_up, name="redis-lookup", daemon=True).start()
+            if not found.wait(self.socket_connect_timeout):
+                raise redis.TimeoutError("the lookup of its name took too long")
+        self.next_health_check = time.monotonic() + self.health_check_interval  # a new connection needs none
+        super().connect()
+
+    def check_health(self) -> None:
+        """An error is an answer as well: Redis refuses PING with MISCONF where it refuses writes alone."""
+        with contextlib.suppress(redis.ResponseError):
+            super().check_health()
+
+
+class RedisStore(Store):
     """Redis 5 or later. The keys that other programs use are those that were agreed on; ours begin with
     `storyteller:`."""
 
@@ -1314,105 +1209,118 @@ class RedisStore:
     PENDING, LATEST, TOKEN = "notifications:pending", "session:latest", "auth:session:"
     INDEX, STORYART_INDEX = "storyteller:sessions", "storyart:sessions:index"
     NEWEST = "storyteller:newest"  # the newest time that a notification was given
+    _PING = ("EXISTS", NEWEST)  # it reads: Redis refuses PING where it refuses writes alone
 
-    # A call ends within 3 s, also where it has to connect first and Redis hangs.
-    CONNECT_TIMEOUT, ANSWER_TIMEOUT = 1.0, 1.5
-    CALLS_AT_ONCE = 24  # the others of the server's threads stay free for what needs no store
-    LOOK_INTERVAL = 1.0  # seconds between two looks for a Redis that is away
+    # Seconds. A call ends within 3 s, also where an idle connection is dead and the next one is silent.
+    CONNECT_TIMEOUT, ANSWER_TIMEOUT = 1.0, 1.4
+    CHECK_INTERVAL = 10  # an idle connection is checked before its next use; one that a poll uses every 5 s is not
+    PROBE_INTERVAL = 1.0  # between two probes while the circuit is open
 
     def __init__(self, url: str, clock: Callable[[], int] = now_ms) -> None:
-        # RESP2, since Redis 5 refuses HELLO 3.
-        self._pool = _Pool.from_url(
-            url,
-            protocol=2,
+        given = redis.connection.parse_url(url)
+        base = given.pop("connection_class", redis.Connection)
+        # The URL says where Redis is and who we are. How it is called is for us to say.
+        where = {name: value for name, value in given.items() if re.match("(host|port|path|db|user|pass|ssl)", name)}
+        self._pool = redis.ConnectionPool(
+            connection_class=type("CheckedConnection", (_CheckedConnection, base), {}),
+            max_connections=1000,  # the callers' threads are the limit
+            protocol=2,  # Redis 5 refuses HELLO 3
+            driver_info=None,  # CLIENT SETINFO costs two round trips
             socket_timeout=self.ANSWER_TIMEOUT,
             socket_connect_timeout=self.CONNECT_TIMEOUT,
-            max_connections=256,
+            health_check_interval=self.CHECK_INTERVAL,
+            **where,
         )
-        self._pool.connection_class = type("BoundedConnection", (_BoundedConnect, self._pool.connection_class), {})
-        self._places = threading.BoundedSemaphore(self.CALLS_AT_ONCE)
         self._lock = threading.Lock()
-        self._away = ""  # why Redis is known to be away; "" while it is not
+        self._fault = ""  # why the circuit is open; "" while it is closed
         self._closing = threading.Event()
         self._clock = clock
         self._newest_given = 0  # ms; others may have given later ones
-        options = self._pool.connection_kwargs
-        options.update(decode_responses=False, protocol=2)  # the URL's own options would win
-        place = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
-        self.place = f"{place}, database {options.get('db', 0)}"
+        place = where.get("path") or f"{where.get('host', 'localhost')}:{where.get('port', 6379)}"
+        self.place = f"{place}, database {where.get('db', 0)}"
 
-    def _exchange(self, *commands: bytes, count: int | None = None, last: bytes | None = None) -> list[Any]:
-        """The replies as exchange() gives them, errors too. Fails at once while Redis is known to be away."""
-        if self._away:
-            raise self._unavailable(self._away)
-        if not self._places.acquire(timeout=0.1):
-            raise self._unavailable("too many calls wait for it")
+    def _exchange(self, *commands: Sequence[_Word]) -> list[Any]:
+        """Send the commands in one round trip. The reply to each: bytes, int, None, a list of these, or a
+        ResponseError. Raises Unavailable, at once while the circuit is open."""
+        if self._fault:
+            raise self._unavailable(self._fault)
         try:
-            return self._exchange_now(b"".join(commands), count or len(commands), last)
-        except (redis.RedisError, OSError, UnicodeError) as error:
+            return self._exchange_now(commands)
+        except (redis.RedisError, OSError, ValueError) as error:  # ValueError: what answers is no Redis
             reason = self._reason(error)
             if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
-                self._lose(reason)
+                self._open_circuit(reason)
             raise self._unavailable(reason) from None
-        finally:
-            self._places.release()
 
-    def _exchange_now(self, commands: bytes, count: int, last: bytes | None = None) -> list[Any]:
+    def _exchange_now(self, commands: Sequence[Sequence[_Word]]) -> list[Any]:
         connection = self._pool.get_connection()
         try:
-            return exchange(connection, commands, count, last)
+            try:
+                connection.check_health()
+            except (redis.ConnectionError, redis.TimeoutError):
+                self._pool.disconnect(inuse_connections=False)  # the other idle ones died with it
+                connection.connect()
+            connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+            return [self._read_reply(connection) for _ in commands]
         except BaseException:
-            connection.disconnect()  # what was not read would be the answer to the next
+            connection.disconnect()  # a reply that was not read would be taken for the next one
             raise
         finally:
             self._pool.release(connection)
 
-    def _ask(self, *commands: bytes) -> list[list[Any]]:
-        """The reply to each as a flat list. Raises Unavailable for an error too."""
-        return [self._good(values) for values in self._exchange(*commands)]
+    @staticmethod
+    def _read_reply(connection: Any) -> Any:
+        try:
+            return connection.read_response(disable_decoding=True)
+        except redis.ResponseError as error:
+            return error
 
-    def _good(self, values: list[Any]) -> list[Any]:
-        if values and isinstance(values[0], redis.ResponseError):
-            raise self._unavailable(self._reason(values[0]))
-        return values
+    def _ask(self, *commands: Sequence[_Word]) -> list[Any]:
+        """The reply to each. Raises Unavailable for an error too."""
+        return [self._good(reply) for reply in self._exchange(*commands)]
 
-    def _text(self, values: list[Any]) -> bytes | None:
+    def _good(self, reply: Any) -> Any:
+        if isinstance(reply, redis.ResponseError):
+            raise self._unavailable(self._reason(reply))
+        return reply
+
+    def _text(self, reply: Any) -> bytes | None:
         """Of the reply to GET; None also for a key of another type."""
-        return None if is_refused(values, "WRONGTYPE") else self._good(values)[0]
+        return None if self._is_wrong_type(reply) else self._good(reply)
+
+    @staticmethod
+    def _is_wrong_type(reply: Any) -> bool:
+        return isinstance(reply, redis.ResponseError) and str(reply).startswith("WRONGTYPE")
 
     @staticmethod
     def _reason(error: Exception) -> str:
-        """Not the error's text: it may hold the command, session and all."""
-        code = re.search(_REDIS_CODES, str(error))
+        """Not the error's text, which may hold the command and with it a session."""
+        code = re.search(_REDIS_CODES, f"{getattr(error, 'status_code', '')} {error}")
         return code[1] if code else type(error).__name__
 
     def _unavailable(self, reason: str) -> Unavailable:
         return Unavailable(f"Redis at {self.place} does not answer as it should ({reason}).", 1)
 
-    def _lose(self, reason: str) -> None:
-        """Redis is away: look for it until it is back, or close() was called."""
+    def _open_circuit(self, reason: str) -> None:
+        """Let calls fail at once until a probe is answered, or close() was called."""
         with self._lock:
-            if self._away or self._closing.is_set():
+            if self._fault or self._closing.is_set():
                 return
-            self._away = reason
-        log.warning("store: Redis at %s is away (%s)", self.place, reason)
+            self._fault = reason
+        log.warning("store: Redis at %s does not answer (%s): the circuit is open", self.place, reason)
         self._pool.disconnect(inuse_connections=False)
-        threading.Thread(target=self._look, name="redis-look", daemon=True).start()
+        threading.Thread(target=self._probe, name="redis-probe", daemon=True).start()
 
-    def _look(self) -> None:
-        while not self._closing.wait(self.LOOK_INTERVAL):
-            with contextlib.suppress(redis.RedisError, OSError, UnicodeError):
-                self._exchange_now(self._probe(), 1)  # an error is an answer: it is told to each call
-                self._away = ""
-                log.warning("store: Redis at %s is back", self.place)
+    def _probe(self) -> None:
+        while not self._closing.wait(self.PROBE_INTERVAL):
+            with contextlib.suppress(redis.RedisError, OSError, ValueError):
+                self._exchange_now([self._PING])  # an error reply is an answer: each call gets its own
+                self._fault = ""
+                log.warning("store: Redis at %s answers again: the circuit is closed", self.place)
                 return
-
-    def _probe(self) -> bytes:
-        """A command that reads: PING is refused with MISCONF where only writes are."""
-        return pack("EXISTS", self.NEWEST)
 
     def ping(self) -> None:
-        self._ask(self._probe())
+        self._ask(self._PING)
 
     def close(self) -> None:
         self._closing.set()
@@ -1427,22 +1335,19 @@ class RedisStore:
         return f"storyteller:session:{timestamp}"
 
     @staticmethod
-    @functools.lru_cache(maxsize=4096)
-    def _state_commands(timestamp: int) -> bytes:
+    def _state_commands(timestamp: int) -> list[Sequence[_Word]]:
         """Three commands, whose replies differ once the session does."""
-        lengths = [pack("STRLEN", key) for key in RedisStore._session_keys(timestamp)]
-        return b"".join([*lengths, pack("HMGET", RedisStore._meta_key(timestamp), "saved", "announced")])
+        lengths = [("STRLEN", key) for key in RedisStore._session_keys(timestamp)]
+        return [*lengths, ("HMGET", RedisStore._meta_key(timestamp), "saved", "announced")]
 
     def session(self, timestamp: int) -> StoredSession | None:
-        texts = [pack("GET", key) for key in self._session_keys(timestamp)]  # MGET would hide a key of another type
+        texts = [("GET", key) for key in self._session_keys(timestamp)]  # MGET would hide a key of another type
         # The state first: a session that changes in between differs at the next glance.
-        *state, ours, storyarts = self._exchange(self._state_commands(timestamp), *texts, count=5)
-        kept = next((values for values in (ours, storyarts) if values != [None]), None)
+        *state, ours, storyarts = self._exchange(*self._state_commands(timestamp), *texts)
+        kept = storyarts if ours is None else ours
         if kept is None:
             return None
-        saved, announced = (*state[2], None)[:2]
-        if isinstance(saved, redis.ResponseError):
-            saved = announced = None
+        saved, announced = (None, None) if isinstance(state[2], redis.ResponseError) else state[2]
         return StoredSession(
             timestamp,
             self._text(kept),
@@ -1452,14 +1357,14 @@ class RedisStore:
         )
 
     @staticmethod
-    def _state(replies: Sequence[list[Any]]) -> object:
-        return tuple(str(value) if isinstance(value, Exception) else value for values in replies for value in values)
+    def _state(replies: Sequence[Any]) -> object:
+        return tuple(str(value) if isinstance(value, Exception) else value for value in replies)
 
     def sessions(self, known: Callable[[int, object], bool] = nothing_known) -> Iterator[StoredSession | int]:
         page, below = 100, "+inf"
         while True:
             indexes = (self.INDEX, self.STORYART_INDEX)
-            read = [pack("ZREVRANGEBYSCORE", index, below, "-inf", "WITHSCORES", "LIMIT", 0, page) for index in indexes]
+            read = [("ZREVRANGEBYSCORE", index, below, "-inf", "WITHSCORES", "LIMIT", 0, page) for index in indexes]
             found = [[float(score) for score in values[1::2]] for values in self._ask(*read)]
             # A full page says nothing of what lies below its last score: go no further down than that.
             floor = max((scores[-1] for scores in found if len(scores) == page), default=-math.inf)
@@ -1481,18 +1386,18 @@ class RedisStore:
         return self._get(self.LATEST)
 
     def _get(self, key: str) -> bytes | None:
-        return self._text(self._exchange(pack("GET", key))[0])
+        return self._text(self._exchange(("GET", key))[0])
 
-    def _run(self, script: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[list[Any]]:
-        """Run a script for each (keys, arguments), all in one round trip; each answer as a flat list."""
+    def _run(self, script: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
+        """Run a script for each (keys, arguments), all in one round trip; the reply to each."""
         digest = hashlib.sha1(script.encode()).hexdigest()  # by which Redis knows it once it has seen it
         rests = [(len(keys), *keys, *arguments) for keys, arguments in calls]
-        found = self._exchange(*[pack("EVALSHA", digest, *rest) for rest in rests])
-        missed = [number for number, values in enumerate(found) if is_refused(values, "NOSCRIPT")]
+        replies = self._exchange(*[("EVALSHA", digest, *rest) for rest in rests])
+        missed = [at for at, reply in enumerate(replies) if isinstance(reply, redis.exceptions.NoScriptError)]
         if missed:
-            again = self._exchange(*[pack("EVAL", script, *rests[number]) for number in missed])
-            found = [again.pop(0) if number in missed else values for number, values in enumerate(found)]
-        return [self._good(values) for values in found]
+            again = self._exchange(*[("EVAL", script, *rests[at]) for at in missed])
+            replies = [again.pop(0) if at in missed else reply for at, reply in enumerate(replies)]
+        return [self._good(reply) for reply in replies]
 
     def _run_with_times(
         self, script: str, drafts: Sequence[Draft | None], keys: Sequence[str] = (), *further: Any
@@ -1521,7 +1426,7 @@ class RedisStore:
 
     def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
         incoming = f"storyteller:incoming:{secrets.token_hex(8)}"
-        self._ask(pack("SET", incoming, document, "PX", 60_000))
+        self._ask(("SET", incoming, document, "PX", 60_000))
         keys = [*self._session_keys(timestamp), self._meta_key(timestamp), self.INDEX, incoming]
         step = draft.type if draft else ""
         (result,) = self._run_with_times(_LUA_SAVE, [draft], keys, step, timestamp, int(replace))
@@ -1543,8 +1448,8 @@ class RedisStore:
         seen: set[bytes] = set()  # those of the lowest score that were given already
         while True:
             wanted = page + len(seen)
-            (values,) = self._ask(self._pending_command(lowest, wanted))
-            rows = self._rows(values)
+            (reply,) = self._ask(self._pending_command(lowest, wanted))
+            rows = self._rows(reply)
             yield from ((member, score) for member, score in rows if member not in seen)
             if len(rows) < wanted:
                 return
@@ -1552,25 +1457,24 @@ class RedisStore:
                 lowest, seen = rows[-1][1], set()
             seen.update(member for member, score in rows if score == lowest)
 
-    def _pending_command(self, lowest: float, count: int) -> bytes:
-        return pack("ZRANGEBYSCORE", self.PENDING, repr(lowest), "+inf", "WITHSCORES", "LIMIT", 0, count)
+    def _pending_command(self, lowest: float, count: int) -> Sequence[_Word]:
+        return ("ZRANGEBYSCORE", self.PENDING, repr(lowest), "+inf", "WITHSCORES", "LIMIT", 0, count)
 
     def glance(self, page: int, ids: Sequence[str], timestamps: Sequence[int], last: object = None) -> Glance:
-        commands = []
+        commands: list[Sequence[_Word]] = []
         if page:
             commands.append(self._pending_command(self._clock() - TTL_MS + 1, page))
         if ids:
-            commands.append(pack("EXISTS", *map(self._marker, ids)))
-        count = len(commands) + 3 * len(timestamps)
-        commands += map(self._state_commands, timestamps)
-        replies = self._exchange(*commands, count=count, last=(last or b"") if page else None) if commands else []
+            commands.append(("EXISTS", *map(self._marker, ids)))
+        for timestamp in timestamps:
+            commands += self._state_commands(timestamp)
+        replies = self._exchange(*commands) if commands else []
         pending = replies.pop(0) if page else None
-        marked = replies.pop(0) != [0] if ids else False
+        marked = replies.pop(0) != 0 if ids else False
         return Glance(pending, marked, [self._state(replies[first : first + 3]) for first in range(0, len(replies), 3)])
 
     def rows_of(self, pending: object) -> list[tuple[bytes, float]]:
-        values, _ = read_reply(bytearray(pending), 0, lambda size: b"", large=math.inf)
-        return self._rows(self._good(values))
+        return self._rows(self._good(pending))
 
     @staticmethod
     def _rows(values: list[Any]) -> list[tuple[bytes, float]]:
@@ -1580,26 +1484,26 @@ class RedisStore:
         if not ids:
             return set()
         keys = [self._marker(id) for id in ids]
-        if self._ask(pack("EXISTS", *keys)) == [[0]]:  # a marked one is seldom pending still: one short command tells
+        if self._ask(("EXISTS", *keys)) == [0]:  # a marked one is seldom pending still: one short command tells
             return set()
-        return {id for id, found in zip(ids, self._ask(*[pack("EXISTS", key) for key in keys])) if found != [0]}
+        return {id for id, found in zip(ids, self._ask(*[("EXISTS", key) for key in keys])) if found}
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
-        return self._run(_LUA_ACKNOWLEDGE, [([self.PENDING, self._marker(id)], members)]) == [[1]]
+        return self._run(_LUA_ACKNOWLEDGE, [([self.PENDING, self._marker(id)], members)]) == [1]
 
     def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool]:
         oldest = self._clock() - TTL_MS + 1
         calls = [
             ([self.PENDING, self._marker(id)], [max(time, oldest), time, OWN_MEMBER % id.encode()]) for id, time in ids
         ]
-        return [result == [1] for result in self._run(_LUA_ACKNOWLEDGE_OWN, calls)]
+        return [reply == 1 for reply in self._run(_LUA_ACKNOWLEDGE_OWN, calls)]
 
     @staticmethod
     def _marker(id: str) -> str:
         return f"notifications:ack:{id}"
 
     def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
-        self._ask(pack("SET", self.TOKEN + digest, record, "PX", ttl))
+        self._ask(("SET", self.TOKEN + digest, record, "PX", ttl))
 
     def token(self, digest: str) -> bytes | None:
         return self._get(self.TOKEN + digest)
@@ -1607,7 +1511,7 @@ class RedisStore:
     def tokens(self) -> list[tuple[str, bytes]]:
         keys, cursor = set(), b"0"
         while True:  # SCAN, since only people at the command line ask
-            ((cursor, *found),) = self._ask(pack("SCAN", cursor, "MATCH", f"{self.TOKEN}*", "COUNT", 1000))
+            ((cursor, found),) = self._ask(("SCAN", cursor, "MATCH", f"{self.TOKEN}*", "COUNT", 1000))
             keys.update(key.decode("utf-8", "replace") for key in found)
             if cursor == b"0":
                 break
@@ -1615,7 +1519,7 @@ class RedisStore:
         return [(digest, record) for digest, record in kept if record is not None]
 
     def revoke_token(self, digest: str) -> bool:
-        return self._ask(pack("DEL", self.TOKEN + digest)) == [[1]]
+        return self._ask(("DEL", self.TOKEN + digest)) == [1]
 
 
 # ======================================================================================================

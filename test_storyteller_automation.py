@@ -1478,40 +1478,6 @@ def test_an_id_stays_acknowledged_and_an_unknown_one_never_becomes_so(store):
 # ======================================================================================================
 
 
-REPLIES = [
-    (b":5\r\n", [5]),
-    (b"+OK\r\n", [b"OK"]),
-    (b"$-1\r\n", [None]),
-    (b"$0\r\n\r\n", [b""]),
-    (b"$4\r\na\r\nb\r\n", [b"a\r\nb"]),
-    (b"*0\r\n", []),
-    (b"*-1\r\n", []),
-    (b"*3\r\n$1\r\na\r\n*2\r\n:1\r\n$-1\r\n$1\r\nb\r\n", [b"a", 1, None, b"b"]),
-    (b"$200000\r\n" + b"x\r\ny" * 50_000 + b"\r\n", [b"x\r\ny" * 50_000]),
-]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 65_536, 1 << 20])
-@pytest.mark.parametrize("large", [100, float("inf")])
-def test_what_redis_answers_is_read_however_it_comes_in_pieces(size, large):
-    sent, expected = b"".join(reply for reply, _ in REPLIES), [values for _, values in REPLIES]
-    taken = 0
-
-    def receive(most: int) -> bytes:
-        nonlocal taken
-        piece = sent[taken : taken + min(most, size)]
-        assert piece, "more was wanted than was sent"
-        taken += len(piece)
-        return piece
-
-    received, at, found = bytearray(), 0, []
-    for _ in REPLIES:
-        values, at = service.read_reply(received, at, receive, large)
-        found.append(values)
-    assert found == expected
-    assert taken == len(sent)
-
-
 def is_a_week(ms: int) -> bool:
     return WEEK - PATIENCE * 1000 < ms <= WEEK
 
@@ -4417,11 +4383,7 @@ def test_a_writer_that_waits_too_long_has_changed_nothing(sqlite_store, monkeypa
 
 
 def test_what_is_used_below_the_public_surface_of_the_libraries_is_there():
-    """Where this fails after an update: look at "Redis: connections" and "Server: connections"."""
-    connection = redis.Connection(host="127.0.0.1", port=1)
-    assert connection._sock is None
-    assert [callable(getattr(connection, name)) for name in ("_connect", "send_packed_command")] == [True, True]
-    assert connection.socket_connect_timeout > 0
+    """Where this fails after an update: look at "Server: connections"."""
     channel = service.waitress.channel.HTTPChannel
     for name in ("readable", "writable", "received", "write_soon", "send", "handle_close", "service"):
         assert callable(getattr(channel, name)), name
@@ -4756,9 +4718,9 @@ def test_a_redis_that_goes_away_is_a_503_in_time_and_is_found_again(make_redis_a
     assert seconds_until_good(app, READS + WRITES) < RETURN_BOUND
     assert ask(app, "GET", "/health")[0].json == {"status": "ok", "store": "redis"}
     assert HIDDEN not in caplog.text
-    assert [record.getMessage().rpartition(" is ")[2][:4] for record in caplog.records if "Redis" in record.msg] == [
-        "away",
-        "back",
+    assert [record.getMessage().rpartition(" is ")[2] for record in caplog.records if "Redis" in record.msg] == [
+        "open",
+        "closed",
     ]
 
 
@@ -4910,33 +4872,72 @@ def test_an_announcement_that_cannot_be_written_comes_at_a_later_poll(make_redis
     assert announced["sessionTimestamp"] == T
 
 
+@pytest.fixture
+def pass_time(monkeypatch) -> Callable[[float], None]:
+    """Moves the clock by which redis-py tells how long a connection was idle."""
+    moved, now = [0.0], time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + moved[0])
+    return lambda seconds: moved.append(moved.pop() + seconds)
+
+
 @pytest.mark.parametrize("die", [Forwarder.end_connections, Forwarder.forget_connections], ids=["ended", "silent"])
-def test_connections_that_died_while_idle_cost_no_503(make_redis_app, forwarder, monkeypatch, die):
-    monkeypatch.setattr(service._Pool, "KEEPALIVE_TIMEOUT", 0.2)
+def test_connections_that_died_while_idle_cost_no_503(make_redis_app, forwarder, pass_time, monkeypatch, die):
+    monkeypatch.setattr(service.RedisStore, "ANSWER_TIMEOUT", 0.2)
     app = make_redis_app(forwarder.url)
     at_once(*[lambda: app.get("/api/v1/notifications/check") for _ in range(8)])
     die(forwarder)
-    idle_until = time.monotonic() + 0.25
-    wait_until(lambda: time.monotonic() > idle_until)
+    pass_time(60)
     answers = at_once(*[lambda: ask(app, "GET", "/api/v1/notifications/check")[0].status_int for _ in range(8)])
     assert answers == [200] * 8
 
 
-def test_outages_use_up_no_connection(forwarder, monkeypatch):
+def test_a_poll_every_5_seconds_makes_no_connection_and_an_idle_one_is_checked(redis_store, other_program, pass_time):
+    def cost(seconds: float) -> tuple[int, int]:
+        """The connections and the commands of a poll after so many seconds."""
+        pass_time(seconds)
+        before = other_program.info("stats")
+        redis_store.ping()
+        after = other_program.info("stats")
+        names = ("total_connections_received", "total_commands_processed")
+        return tuple(after[name] - before[name] for name in names)
+
+    redis_store.ping()
+    assert [cost(5) for _ in range(5)] == [(0, 2)] * 5  # the other is INFO
+    assert cost(11) == (0, 3)
+
+
+def test_outages_use_up_no_connection(forwarder, pass_time, monkeypatch):
     """Each that is made anew and fails must go back to the pool."""
-    monkeypatch.setattr(service._Pool, "KEEPALIVE_TIMEOUT", 0.0)
-    monkeypatch.setattr(service.RedisStore, "LOOK_INTERVAL", 0.02)
+    monkeypatch.setattr(service.RedisStore, "PROBE_INTERVAL", 0.02)
+
+    def answers(store: service.Store) -> bool:
+        with contextlib.suppress(service.Unavailable):
+            store.ping()
+            return True
+        return False
+
     with contextlib.closing(service.RedisStore(forwarder.url)) as store:
         store._pool.max_connections = 4
         for _ in range(6):
-            wait_until(lambda: not store._away)
-            store.ping()
-            forwarder.refuse()
+            wait_until(lambda: answers(store))
+            forwarder.cut()
+            pass_time(60)
             with pytest.raises(service.Unavailable):
                 store.ping()
             forwarder.mend()
-        wait_until(lambda: not store._away)
-        store.ping()
+        wait_until(lambda: answers(store))
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["max_connections=1", "socket_timeout=0.001", "socket_connect_timeout=0.0001", "protocol=3", "decode_responses=yes",
+     "health_check_interval=1", "retry_on_timeout=yes", "encoding=utf-16", "client_name=a", "timeout=1"],
+)  # fmt: skip
+def test_the_urls_options_change_nothing_of_how_redis_is_called(redis_url, other_program, option):
+    with contextlib.closing(service.RedisStore(f"{redis_url}?{option}")) as store:
+        store.save(T, "{ü}".encode(), draft())
+        other_program.client_pause(50)
+        assert at_once(*[lambda: store.session(T).document for _ in range(8)]) == ["{ü}".encode()] * 8
 
 
 @pytest.mark.slow
@@ -5042,7 +5043,7 @@ ACTOR = """
 import json, pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import storyteller_automation as service
-service.RedisStore.LOOK_INTERVAL = 0.02
+service.RedisStore.PROBE_INTERVAL = 0.02
 place = sys.argv[2]
 store = service.RedisStore(place) if "://" in place else service.SqliteStore(pathlib.Path(place))
 notifications = service.Notifications(store)
