@@ -31,7 +31,6 @@ last time, who calls, one glance of the store for all polls of that moment, a Re
 from __future__ import annotations
 
 import argparse
-import collections
 import concurrent.futures
 import contextlib
 import ctypes
@@ -1547,17 +1546,15 @@ CREATE INDEX token_expires ON token (expires);
 
 
 class SqliteStore:
-    """One file, in WAL mode: readers go on while one writes, and what was committed survives a killed process."""
+    """One file in WAL mode: reads go on during a write, and what was committed survives a killed process."""
 
     name = "sqlite"
-    WAIT = 3.0  # seconds for the lock of another writer, thread or process
+    WAIT = 3.0  # seconds for the lock of another process, and for a transaction that is under way
 
     def __init__(self, path: Path, clock: Callable[[], int] = now_ms) -> None:
         self.place = str(path)
         self._path = path
         self._clock = clock
-        self._writer_lock = threading.Lock()
-        self._waiting: collections.deque[tuple[Callable[[sqlite3.Connection], Any], Future[Any]]] = collections.deque()
         self._damaged = False  # seen at run time: the file is "malformed"
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()  # as many as threads that read at once
         self._closed = False
@@ -1569,7 +1566,8 @@ class SqliteStore:
                 self._writer.close()
                 raise
         except (sqlite3.Error, Unavailable) as error:
-            raise StartError(f"The store {path} cannot be used ({error}): move it away, or mend it.") from None
+            raise StartError(f"The store {path} cannot be used ({error}): move it away, or repair it.") from None
+        self._writes = Batcher(self._commit, "sqlite-writer")  # its thread alone uses the writer from here on
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, timeout=self.WAIT, isolation_level=None, check_same_thread=False)
@@ -1583,7 +1581,7 @@ class SqliteStore:
     def _prepare(self) -> None:
         damage = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
         if damage != "ok":
-            raise StartError(f"The store {self.place} is damaged ({damage}): move it away, or mend it.")
+            raise StartError(f"The store {self.place} is damaged ({damage}): move it away, or repair it.")
         with self._transaction():
             self._migrate(self._writer)
         self._writer.execute("PRAGMA journal_mode = WAL")  # writes to the file: not before it is known to be ours
@@ -1620,37 +1618,29 @@ class SqliteStore:
                     self._close_readers()
 
     def _write(self, change: Callable[[sqlite3.Connection], T]) -> T:
-        """What the change returns once it is durable: it happens whole, or not at all. Whoever gets the lock commits
-        the changes of all who wait for it: one fsync serves them all."""
-        outcome: Future[T] = Future()
-        self._waiting.append((change, outcome))
-        if not self._writer_lock.acquire(timeout=self.WAIT):
-            if outcome.cancel():
-                raise Unavailable(f"The store {self.place} is busy: ask again.", 1)
-            return outcome.result()  # it is being committed at this moment
-        try:
-            if not outcome.done():
-                self._commit_waiting()
-        finally:
-            self._writer_lock.release()
-        return outcome.result()
+        """What the change returns, once it is durable."""
+        (outcome,) = self._write_each([change])
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
 
-    def _commit_waiting(self) -> None:
-        """One transaction for all that wait; what fails alone takes no other with it."""
-        changes = []
-        while self._waiting:
-            change, outcome = self._waiting.popleft()
-            if outcome.set_running_or_notify_cancel():
-                changes.append((change, outcome))
-        try:
-            with self._transaction():
-                self._purge(self._writer, self._clock())
-                alone = len(changes) == 1  # needs no savepoint, which copies each page that changes
-                tell = [self._try(change, outcome, alone) for change, outcome in changes]
-        except BaseException as error:
-            tell = [functools.partial(outcome.set_exception, error) for _, outcome in changes]
-        for one in tell:  # not before all of it is durable
-            one()
+    def _write_each(self, changes: Sequence[Callable[[sqlite3.Connection], Any]]) -> list[Any]:
+        """What each change returns or raises, once all are durable. Each happens whole or not at all."""
+        outcomes = self._writes.ask(changes)
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            return outcomes.result(self.WAIT)
+        if outcomes.cancel():
+            raise Unavailable(f"The store {self.place} is busy: ask again.", 1)
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            return outcomes.result(2 * self.WAIT)  # its transaction is under way
+        raise Unavailable(f"The store {self.place} takes too long: the change may still be made.", 1)
+
+    def _commit(self, asked: Sequence[Sequence[Callable[[sqlite3.Connection], Any]]]) -> list[list[Any]]:
+        """One transaction, and so one fsync, for all changes that wait."""
+        alone = sum(map(len, asked)) == 1
+        with self._transaction():
+            self._purge(self._writer, self._clock())
+            return [[self._try(change, alone) for change in changes] for changes in asked]
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -1664,20 +1654,20 @@ class SqliteStore:
                     self._writer.execute("ROLLBACK")
                 raise
 
-    def _try(self, change: Callable[[sqlite3.Connection], T], outcome: Future[T], alone: bool) -> Callable[[], None]:
-        """Make the change, or leave no trace of it; returns what tells how it went."""
+    def _try(self, change: Callable[[sqlite3.Connection], Any], alone: bool) -> Any:
+        """What the change returns; or what it raises, and then nothing of it is left. One that is alone needs no
+        savepoint, which costs a copy of each page that it changes: the whole transaction fails with it."""
         if alone:
-            return functools.partial(outcome.set_result, change(self._writer))
+            return change(self._writer)
         self._writer.execute("SAVEPOINT change")
         try:
             with self._errors():
                 result = change(self._writer)
-        except BaseException as error:
+        except Exception as error:
             self._writer.execute("ROLLBACK TO change")  # fails when the whole transaction is gone, as on a full disk
-            self._writer.execute("RELEASE change")
-            return functools.partial(outcome.set_exception, error)
+            result = error
         self._writer.execute("RELEASE change")
-        return functools.partial(outcome.set_result, result)
+        return result
 
     def ping(self) -> None:
         if self._damaged:
@@ -1688,8 +1678,8 @@ class SqliteStore:
     def close(self) -> None:
         self._closed = True
         self._close_readers()
-        with self._writer_lock:
-            self._writer.close()
+        self._writes.close(2 * self.WAIT)
+        self._writer.close()
 
     def _close_readers(self) -> None:
         with contextlib.suppress(queue.Empty):

@@ -1776,6 +1776,87 @@ def test_threads_read_and_write_one_sqlite_store_at_once(sqlite_store):
     assert len(members_of(sqlite_store)) == 40
 
 
+@pytest.fixture
+def writing(sqlite_store) -> Iterator[Callable[[], None]]:
+    """The store is in the middle of a transaction until the test ends it."""
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def member(time: int) -> bytes:
+        begun.set()
+        assert goes_on.wait(PATIENCE)
+        return b"{}"
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(sqlite_store.add, [service.Draft("of nobody", 0, member)])
+        assert begun.wait(PATIENCE)
+        try:
+            yield goes_on.set
+        finally:
+            goes_on.set()
+
+
+class Commits:
+    """Counts the changes and the transactions of a store, from the time when it is made."""
+
+    def __init__(self, store: service.SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked = 0
+        self._store = store
+        ask = store._writes.ask
+
+        def count(changes: Any) -> Any:
+            future = ask(changes)
+            self.asked += 1
+            return future
+
+        monkeypatch.setattr(store._writes, "ask", count)
+        self.statements: list[str] = []
+        store._writer.set_trace_callback(self.statements.append)
+
+
+def test_many_writers_share_one_commit(sqlite_store, writing, monkeypatch):
+    commits = Commits(sqlite_store, monkeypatch)
+    with ThreadPoolExecutor(8) as pool:
+        written = [pool.submit(sqlite_store.save, T + number, b"{}", None) for number in range(8)]
+        wait_until(lambda: commits.asked == 8)
+        writing()
+    assert [one.result(PATIENCE) for one in written] == [True] * 8
+    assert commits.statements.count("COMMIT") == 2  # the first is of the change that was under way
+    assert len(list(sqlite_store.sessions())) == 8
+
+
+def test_a_change_that_fails_takes_no_other_with_it(sqlite_store, writing, monkeypatch):
+    def no_member(time: int) -> bytes:
+        raise RuntimeError("no member")
+
+    commits = Commits(sqlite_store, monkeypatch)
+    drafts = [None, service.Draft(PROMPTS, T, no_member), service.Draft(PROMPTS, T, no_member)]
+    with ThreadPoolExecutor(3) as pool:
+        written = [pool.submit(sqlite_store.save, T + number, b"{}", draft) for number, draft in enumerate(drafts)]
+        wait_until(lambda: commits.asked == 3)
+        writing()
+    assert [type(one.exception(PATIENCE)) for one in written] == [type(None), RuntimeError, RuntimeError]
+    assert [one.timestamp for one in sqlite_store.sessions()] == [T]
+
+
+def test_a_writer_that_waits_too_long_has_changed_nothing(sqlite_store, writing, monkeypatch):
+    monkeypatch.setattr(service.SqliteStore, "WAIT", 0.05)
+    with pytest.raises(service.Unavailable, match="busy"):
+        sqlite_store.save(T, b"{}", None)
+    monkeypatch.undo()
+    writing()
+    sqlite_store.save(T + 1, b"{}", None)
+    assert [one.timestamp for one in sqlite_store.sessions()] == [T + 1]
+
+
+def test_closing_ends_the_thread_that_writes(tmp_path):
+    others = set(threading.enumerate())
+    store = service.SqliteStore(tmp_path / "store.sqlite3")
+    (writer,) = set(threading.enumerate()) - others
+    assert add(store, draft())[2] is True
+    store.close()
+    assert not writer.is_alive()
+
+
 def test_sqlite_ends_sessions_and_marks_after_7_days_and_removes_them(sqlite_store, clock):
     sqlite_store.save(T, b"{}", None)
     member, _, _ = add(sqlite_store, draft())
@@ -4343,43 +4424,6 @@ def test_what_fails_on_the_short_way_goes_the_long_one(polled, monkeypatch, verb
     assert polled.ask("POST", "/api/v1/notifications", new)[0] == 201
     assert len(polled.check()) == 1
     assert "a fault of ours" in caplog.text
-
-
-def test_many_writers_share_one_commit(sqlite_store):
-    statements: list[str] = []
-    sqlite_store._writer.set_trace_callback(statements.append)
-    with sqlite_store._writer_lock:  # somebody commits
-        pool = ThreadPoolExecutor(8)
-        written = [pool.submit(sqlite_store.save, T + number, b"{}", None) for number in range(8)]
-        wait_until(lambda: len(sqlite_store._waiting) == 8)
-    with pool:
-        assert [one.result(PATIENCE) for one in written] == [True] * 8
-    assert statements.count("COMMIT") == 1
-    assert len(list(sqlite_store.sessions())) == 8
-
-
-def test_a_change_that_fails_takes_no_other_with_it(sqlite_store):
-    def bad_member(time: int) -> bytes:
-        raise RuntimeError("no member")
-
-    with sqlite_store._writer_lock:
-        pool = ThreadPoolExecutor(3)
-        written = [
-            pool.submit(sqlite_store.save, T + number, b"{}", service.Draft(PROMPTS, T, bad_member) if number else None)
-            for number in (0, 1, 2)
-        ]
-        wait_until(lambda: len(sqlite_store._waiting) == 3)
-    with pool:
-        assert [type(one.exception(PATIENCE)) for one in written] == [type(None), RuntimeError, RuntimeError]
-    assert [one.timestamp for one in sqlite_store.sessions()] == [T]
-
-
-def test_a_writer_that_waits_too_long_has_changed_nothing(sqlite_store, monkeypatch):
-    monkeypatch.setattr(service.SqliteStore, "WAIT", 0.05)
-    with sqlite_store._writer_lock, pytest.raises(service.Unavailable):
-        sqlite_store.save(T, b"{}", None)
-    sqlite_store.save(T + 1, b"{}", None)
-    assert [one.timestamp for one in sqlite_store.sessions()] == [T + 1]
 
 
 def test_what_is_used_below_the_public_surface_of_the_libraries_is_there():
