@@ -1062,16 +1062,8 @@ class Batcher(Generic[Q, T]):
 # Stores: the interface
 # ======================================================================================================
 
-
-@functools.lru_cache(maxsize=256)
-def is_address(host: str) -> bool:
-    """An IP address, not a name."""
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(host))
-    return False
-
-
-TTL_MS = 7 * 24 * 3600 * 1000  # sessions, pending notifications and marks of acknowledgement: 7 days
+TTL_MS = 7 * 24 * 3600 * 1000  # of sessions, pending notifications and marks of acknowledgement: 7 days
+OWN_MEMBER = b'{"id":"%b",'  # how a member begins that this service wrote
 
 
 def now_ms() -> int:
@@ -1080,43 +1072,41 @@ def now_ms() -> int:
 
 @dataclass(frozen=True)
 class StoredSession:
-    """A session as the store holds it."""
+    """A session as the store has it."""
 
     timestamp: int
-    document: bytes | None  # None: its key holds something that is no text
-    saved: int | None = None  # ms, when this service saved it last; a later save has a later one
+    document: bytes | None  # None: its key is of another type than text
+    saved: int | None = None  # ms, when this service saved it last; a later save has a later time
     announced: str | None = None  # the type of the notification that it announced last
-    state: object = dataclasses.field(default=None, compare=False)  # as Glance.sessions has it
 
 
-OWN_MEMBER = b'{"id":"%b",'  # how a member begins that this service wrote
+class Snapshot(NamedTuple):
+    """The oldest pending members at one moment."""
 
-
-class Glance(NamedTuple):
-    """What the store says at little cost."""
-
-    pending: object  # the oldest pending members and their times: compare it, or give it to rows_of(), which may raise
-    marked: bool  # whether an id that was asked for is marked as acknowledged
-    sessions: Sequence[object]  # of each, what differs once the session does; but see Store.glance
+    pending: list[tuple[bytes, float]]  # each with its time, oldest first
+    marked: bool  # whether any of the ids in question is marked as acknowledged
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A notification that waits for its time: the store gives the time, in the same step in which it keeps it."""
+    """A notification without its time. The store sets the time, in the step that adds the notification."""
 
     type: str
     session: int
-    member: Callable[[int], bytes]  # time in ms -> the JSON to keep
+    member: Callable[[int], bytes]  # time in ms -> the JSON to store
 
 
-def nothing_known(timestamp: int, state: object) -> bool:
-    """For Store.sessions: every session is wanted whole."""
-    return False
+def result_of(outcome: T | ApiError) -> T:
+    """Raise an outcome that is an error."""
+    if isinstance(outcome, ApiError):
+        raise outcome
+    return outcome
 
 
 class Store(Protocol):
-    """What both stores do. Times are ms since 1970. Each verb is one atomic step, safe from any thread and beside
-    other instances on the same store, and raises Unavailable when the store does not answer."""
+    """What both stores do. Times are ms since 1970. Each verb is one atomic step, safe from any thread and beside other
+    instances on the same store. It raises Unavailable when the store does not answer. A verb that takes several
+    questions is a step for each of them, and returns in place of an outcome the error of that question alone."""
 
     name: str
     place: str  # for people; without a password
@@ -1125,53 +1115,49 @@ class Store(Protocol):
         """Raise Unavailable unless the store answers."""
 
     def close(self) -> None:
-        """End every connection; the store is not used afterwards."""
+        """End every connection and thread. The store is not used afterwards."""
 
     def session(self, timestamp: int) -> StoredSession | None:
         """None when there is none."""
+        return result_of(self.read_sessions([timestamp])[0])
 
-    def sessions(self, known: Callable[[int, object], bool] = nothing_known) -> Iterator[StoredSession | int]:
-        """All of them, newest first, read one by one while the caller goes on. Of one for which known(timestamp,
-        state) is true, the timestamp alone."""
+    def read_sessions(self, timestamps: Sequence[int]) -> list[StoredSession | ApiError | None]:
+        """The same for several, in one round trip."""
+
+    def sessions(self) -> Iterator[StoredSession]:
+        """All of them, newest first, each read when the caller asks for it."""
 
     def newest_copy(self) -> bytes | None:
-        """The copy of the newest session that StorySwarm's tools keep; None when there is none."""
+        """The copy of the newest session that StorySwarm's tools write; None when there is none."""
 
     def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
-        """Keep a session for 7 days, and announce `draft` as announce() does. With replace=False: False, and
-        nothing is changed, where that timestamp is taken."""
+        """Store a session with its TTL, and announce `draft` as announce() does. With replace=False: False, and no
+        change, when that timestamp is taken."""
 
     def announce(self, session: int, draft: Draft) -> bool:
-        """Keep the draft's type with the session and its notification as pending, unless that type was the
-        last one kept (then False)."""
+        """Note the draft's type at the session and add its notification, unless that type was noted last (False)."""
 
-    def add(self, drafts: Sequence[Draft]) -> list[tuple[bytes, int, bool]]:
-        """Keep notifications as pending, each (member, time, True). Where one that was made here for the same type
-        and session is pending: that one, and False. Each is a step of its own."""
+    def add(self, drafts: Sequence[Draft]) -> list[tuple[bytes, int, bool] | ApiError]:
+        """Add notifications as pending, each (member, time, True). While one that was made here for the same type and
+        session is pending: that one, and False."""
 
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
-        """Members not older than 7 days with their times, oldest first, read `page` at a time."""
+        """Members within their TTL with their times, oldest first, read about `page` at a time."""
 
-    def glance(self, page: int, ids: Sequence[str], timestamps: Sequence[int], last: object = None) -> Glance:
-        """All in one round trip: the first `page` pending members (`last` is what they were before, as a hint),
-        and what tells whether sessions changed since. On Redis a document that another program replaced by one of
-        the same length is not told."""
-
-    def rows_of(self, pending: object) -> list[tuple[bytes, float]]:
-        """The members and times of a Glance."""
+    def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
+        """The oldest `count` of them, and whether any of `ids` is marked, in one round trip."""
 
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
         """Those of `ids` that are marked."""
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
-        """Remove the members and mark the id, for 7 days. False, and nothing is changed, when no member was there
-        and the id is not marked."""
+        """Remove the members and mark the id. False, and no change, when none was there and the id is not marked."""
 
-    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool]:
-        """The same for the members of exactly that time that begin with OWN_MEMBER % id. Each is a step of its own."""
+    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
+        """The same for the members of exactly that time that begin with OWN_MEMBER % id."""
 
     def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
-        """Keep what is known of a session token, under its SHA-256, for `ttl` ms."""
+        """Store the record of a session token under its SHA-256, with a TTL in ms."""
 
     def token(self, digest: str) -> bytes | None:
         """None when it is unknown, has expired, or was revoked."""
@@ -1184,148 +1170,173 @@ class Store(Protocol):
 
 
 # ======================================================================================================
-# Redis: connections
+# Redis: connections and scripts
 # ======================================================================================================
 
-# redis-py makes the connections (addresses, TLS, passwords, its pool) and sends; what comes back is read here, since
-# its own reading takes 250 us a command and up to 2.5 ms for a session, and gives no bytes to compare. This is all
-# that reaches below its public surface.
+_Word = bytes | str | int | float  # of a command
+
+_REDIS_CODES = r"\b(READONLY|OOM|MISCONF|BUSY|NOPERM|NOAUTH|WRONGPASS|LOADING|MASTERDOWN|WRONGTYPE)\b"
 
 
-class _BoundedConnect:
-    """Mixed into a connection of redis-py: looking a name up has no time-out of its own."""
+@functools.lru_cache(maxsize=256)
+def is_address(host: str) -> bool:
+    """An IP address, not a name."""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return False
 
-    def _connect(self) -> Any:
-        made: Future[Any] = Future()
 
-        def connect() -> None:
-            try:
-                made.set_result(super(_BoundedConnect, self)._connect())
-            except BaseException as error:
-                made.set_exception(error)
+class _CheckedConnection(redis.connection.AbstractConnection):
+    """Mixed into the connections of redis-py."""
 
-        host = getattr(self, "host", None)
-        if host is None or is_address(host):
-            return super()._connect()
-        threading.Thread(target=connect, name="redis-connect", daemon=True).start()
+    def connect(self) -> None:
+        """A lookup of a name has no timeout of its own: it runs in a thread, which is not waited for if it is late."""
+        if self.is_connected:
+            return
+        host = getattr(self, "host", None)  # a Unix socket has none
+        if host is not None and not is_address(host):
+            found = threading.Event()
+
+            def look_up() -> None:
+                with contextlib.suppress(OSError, UnicodeError):  # super().connect() fails in the same way
+                    socket.getaddrinfo(host, None)
+                found.set()
+
+            threading.Thread(target=look_up, name="redis-lookup", daemon=True).start()
+            if not found.wait(self.socket_connect_timeout):
+                raise redis.TimeoutError("the lookup of its name took too long")
+        self.next_health_check = int(time.monotonic()) + self.health_check_interval  # a new connection needs none
+        super().connect()
+
+    def check_health(self) -> None:
+        """An error is an answer as well: Redis refuses PING with MISCONF where it refuses writes alone."""
+        with contextlib.suppress(redis.ResponseError):
+            super().check_health()
+
+
+class RedisClient:
+    """Redis by the public surface of redis-py, behind a circuit breaker. A client of redis-py costs 150 us a command,
+    its connections 20."""
+
+    # Seconds. A call ends within 3 s, also where an idle connection is dead and the next one is silent.
+    CONNECT_TIMEOUT, ANSWER_TIMEOUT = 1.0, 1.4
+    CHECK_INTERVAL = 10  # an idle connection is checked before its next use; one that a poll uses every 5 s is not
+    PROBE_INTERVAL = 1.0  # between two probes while the circuit is open
+
+    def __init__(self, url: str, probe: Sequence[_Word]) -> None:
+        """`probe`: a command that reads, since Redis refuses PING where it refuses writes alone."""
+        given = redis.connection.parse_url(url)
+        base = given.pop("connection_class", redis.Connection)
+        # The URL says where Redis is and who we are. How it is called is for us to say.
+        where = {name: value for name, value in given.items() if re.match("(host|port|path|db|user|pass|ssl)", name)}
+        place = where.get("path") or f"{where.get('host', 'localhost')}:{where.get('port', 6379)}"
+        self.place = f"{place}, database {where.get('db', 0)}"
+        self._pool = redis.ConnectionPool(
+            connection_class=type("CheckedConnection", (_CheckedConnection, base), {}),
+            max_connections=1000,  # the callers' threads are the limit
+            protocol=2,  # Redis 5 refuses HELLO 3
+            driver_info=None,  # CLIENT SETINFO costs two round trips
+            socket_timeout=self.ANSWER_TIMEOUT,
+            socket_connect_timeout=self.CONNECT_TIMEOUT,
+            health_check_interval=self.CHECK_INTERVAL,
+            **where,
+        )
+        self._pack: Callable[..., list[bytes]] = redis.Connection(protocol=2).pack_command
+        self._probe = probe
+        self._lock = threading.Lock()
+        self._fault = ""  # why the circuit is open; "" while it is closed
+        self._closing = threading.Event()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._pool.disconnect()
+
+    def pack(self, *words: _Word) -> bytes:
+        return b"".join(self._pack(*words))
+
+    def exchange(self, *commands: Sequence[_Word] | bytes) -> list[Any]:
+        """Send the commands (bytes: a packed one) in one round trip. The reply to each: bytes, int, None, a list of
+        these, or a ResponseError. Raises Unavailable, at once while the circuit is open."""
+        if self._fault:
+            raise self.unavailable(self._fault)
         try:
-            return made.result(timeout=self.socket_connect_timeout)
-        except concurrent.futures.TimeoutError:
-            made.add_done_callback(lambda late: late.exception() or late.result().close())
-            raise redis.TimeoutError("connecting took too long") from None
+            return self._exchange_now(commands)
+        except (redis.RedisError, OSError, ValueError) as error:  # ValueError: what answers is no Redis
+            reason = self._reason(error)
+            if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
+                self._open_circuit(reason)
+            raise self.unavailable(reason) from None
 
-
-class _Pool(redis.ConnectionPool):
-    """Connections that were idle for a while are made anew: they may have died silently (the PC slept)."""
-
-    KEEPALIVE_TIMEOUT = 5.0
-
-    def release(self, connection: Any) -> None:
-        connection.released = time.time()  # the clock on the wall goes on while the PC sleeps
-        super().release(connection)
-
-    def get_connection(self, *arguments: Any, **options: Any) -> Any:
-        connection = super().get_connection(*arguments, **options)
-        if not 0 <= time.time() - getattr(connection, "released", time.time()) < self.KEEPALIVE_TIMEOUT:
+    def _exchange_now(self, commands: Sequence[Sequence[_Word] | bytes]) -> list[Any]:
+        packed = [command if isinstance(command, bytes) else self.pack(*command) for command in commands]
+        connection = self._pool.get_connection()
+        try:
             try:
-                connection.disconnect()
+                connection.check_health()
+            except (redis.ConnectionError, redis.TimeoutError):
+                self._pool.disconnect(inuse_connections=False)  # the other idle ones died with it
                 connection.connect()
-            except BaseException:
-                self.release(connection)  # else each outage would use up some of max_connections
-                raise
-        return connection
+            connection.send_packed_command([b"".join(packed)], check_health=False)
+            return [self._read_reply(connection) for _ in commands]
+        except BaseException:
+            connection.disconnect()  # a reply that was not read would be taken for the next one
+            raise
+        finally:
+            self._pool.release(connection)
 
+    @staticmethod
+    def _read_reply(connection: Any) -> Any:
+        try:
+            return connection.read_response(disable_decoding=True)
+        except redis.ResponseError as error:
+            return error
 
-def pack(*words: bytes | str | float) -> bytes:
-    """A command as Redis takes it."""
-    given = [word if isinstance(word, bytes) else str(word).encode("utf-8") for word in words]
-    return b"*%d\r\n" % len(given) + b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in given])
+    def outcome(self, reply: Any) -> Any:
+        """The reply, or Unavailable in place of an error."""
+        return self.unavailable(self._reason(reply)) if isinstance(reply, redis.ResponseError) else reply
 
+    def ask(self, *commands: Sequence[_Word] | bytes) -> list[Any]:
+        """The reply to each. Raises Unavailable for an error too."""
+        return [result_of(self.outcome(reply)) for reply in self.exchange(*commands)]
 
-LARGE_VALUE = 1 << 16  # bytes; to extend a buffer by one of 850 KB takes 1 ms, to join its pieces 0.2
+    def text(self, reply: Any) -> bytes | ApiError | None:
+        """The outcome of GET; None also for a key of another type."""
+        is_wrong_type = isinstance(reply, redis.ResponseError) and str(reply).startswith("WRONGTYPE")
+        text: bytes | ApiError | None = None if is_wrong_type else self.outcome(reply)
+        return text
 
+    @staticmethod
+    def _reason(error: Exception) -> str:
+        """Not the error's text, which may hold the command and with it a session."""
+        code = re.search(_REDIS_CODES, f"{getattr(error, 'status_code', '')} {error}")
+        return code[1] if code else type(error).__name__
 
-def read_reply(
-    received: bytearray, at: int, receive: Callable[[int], bytes], large: float = LARGE_VALUE
-) -> tuple[list[Any], int]:
-    """The reply that begins at `at` of what was received, as a flat list of its values (bytes, int, None,
-    ResponseError), and where the next one begins. What is missing is received; after a value that is `large` the
-    buffer begins anew."""
-    values: list[Any] = []
-    left = 1
-    while left:
-        while (end := received.find(b"\r\n", at)) < 0:
-            received += receive(LARGE_VALUE)
-        kind, text, at = received[at : at + 1], received[at + 1 : end], end + 2
-        left -= 1
-        if kind == b"*":
-            left += max(0, int(text))
-        elif kind == b":":
-            values.append(int(text))
-        elif kind == b"-":
-            values.append(redis.ResponseError(text.decode("utf-8", "replace")))
-        elif kind == b"+":
-            values.append(bytes(text))
-        elif (size := int(text)) < 0:
-            values.append(None)
-        elif size > large and len(received) < at + size:
-            pieces = [bytes(memoryview(received)[at:])]
-            size -= len(pieces[0])
-            while size:
-                pieces.append(receive(size))
-                size -= len(pieces[-1])
-            values.append(b"".join(pieces))
-            received[:] = receive(LARGE_VALUE)
-            while len(received) < 2:
-                received += receive(LARGE_VALUE)
-            at = 2
-        else:
-            while len(received) < at + size + 2:
-                received += receive(LARGE_VALUE)
-            values.append(bytes(received[at : at + size]))
-            at += size + 2
-    return values, at
+    def unavailable(self, reason: str) -> Unavailable:
+        return Unavailable(f"Redis at {self.place} does not answer as it should ({reason}).", 1)
 
+    def _open_circuit(self, reason: str) -> None:
+        """Let calls fail at once until a probe is answered, or close() was called."""
+        with self._lock:
+            if self._fault or self._closing.is_set():
+                return
+            with contextlib.suppress(RuntimeError):  # without a thread to close it again, it stays closed
+                threading.Thread(target=self._probe_until_answered, name="redis-probe", daemon=True).start()
+                self._fault = reason
+        log.warning("store: Redis at %s does not answer (%s): the circuit is open", self.place, reason)
+        self._pool.disconnect(inuse_connections=False)
 
-def is_refused(values: Sequence[Any], code: str) -> bool:
-    """Whether a reply is an error of that code."""
-    return bool(values) and isinstance(values[0], redis.ResponseError) and str(values[0]).startswith(code)
+    def _probe_until_answered(self) -> None:
+        while not self._closing.wait(self.PROBE_INTERVAL):
+            with contextlib.suppress(redis.RedisError, OSError, ValueError):
+                self._exchange_now([self._probe])  # an error reply is an answer: each call gets its own
+                self._fault = ""
+                log.warning("store: Redis at %s answers again: the circuit is closed", self.place)
+                return
 
-
-def exchange(connection: Any, commands: bytes, count: int, last: bytes | None = None) -> list[Any]:
-    """Send packed commands in one round trip; `count` replies as flat lists. Where `last` is given, which is what the
-    first one was before, or b"", that one comes raw: to compare it takes 2 us, to read 100 members 200. Raises
-    RedisError, OSError."""
-    received, replies, at = bytearray(), [], 0
-
-    def receive(size: int) -> bytes:
-        data = connection._sock.recv(size)
-        if not data:
-            raise redis.ConnectionError("closed")
-        return data
-
-    connection.send_packed_command([commands])
-    if last:
-        while len(received) < len(last) and last.startswith(received):
-            received += receive(LARGE_VALUE)
-        if received.startswith(last):
-            replies, at = [last], len(last)
-    if last is not None and not replies:
-        _, at = read_reply(received, 0, receive, large=math.inf)
-        replies.append(bytes(memoryview(received)[:at]))
-    while len(replies) < count:
-        values, at = read_reply(received, at, receive)
-        replies.append(values)
-    return replies
-
-
-# ======================================================================================================
-# Redis: scripts
-# ======================================================================================================
 
 # Each script is one atomic step. KEYS: 1 pending, 2 newest, 3 made. ARGV: 1 member, 2 its time, 3 now.
 # `add` answers {"late", newest} when the time is not past the newest one that was given: the caller asks again
-# with a later one, since the member's JSON holds its time and only the caller can write that.
+# with a later one, since the member's JSON contains its time and only the caller can write that.
 _LUA_ADD = """
 local week = 604800000
 local function add()
@@ -1409,7 +1420,7 @@ for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], ARGV[2])) 
 end
 {_LUA_MARK}"""
 
-# KEYS: 1 session, 2 StoryArt's key for it, 3 index, 4 StoryArt's index. Looks again, as a save may have come between.
+# KEYS: 1 session, 2 StoryArt's key for it, 3 index, 4 StoryArt's index. Checks again, as a save may have come between.
 _LUA_TRIM = """
 if redis.call('EXISTS', KEYS[1], KEYS[2]) == 0 then
   redis.call('ZREM', KEYS[3], KEYS[1])
@@ -1422,10 +1433,8 @@ end
 # Stores: Redis
 # ======================================================================================================
 
-_REDIS_CODES = r"\b(READONLY|OOM|MISCONF|BUSY|NOPERM|NOAUTH|WRONGPASS|LOADING|MASTERDOWN|WRONGTYPE)\b"
 
-
-class RedisStore:
+class RedisStore(Store):
     """Redis 5 or later. The keys that other programs use are those that were agreed on; ours begin with
     `storyteller:`."""
 
@@ -1434,108 +1443,18 @@ class RedisStore:
     INDEX, STORYART_INDEX = "storyteller:sessions", "storyart:sessions:index"
     NEWEST = "storyteller:newest"  # the newest time that a notification was given
 
-    # A call ends within 3 s, also where it has to connect first and Redis hangs.
-    CONNECT_TIMEOUT, ANSWER_TIMEOUT = 1.0, 1.5
-    CALLS_AT_ONCE = 24  # the others of the server's threads stay free for what needs no store
-    LOOK_INTERVAL = 1.0  # seconds between two looks for a Redis that is away
-
     def __init__(self, url: str, clock: Callable[[], int] = now_ms) -> None:
-        # RESP2, since Redis 5 refuses HELLO 3.
-        self._pool = _Pool.from_url(
-            url,
-            protocol=2,
-            socket_timeout=self.ANSWER_TIMEOUT,
-            socket_connect_timeout=self.CONNECT_TIMEOUT,
-            max_connections=256,
-        )
-        self._pool.connection_class = type("BoundedConnection", (_BoundedConnect, self._pool.connection_class), {})
-        self._places = threading.BoundedSemaphore(self.CALLS_AT_ONCE)
-        self._lock = threading.Lock()
-        self._away = ""  # why Redis is known to be away; "" while it is not
-        self._closing = threading.Event()
+        self._redis = RedisClient(url, probe=("EXISTS", self.NEWEST))
+        self.place = self._redis.place
         self._clock = clock
         self._newest_given = 0  # ms; others may have given later ones
-        options = self._pool.connection_kwargs
-        options.update(decode_responses=False, protocol=2)  # the URL's own options would win
-        place = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
-        self.place = f"{place}, database {options.get('db', 0)}"
-
-    def _exchange(self, *commands: bytes, count: int | None = None, last: bytes | None = None) -> list[Any]:
-        """The replies as exchange() gives them, errors too. Fails at once while Redis is known to be away."""
-        if self._away:
-            raise self._unavailable(self._away)
-        if not self._places.acquire(timeout=0.1):
-            raise self._unavailable("too many calls wait for it")
-        try:
-            return self._exchange_now(b"".join(commands), count or len(commands), last)
-        except (redis.RedisError, OSError, UnicodeError) as error:
-            reason = self._reason(error)
-            if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
-                self._lose(reason)
-            raise self._unavailable(reason) from None
-        finally:
-            self._places.release()
-
-    def _exchange_now(self, commands: bytes, count: int, last: bytes | None = None) -> list[Any]:
-        connection = self._pool.get_connection()
-        try:
-            return exchange(connection, commands, count, last)
-        except BaseException:
-            connection.disconnect()  # what was not read would be the answer to the next
-            raise
-        finally:
-            self._pool.release(connection)
-
-    def _ask(self, *commands: bytes) -> list[list[Any]]:
-        """The reply to each as a flat list. Raises Unavailable for an error too."""
-        return [self._good(values) for values in self._exchange(*commands)]
-
-    def _good(self, values: list[Any]) -> list[Any]:
-        if values and isinstance(values[0], redis.ResponseError):
-            raise self._unavailable(self._reason(values[0]))
-        return values
-
-    def _text(self, values: list[Any]) -> bytes | None:
-        """Of the reply to GET; None also for a key of another type."""
-        return None if is_refused(values, "WRONGTYPE") else self._good(values)[0]
-
-    @staticmethod
-    def _reason(error: Exception) -> str:
-        """Not the error's text: it may hold the command, session and all."""
-        code = re.search(_REDIS_CODES, str(error))
-        return code[1] if code else type(error).__name__
-
-    def _unavailable(self, reason: str) -> Unavailable:
-        return Unavailable(f"Redis at {self.place} does not answer as it should ({reason}).", 1)
-
-    def _lose(self, reason: str) -> None:
-        """Redis is away: look for it until it is back, or close() was called."""
-        with self._lock:
-            if self._away or self._closing.is_set():
-                return
-            self._away = reason
-        log.warning("store: Redis at %s is away (%s)", self.place, reason)
-        self._pool.disconnect(inuse_connections=False)
-        threading.Thread(target=self._look, name="redis-look", daemon=True).start()
-
-    def _look(self) -> None:
-        while not self._closing.wait(self.LOOK_INTERVAL):
-            with contextlib.suppress(redis.RedisError, OSError, UnicodeError):
-                self._exchange_now(self._probe(), 1)  # an error is an answer: it is told to each call
-                self._away = ""
-                log.warning("store: Redis at %s is back", self.place)
-                return
-
-    def _probe(self) -> bytes:
-        """A command that reads: PING is refused with MISCONF where only writes are."""
-        return pack("EXISTS", self.NEWEST)
+        self._pack_marks = functools.lru_cache(maxsize=2)(self._pack_exists)  # 100 ids take 0.1 ms to pack
 
     def ping(self) -> None:
-        self._ask(self._probe())
+        self._redis.ask(("EXISTS", self.NEWEST))
 
     def close(self) -> None:
-        self._closing.set()
-        self._pool.disconnect()
+        self._redis.close()
 
     @staticmethod
     def _session_keys(timestamp: int) -> list[str]:
@@ -1545,47 +1464,41 @@ class RedisStore:
     def _meta_key(timestamp: int) -> str:
         return f"storyteller:session:{timestamp}"
 
-    @staticmethod
-    @functools.lru_cache(maxsize=4096)
-    def _state_commands(timestamp: int) -> bytes:
-        """Three commands, whose replies differ once the session does."""
-        lengths = [pack("STRLEN", key) for key in RedisStore._session_keys(timestamp)]
-        return b"".join([*lengths, pack("HMGET", RedisStore._meta_key(timestamp), "saved", "announced")])
+    def read_sessions(self, timestamps: Sequence[int]) -> list[StoredSession | ApiError | None]:
+        commands: list[Sequence[_Word]] = []
+        for timestamp in timestamps:
+            # The meta key first: a document newer than what was announced is announced again, which changes nothing.
+            commands.append(("HMGET", self._meta_key(timestamp), "saved", "announced"))
+            commands += [("GET", key) for key in self._session_keys(timestamp)]  # MGET hides a key of another type
+        replies = iter(self._redis.exchange(*commands)) if commands else iter(())
+        return [self._read_session(timestamp, *parts) for timestamp, *parts in zip(timestamps, *[replies] * 3)]
 
-    def session(self, timestamp: int) -> StoredSession | None:
-        texts = [pack("GET", key) for key in self._session_keys(timestamp)]  # MGET would hide a key of another type
-        # The state first: a session that changes in between differs at the next glance.
-        *state, ours, storyarts = self._exchange(self._state_commands(timestamp), *texts, count=5)
-        kept = next((values for values in (ours, storyarts) if values != [None]), None)
-        if kept is None:
+    def _read_session(self, timestamp: int, meta: Any, ours: Any, storyarts: Any) -> StoredSession | ApiError | None:
+        found = storyarts if ours is None else ours
+        if found is None:
             return None
-        saved, announced = (*state[2], None)[:2]
-        if isinstance(saved, redis.ResponseError):
-            saved = announced = None
+        document = self._redis.text(found)
+        if isinstance(document, ApiError):
+            return document
+        saved, announced = (None, None) if isinstance(meta, redis.ResponseError) else meta
         return StoredSession(
             timestamp,
-            self._text(kept),
+            document,
             int(saved) if saved else None,
             announced.decode("utf-8", "replace") if announced else None,
-            self._state(state),
         )
 
-    @staticmethod
-    def _state(replies: Sequence[list[Any]]) -> object:
-        return tuple(str(value) if isinstance(value, Exception) else value for values in replies for value in values)
-
-    def sessions(self, known: Callable[[int, object], bool] = nothing_known) -> Iterator[StoredSession | int]:
+    def sessions(self) -> Iterator[StoredSession]:
         page, below = 100, "+inf"
         while True:
             indexes = (self.INDEX, self.STORYART_INDEX)
-            read = [pack("ZREVRANGEBYSCORE", index, below, "-inf", "WITHSCORES", "LIMIT", 0, page) for index in indexes]
-            found = [[float(score) for score in values[1::2]] for values in self._ask(*read)]
+            read = [("ZREVRANGEBYSCORE", index, below, "-inf", "WITHSCORES", "LIMIT", 0, page) for index in indexes]
+            found = [[float(score) for score in values[1::2]] for values in self._redis.ask(*read)]
             # A full page says nothing of what lies below its last score: go no further down than that.
             floor = max((scores[-1] for scores in found if len(scores) == page), default=-math.inf)
             scores = {score for some in found for score in some if score >= floor and math.isfinite(score)}
-            newest_first = sorted(map(int, scores), reverse=True)
-            for timestamp, state in zip(newest_first, self.glance(0, (), newest_first).sessions):
-                session = timestamp if known(timestamp, state) else self.session(timestamp)
+            for timestamp in sorted(map(int, scores), reverse=True):
+                session = self.session(timestamp)
                 if session is not None:
                     yield session
                     continue
@@ -1600,26 +1513,26 @@ class RedisStore:
         return self._get(self.LATEST)
 
     def _get(self, key: str) -> bytes | None:
-        return self._text(self._exchange(pack("GET", key))[0])
+        return result_of(self._redis.text(self._redis.exchange(("GET", key))[0]))
 
-    def _run(self, script: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[list[Any]]:
-        """Run a script for each (keys, arguments), all in one round trip; each answer as a flat list."""
+    def _run(self, script: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
+        """Run a script for each (keys, arguments), all in one round trip; the outcome of each."""
         digest = hashlib.sha1(script.encode()).hexdigest()  # by which Redis knows it once it has seen it
         rests = [(len(keys), *keys, *arguments) for keys, arguments in calls]
-        found = self._exchange(*[pack("EVALSHA", digest, *rest) for rest in rests])
-        missed = [number for number, values in enumerate(found) if is_refused(values, "NOSCRIPT")]
+        replies = self._redis.exchange(*[("EVALSHA", digest, *rest) for rest in rests])
+        missed = [at for at, reply in enumerate(replies) if isinstance(reply, redis.exceptions.NoScriptError)]
         if missed:
-            again = self._exchange(*[pack("EVAL", script, *rests[number]) for number in missed])
-            found = [again.pop(0) if number in missed else values for number, values in enumerate(found)]
-        return [self._good(values) for values in found]
+            again = self._redis.exchange(*[("EVAL", script, *rests[at]) for at in missed])
+            replies = [again.pop(0) if at in missed else reply for at, reply in enumerate(replies)]
+        return [self._redis.outcome(reply) for reply in replies]
 
     def _run_with_times(
         self, script: str, drafts: Sequence[Draft | None], keys: Sequence[str] = (), *further: Any
-    ) -> list[list[Any]]:
-        """Run a script that may add a notification, for each draft with a time past the newest one given so far."""
-        found: dict[int, list[Any]] = {}
+    ) -> list[Any]:
+        """Run a script that may add a notification, for each draft with a time past the newest one so far."""
+        found: dict[int, Any] = {}
         now = self._clock()
-        for _ in range(100):  # each further turn means that another instance was quicker
+        for _ in range(100):  # each further turn means that another instance was faster
             left = [number for number in range(len(drafts)) if number not in found]
             calls = []
             for at, number in enumerate(left, max(now, self._newest_given + 1)):
@@ -1627,114 +1540,118 @@ class RedisStore:
                 made = f"storyteller:made:{draft.type}:{draft.session}" if draft else "storyteller:made"
                 arguments = [draft.member(at) if draft else b"", at, now, *further]
                 calls.append(([self.PENDING, self.NEWEST, made, *keys], arguments))
-            for number, result in zip(left, self._run(script, calls)):
-                if result[0] == b"late":
-                    self._newest_given = int(float(result[1]))
+            for number, outcome in zip(left, self._run(script, calls)):
+                if isinstance(outcome, ApiError) or outcome[0] not in (b"late", b"added"):
+                    found[number] = outcome
                     continue
-                found[number] = result
-                if result[0] == b"added":
-                    self._newest_given = max(self._newest_given, int(float(result[2])))
+                self._newest_given = max(self._newest_given, int(float(outcome[-1])))
+                if outcome[0] == b"added":
+                    found[number] = outcome
             if len(found) == len(drafts):
-                return [found[number] for number in range(len(drafts))]
-        raise Unavailable("Too many notifications are being made at this moment: ask again.", 1)
+                break
+        crowded = Unavailable("Too many notifications are being made at this moment: ask again.", 1)
+        return [found.get(number, crowded) for number in range(len(drafts))]
 
     def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
         incoming = f"storyteller:incoming:{secrets.token_hex(8)}"
-        self._ask(pack("SET", incoming, document, "PX", 60_000))
+        self._redis.ask(("SET", incoming, document, "PX", 60_000))
         keys = [*self._session_keys(timestamp), self._meta_key(timestamp), self.INDEX, incoming]
         step = draft.type if draft else ""
-        (result,) = self._run_with_times(_LUA_SAVE, [draft], keys, step, timestamp, int(replace))
-        if result[0] == b"gone":
-            raise self._unavailable("it took a minute")
-        return result[0] != b"taken"
+        (outcome,) = self._run_with_times(_LUA_SAVE, [draft], keys, step, timestamp, int(replace))
+        answer: bytes = result_of(outcome)[0]
+        if answer == b"gone":
+            raise self._redis.unavailable("it took a minute")
+        return answer != b"taken"
 
     def announce(self, session: int, draft: Draft) -> bool:
         keys = [*self._session_keys(session), self._meta_key(session)]
-        (result,) = self._run_with_times(_LUA_ANNOUNCE_ALONE, [draft], keys, draft.type)
-        return result[0] != b"known"
+        (outcome,) = self._run_with_times(_LUA_ANNOUNCE_ALONE, [draft], keys, draft.type)
+        answer: bytes = result_of(outcome)[0]
+        return answer != b"known"
 
-    def add(self, drafts: Sequence[Draft]) -> list[tuple[bytes, int, bool]]:
-        found = self._run_with_times(_LUA_ADD_ALONE, drafts)
-        return [(member, int(float(time)), outcome == b"added") for outcome, member, time in found]
+    def add(self, drafts: Sequence[Draft]) -> list[tuple[bytes, int, bool] | ApiError]:
+        return [
+            outcome if isinstance(outcome, ApiError) else (outcome[1], int(float(outcome[2])), outcome[0] == b"added")
+            for outcome in self._run_with_times(_LUA_ADD_ALONE, drafts)
+        ]
 
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
-        lowest: float = self._clock() - TTL_MS + 1
-        seen: set[bytes] = set()  # those of the lowest score that were given already
+        lowest = self._oldest()
         while True:
-            wanted = page + len(seen)
-            (values,) = self._ask(self._pending_command(lowest, wanted))
-            rows = self._rows(values)
-            yield from ((member, score) for member, score in rows if member not in seen)
-            if len(rows) < wanted:
+            rows = self._rows(*self._redis.ask(self._pending_command(lowest, "+inf", page)))
+            if len(rows) < page:
+                yield from rows
                 return
-            if rows[-1][1] != lowest:
-                lowest, seen = rows[-1][1], set()
-            seen.update(member for member, score in rows if score == lowest)
+            last = rows[-1][1]
+            lowest = repr(last)
+            if rows[0][1] < last:  # there may be more of the last score: begin there again
+                yield from (row for row in rows if row[1] < last)
+            else:  # one score fills the page. Its members are read at once, since each page of them would begin anew
+                yield from self._rows(*self._redis.ask(self._pending_command(lowest, lowest, -1)))
+                lowest = f"({lowest}"
 
-    def _pending_command(self, lowest: float, count: int) -> bytes:
-        return pack("ZRANGEBYSCORE", self.PENDING, repr(lowest), "+inf", "WITHSCORES", "LIMIT", 0, count)
+    def _oldest(self) -> str:
+        """The lowest score within the TTL."""
+        return str(self._clock() - TTL_MS + 1)
 
-    def glance(self, page: int, ids: Sequence[str], timestamps: Sequence[int], last: object = None) -> Glance:
-        commands = []
-        if page:
-            commands.append(self._pending_command(self._clock() - TTL_MS + 1, page))
-        if ids:
-            commands.append(pack("EXISTS", *map(self._marker, ids)))
-        count = len(commands) + 3 * len(timestamps)
-        commands += map(self._state_commands, timestamps)
-        replies = self._exchange(*commands, count=count, last=(last or b"") if page else None) if commands else []
-        pending = replies.pop(0) if page else None
-        marked = replies.pop(0) != [0] if ids else False
-        return Glance(pending, marked, [self._state(replies[first : first + 3]) for first in range(0, len(replies), 3)])
-
-    def rows_of(self, pending: object) -> list[tuple[bytes, float]]:
-        values, _ = read_reply(bytearray(pending), 0, lambda size: b"", large=math.inf)
-        return self._rows(self._good(values))
+    def _pending_command(self, lowest: str, highest: str, count: int) -> Sequence[_Word]:
+        return ("ZRANGEBYSCORE", self.PENDING, lowest, highest, "WITHSCORES", "LIMIT", 0, count)
 
     @staticmethod
-    def _rows(values: list[Any]) -> list[tuple[bytes, float]]:
-        return [(member, float(score)) for member, score in zip(values[::2], values[1::2])]
+    def _rows(values: list[bytes]) -> list[tuple[bytes, float]]:
+        return list(zip(values[::2], map(float, values[1::2])))
+
+    def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
+        marks = [self._pack_marks(tuple(ids))] if ids else []
+        pending, *marked = self._redis.ask(self._pending_command(self._oldest(), "+inf", count), *marks)
+        return Snapshot(self._rows(pending), any(marked))
+
+    def _pack_exists(self, ids: Sequence[str]) -> bytes:
+        return self._redis.pack("EXISTS", *map(self._marker, ids))
 
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
         if not ids:
             return set()
         keys = [self._marker(id) for id in ids]
-        if self._ask(pack("EXISTS", *keys)) == [[0]]:  # a marked one is seldom pending still: one short command tells
+        if self._redis.ask(("EXISTS", *keys)) == [0]:  # the usual case, at the cost of one command
             return set()
-        return {id for id, found in zip(ids, self._ask(*[pack("EXISTS", key) for key in keys])) if found != [0]}
+        return {id for id, found in zip(ids, self._redis.ask(*[("EXISTS", key) for key in keys])) if found}
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
-        return self._run(_LUA_ACKNOWLEDGE, [([self.PENDING, self._marker(id)], members)]) == [[1]]
+        (outcome,) = self._run(_LUA_ACKNOWLEDGE, [([self.PENDING, self._marker(id)], members)])
+        return bool(result_of(outcome))
 
-    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool]:
+    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
         oldest = self._clock() - TTL_MS + 1
         calls = [
             ([self.PENDING, self._marker(id)], [max(time, oldest), time, OWN_MEMBER % id.encode()]) for id, time in ids
         ]
-        return [result == [1] for result in self._run(_LUA_ACKNOWLEDGE_OWN, calls)]
+        outcomes = self._run(_LUA_ACKNOWLEDGE_OWN, calls)
+        return [outcome if isinstance(outcome, ApiError) else outcome == 1 for outcome in outcomes]
 
     @staticmethod
     def _marker(id: str) -> str:
         return f"notifications:ack:{id}"
 
     def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
-        self._ask(pack("SET", self.TOKEN + digest, record, "PX", ttl))
+        self._redis.ask(("SET", self.TOKEN + digest, record, "PX", ttl))
 
     def token(self, digest: str) -> bytes | None:
         return self._get(self.TOKEN + digest)
 
     def tokens(self) -> list[tuple[str, bytes]]:
-        keys, cursor = set(), b"0"
+        keys: set[bytes] = set()
+        cursor = b"0"
         while True:  # SCAN, since only people at the command line ask
-            ((cursor, *found),) = self._ask(pack("SCAN", cursor, "MATCH", f"{self.TOKEN}*", "COUNT", 1000))
-            keys.update(key.decode("utf-8", "replace") for key in found)
+            ((cursor, found),) = self._redis.ask(("SCAN", cursor, "MATCH", f"{self.TOKEN}*", "COUNT", 1000))
+            keys.update(found)
             if cursor == b"0":
                 break
-        kept = [(key.removeprefix(self.TOKEN), self._get(key)) for key in sorted(keys)]
-        return [(digest, record) for digest, record in kept if record is not None]
+        digests = [key.decode("utf-8", "replace").removeprefix(self.TOKEN) for key in sorted(keys)]
+        return [(digest, record) for digest in digests if (record := self.token(digest)) is not None]
 
     def revoke_token(self, digest: str) -> bool:
-        return self._ask(pack("DEL", self.TOKEN + digest)) == [[1]]
+        return self._redis.ask(("DEL", self.TOKEN + digest)) == [1]
 
 
 # ======================================================================================================
@@ -1761,30 +1678,31 @@ CREATE INDEX token_expires ON token (expires);
 )
 
 
-class SqliteStore:
-    """One file, in WAL mode: readers go on while one writes, and what was committed survives a killed process."""
+_Change = Callable[[sqlite3.Connection], T]  # what one writes, in a transaction
+
+
+class SqliteStore(Store):
+    """One file in WAL mode: reads go on during a write, and what was committed survives a killed process."""
 
     name = "sqlite"
-    WAIT = 3.0  # seconds for the lock of another writer, thread or process
+    WAIT = 3.0  # seconds for the lock of another process, and for a transaction that is under way
 
     def __init__(self, path: Path, clock: Callable[[], int] = now_ms) -> None:
         self.place = str(path)
         self._path = path
         self._clock = clock
-        self._writer_lock = threading.Lock()
-        self._waiting: collections.deque[tuple[Callable[[sqlite3.Connection], Any], Future[Any]]] = collections.deque()
         self._damaged = False  # seen at run time: the file is "malformed"
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()  # as many as threads that read at once
         self._closed = False
         try:
             self._writer = self._connect()
-            try:
+            with contextlib.ExitStack() as on_failure:
+                on_failure.callback(self._writer.close)
                 self._prepare()
-            except BaseException:
-                self._writer.close()
-                raise
+                on_failure.pop_all()
         except (sqlite3.Error, Unavailable) as error:
-            raise StartError(f"The store {path} cannot be used ({error}): move it away, or mend it.") from None
+            raise StartError(f"The store {path} cannot be used ({error}): move it away, or repair it.") from None
+        self._writes = Batcher(self._commit, "sqlite-writer")  # its thread alone uses the writer from here on
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, timeout=self.WAIT, isolation_level=None, check_same_thread=False)
@@ -1798,19 +1716,15 @@ class SqliteStore:
     def _prepare(self) -> None:
         damage = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
         if damage != "ok":
-            raise StartError(f"The store {self.place} is damaged ({damage}): move it away, or mend it.")
+            raise StartError(f"The store {self.place} is damaged ({damage}): move it away, or repair it.")
         with self._transaction():
-            self._migrate(self._writer)
+            version = self._writer.execute("PRAGMA user_version").fetchone()[0]
+            if version > len(_SCHEMA_STEPS):
+                raise StartError(f"The store {self.place} was made by a newer version: start that one.")
+            for statement in ";".join(_SCHEMA_STEPS[version:]).split(";"):
+                self._writer.execute(statement)
+            self._writer.execute(f"PRAGMA user_version = {len(_SCHEMA_STEPS)}")
         self._writer.execute("PRAGMA journal_mode = WAL")  # writes to the file: not before it is known to be ours
-
-    def _migrate(self, database: sqlite3.Connection) -> None:
-        version = database.execute("PRAGMA user_version").fetchone()[0]
-        if version > len(_SCHEMA_STEPS):
-            raise StartError(f"The store {self.place} was made by a newer version: start that one.")
-        for step in _SCHEMA_STEPS[version:]:
-            for statement in step.split(";"):
-                database.execute(statement)
-        database.execute(f"PRAGMA user_version = {len(_SCHEMA_STEPS)}")
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -1834,65 +1748,51 @@ class SqliteStore:
                 if self._closed:  # while this one was out
                     self._close_readers()
 
-    def _write(self, change: Callable[[sqlite3.Connection], T]) -> T:
-        """What the change returns once it is durable: it happens whole, or not at all. Whoever gets the lock commits
-        the changes of all who wait for it: one fsync serves them all."""
-        outcome: Future[T] = Future()
-        self._waiting.append((change, outcome))
-        if not self._writer_lock.acquire(timeout=self.WAIT):
-            if outcome.cancel():
-                raise Unavailable(f"The store {self.place} is busy: ask again.", 1)
-            return outcome.result()  # it is being committed at this moment
-        try:
-            if not outcome.done():
-                self._commit_waiting()
-        finally:
-            self._writer_lock.release()
-        return outcome.result()
+    def _write(self, change: _Change[T]) -> T:
+        """What the change returns, once it is durable."""
+        outcome: T | BaseException = self._write_each([change])[0]
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
 
-    def _commit_waiting(self) -> None:
-        """One transaction for all that wait; what fails alone takes no other with it."""
-        changes = []
-        while self._waiting:
-            change, outcome = self._waiting.popleft()
-            if outcome.set_running_or_notify_cancel():
-                changes.append((change, outcome))
-        try:
-            with self._transaction():
-                self._purge(self._writer, self._clock())
-                alone = len(changes) == 1  # needs no savepoint, which copies each page that changes
-                tell = [self._try(change, outcome, alone) for change, outcome in changes]
-        except BaseException as error:
-            tell = [functools.partial(outcome.set_exception, error) for _, outcome in changes]
-        for one in tell:  # not before all of it is durable
-            one()
+    def _write_each(self, changes: Sequence[_Change[Any]]) -> list[Any]:
+        """What each change returns or raises, once all are durable. Each happens whole or not at all."""
+        outcomes = self._writes.ask(changes)
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            return outcomes.result(self.WAIT)
+        if outcomes.cancel():
+            raise Unavailable(f"The store {self.place} is busy: ask again.", 1)
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            return outcomes.result(2 * self.WAIT)  # its transaction is under way
+        raise Unavailable(f"The store {self.place} takes too long: the change may still be made.", 1)
+
+    def _commit(self, asked: Sequence[Sequence[_Change[Any]]]) -> list[list[Any]]:
+        """One transaction, and so one fsync, for all changes that wait."""
+        alone = sum(map(len, asked)) == 1
+        with self._transaction():
+            self._purge(self._clock())
+            return [[self._try(change, alone) for change in changes] for changes in asked]
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._errors():
+        with self._errors(), self._writer:  # commits at the end, or rolls back
             self._writer.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._writer.execute("COMMIT")
-            except BaseException:
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
-                raise
+            yield
 
-    def _try(self, change: Callable[[sqlite3.Connection], T], outcome: Future[T], alone: bool) -> Callable[[], None]:
-        """Make the change, or leave no trace of it; returns what tells how it went."""
+    def _try(self, change: _Change[Any], alone: bool) -> Any:
+        """What the change returns; or what it raises, and then nothing of it is left. One that is alone needs no
+        savepoint, which costs a copy of each page that it changes: the whole transaction fails with it."""
         if alone:
-            return functools.partial(outcome.set_result, change(self._writer))
+            return change(self._writer)
         self._writer.execute("SAVEPOINT change")
         try:
             with self._errors():
                 result = change(self._writer)
-        except BaseException as error:
+        except Exception as error:
             self._writer.execute("ROLLBACK TO change")  # fails when the whole transaction is gone, as on a full disk
-            self._writer.execute("RELEASE change")
-            return functools.partial(outcome.set_exception, error)
+            result = error
         self._writer.execute("RELEASE change")
-        return functools.partial(outcome.set_result, result)
+        return result
 
     def ping(self) -> None:
         if self._damaged:
@@ -1903,8 +1803,8 @@ class SqliteStore:
     def close(self) -> None:
         self._closed = True
         self._close_readers()
-        with self._writer_lock:
-            self._writer.close()
+        self._writes.close(2 * self.WAIT)
+        self._writer.close()
 
     def _close_readers(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -1913,28 +1813,29 @@ class SqliteStore:
 
     _SESSION = "SELECT timestamp, document, saved, announced FROM session"
 
-    def session(self, timestamp: int) -> StoredSession | None:
+    def read_sessions(self, timestamps: Sequence[int]) -> list[StoredSession | ApiError | None]:
+        select = f"{self._SESSION} WHERE timestamp = ? AND expires > ?"
+        found: list[StoredSession | ApiError | None] = []
         with self._reading() as database:
-            row = database.execute(
-                f"{self._SESSION} WHERE timestamp = ? AND expires > ?", (timestamp, self._clock())
-            ).fetchone()
-        return StoredSession(*row, state=row[2:]) if row else None
+            for timestamp in timestamps:
+                try:
+                    with self._errors():
+                        row = database.execute(select, (timestamp, self._clock())).fetchone()
+                    found.append(StoredSession(*row) if row else None)
+                except Unavailable as fault:
+                    found.append(fault)
+        return found
 
-    def sessions(self, known: Callable[[int, object], bool] = nothing_known) -> Iterator[StoredSession | int]:
+    def sessions(self) -> Iterator[StoredSession]:
+        select = f"{self._SESSION} WHERE timestamp < ? AND expires > ? ORDER BY timestamp DESC LIMIT 1"
         below = 1 << 62
         while True:
             with self._reading() as database:
-                row = database.execute(
-                    "SELECT timestamp, saved, announced FROM session WHERE timestamp < ? AND expires > ?"
-                    " ORDER BY timestamp DESC LIMIT 1",
-                    (below, self._clock()),
-                ).fetchone()
+                row = database.execute(select, (below, self._clock())).fetchone()
             if not row:
                 return
+            yield StoredSession(*row)
             below = row[0]
-            found = below if known(below, row[1:]) else self.session(below)
-            if found is not None:  # else it ended meanwhile
-                yield found
 
     def newest_copy(self) -> bytes | None:
         return None  # no other program writes here
@@ -1943,8 +1844,8 @@ class SqliteStore:
         now = self._clock()
 
         def change(database: sqlite3.Connection) -> bool:
-            taken = database.execute("SELECT 1 FROM session WHERE timestamp = ?", (timestamp,)).fetchone()
-            if taken and not replace:
+            taken = "SELECT 1 FROM session WHERE timestamp = ?"
+            if not replace and database.execute(taken, (timestamp,)).fetchone():
                 return False
             database.execute(
                 "INSERT INTO session (timestamp, document, saved, expires) VALUES (?, ?, ?, ?) ON CONFLICT (timestamp)"
@@ -1959,8 +1860,7 @@ class SqliteStore:
         return self._write(change)
 
     def announce(self, session: int, draft: Draft) -> bool:
-        now = self._clock()
-        return self._write(lambda database: self._announce(database, now, session, draft))
+        return self._write(functools.partial(self._announce, now=self._clock(), session=session, draft=draft))
 
     def _announce(self, database: sqlite3.Connection, now: int, session: int, draft: Draft) -> bool:
         changed = database.execute(
@@ -1970,14 +1870,13 @@ class SqliteStore:
             self._add(database, now, draft)
         return bool(changed)
 
-    def add(self, drafts: Sequence[Draft]) -> list[tuple[bytes, int, bool]]:
+    def add(self, drafts: Sequence[Draft]) -> list[tuple[bytes, int, bool] | ApiError]:
         now = self._clock()
-        return self._write(lambda database: [self._add(database, now, draft) for draft in drafts])
+        return self._write_each([functools.partial(self._add, now=now, draft=draft) for draft in drafts])
 
     def _add(self, database: sqlite3.Connection, now: int, draft: Draft) -> tuple[bytes, int, bool]:
         made = f"{draft.type}:{draft.session}"
-        row = database.execute("SELECT member, time FROM pending WHERE made = ?", (made,)).fetchone()
-        if row:
+        if row := database.execute("SELECT member, time FROM pending WHERE made = ?", (made,)).fetchone():
             return *row, False
         newest = database.execute("SELECT time FROM newest").fetchone()[0]
         time = max(now, newest + 1)
@@ -1998,41 +1897,29 @@ class SqliteStore:
                 return
             last = (rows[-1][1], rows[-1][0])
 
-    def glance(self, page: int, ids: Sequence[str], timestamps: Sequence[int], last: object = None) -> Glance:
-        now = self._clock()
+    def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
         with self._reading() as database:
-            rows = database.execute(self._PENDING, (now - TTL_MS, b"\xff", page)).fetchall() if page else []
-            session = "SELECT saved, announced FROM session WHERE timestamp = ? AND expires > ?"
-            states = [database.execute(session, (timestamp, now)).fetchone() for timestamp in timestamps]
-        return Glance(rows, False, states)
-
-    def rows_of(self, pending: object) -> list[tuple[bytes, float]]:
-        return pending
+            rows = database.execute(self._PENDING, (self._clock() - TTL_MS, b"\xff", count)).fetchall()
+        return Snapshot(rows, False)
 
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
-        return set()  # no other program marks one here and leaves it pending
+        return set()  # no other program writes here: what is marked is not pending
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
         rows = [(member,) for member in members]
         return self._write(lambda database: self._acknowledge(database, id, "member = ?", rows))
 
-    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool]:
-        def change(database: sqlite3.Connection) -> list[bool]:
-            found = []
-            for id, at in ids:
-                start = OWN_MEMBER % id.encode()
-                row = (at, len(start), start)
-                found.append(self._acknowledge(database, id, "time = ? AND substr(member, 1, ?) = ?", [row]))
-            return found
-
-        return self._write(change)
+    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
+        of_own = functools.partial(self._acknowledge, which="time = ? AND substr(member, 1, ?) = ?")
+        found = [(id, at, OWN_MEMBER % id.encode()) for id, at in ids]
+        return self._write_each([functools.partial(of_own, id=id, rows=[(at, len(own), own)]) for id, at, own in found])
 
     def _acknowledge(self, database: sqlite3.Connection, id: str, which: str, rows: Sequence[tuple[Any, ...]]) -> bool:
         now = self._clock()
         removed = sum(database.execute(f"DELETE FROM pending WHERE {which}", row).rowcount for row in rows)
         if not removed:
-            marked = database.execute("SELECT 1 FROM marker WHERE id = ? AND expires > ?", (id, now)).fetchone()
-            return marked is not None
+            marked = "SELECT 1 FROM marker WHERE id = ? AND expires > ?"
+            return database.execute(marked, (id, now)).fetchone() is not None
         database.execute("INSERT OR REPLACE INTO marker (id, expires) VALUES (?, ?)", (id, now + TTL_MS))
         return True
 
@@ -2041,10 +1928,9 @@ class SqliteStore:
         self._write(lambda database: database.execute("INSERT OR REPLACE INTO token VALUES (?, ?, ?)", row))
 
     def token(self, digest: str) -> bytes | None:
+        select = "SELECT record FROM token WHERE digest = ? AND expires > ?"
         with self._reading() as database:
-            row = database.execute(
-                "SELECT record FROM token WHERE digest = ? AND expires > ?", (digest, self._clock())
-            ).fetchone()
+            row = database.execute(select, (digest, self._clock())).fetchone()
         return row[0] if row else None
 
     def tokens(self) -> list[tuple[str, bytes]]:
@@ -2052,16 +1938,13 @@ class SqliteStore:
             return database.execute("SELECT digest, record FROM token WHERE expires > ?", (self._clock(),)).fetchall()
 
     def revoke_token(self, digest: str) -> bool:
-        delete = "DELETE FROM token WHERE digest = ?"
-        return self._write(lambda database: database.execute(delete, (digest,)).rowcount > 0)
+        return self._write(lambda file: file.execute("DELETE FROM token WHERE digest = ?", (digest,)).rowcount > 0)
 
-    @staticmethod
-    def _purge(database: sqlite3.Connection, now: int) -> None:
-        """End what is over: Redis does it by itself, here each transaction does."""
-        database.execute("DELETE FROM session WHERE expires <= ?", (now,))
-        database.execute("DELETE FROM pending WHERE time <= ?", (now - TTL_MS,))
-        database.execute("DELETE FROM marker WHERE expires <= ?", (now,))
-        database.execute("DELETE FROM token WHERE expires <= ?", (now,))
+    def _purge(self, now: int) -> None:
+        """Delete what has expired, in each transaction; Redis does it by itself."""
+        for table in ("session", "marker", "token"):
+            self._writer.execute(f"DELETE FROM {table} WHERE expires <= ?", (now,))
+        self._writer.execute("DELETE FROM pending WHERE time <= ?", (now - TTL_MS,))
 
 
 def open_store(settings: Settings) -> Store:
@@ -2160,9 +2043,9 @@ def _needs_prompt(beat: dict[str, Any], where: str) -> bool:
     return _part(decision, "type", f"{where}.imageDecision", str) not in ("REUSE_IMAGE", "NO_IMAGE")
 
 
-def last_updated(stored: StoredSession, told: int | None) -> str:
-    """The newest of the last save here and the document's own word (ms); its timestamp when there is neither."""
-    known = [time for time in (stored.saved, told) if time is not None]
+def last_updated(stored: StoredSession, written: int | None) -> str:
+    """The newest of the last save here and the document's own time (ms); its timestamp when there is neither."""
+    known = [time for time in (stored.saved, written) if time is not None]
     return iso_time(max(known, default=stored.timestamp))
 
 
@@ -2200,156 +2083,130 @@ class Facts:
     fault: NotASession | None = None
     progress: Progress | NotASession | None = None
     summary: Mapping[str, Any] | NotASession | None = None
-    updated: int | None = None  # ms; the document's own word
+    updated: int | None = None  # ms, as the document says
     waits: bool = False  # for StorySwarm
-    timestamp: int | None = None  # its own
+    timestamp: int | None = None  # as the document says
     size: int = 0  # of the summary's JSON
 
 
 def find_facts(stored: StoredSession) -> Facts:
-    """What there is to know of a document, faults and all."""
+    """Parse a document. Its faults are among the facts."""
 
     def attempt(part: Callable[[dict[str, Any]], T]) -> T | NotASession:
         try:
             return part(document)
         except NotASession as fault:
-            return NotASession(str(fault))  # the one that was raised holds on to the document
+            return NotASession(str(fault))  # the one that was raised refers to the document
 
     try:
         document = read_session(stored)
     except NotASession as fault:
         return Facts(NotASession(str(fault)))
-    told = [read_time(document.get(name)) for name in ("lastUpdated", "updatedAt")]
-    own = document.get("timestamp")
+    times = [read_time(document.get(name)) for name in ("lastUpdated", "updatedAt")]
+    own: Any = document.get("timestamp")
     shown = attempt(summary)
     return Facts(
         progress=attempt(progress),
         summary=shown,
         size=0 if isinstance(shown, NotASession) else len(json.dumps(shown)),
-        updated=max((time for time in told if time is not None), default=None),
+        updated=max((time for time in times if time is not None), default=None),
         waits=document.get("promptMode") == "storyswarm",
         timestamp=int(own) if is_whole(own) else None,
     )
 
 
-@dataclass(frozen=True, eq=False)
-class KnownSession:
-    """What is known of a session without its document; `at`: when it was read (monotonic seconds)."""
-
-    stored: StoredSession
-    facts: Facts
-    at: float
-    size: int  # of the document, in bytes
-
-
 class Sessions:
-    """The sessions of a store. Reading a document of 850 KB takes up to 6 ms, its SHA-256 0.5: what was found in it
-    is kept by that, and while the store says that a session has not changed, it is not even fetched."""
+    """The sessions of a store. To parse a document of 850 KB takes 6 ms, its SHA-256 0.5: its facts are cached by that
+    digest alone. The store is read each time, so nothing else tells whether a session has changed."""
 
-    # Seconds: another program may replace a document by one of the same length, which only a read tells. From the first
-    # on, one caller goes and reads it; past the second nobody is told the old.
-    FRESH, LIMIT = 0.8, 0.95
-    KEPT, LARGEST = 4096, 20_000  # of each; the summary of a real one has 1 to 2 KB
-    QUICK = 1_000_000  # bytes, which take 1 ms to fetch and to digest
+    KEPT, LARGEST = 1000, 8192  # entries and bytes of one: 8 MB of JSON at most. A real summary has 1 to 2 KB
+    SMALL = 1_000_000  # bytes of a document that does not delay others while it is parsed
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
-        self._clock = clock
-        self._lock = threading.Lock()
         self._facts: dict[bytes, Facts] = {}  # by the document's SHA-256
-        self._known: dict[int, KnownSession] = {}
-        self._renewed: dict[int, KnownSession] = {}  # those that somebody went to read anew
+        self._lock = threading.Lock()  # of the dictionary
+        self._parsing = threading.Lock()
 
     def find(self, timestamp: int) -> tuple[StoredSession, Facts] | None:
-        """The session itself; None when there is none."""
-        at = self._clock()
+        """None when there is none."""
         stored = self._store.session(timestamp)
-        return None if stored is None else (stored, self._learn(stored, at))
+        return None if stored is None else (stored, self.facts_of(stored))
 
-    def known(self, timestamp: int, state: object) -> KnownSession | None:
-        """What was found lately, when the store's state of it is still that."""
-        known = self._known.get(timestamp)
-        if known is None or known.stored.state != state:
-            return None
-        age = self._clock() - known.at
-        if age < self.FRESH or (age < self.LIMIT and self._renewed.get(timestamp) is known):
+    def find_many(self, timestamps: Sequence[int]) -> list[tuple[StoredSession, Facts | None] | ApiError | None]:
+        """The same for several in one round trip. Without the facts where a large document has to be parsed: the caller
+        asks facts_of(), where that delays nobody else."""
+        found: list[tuple[StoredSession, Facts | None] | ApiError | None] = []
+        for stored in self._store.read_sessions(timestamps):
+            if isinstance(stored, StoredSession):
+                digest = self._digest(stored)
+                facts = self._cached(digest)
+                if facts is None and len(stored.document or b"") <= self.SMALL:
+                    facts = self._learn(stored, digest)
+                found.append((stored, facts))
+            else:
+                found.append(stored)
+        return found
+
+    def facts_of(self, stored: StoredSession) -> Facts:
+        """Documents that are not known are parsed one at a time, and so equal ones once."""
+        digest = self._digest(stored)
+        known = self._cached(digest)
+        if known is not None:
             return known
-        self._keep(self._renewed, timestamp, known)
-        return None
-
-    def renewed(self, timestamp: int, state: object) -> KnownSession | None:
-        """The same of one that is to be read again, which is quick: a document of up to a megabyte that most likely is
-        the one that it was. None for any other."""
-        known = self._known.get(timestamp)
-        if known is None or known.stored.state != state or known.size > self.QUICK:
-            return None
-        self.find(timestamp)
-        found = self._known.get(timestamp)
-        return None if found is known else found
+        with self._parsing:
+            return self._cached(digest) or self._learn(stored, digest)
 
     def listed(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Timestamps and summaries, newest first; what is no session is left out and logged."""
-        unchanged: dict[int, KnownSession] = {}
-
-        def is_known(timestamp: int, state: object) -> bool:
-            known = self.known(timestamp, state)
-            if known:
-                unchanged[timestamp] = known
-            return known is not None
-
-        at = self._clock()
-        for found in self._store.sessions(is_known):
-            if isinstance(found, StoredSession):
-                timestamp, facts = found.timestamp, self._learn(found, at)
+        """Timestamps and summaries, newest first. What is no session is left out and logged."""
+        for stored in self._store.sessions():
+            facts = self.facts_of(stored)
+            if isinstance(facts.summary, Mapping):
+                yield stored.timestamp, facts.summary
             else:
-                timestamp, facts = found, unchanged.pop(found).facts
-            fault = facts.fault or facts.summary
-            if isinstance(fault, NotASession):
-                log.warning("sessions: session %d is left out: %s", timestamp, fault)
-            else:
-                yield timestamp, facts.summary
-            at = self._clock()
+                self._leave_out(f"session {stored.timestamp}", facts.fault or facts.summary)
 
     def latest(self) -> StoredSession | None:
         """The newest session that can be read: the first of the list, or the copy of a newer one."""
         newest = None
         for stored in self._store.sessions():
-            fault = self._facts_of(stored).fault
+            fault = self.facts_of(stored).fault
             if fault is None:
                 newest = stored
                 break
-            log.warning("sessions: session %d is left out: %s", stored.timestamp, fault)
+            self._leave_out(f"session {stored.timestamp}", fault)
         copy = self._store.newest_copy()
         if copy is None:
             return newest
-        facts = self._facts_of(StoredSession(0, copy))
+        facts = self.facts_of(StoredSession(0, copy))
         if facts.fault:
-            log.warning("sessions: the copy of the newest session is left out: %s", facts.fault)
+            self._leave_out("the copy of the newest session", facts.fault)
         if facts.timestamp is None or (newest and facts.timestamp <= newest.timestamp):
             return newest
         return StoredSession(facts.timestamp, copy)
 
-    def _facts_of(self, stored: StoredSession) -> Facts:
-        if stored.document is None:
-            return find_facts(stored)
-        digest = hashlib.sha256(stored.document).digest()
-        facts = self._facts.get(digest) or find_facts(stored)
-        return self._keep(self._facts, digest, facts) if facts.size <= self.LARGEST else facts
+    @staticmethod
+    def _leave_out(what: str, fault: object) -> None:
+        log.warning("sessions: %s is left out: %s", what, fault)
 
-    def _learn(self, stored: StoredSession, at: float) -> Facts:
-        facts = self._facts_of(stored)
-        if facts.size <= self.LARGEST:
-            size = len(stored.document or b"")
-            known = KnownSession(dataclasses.replace(stored, document=None), facts, at, size)
-            self._keep(self._known, stored.timestamp, known)
-        return facts
+    @staticmethod
+    def _digest(stored: StoredSession) -> bytes:
+        return b"" if stored.document is None else hashlib.sha256(stored.document).digest()
 
-    def _keep(self, kept: dict[Any, T], key: Any, value: T) -> T:
+    def _cached(self, digest: bytes) -> Facts | None:
         with self._lock:
-            kept.pop(key, None)
-            kept[key] = value
-            bound(kept, self.KEPT)
-        return value
+            facts = self._facts.pop(digest, None)
+            if facts is not None:
+                self._facts[digest] = facts  # the one used last is the last to go
+            return facts
+
+    def _learn(self, stored: StoredSession, digest: bytes) -> Facts:
+        facts = find_facts(stored)
+        if facts.size <= self.LARGEST:
+            with self._lock:
+                self._facts[digest] = facts
+                bound(self._facts, self.KEPT)
+        return facts
 
 
 # ======================================================================================================
@@ -2386,6 +2243,11 @@ class Notification:
             "timestamp": self.timestamp,
         }
 
+    @functools.cached_property
+    def text(self) -> bytes:
+        """The same as bytes, made once: an answer of 100 is a join."""
+        return json.dumps(self.as_json(), ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+
 
 def read_member(member: bytes, time: float) -> Notification:
     """A member of the pending set, written by whomever. Raises ValueError with what makes it invalid."""
@@ -2400,7 +2262,8 @@ def read_member(member: bytes, time: float) -> Notification:
     for name in ("sessionTimestamp", TOTALS[kind]):
         if not is_count(value.get(name)):
             raise ValueError(f"{name} is not a whole number")
-    episode, story, timestamp = value.get("episodeNumber"), value.get("storyUuid"), value.get("timestamp")
+    episode: Any = value.get("episodeNumber")
+    story, timestamp = value.get("storyUuid"), value.get("timestamp")
     return Notification(
         id=id,
         type=kind,
@@ -2429,7 +2292,7 @@ def due_notification(timestamp: int, document: dict[str, Any], found: Progress) 
     """What a session has to announce as it stands: only one that waits for StorySwarm, and that has beats."""
     if document.get("promptMode") != "storyswarm" or not found.total_beats:
         return None
-    episode = document["analyzedEpisode"].get("episodeNumber")
+    episode: Any = document["analyzedEpisode"].get("episodeNumber")
     story = document.get("storyUuid")
     return draft_notification(
         "prompts_ready" if found.ready else "beats_ready",
@@ -2444,46 +2307,66 @@ def due_notification(timestamp: int, document: dict[str, Any], found: Progress) 
 class Notifications:
     """The pending notifications of a store."""
 
+    SMALLEST_SNAPSHOT = 100  # members: as many as a check returns by default
+    CACHED, LARGEST = 2000, 2048  # members, and bytes of one: 4 MB at most, and as much again of JSON
+    REPORTED = 1000  # invalid members that are logged
+
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._reported: dict[bytes, object] = {}  # each is logged once, and 1000 at most
+        self._reported: dict[bytes, object] = {}  # by SHA-256
+        self._cached = functools.lru_cache(maxsize=self.CACHED)(self._parse)
+        self._last_ids: Sequence[str] = ()  # of the last snapshot
 
     def check(self, types: Sequence[str], limit: int) -> list[Notification]:
         """Those that are not acknowledged, oldest first, `limit` at most."""
         found: list[Notification] = []
-        page = max(100, limit)
-        valid = self._read(self._store.pending(page))
-        while batch := list(itertools.islice(valid, page)):
-            batch = [one for one in batch if one.type in types and not one.acknowledged]
+        page = max(self.SMALLEST_SNAPSHOT, limit)
+        unacknowledged = self._read(self._store.pending(page))
+        while batch := list(itertools.islice(unacknowledged, page)):
+            batch = [one for one in batch if one.type in types]
             marked = self._store.acknowledged([one.id for one in batch])
             found += [one for one in batch if one.id not in marked]
             if len(found) >= limit:
                 break
         return found[:limit]
 
-    def read(self, rows: Iterable[tuple[bytes, float]]) -> Iterator[Notification]:
-        """The valid ones that are not acknowledged by their own word."""
-        return (one for one in self._read(rows) if not one.acknowledged)
+    def check_many(self, queries: Sequence[tuple[Sequence[str], int]]) -> list[list[Notification] | None]:
+        """The same for several (types, limit), all from one snapshot. None for a query that has to look further."""
+        count = max(self.SMALLEST_SNAPSHOT, *(limit for _, limit in queries))
+        asked = self._last_ids
+        pending, any_marked = self._store.snapshot(count, asked)
+        found = list(self._read(pending))
+        ids = self._last_ids = [one.id for one in found]
+        if ids != asked or any_marked:
+            known = () if any_marked else set(asked)
+            marked = self._store.acknowledged([id for id in ids if id not in known])
+            found = [one for one in found if one.id not in marked]
+        answers = [[one for one in found if one.type in types][:limit] for types, limit in queries]
+        whole = len(pending) < count
+        return [shown if whole or len(shown) == limit else None for shown, (_, limit) in zip(answers, queries)]
 
-    def create(self, drafts: Sequence[Draft]) -> list[tuple[Notification, bool]]:
-        """Keep each, and True; or the one of the same type and session that is pending already, and False."""
-        return [(read_member(member, time), made) for member, time, made in self._store.add(drafts)]
+    def create(self, drafts: Sequence[Draft]) -> list[tuple[Notification, bool] | ApiError]:
+        """Add each, and True; or the one of the same type and session that is pending already, and False."""
+        return [
+            outcome if isinstance(outcome, ApiError) else (read_member(*outcome[:2]), outcome[2])
+            for outcome in self._store.add(drafts)
+        ]
 
     def acknowledge(self, id: str) -> bool:
         """True when it was pending, or is acknowledged already."""
-        if self.acknowledge_own([id])[0] or self._store.acknowledge(id, []):
+        if result_of(self.acknowledge_own([id])[0]) or self._store.acknowledge(id, []):
             return True
         # Another program made it, or nobody did: look through all of them.
         rows = self._store.pending(page=2000)
         members = [member for member, time in rows if self._has_id(member, time, id)]
         return bool(members) and self._store.acknowledge(id, members)
 
-    def acknowledge_own(self, ids: Sequence[str]) -> list[bool]:
-        """The same for ids that were made here, which tell their time: no search. False for any other."""
+    def acknowledge_own(self, ids: Sequence[str]) -> list[bool | ApiError]:
+        """The same for ids that were made here, which hold their time: no search. False for any other."""
         times = [re.fullmatch(r"notif_([0-9]{1,14})_[0-9a-f]{16}", id) for id in ids]
         ours = [(found[0], int(found[1])) for found in times if found]
-        known = iter(self._store.acknowledge_own(ours) if ours else ())
-        return [bool(found) and next(known) for found in times]
+        outcomes = iter(self._store.acknowledge_own(ours) if ours else ())
+        return [next(outcomes) if found else False for found in times]
 
     @staticmethod
     def _has_id(member: bytes, time: float, id: str) -> bool:
@@ -2495,64 +2378,22 @@ class Notifications:
             return False
 
     def _read(self, rows: Iterable[tuple[bytes, float]]) -> Iterator[Notification]:
-        """The valid ones; the others stay where they are and are logged once."""
+        """The valid ones that are not acknowledged by their own word. The others stay where they are."""
         for member, at in rows:
-            try:
-                notification = read_member(member, at)
-            except (ValueError, OverflowError) as fault:
-                self._report(member, fault)
-                continue
-            yield notification
+            found = self._cached(member, at) if len(member) <= self.LARGEST else self._parse(member, at)
+            if found is not None and not found.acknowledged:
+                yield found
 
-    def _report(self, member: bytes, fault: Exception) -> None:
-        ours = object()
-        if len(self._reported) < 1000 and self._reported.setdefault(member, ours) is ours:
-            log.warning("notifications: a pending member is left out (%s): %.200r", fault, member)
-
-
-class PendingFront:
-    """The oldest pending notifications as they were at the last glance: read anew only where they differ from the
-    glance before. For one thread."""
-
-    SMALLEST, LARGEST = 100, 2000  # members; a check that must look further goes the long way
-
-    def __init__(self, store: Store, notifications: Notifications) -> None:
-        self._store = store
-        self._notifications = notifications
-        self._page = self.SMALLEST
-        self._further = False  # whether a check must look further than the page did
-        self.members: object = None  # as Glance.pending has them
-        self.ids: Sequence[str] = ()  # to be looked for among those that another program marked
-        self._count = 0
-        self._marked = False
-        self._shown: list[Notification] = []
-
-    def next_page(self) -> int:
-        """How many members the next glance is to read."""
-        if self._further:
-            self._page, self._further = min(self._page * 4, self.LARGEST), False
-        return self._page
-
-    def update(self, glance: Glance) -> bool:
-        """Whether anything changed since the glance before; this one read a page as next_page() said. Raises
-        Unavailable."""
-        if glance.pending == self.members and not (glance.marked or self._marked):
-            return False
-        rows = self._store.rows_of(glance.pending)
-        read = list(self._notifications.read(rows))
-        marked = self._store.acknowledged([one.id for one in read])
-        self._shown = [one for one in read if one.id not in marked]
-        self.members, self.ids = glance.pending, [one.id for one in read]
-        self._count, self._marked = len(rows), bool(marked)
-        return True
-
-    def check(self, types: Sequence[str], limit: int) -> list[Notification] | None:
-        """As Notifications.check; None when it lies further back: the next glance looks further."""
-        found = [one for one in self._shown if one.type in types][:limit]
-        if len(found) == limit or self._count < self._page:
-            return found
-        self._further = True
-        return None
+    def _parse(self, member: bytes, time: float) -> Notification | None:
+        """None for an invalid one, which is logged once."""
+        try:
+            return read_member(member, time)
+        except (ValueError, OverflowError) as fault:
+            ours = object()
+            digest = hashlib.sha256(member).digest()
+            if len(self._reported) < self.REPORTED and self._reported.setdefault(digest, ours) is ours:
+                log.warning("notifications: a pending member is left out (%s): %.200r", fault, member)
+            return None
 
 
 # ======================================================================================================
@@ -3146,10 +2987,10 @@ def digest_of(token: str) -> str:
 def issue_token(store: Store, subject: str, permissions: Iterable[str], ttl: int, now: int) -> tuple[str, Caller]:
     """Make a session token for `ttl` seconds. The token itself is kept nowhere."""
     token = secrets.token_urlsafe(32)
-    given = set(permissions)
-    caller = Caller(subject, tuple(one for one in PERMISSIONS if one in given), now + ttl * 1000, digest_of(token))
+    given, digest = set(permissions), digest_of(token)
+    caller = Caller(subject, tuple(one for one in PERMISSIONS if one in given), now + ttl * 1000, digest)
     record = {"subject": subject, "permissions": caller.permissions, "expiresAt": caller.expires}
-    store.keep_token(caller.digest, json.dumps(record).encode("ascii"), ttl * 1000)
+    store.keep_token(digest, json.dumps(record).encode("ascii"), ttl * 1000)
     return token, caller
 
 
@@ -3372,9 +3213,8 @@ def _expected(schema: Schema) -> str:
         )
     if schema.get("minItems"):
         return f"an array of at least {schema['minItems']}"
-    return {"string": "a string", "object": "a JSON object", "array": "an array"}.get(
-        schema.get("type"), "it otherwise"
-    )
+    kind = str(schema.get("type"))
+    return {"string": "a string", "object": "a JSON object", "array": "an array"}.get(kind, "it otherwise")
 
 
 _TYPES: Mapping[str, Callable[[Any], bool]] = {
@@ -3397,10 +3237,10 @@ def _fits(value: Any, schema: Schema) -> bool:
         return False
     if isinstance(value, str):
         short, long = schema.get("minLength", 0), schema.get("maxLength", len(value))
-        return short <= len(value) <= long and ("pattern" not in schema or bool(re.fullmatch(schema["pattern"], value)))
+        return bool(short <= len(value) <= long and re.fullmatch(schema.get("pattern", "(?s:.*)"), value))
     if isinstance(value, list):
-        return len(value) >= schema.get("minItems", 0)
-    return not is_whole(value) or schema.get("minimum", value) <= value <= schema.get("maximum", value)
+        return len(value) >= int(schema.get("minItems", 0))
+    return not is_whole(value) or bool(schema.get("minimum", value) <= value <= schema.get("maximum", value))
 
 
 def find_misfit(value: Any, schema: Schema, name: str) -> str | None:
@@ -3435,7 +3275,7 @@ def check_body(value: object, schema: Schema) -> dict[str, Any]:
     given = {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else value
     if found := find_misfit(given, schema, "The body"):
         raise BadRequest(found)
-    return value
+    return cast("dict[str, Any]", value)
 
 
 def check_text(name: str, text: str, schema: Schema) -> Any:
@@ -3756,7 +3596,8 @@ def draft_of(body: Mapping[str, Any]) -> Draft:
 
 def _session_response(services: Services, stored: StoredSession) -> Response:
     """The document goes out as it is stored: it was read, and writing it anew would cost as much again."""
-    return Response(b'{"success":true,"data":%b,"storage":"%b"}' % (stored.document or b"", services.store.name.encode()))
+    document, name = stored.document or b"", services.store.name.encode()
+    return Response(b'{"success":true,"data":%b,"storage":"%b"}' % (document, name))
 
 
 def session_get(services: Services, request: Request) -> Response:
@@ -4185,7 +4026,7 @@ COMMON_HEADERS: Mapping[str, str] = {
 Steps = Generator[Future[Any], None, Response]
 
 
-def result_of(outcome: T | Future[Any]) -> Generator[Future[Any], None, T]:
+def awaited(outcome: T | Future[Any]) -> Generator[Future[Any], None, T]:
     """To be used with `yield from`. The result of a future may be a future again."""
     while isinstance(outcome, Future):
         if not outcome.done():
@@ -4285,7 +4126,7 @@ class Endpoint:
         caller = authenticator.known(environ)
         if caller is None:
             looked_up = submit(self.services.pool, POOL_TIMEOUT, authenticator.identify, environ)
-            caller = yield from result_of(looked_up)
+            caller = yield from awaited(looked_up)
         return caller
 
     def _handle(
@@ -4309,11 +4150,11 @@ class Endpoint:
                 body = submit(pool, POOL_TIMEOUT, read_body, environ, route.body)
             else:
                 body = submit(self.services.large_bodies, LARGE_BODY_TIMEOUT, read_body, environ, route.body)
-            value, raw = yield from result_of(body)
+            value, raw = yield from awaited(body)
             request = dataclasses.replace(request, body=value, raw_body=raw)
         if route.works:
-            return (yield from result_of(submit(pool, POOL_TIMEOUT, route.handler, self.services, request)))
-        return (yield from result_of(route.handler(self.services, request)))
+            return (yield from awaited(submit(pool, POOL_TIMEOUT, route.handler, self.services, request)))
+        return (yield from awaited(route.handler(self.services, request)))
 
 
 def error_response(shape: Mapping[str, Any], error: ApiError) -> Response:
@@ -4326,9 +4167,7 @@ def error_response(shape: Mapping[str, Any], error: ApiError) -> Response:
     return json_response({**shape, "error": str(error)}, error.status, headers)
 
 
-def refusal(
-    headers: Mapping[str, str], code: int, reason: str, words: str
-) -> tuple[dict[str, Any], ApiError | None]:
+def refusal(headers: Mapping[str, str], code: int, reason: str, words: str) -> tuple[dict[str, Any], ApiError | None]:
     """The environment and the error of a request that the server cannot read."""
     environ = {f"HTTP_{name}": value for name, value in headers.items()}
     # Of its words only those before what it quotes, which is a header, perhaps the token's.

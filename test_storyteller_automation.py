@@ -1273,7 +1273,7 @@ BEATS, PROMPTS = "beats_ready", "prompts_ready"
 
 def add(store: service.Store, draft: service.Draft) -> tuple[bytes, int, bool]:
     (added,) = store.add([draft])
-    return added
+    return service.result_of(added)
 
 
 def draft(type: str = PROMPTS, session: int = T) -> service.Draft:
@@ -1487,43 +1487,41 @@ def test_an_id_stays_acknowledged_and_an_unknown_one_never_becomes_so(store):
     assert members_of(store) == []
 
 
+def test_a_snapshot_is_the_oldest_members_within_their_ttl(store, clock, plant):
+    for number in range(5):
+        plant(b"%d" % number, clock.now + number // 2)
+    plant(b"over", clock.now - WEEK)
+    rows = [(b"%d" % number, clock.now + number // 2) for number in range(5)]
+    assert store.snapshot(3, ["an-id"]) == (rows[:3], False)
+    assert store.snapshot(100, []) == (rows, False)
+
+
+def test_a_draft_that_fails_takes_no_other_with_it(store, request):
+    if store.name == "redis":
+        request.getfixturevalue("other_program").rpush(f"storyteller:made:{PROMPTS}:{T + 1}", "another type")
+    else:
+        refuse = f"BEFORE INSERT ON pending WHEN NEW.made = '{PROMPTS}:{T + 1}' BEGIN SELECT RAISE(ABORT, 'no'); END"
+        make_database(Path(store.place), f"CREATE TRIGGER refuse {refuse}")
+    outcomes = service.Notifications(store).create([draft(session=T + number) for number in range(3)])
+    assert [type(one) for one in outcomes] == [tuple, service.Unavailable, tuple]
+    assert [one["sessionTimestamp"] - T for one in members_of(store)] == [0, 2]
+
+
+def test_an_acknowledgement_that_fails_takes_no_other_with_it(sqlite_store):
+    notifications = service.Notifications(sqlite_store)
+    ids = [found.id for found, _ in notifications.create([draft(session=T + number) for number in range(3)])]
+    refuse = f"BEFORE INSERT ON marker WHEN NEW.id = '{ids[1]}' BEGIN SELECT RAISE(ABORT, 'no'); END"
+    make_database(Path(sqlite_store.place), f"CREATE TRIGGER refuse {refuse}")
+    outcomes = notifications.acknowledge_own([*ids, "another program's"])
+    assert [one if one in (True, False) else type(one) for one in outcomes] == [True, service.Unavailable, True, False]
+    assert [one["sessionTimestamp"] - T for one in members_of(sqlite_store)] == [1]
+    with pytest.raises(service.Unavailable):
+        notifications.acknowledge(ids[1])
+
+
 # ======================================================================================================
 # Stores: Redis
 # ======================================================================================================
-
-
-REPLIES = [
-    (b":5\r\n", [5]),
-    (b"+OK\r\n", [b"OK"]),
-    (b"$-1\r\n", [None]),
-    (b"$0\r\n\r\n", [b""]),
-    (b"$4\r\na\r\nb\r\n", [b"a\r\nb"]),
-    (b"*0\r\n", []),
-    (b"*-1\r\n", []),
-    (b"*3\r\n$1\r\na\r\n*2\r\n:1\r\n$-1\r\n$1\r\nb\r\n", [b"a", 1, None, b"b"]),
-    (b"$200000\r\n" + b"x\r\ny" * 50_000 + b"\r\n", [b"x\r\ny" * 50_000]),
-]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 65_536, 1 << 20])
-@pytest.mark.parametrize("large", [100, float("inf")])
-def test_what_redis_answers_is_read_however_it_comes_in_pieces(size, large):
-    sent, expected = b"".join(reply for reply, _ in REPLIES), [values for _, values in REPLIES]
-    taken = 0
-
-    def receive(most: int) -> bytes:
-        nonlocal taken
-        piece = sent[taken : taken + min(most, size)]
-        assert piece, "more was wanted than was sent"
-        taken += len(piece)
-        return piece
-
-    received, at, found = bytearray(), 0, []
-    for _ in REPLIES:
-        values, at = service.read_reply(received, at, receive, large)
-        found.append(values)
-    assert found == expected
-    assert taken == len(sent)
 
 
 def is_a_week(ms: int) -> bool:
@@ -1592,6 +1590,30 @@ def test_redis_finds_a_session_in_one_round_trip(redis_store, other_program, wri
     assert other_program.info("stats")["total_reads_processed"] - reads == 2  # the session, and this question
 
 
+def test_a_session_that_may_not_be_read_hides_no_other(own_redis):
+    own = own_redis("--save", "")
+    with contextlib.closing(service.RedisStore(own.url)) as store:
+        for number in range(3):
+            store.save(T + number, b"{}", None)
+        own.tell("ACL", "SETUSER", "default", "resetkeys", f"~*:{T}", f"~*:{T + 2}")
+        found = store.read_sessions([T, T + 1, T + 2])
+        assert [type(one) for one in found] == [service.StoredSession, service.Unavailable, service.StoredSession]
+        with pytest.raises(service.Unavailable, match="NOPERM"):
+            store.session(T + 1)
+
+
+def test_the_cost_of_many_members_of_one_score_grows_with_their_number(redis_store, other_program, clock):
+    def cost(members: int) -> int:
+        """The bytes that Redis sends while all are read."""
+        other_program.zadd("notifications:pending", {f"{number:06}": clock.now for number in range(members)})
+        before = other_program.info("stats")["total_net_output_bytes"]
+        assert len(list(redis_store.pending(10))) == members
+        return other_program.info("stats")["total_net_output_bytes"] - before
+
+    few = cost(1000)
+    assert cost(4000) < 6 * few
+
+
 def add_storyart_session(other_program: redis.Redis, timestamp: int) -> None:
     other_program.set(f"storyart:session:{timestamp}", "{}")
     other_program.zadd("storyart:sessions:index", {f"storyart:session:{timestamp}": timestamp})
@@ -1643,21 +1665,23 @@ def test_a_mark_that_another_program_made_counts(redis_store, other_program):
     assert redis_store.acknowledged(["pending"]) == set()
     assert redis_store.acknowledged(["pending", "marked"]) == {"marked"}
     assert redis_store.acknowledge("marked", []) is True
+    assert [redis_store.snapshot(1, ids).marked for ids in (["pending"], ["pending", "marked"])] == [False, True]
 
 
 VERBS = {
     "ping": lambda store: store.ping(),
     "session": lambda store: store.session(T),
+    "read_sessions": lambda store: store.read_sessions([T]),
     "sessions": lambda store: list(store.sessions()),
     "newest_copy": lambda store: store.newest_copy(),
     "save": lambda store: store.save(T, b"a secret document", draft()),
     "announce": lambda store: store.announce(T, draft()),
     "add": lambda store: add(store, draft()),
     "pending": lambda store: list(store.pending(100)),
-    "glance": lambda store: store.glance(100, ["an-id"], [T]),
+    "snapshot": lambda store: store.snapshot(100, ["an-id"]),
     "acknowledged": lambda store: store.acknowledged(["an-id"]),
     "acknowledge": lambda store: store.acknowledge("an-id", [b"a member"]),
-    "acknowledge_own": lambda store: store.acknowledge_own([("an-id", service.now_ms())]),
+    "acknowledge_own": lambda store: service.result_of(store.acknowledge_own([("an-id", service.now_ms())])[0]),
 }
 
 
@@ -1679,7 +1703,7 @@ def test_a_redis_that_is_silent_is_unavailable():
             store.ping()
 
 
-@pytest.mark.parametrize("verb", ["save", "announce", "add", "pending", "acknowledge", "acknowledge_own"])
+@pytest.mark.parametrize("verb", ["save", "announce", "add", "pending", "snapshot", "acknowledge", "acknowledge_own"])
 def test_a_pending_key_of_another_type_is_unavailable_and_nothing_is_saved(redis_store, other_program, verb):
     other_program.set("notifications:pending", "no sorted set")
     other_program.set(f"session:{T}", "as it was")
@@ -1822,6 +1846,87 @@ def test_threads_read_and_write_one_sqlite_store_at_once(sqlite_store):
     for number, seen in enumerate(at_once(*[lambda number=number: work(number) for number in range(8)])):
         assert set(seen) >= {T + number * 10 + step for step in range(5)}
     assert len(members_of(sqlite_store)) == 40
+
+
+@pytest.fixture
+def writing(sqlite_store) -> Iterator[Callable[[], None]]:
+    """The store is in the middle of a transaction until the test ends it."""
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def member(time: int) -> bytes:
+        begun.set()
+        assert goes_on.wait(PATIENCE)
+        return b"{}"
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(sqlite_store.add, [service.Draft("of nobody", 0, member)])
+        assert begun.wait(PATIENCE)
+        try:
+            yield goes_on.set
+        finally:
+            goes_on.set()
+
+
+class Commits:
+    """Counts the changes and the transactions of a store, from the time when it is made."""
+
+    def __init__(self, store: service.SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked = 0
+        self._store = store
+        ask = store._writes.ask
+
+        def count(changes: Any) -> Any:
+            future = ask(changes)
+            self.asked += 1
+            return future
+
+        monkeypatch.setattr(store._writes, "ask", count)
+        self.statements: list[str] = []
+        store._writer.set_trace_callback(self.statements.append)
+
+
+def test_many_writers_share_one_commit(sqlite_store, writing, monkeypatch):
+    commits = Commits(sqlite_store, monkeypatch)
+    with ThreadPoolExecutor(8) as pool:
+        written = [pool.submit(sqlite_store.save, T + number, b"{}", None) for number in range(8)]
+        wait_until(lambda: commits.asked == 8)
+        writing()
+    assert [one.result(PATIENCE) for one in written] == [True] * 8
+    assert commits.statements.count("COMMIT") == 2  # the first is of the change that was under way
+    assert len(list(sqlite_store.sessions())) == 8
+
+
+def test_a_change_that_fails_takes_no_other_with_it(sqlite_store, writing, monkeypatch):
+    def no_member(time: int) -> bytes:
+        raise RuntimeError("no member")
+
+    commits = Commits(sqlite_store, monkeypatch)
+    drafts = [None, service.Draft(PROMPTS, T, no_member), service.Draft(PROMPTS, T, no_member)]
+    with ThreadPoolExecutor(3) as pool:
+        written = [pool.submit(sqlite_store.save, T + number, b"{}", draft) for number, draft in enumerate(drafts)]
+        wait_until(lambda: commits.asked == 3)
+        writing()
+    assert [type(one.exception(PATIENCE)) for one in written] == [type(None), RuntimeError, RuntimeError]
+    assert [one.timestamp for one in sqlite_store.sessions()] == [T]
+
+
+def test_a_writer_that_waits_too_long_has_changed_nothing(sqlite_store, writing, monkeypatch):
+    monkeypatch.setattr(service.SqliteStore, "WAIT", 0.05)
+    with pytest.raises(service.Unavailable, match="busy"):
+        sqlite_store.save(T, b"{}", None)
+    monkeypatch.undo()
+    writing()
+    sqlite_store.save(T + 1, b"{}", None)
+    assert [one.timestamp for one in sqlite_store.sessions()] == [T + 1]
+
+
+def test_closing_ends_the_thread_that_writes(tmp_path):
+    others = set(threading.enumerate())
+    store = service.SqliteStore(tmp_path / "store.sqlite3")
+    (writer,) = set(threading.enumerate()) - others
+    assert add(store, draft())[2] is True
+    store.close()
+    assert not writer.is_alive()
 
 
 def test_sqlite_ends_sessions_and_marks_after_7_days_and_removes_them(sqlite_store, clock):
@@ -2047,6 +2152,87 @@ def test_the_latest_session_is_a_newer_copy_that_storyswarms_tools_keep(redis_st
     assert (found.timestamp, found.document) == (newest, b'{"saved": "here"}' if newest == T else copy)
 
 
+def parse_count(monkeypatch) -> list[int]:
+    """Grows by the timestamp of each document that is parsed."""
+    parsed: list[int] = []
+    read = service.read_session
+    monkeypatch.setattr(service, "read_session", lambda stored: parsed.append(stored.timestamp) or read(stored))
+    return parsed
+
+
+def test_equal_documents_are_parsed_once_also_at_the_same_moment(store, monkeypatch):
+    sessions, asked, parsed = service.Sessions(store), [], []
+    session, read = store.session, service.read_session
+
+    def read_late(stored: service.StoredSession) -> dict[str, Any]:
+        wait_until(lambda: len(asked) == 8)
+        parsed.append(stored.timestamp)
+        return read(stored)
+
+    monkeypatch.setattr(store, "session", lambda at: asked.append(at) or session(at))
+    monkeypatch.setattr(service, "read_session", read_late)
+    for number in range(8):
+        store.save(T + number, json.dumps(episode(READY_BEAT)).encode(), None)
+    found = at_once(*[lambda at=T + number: sessions.find(at) for number in range(8)])
+    assert [facts.progress.ready for _, facts in found] == [True] * 8
+    assert len(parsed) == 1
+
+
+def test_a_changed_document_is_seen_by_the_next_look_though_its_length_is_the_same(store, monkeypatch):
+    sessions = service.Sessions(store)
+    for mode in ("storyswarm", "storyart!!", "storyswarm"):
+        store.save(T, json.dumps(episode(READY_BEAT, promptMode=mode)).encode(), None)
+        ((_, facts),) = sessions.find_many([T])
+        assert facts.waits is (mode == "storyswarm") and sessions.find(T)[1] is facts
+
+
+def test_several_sessions_are_found_in_one_round_trip_and_only_small_ones_are_parsed(
+    redis_store, other_program, monkeypatch
+):
+    monkeypatch.setattr(service.Sessions, "SMALL", 1000)
+    sessions, parsed = service.Sessions(redis_store), parse_count(monkeypatch)
+    redis_store.save(T, json.dumps(episode(READY_BEAT)).encode(), None)
+    redis_store.save(T + 1, json.dumps(episode(READY_BEAT, scriptText="s" * 2000)).encode(), None)
+    redis_store.save(T + 2, b"no JSON", None)
+    other_program.rpush(f"session:{T + 3}", "another type")
+    before = other_program.info("stats")["total_reads_processed"]
+    small, large, faulty, wrong, missing = sessions.find_many([T, T + 1, T + 2, T + 3, T + 4])
+    assert other_program.info("stats")["total_reads_processed"] - before == 2  # one is of INFO
+    assert (small[1].progress.ready, large[1], missing) == (True, None, None)
+    assert [str(one[1].fault) for one in (faulty, wrong)] == [
+        "not JSON (Expecting value at character 0)",
+        "its key holds no text",
+    ]
+    assert T + 1 not in parsed
+    assert sessions.facts_of(large[0]).progress.ready is True
+    assert sessions.find_many([T + 1])[0][1].progress.ready is True  # it is known by now
+
+
+def test_the_cache_of_facts_is_bounded_in_entries_and_in_bytes(store, monkeypatch):
+    monkeypatch.setattr(service.Sessions, "KEPT", 3)
+    sessions, parsed = service.Sessions(store), parse_count(monkeypatch)
+    for number in range(5):
+        title = "t" * (10_000 if number == 4 else 10)  # a title is part of the summary
+        document = episode(READY_BEAT, number=number)
+        document["analyzedEpisode"]["title"] = title
+        store.save(T + number, json.dumps(document).encode(), None)
+        sessions.find(T + number)
+    parsed.clear()
+    for number in (3, 2, 1, 0, 4):
+        assert sessions.find(T + number)[1].summary["analyzedEpisode"]["title"][0] == "t"
+    assert parsed == [T, T + 4]
+
+
+@pytest.mark.parametrize("text", [b"[" + b"1," * 100_000, b'{"analyzedEpisode": "' + b"x" * 100_000 + b'"}'])
+def test_what_is_wrong_with_a_document_does_not_keep_it_in_memory(store, text):
+    sessions = service.Sessions(store)
+    store.save(T, text, None)
+    _, facts = sessions.find(T)
+    fault = facts.fault or facts.progress
+    assert isinstance(fault, service.NotASession)
+    assert (fault.__context__, fault.__cause__, fault.__traceback__) == (None, None, None)
+
+
 # ======================================================================================================
 # Notifications
 # ======================================================================================================
@@ -2152,6 +2338,78 @@ def test_check_leaves_out_one_that_has_a_mark(redis_store, other_program, clock)
         if number < 120:
             other_program.set(f"notifications:ack:n{number}", "1")
     assert check(service.Notifications(redis_store), limit=2) == ["n120", "n121"]
+
+
+def test_checks_of_one_moment_have_the_answers_of_each_alone(notifications, clock, plant):
+    for number in range(150):
+        kind = {"type": BEATS, "totalBeats": 1} if number % 3 else {}
+        plant({**MEMBER, **kind, "id": f"n{number}"}, clock.now + number)
+    queries = [((BEATS,), 10), ((PROMPTS,), 10), ((BEATS, PROMPTS), 100), ((PROMPTS,), 100), ((BEATS,), 1)]
+    alone = [notifications.check(*query) for query in queries]
+    for _ in range(2):
+        assert notifications.check_many(queries) == [*alone[:3], None, alone[4]]  # None: 100 members hold no 100 of it
+        assert notifications.check_many([*queries, ((PROMPTS,), 1000)]) == [*alone, alone[3]]
+    assert [json.loads(one.text) for one in alone[2]] == [one.as_json() for one in alone[2]]
+
+
+def test_a_check_of_those_that_did_not_change_parses_none_and_asks_redis_once(redis_store, other_program, monkeypatch):
+    notifications = service.Notifications(redis_store)
+    other_program.zadd("notifications:pending", {"no JSON": service.now_ms()})
+    created = notifications.create([draft(session=T + number) for number in range(60)])
+    query = ((PROMPTS,), 100)
+    assert notifications.check_many([query]) == [[found for found, _ in created]]
+    monkeypatch.setattr(service, "read_member", None)
+    before = other_program.info("stats")["total_reads_processed"]
+    for count in range(1, 4):
+        assert len(notifications.check_many([query])[0]) == 60
+        assert other_program.info("stats")["total_reads_processed"] - before == 2 * count  # one each is of INFO
+
+
+def test_a_check_sees_what_another_program_adds_marks_and_unmarks(redis_store, other_program, clock):
+    notifications = service.Notifications(redis_store)
+
+    def shown() -> list[str]:
+        return [one.id for one in notifications.check_many([((PROMPTS,), 100)])[0]]
+
+    for number in range(3):
+        other_program.set("notifications:ack:n1", "1")
+        other_program.zadd("notifications:pending", {json.dumps({**MEMBER, "id": f"n{number}"}): clock.now + number})
+        assert shown() == [f"n{one}" for one in range(number + 1) if one != 1]
+    other_program.delete("notifications:ack:n1")
+    assert shown() == ["n0", "n1", "n2"]
+    other_program.set("notifications:ack:n0", "1")
+    assert shown() == ["n1", "n2"]
+
+
+def test_a_check_that_looks_further_makes_no_later_one_dearer(redis_store, other_program, clock):
+    notifications = service.Notifications(redis_store)
+    for number in range(1000):
+        member = json.dumps({**MEMBER, "id": f"n{number}"})
+        other_program.zadd("notifications:pending", {member: clock.now + number})
+
+    def cost() -> int:
+        before = other_program.info("stats")["total_net_output_bytes"]
+        assert len(notifications.check_many([((PROMPTS,), 5)])[0]) == 5
+        return other_program.info("stats")["total_net_output_bytes"] - before
+
+    first = cost()
+    for _ in range(4):
+        assert notifications.check_many([((BEATS,), 5)]) == [None]
+        assert len(notifications.check_many([((PROMPTS,), 1000)])[0]) == 1000
+    assert cost() < 1.1 * first
+
+
+def test_the_cache_of_members_is_bounded_in_entries_and_in_bytes(notifications, clock, plant, monkeypatch):
+    plant({**MEMBER, "id": "small"}, clock.now)
+    plant({**MEMBER, "id": "large", "storyUuid": "u" * 3000}, clock.now)
+    parsed = []
+    read = service.read_member
+    monkeypatch.setattr(service, "read_member", lambda member, at: parsed.append(len(member)) or read(member, at))
+    for _ in range(3):
+        assert sorted(check(notifications)) == ["large", "small"]
+    assert len([size for size in parsed if size < 2048]) == 1
+    assert len([size for size in parsed if size > 2048]) == 3
+    assert notifications._cached.cache_info().maxsize == 2000
 
 
 def test_a_notification_of_ours_has_an_id_that_fits_into_a_path_and_the_time_it_was_given(notifications, clock):
@@ -4684,9 +4942,9 @@ def test_a_redis_that_goes_away_is_a_503_in_time_and_is_found_again(make_redis_a
     assert seconds_until_good(app, READS + WRITES) < RETURN_BOUND
     assert ask(app, "GET", "/health")[0].json == {"status": "ok", "store": "redis"}
     assert HIDDEN not in caplog.text
-    assert [record.getMessage().rpartition(" is ")[2][:4] for record in caplog.records if "Redis" in record.msg] == [
-        "away",
-        "back",
+    assert [record.getMessage().rpartition(" is ")[2] for record in caplog.records if "Redis" in record.msg] == [
+        "open",
+        "closed",
     ]
 
 
@@ -4838,33 +5096,72 @@ def test_an_announcement_that_cannot_be_written_comes_at_a_later_poll(make_redis
     assert announced["sessionTimestamp"] == T
 
 
+@pytest.fixture
+def pass_time(monkeypatch) -> Callable[[float], None]:
+    """Moves the clock by which redis-py tells how long a connection was idle."""
+    moved, now = [0.0], time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + moved[0])
+    return lambda seconds: moved.append(moved.pop() + seconds)
+
+
 @pytest.mark.parametrize("die", [Forwarder.end_connections, Forwarder.forget_connections], ids=["ended", "silent"])
-def test_connections_that_died_while_idle_cost_no_503(make_redis_app, forwarder, monkeypatch, die):
-    monkeypatch.setattr(service._Pool, "KEEPALIVE_TIMEOUT", 0.2)
+def test_connections_that_died_while_idle_cost_no_503(make_redis_app, forwarder, pass_time, monkeypatch, die):
+    monkeypatch.setattr(service.RedisClient, "ANSWER_TIMEOUT", 0.2)
     app = make_redis_app(forwarder.url)
     at_once(*[lambda: app.get("/api/v1/notifications/check") for _ in range(8)])
     die(forwarder)
-    idle_until = time.monotonic() + 0.25
-    wait_until(lambda: time.monotonic() > idle_until)
+    pass_time(60)
     answers = at_once(*[lambda: ask(app, "GET", "/api/v1/notifications/check")[0].status_int for _ in range(8)])
     assert answers == [200] * 8
 
 
-def test_outages_use_up_no_connection(forwarder, monkeypatch):
+def test_a_poll_every_5_seconds_makes_no_connection_and_an_idle_one_is_checked(redis_store, other_program, pass_time):
+    def made_and_checked() -> tuple[int, int]:
+        counts = other_program.info("everything")
+        return counts["total_connections_received"], counts.get("cmdstat_ping", {"calls": 0})["calls"]
+
+    other_program.config_resetstat()
+    for _ in range(5):
+        redis_store.ping()
+        pass_time(5)
+    assert made_and_checked() == (1, 0)
+    pass_time(10)
+    redis_store.ping()
+    assert made_and_checked() == (1, 1)
+
+
+def test_outages_use_up_no_connection(forwarder, pass_time, monkeypatch):
     """Each that is made anew and fails must go back to the pool."""
-    monkeypatch.setattr(service._Pool, "KEEPALIVE_TIMEOUT", 0.0)
-    monkeypatch.setattr(service.RedisStore, "LOOK_INTERVAL", 0.02)
-    with contextlib.closing(service.RedisStore(forwarder.url)) as store:
-        store._pool.max_connections = 4
-        for _ in range(6):
-            wait_until(lambda: not store._away)
+    monkeypatch.setattr(service.RedisClient, "PROBE_INTERVAL", 0.02)
+
+    def answers(store: service.Store) -> bool:
+        with contextlib.suppress(service.Unavailable):
             store.ping()
-            forwarder.refuse()
+            return True
+        return False
+
+    with contextlib.closing(service.RedisStore(forwarder.url)) as store:
+        store._redis._pool.max_connections = 4
+        for _ in range(6):
+            wait_until(lambda: answers(store))
+            forwarder.cut()
+            pass_time(60)
             with pytest.raises(service.Unavailable):
                 store.ping()
             forwarder.mend()
-        wait_until(lambda: not store._away)
-        store.ping()
+        wait_until(lambda: answers(store))
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["max_connections=1", "socket_timeout=0.001", "socket_connect_timeout=0.0001", "protocol=3", "decode_responses=yes",
+     "health_check_interval=1", "retry_on_timeout=yes", "encoding=utf-16", "client_name=a", "timeout=1"],
+)  # fmt: skip
+def test_the_urls_options_change_nothing_of_how_redis_is_called(redis_url, other_program, option):
+    with contextlib.closing(service.RedisStore(f"{redis_url}?{option}")) as store:
+        store.save(T, "{ü}".encode(), draft())
+        other_program.client_pause(50)
+        assert at_once(*[lambda: store.session(T).document for _ in range(8)]) == ["{ü}".encode()] * 8
 
 
 @pytest.mark.slow
@@ -4970,7 +5267,7 @@ ACTOR = """
 import json, pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import storyteller_automation as service
-service.RedisStore.LOOK_INTERVAL = 0.02
+service.RedisClient.PROBE_INTERVAL = 0.02
 place = sys.argv[2]
 store = service.RedisStore(place) if "://" in place else service.SqliteStore(pathlib.Path(place))
 notifications = service.Notifications(store)
@@ -5337,7 +5634,8 @@ def test_notifications_keep_their_order_when_the_clock_is_set(request, start_ser
     made.append(running.call("POST", "/api/v1/notifications", {**NOTIFICATION, "totalPrompts": 1})[1]["id"])
     found = running.call("GET", "/api/v1/notifications/check")[1]["notifications"]
     assert [one["id"] for one in found] == made
-    assert [one["timestamp"] for one in found] == sorted({one["timestamp"] for one in found})
+    times = [service.read_time(one["timestamp"]) for one in found]
+    assert times == sorted(set(times))  # as text "...25Z" comes after "...25.001Z"
 
 
 @pytest.mark.parametrize("seconds", [HOUR, -HOUR])
