@@ -4493,7 +4493,8 @@ class Dispatcher:
     def wake(self) -> None:
         if not self._awake:
             self._awake = True
-            self._listeners[0].trigger.pull_trigger()
+            with contextlib.suppress(OSError):  # the loop has ended
+                self._listeners[0].trigger.pull_trigger()
 
     def turn(self, seconds: float) -> None:
         """Wait for something to happen, `seconds` at most, and handle it."""
