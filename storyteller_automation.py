@@ -2976,7 +2976,10 @@ class Caller:
     digest: str | None = None  # of the session token, where one was sent
 
     def may(self, permission: str) -> bool:
-        return permission == "any" or permission in self.permissions or "admin" in self.permissions
+        return permission in ("open", "any", *self.permissions) or "admin" in self.permissions
+
+
+ANONYMOUS = Caller("-", ())  # on a route that is open to all
 
 
 def digest_of(token: str) -> str:
@@ -3178,7 +3181,7 @@ Schema = Mapping[str, Any]
 class Request:
     """A request whose input was checked against its route: path parameters and query by name, and the body."""
 
-    caller: Caller | None  # None on a route that is open to all
+    caller: Caller
     origin: str | None  # of the page that sent it, when it is an allowed or a trusted one
     path: Mapping[str, Any]
     query: Mapping[str, Any]
@@ -3195,26 +3198,29 @@ class Response:
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
+def to_json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
 def json_response(body: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] = {}) -> Response:
-    return Response(json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(), status, headers)
+    return Response(to_json(body), status, headers)
 
 
 def _expected(schema: Schema) -> str:
     """A schema in words."""
+    kind = schema.get("type")
     if "enum" in schema:
         return "one of " + ", ".join(map(str, schema["enum"]))
-    if isinstance(schema.get("type"), list):
-        return " or ".join(schema["type"])
-    if schema.get("type") == "integer":
+    if isinstance(kind, list):
+        return " or ".join(kind)
+    if kind == "integer":
         return "a whole number" + (f" from {schema['minimum']} to {schema['maximum']}" if "maximum" in schema else "")
-    if schema.get("type") == "string" and "maxLength" in schema:
-        return f"a string of {schema.get('minLength', 0)} to {schema['maxLength']} characters" + (
-            f" of the pattern {schema['pattern']}" if "pattern" in schema else ""
-        )
-    if schema.get("minItems"):
+    if kind == "string" and "maxLength" in schema:
+        pattern = f" of the pattern {schema['pattern']}" if "pattern" in schema else ""
+        return f"a string of {schema.get('minLength', 0)} to {schema['maxLength']} characters{pattern}"
+    if "minItems" in schema:
         return f"an array of at least {schema['minItems']}"
-    kind = str(schema.get("type"))
-    return {"string": "a string", "object": "a JSON object", "array": "an array"}.get(kind, "it otherwise")
+    return {"string": "a string", "object": "a JSON object", "array": "an array"}.get(str(kind), "it otherwise")
 
 
 _TYPES: Mapping[str, Callable[[Any], bool]] = {
@@ -3270,14 +3276,6 @@ def _find_misfit_in_object(value: dict[str, Any], schema: Schema, name: str) -> 
     return None
 
 
-def check_body(value: object, schema: Schema) -> dict[str, Any]:
-    """An object that fits; null at its top level counts as absent. Raises BadRequest."""
-    given = {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else value
-    if found := find_misfit(given, schema, "The body"):
-        raise BadRequest(found)
-    return cast("dict[str, Any]", value)
-
-
 def check_text(name: str, text: str, schema: Schema) -> Any:
     """A parameter of a path or a query. Raises BadRequest."""
     value: Any = text
@@ -3315,23 +3313,23 @@ SMALL_BODY = 64 * 1024  # bytes; a larger one is read in the thread pool
 LARGE_BODY = 4 * 1024 * 1024  # parsing one delays every other thread, so they are read one at a time
 
 
-def body_size(environ: Mapping[str, Any]) -> int:
-    return int(environ.get("CONTENT_LENGTH") or 0)
-
-
-def read_body(environ: Mapping[str, Any], schema: Schema) -> tuple[dict[str, Any], bytes]:
-    """The body as an object that fits, and its bytes. Raises BadRequest, ContentTooLarge, UnsupportedMediaType."""
+def read_body(environ: Mapping[str, Any], size: int, schema: Schema) -> tuple[dict[str, Any], bytes]:
+    """The body as an object that fits (null at its top level counts as absent), and its bytes. Raises BadRequest,
+    ContentTooLarge, UnsupportedMediaType."""
     kind = str(environ.get("CONTENT_TYPE") or "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise UnsupportedMediaType("The body: expected Content-Type application/json.")
-    if body_size(environ) > MAX_BODY:
+    if size > MAX_BODY:
         raise ContentTooLarge(f"The body is too large: {MAX_BODY // 1024**2} MiB at most.")
-    raw: bytes = environ["wsgi.input"].read(body_size(environ))
+    raw: bytes = environ["wsgi.input"].read(size)
     try:
         value = parse_json(raw, from_request=True)
     except ValueError as fault:
         raise BadRequest(f"The body: expected a JSON object ({fault}).") from None
-    return check_body(value, schema), raw
+    given = {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else value
+    if found := find_misfit(given, schema, "The body"):
+        raise BadRequest(found)
+    return value, raw
 
 
 # ======================================================================================================
@@ -3342,7 +3340,8 @@ POOL_THREADS = 24  # the bulkhead: at most so many requests use the store at onc
 POOL_TIMEOUT = 2.0  # seconds that a request may wait for one of them
 LARGE_BODY_TIMEOUT = 30.0  # the same for the thread that reads large bodies
 
-CheckQuestion = tuple[str, int]  # the type, or "all", and the limit
+CheckQuestion = tuple[tuple[str, ...], int]  # the types, and the limit
+Outcome = Response | Future[Response] | ApiError  # of a question that a batcher was asked
 
 
 @dataclass(frozen=True)
@@ -3358,9 +3357,9 @@ class Services:
     authenticator: Authenticator
     pool: ThreadPoolExecutor  # for what works
     large_bodies: ThreadPoolExecutor  # one thread
-    checks: Batcher[CheckQuestion, Response | Future[Response]]
-    progress: Batcher[int, Response | Future[Response]]  # by the session's timestamp
-    writes: Batcher[Draft | str, Response | Future[Response]]  # what to create, or the id to acknowledge
+    checks: Batcher[CheckQuestion, Outcome]
+    progress: Batcher[int, Outcome]  # by the session's timestamp
+    writes: Batcher[Draft | str, Outcome]  # what to create, or the id to acknowledge
 
     def close(self) -> None:
         """End the threads: what waits for one is dropped, what is at work ends within the store's own time-outs."""
@@ -3449,11 +3448,15 @@ def swarmui_start(services: Services, request: Request) -> Response | Future[Res
 
 
 def notifications_check(services: Services, request: Request) -> Future[Any]:
-    return services.checks.ask((request.query["type"], request.query["limit"]))
+    kind, limit = request.query["type"], request.query["limit"]
+    return services.checks.ask((tuple(TOTALS) if kind == "all" else (kind,), limit))
 
 
 def notification_create(services: Services, request: Request) -> Future[Any]:
-    return services.writes.ask(draft_of(request.body))
+    body, names = request.body, ("storyUuid", "episodeNumber", *TOTALS.values())
+    given = {name: body[name] for name in names if body.get(name) is not None}
+    fields = {name: int(value) if is_whole(value) else value for name, value in given.items()}
+    return services.writes.ask(draft_notification(body["type"], int(body["sessionTimestamp"]), **fields))
 
 
 def notification_ack(services: Services, request: Request) -> Future[Any]:
@@ -3466,38 +3469,31 @@ def prompts_status(services: Services, request: Request) -> Future[Any]:
 
 def answer_checks(
     notifications: Notifications, pool: ThreadPoolExecutor, questions: list[CheckQuestion]
-) -> list[Response | Future[Response]]:
-    """A step of the batcher: one snapshot of the store for all. Who must look further than it does so in the pool."""
+) -> list[Outcome]:
+    """A batcher's step: one snapshot of the store for all. A check that needs more than that runs in the pool."""
 
-    def look_further(types: Sequence[str], limit: int) -> Response:
-        return check_response(notifications.check(types, limit))
+    def respond(found: Sequence[Notification]) -> Response:
+        return Response(b'{"notifications":[%b]}' % b",".join([one.text for one in found]))
+
+    def check_further(types: Sequence[str], limit: int) -> Response:
+        return respond(notifications.check(types, limit))
 
     wanted = list(dict.fromkeys(questions))
-    queries = [(list(TOTALS) if kind == "all" else [kind], limit) for kind, limit in wanted]
-    found = notifications.check_many(queries)
-    responses = {one: check_response(shown) for one, shown in zip(wanted, found) if shown is not None}
-    types_of = dict(zip(wanted, queries))
-    return [responses.get(one) or submit(pool, POOL_TIMEOUT, look_further, *types_of[one]) for one in questions]
+    found = zip(wanted, notifications.check_many(wanted))
+    responses = {question: respond(shown) for question, shown in found if shown is not None}
+    return [responses.get(one) or submit(pool, POOL_TIMEOUT, check_further, *one) for one in questions]
 
 
-def check_response(found: Sequence[Notification]) -> Response:
-    return Response(b'{"notifications":[%b]}' % b",".join([one.text for one in found]))
-
-
-def answer_progress(
-    sessions: Sessions, store: Store, pool: ThreadPoolExecutor, timestamps: list[int]
-) -> list[Response | Future[Response] | ApiError]:
-    """A step of the batcher: each session is read once for all that ask for it. What takes longer than a look at its
-    digest (a large document that is not known yet, an announcement) is done in the pool."""
+def answer_progress(sessions: Sessions, store: Store, pool: ThreadPoolExecutor, timestamps: list[int]) -> list[Outcome]:
+    """A batcher's step: each session is read once for all who ask for it. What takes longer than its SHA-256 (a large
+    document that is not in the cache, an announcement) runs in the pool."""
     wanted = list(dict.fromkeys(timestamps))
     found = dict(zip(wanted, sessions.find_many(wanted)))
 
-    def respond(timestamp: int) -> Response | Future[Response] | ApiError:
+    def respond(timestamp: int) -> Outcome:
         one = found[timestamp]
-        if one is None:
-            return NotFound("Session not found")
-        if isinstance(one, ApiError):
-            return one
+        if one is None or isinstance(one, ApiError):
+            return one or NotFound("Session not found")
         stored, facts = one
         if facts is None or is_announcement_due(stored, facts):
             return submit(pool, POOL_TIMEOUT, announce_progress, sessions, store, stored)
@@ -3528,9 +3524,9 @@ def announce_progress(sessions: Sessions, store: Store, stored: StoredSession) -
 
 
 def progress_response(stored: StoredSession, facts: Facts) -> Response:
-    found = _usable(stored, facts).progress
+    found = facts.fault or facts.progress
     if not isinstance(found, Progress):
-        raise ApiError(f"Session {stored.timestamp} is not a session: {found}.")
+        raise not_a_session(stored, found)
     return json_response(
         {
             "promptsReady": found.ready,
@@ -3542,17 +3538,15 @@ def progress_response(stored: StoredSession, facts: Facts) -> Response:
     )
 
 
-def _usable(stored: StoredSession, facts: Facts) -> Facts:
-    if facts.fault:
-        raise ApiError(f"Session {stored.timestamp} is not a session: {facts.fault}.")
-    return facts
+def not_a_session(stored: StoredSession, fault: NotASession | None) -> ApiError:
+    return ApiError(f"Session {stored.timestamp} is not a session: {fault}.")
 
 
 def answer_writes(
     notifications: Notifications, pool: ThreadPoolExecutor, questions: list[Draft | str]
-) -> list[Response | Future[Response] | ApiError]:
-    """A step of the batcher: all that is acknowledged at one moment in one step of the store, then all that is created.
-    An id that was not made here is searched for in the pool."""
+) -> list[Outcome]:
+    """A batcher's step: one step of the store for all that is acknowledged, then one for all that is created. The
+    search for an id that was not made here runs in the pool."""
 
     def outcomes(step: Callable[[list[T]], Sequence[R]], given: list[T]) -> Iterator[R | ApiError]:
         try:
@@ -3560,42 +3554,30 @@ def answer_writes(
         except Unavailable as error:
             return itertools.repeat(error, len(given))
 
-    acknowledged = outcomes(notifications.acknowledge_own, [one for one in questions if isinstance(one, str)])
-    created = outcomes(notifications.create, [one for one in questions if isinstance(one, Draft)])
+    def acknowledged(id: str) -> Response:
+        return json_response({"success": True, "notificationId": id})
 
-    def respond(question: Draft | str) -> Response | Future[Response] | ApiError:
-        if isinstance(question, Draft):
-            made = next(created)
-            return made if isinstance(made, ApiError) else Response(made[0].text, 201 if made[1] else 200)
-        done = next(acknowledged)
-        if isinstance(done, ApiError):
-            return done
-        if done:
-            return acknowledged_response(question)
-        return submit(pool, POOL_TIMEOUT, search_and_acknowledge, question)
-
-    def search_and_acknowledge(id: str) -> Response:
+    def search(id: str) -> Response:
         if not notifications.acknowledge(id):
             raise NotFound("Notification not found")
-        return acknowledged_response(id)
+        return acknowledged(id)
 
+    def respond(question: Draft | str) -> Outcome:
+        if isinstance(question, Draft):
+            made = next(creations)
+            return made if isinstance(made, ApiError) else Response(made[0].text, 201 if made[1] else 200)
+        done = next(acknowledgements)
+        if isinstance(done, ApiError):
+            return done
+        return acknowledged(question) if done else submit(pool, POOL_TIMEOUT, search, question)
+
+    acknowledgements = outcomes(notifications.acknowledge_own, [one for one in questions if isinstance(one, str)])
+    creations = outcomes(notifications.create, [one for one in questions if isinstance(one, Draft)])
     return [respond(question) for question in questions]
 
 
-def acknowledged_response(id: str) -> Response:
-    return json_response({"success": True, "notificationId": id})
-
-
-def draft_of(body: Mapping[str, Any]) -> Draft:
-    given = {
-        name: body[name] for name in ("storyUuid", "episodeNumber", *TOTALS.values()) if body.get(name) is not None
-    }
-    fields = {name: int(value) if is_whole(value) else value for name, value in given.items()}
-    return draft_notification(body["type"], int(body["sessionTimestamp"]), **fields)
-
-
 def _session_response(services: Services, stored: StoredSession) -> Response:
-    """The document goes out as it is stored: it was read, and writing it anew would cost as much again."""
+    """The document is sent as it is stored: to serialize it again would cost as much as to read it."""
     document, name = stored.document or b"", services.store.name.encode()
     return Response(b'{"success":true,"data":%b,"storage":"%b"}' % (document, name))
 
@@ -3604,8 +3586,10 @@ def session_get(services: Services, request: Request) -> Response:
     found = services.sessions.find(request.path["timestamp"])
     if found is None:
         raise NotFound("Session not found")
-    _usable(*found)
-    return _session_response(services, found[0])
+    stored, facts = found
+    if facts.fault:
+        raise not_a_session(stored, facts.fault)
+    return _session_response(services, stored)
 
 
 def session_latest(services: Services, request: Request) -> Response:
@@ -3616,45 +3600,35 @@ def session_latest(services: Services, request: Request) -> Response:
 
 
 def session_list(services: Services, request: Request) -> Response:
-    found = [
-        {"timestamp": timestamp, **shown}
-        for timestamp, shown in itertools.islice(services.sessions.listed(), request.query["limit"])
-    ]
+    listed = itertools.islice(services.sessions.listed(), request.query["limit"])
+    found = [{"timestamp": timestamp, **shown} for timestamp, shown in listed]
     return json_response({"success": True, "count": len(found), "sessions": found})
 
 
 def session_save(services: Services, request: Request) -> Response:
     """Without a timestamp it gets the next free one from now: two saves at one moment are two sessions."""
     if request.body.get("timestamp") is not None:
-        return _saved(services, int(request.body["timestamp"]), request.body, request.raw_body)
+        return _save(services, request, int(request.body["timestamp"]))
     now = now_ms()
     for timestamp in range(now, now + 1000):
         with contextlib.suppress(Conflict):
-            return _save_with_timestamp(services, timestamp, request.body, replace=False)
+            return _save(services, request, timestamp, replace=False)
     raise Unavailable("Every timestamp of this second is taken: ask again.", 1)
 
 
 def session_put(services: Services, request: Request) -> Response:
     timestamp = request.path["timestamp"]
-    if request.body.get("timestamp") is None:
-        return _save_with_timestamp(services, timestamp, request.body)
-    if request.body["timestamp"] != timestamp:
+    if request.body.get("timestamp") not in (None, timestamp):
         raise BadRequest(f"timestamp: expected {timestamp}, as in the path, or none.")
-    return _saved(services, timestamp, request.body, request.raw_body)
+    return _save(services, request, timestamp)
 
 
-def _save_with_timestamp(
-    services: Services, timestamp: int, body: Mapping[str, Any], *, replace: bool = True
-) -> Response:
-    document = {**body, "timestamp": timestamp}
-    text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    return _saved(services, timestamp, document, text, replace=replace)
-
-
-def _saved(
-    services: Services, timestamp: int, document: dict[str, Any], text: bytes, *, replace: bool = True
-) -> Response:
+def _save(services: Services, request: Request, timestamp: int, *, replace: bool = True) -> Response:
     """Raises Conflict when the timestamp is taken and must not be replaced."""
+    document, text = request.body, request.raw_body
+    if document.get("timestamp") is None:
+        document = {**document, "timestamp": timestamp}
+        text = to_json(document)
     try:
         draft = due_notification(timestamp, document, progress(document))
     except NotASession:  # it may be a script alone; prompts-status says what is wrong with it
@@ -3673,27 +3647,20 @@ def caller_json(caller: Caller) -> dict[str, Any]:
 def token_create(services: Services, request: Request) -> Response:
     body, ttl = request.body, int(request.body.get("ttlSeconds") or TOKEN_TTL)
     token, caller = issue_token(services.store, body["subject"], body["permissions"], ttl, now_ms())
-    log.info("authentication: %s gave %s a token for %d s", _caller(request).subject, caller.subject, ttl)
+    log.info("authentication: %s gave %s a token for %d s", request.caller.subject, caller.subject, ttl)
     return json_response({"token": token, **caller_json(caller)}, 201)
 
 
 def token_show(services: Services, request: Request) -> Response:
-    return json_response(caller_json(_caller(request)))
+    return json_response(caller_json(request.caller))
 
 
 def token_revoke(services: Services, request: Request) -> Response:
-    caller = _caller(request)
-    if caller.digest is None:
+    if request.caller.digest is None:
         raise Conflict("No session token was sent, so there is none to revoke.")
-    services.authenticator.revoke(caller.digest)
-    log.info("authentication: %s revoked its token", caller.subject)
+    services.authenticator.revoke(request.caller.digest)
+    log.info("authentication: %s revoked its token", request.caller.subject)
     return Response(b"", 204)
-
-
-def _caller(request: Request) -> Caller:
-    """Of a route that is not open to all."""
-    assert request.caller is not None
-    return request.caller
 
 
 # ======================================================================================================
@@ -3718,147 +3685,103 @@ class Route:
     works: bool = False  # its handler computes or waits for the store, so it runs in the thread pool
 
 
-_TIMESTAMP: Schema = {"type": "integer", "minimum": 0, "maximum": 99_999_999_999_999, "example": 1738195200000}
-_COUNT: Schema = {"type": "integer", "minimum": 0, "maximum": 1_000_000, "example": 48}
-_STORY: Schema = {"type": "string", "maxLength": 200, "example": "59f64b1e-726a-439d-a6bc-0dfefcababdb"}
-_ID: Schema = {
-    "type": "string", "minLength": 1, "maxLength": 200, "pattern": ID_PATTERN,
-    "example": "notif_1738195200000_0123456789abcdef",
-}  # fmt: skip
-_TIME: Schema = {"type": "string", "example": "2026-01-29T10:00:00Z"}
-_TEXT: Schema = {"type": "string", "example": "..."}
-_FLAG: Schema = {"type": "boolean", "example": True}
+def _schema(kind: str | list[str], example: Any, **limits: Any) -> Schema:
+    return {"type": kind, "example": example, **limits}
+
+
+def _object(**properties: Schema) -> dict[str, Any]:
+    """Exactly these keys."""
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+def _body(required: Sequence[str], either: Sequence[Schema] = (), **properties: Schema) -> Schema:
+    """These keys at least; others are allowed. One of `either` must fit as well."""
+    alternatives = {"anyOf": list(either)} if either else {}
+    return {"type": "object", "properties": properties, "required": list(required), **alternatives}
+
+
+def _with(key: str, title: str = "", **properties: Schema) -> Schema:
+    """For `either`: an object that has the key."""
+    return {"title": title or key, "properties": properties, "required": [key]}
+
+
+def _array(items: Schema, **limits: Any) -> Schema:
+    return {"type": "array", "items": items, **limits}
+
+
+_TIMESTAMP = _schema("integer", 1738195200000, minimum=0, maximum=99_999_999_999_999)
+_COUNT = _schema("integer", 48, minimum=0, maximum=1_000_000)
+_UUID = "59f64b1e-726a-439d-a6bc-0dfefcababdb"
+_STORY = _schema("string", _UUID, maxLength=200)
+_ID = _schema("string", "notif_1738195200000_0123456789abcdef", minLength=1, maxLength=200, pattern=ID_PATTERN)
+_TIME = _schema("string", "2026-01-29T10:00:00Z")
+_TEXT = _schema("string", "...")
+_FLAG = _schema("boolean", True)
+_OBJECT = _schema("object", {})
 _ANY: Schema = {"example": None}
+_TYPE: Schema = {"type": "string", "enum": list(TOTALS)}
+_STORE: Schema = {"enum": ["redis", "sqlite"]}
+_PERMISSION: Schema = {"type": "string", "enum": list(PERMISSIONS)}
 
 PATH_PARAMETERS: Mapping[str, Schema] = {"timestamp": _TIMESTAMP, "notification_id": _ID}
 
-
-def _object(**properties: Schema) -> Schema:
-    """Exactly these keys."""
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-def _array(items: Schema) -> Schema:
-    return {"type": "array", "items": items}
-
-
-def _total(kind: str) -> Schema:
-    """A notification's own total, without which it is none."""
-    part = {"type": {"const": kind}, TOTALS[kind]: {"type": "integer"}}
-    return {"title": f"{TOTALS[kind]} with {kind}", "properties": part, "required": [TOTALS[kind]]}
-
-
-_SESSION: Schema = {
-    "type": "object",
-    "properties": {
-        "timestamp": _TIMESTAMP,
-        "scriptText": _TEXT,
-        "episodeContext": _TEXT,
-        "storyUuid": _TEXT,
-        "analyzedEpisode": {"type": "object", "example": {"scenes": []}},
-        "promptMode": {"type": "string", "example": "storyswarm"},
-        "retrievalMode": _TEXT,
-        "selectedLLM": _TEXT,
-    },
-    "anyOf": [
-        {"title": "scriptText", "properties": {"scriptText": {"type": "string"}}, "required": ["scriptText"]},
-        {
-            "title": "analyzedEpisode",
-            "properties": {"analyzedEpisode": {"type": "object"}},
-            "required": ["analyzedEpisode"],
-        },
-    ],
-}
-_SAVED = _object(success=_FLAG, message=_TEXT, sessionKey=_TEXT, storage={"enum": ["redis", "sqlite"]})
-_WHOLE_SESSION = _object(success=_FLAG, data={"type": "object", "example": {}}, storage={"enum": ["redis", "sqlite"]})
+_SESSION = _body(
+    [],
+    [_with("scriptText", scriptText={"type": "string"}), _with("analyzedEpisode", analyzedEpisode={"type": "object"})],
+    timestamp=_TIMESTAMP, scriptText=_TEXT, episodeContext=_TEXT, storyUuid=_TEXT,
+    analyzedEpisode=_schema("object", {"scenes": []}), promptMode=_schema("string", "storyswarm"),
+    retrievalMode=_TEXT, selectedLLM=_TEXT,
+)  # fmt: skip
+_SAVED = _object(success=_FLAG, message=_TEXT, sessionKey=_TEXT, storage=_STORE)
+_WHOLE_SESSION = _object(success=_FLAG, data=_OBJECT, storage=_STORE)
+_SCENE = _object(sceneNumber=_ANY, title=_ANY, totalBeats=_COUNT)
+_EPISODE = _object(episodeNumber=_ANY, title=_ANY, scenes=_array(_SCENE))
 _SUMMARY = _object(
-    timestamp=_TIMESTAMP,
-    storyUuid=_ANY,
-    promptMode=_ANY,
-    scriptText=_TEXT,
-    analyzedEpisode=_object(
-        episodeNumber=_ANY, title=_ANY, scenes=_array(_object(sceneNumber=_ANY, title=_ANY, totalBeats=_COUNT))
-    ),
-)
-
-_NEW_NOTIFICATION: Schema = {
-    "type": "object",
-    "required": ["type", "sessionTimestamp", "storyUuid", "episodeNumber"],
-    "properties": {
-        "type": {"type": "string", "enum": list(TOTALS)},
-        "sessionTimestamp": _TIMESTAMP,
-        "storyUuid": _STORY,
-        "episodeNumber": _COUNT,
-        "totalPrompts": _COUNT,
-        "totalBeats": _COUNT,
-    },
-    "anyOf": [_total(kind) for kind in TOTALS],
-}
-_NOTIFICATION: Schema = {
-    "type": "object",
-    "required": ["id", "type", "sessionTimestamp", "storyUuid", "episodeNumber", "timestamp"],
-    "properties": {
-        "id": _ID,
-        "type": {"type": "string", "enum": list(TOTALS)},
-        "sessionTimestamp": {"type": "integer", "example": 1738195200000},
-        "storyUuid": {"type": "string", "example": "59f64b1e-726a-439d-a6bc-0dfefcababdb"},
-        "episodeNumber": {"type": "integer", "example": 2},
-        "totalPrompts": {"type": "integer", "example": 48},
-        "totalBeats": {"type": "integer", "example": 48},
-        "timestamp": _TIME,
-    },
-    "additionalProperties": False,
-}
-
-_CALLER: Mapping[str, Schema] = {
-    "subject": {"type": "string", "example": "storyart"},
-    "permissions": _array({"type": "string", "enum": list(PERMISSIONS)}),
-    "expiresAt": {"type": ["string", "null"], "example": "2026-01-29T22:00:00Z"},
-}
-_TOKEN_WANTED: Schema = {
-    "type": "object",
-    "required": ["subject", "permissions"],
-    "properties": {
-        "subject": {
-            "type": "string",
-            "minLength": 1,
-            "maxLength": 64,
-            "pattern": SUBJECT_PATTERN,
-            "example": "storyart",
-        },
-        "permissions": {"type": "array", "minItems": 1, "items": {"type": "string", "enum": list(PERMISSIONS)}},
-        "ttlSeconds": {
-            "type": "integer",
-            "minimum": TOKEN_TTL_RANGE[0],
-            "maximum": TOKEN_TTL_RANGE[1],
-            "example": TOKEN_TTL,
-        },
-    },
-}
-
-_CHECK_QUERY: Mapping[str, Schema] = {
-    "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100, "example": 100},
-    "type": {"type": "string", "enum": [*TOTALS, "all"], "default": "prompts_ready", "example": "all"},
-}
-_LIST_QUERY: Mapping[str, Schema] = {
-    "limit": {"type": "integer", "minimum": 1, "maximum": 200, "default": 20, "example": 5}
-}
-
-_GPU: Schema = _object(
-    available=_FLAG,
-    **{name: {"type": "integer", "example": 8} for name in gpu_json(GpuStatus()) if name not in ("available", "error")},
-    error={"type": ["string", "null"], "example": None},
-)
-_STARTED = _object(success=_FLAG, message=_TEXT, port={"type": "integer", "example": 7801}, apiUrl=_TEXT)
+    timestamp=_TIMESTAMP, storyUuid=_ANY, promptMode=_ANY, scriptText=_TEXT, analyzedEpisode=_EPISODE
+)  # fmt: skip
 _PROMPTS = _object(
     promptsReady=_FLAG, sessionTimestamp=_TIMESTAMP, totalBeats=_COUNT, totalPrompts=_COUNT, lastUpdated=_TIME
 )
-_HEALTH = _object(status={"enum": ["ok", "degraded"]}, store={"enum": ["redis", "sqlite"]})
+
+# Each type needs its own total.
+_NEW_NOTIFICATION = _body(
+    ["type", "sessionTimestamp", "storyUuid", "episodeNumber"],
+    [_with(total, f"{total} with {kind}", **{"type": {"const": kind}, total: {"type": "integer"}})
+     for kind, total in TOTALS.items()],
+    type=_TYPE, sessionTimestamp=_TIMESTAMP, storyUuid=_STORY, episodeNumber=_COUNT, totalPrompts=_COUNT,
+    totalBeats=_COUNT,
+)  # fmt: skip
+_NOTIFICATION = _object(
+    id=_ID, type=_TYPE, sessionTimestamp=_schema("integer", 1738195200000), storyUuid=_schema("string", _UUID),
+    episodeNumber=_schema("integer", 2), timestamp=_TIME,
+    **{total: _schema("integer", 48) for total in TOTALS.values()},
+)  # fmt: skip
+_NOTIFICATION["required"] = [name for name in _NOTIFICATION["required"] if name not in TOTALS.values()]
+
+_CALLER: Mapping[str, Schema] = {
+    "subject": _schema("string", "storyart"),
+    "permissions": _array(_PERMISSION),
+    "expiresAt": _schema(["string", "null"], "2026-01-29T22:00:00Z"),
+}
+_NEW_TOKEN = _body(
+    ["subject", "permissions"],
+    subject=_schema("string", "storyart", minLength=1, maxLength=64, pattern=SUBJECT_PATTERN),
+    permissions=_array(_PERMISSION, minItems=1),
+    ttlSeconds=_schema("integer", TOKEN_TTL, minimum=TOKEN_TTL_RANGE[0], maximum=TOKEN_TTL_RANGE[1]),
+)
+
+_CHECK_QUERY: Mapping[str, Schema] = {
+    "limit": _schema("integer", 100, minimum=1, maximum=1000, default=100),
+    "type": _schema("string", "all", enum=[*TOTALS, "all"], default="prompts_ready"),
+}
+_LIST_QUERY: Mapping[str, Schema] = {"limit": _schema("integer", 5, minimum=1, maximum=200, default=20)}
+
+_GPU = _object(
+    **{name: _schema("integer", 8) for name in gpu_json(GpuStatus())}
+    | {"available": _FLAG, "error": _schema(["string", "null"], None)}
+)
+_STARTED = _object(success=_FLAG, message=_TEXT, port=_schema("integer", 7801), apiUrl=_TEXT)
+_HEALTH = _object(status={"enum": ["ok", "degraded"]}, store=_STORE)
 
 _FAILED = {"success": False}
 _API = "/api/v1"
@@ -3868,7 +3791,7 @@ ROUTES: tuple[Route, ...] = (
         "GET", "/health", health, "open", "Does the service answer, and its store?", {200: _HEALTH, 503: _HEALTH},
         works=True,
     ),
-    Route("GET", "/openapi.json", openapi, "open", "This description.", {200: {"type": "object", "example": {}}}),
+    Route("GET", "/openapi.json", openapi, "open", "This description.", {200: _OBJECT}),
     Route("GET", f"{_API}/gpu/status", gpu_status, "gpu:read", "Is the GPU free?", {200: _GPU}, gpu_json(GpuStatus())),
     Route(
         "POST", f"{_API}/swarmui/start", swarmui_start, "swarmui:control", "Make SwarmUI ready.", {200: _STARTED},
@@ -3913,7 +3836,7 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route(
         "POST", f"{_API}/auth/session", token_create, "admin", "Make a session token.",
-        {201: _object(token=_TEXT, **_CALLER)}, body=_TOKEN_WANTED, works=True
+        {201: _object(token=_TEXT, **_CALLER)}, body=_NEW_TOKEN, works=True
     ),
     Route("GET", f"{_API}/auth/session", token_show, "any", "Who am I?", {200: _object(**_CALLER)}),
     Route(
@@ -3924,23 +3847,22 @@ ROUTES: tuple[Route, ...] = (
 
 
 def error_statuses(route: Route) -> list[int]:
-    """Each status other than its answers that a route may give."""
+    """Each status beside `responses` that a route may give."""
     found = {400, 421, 500, 503, *route.errors}
-    if route.permission != "open":
-        found |= {401, 403, 429}
-    if route.body is not None:
-        found |= {413, 415}
+    found |= set() if route.permission == "open" else {401, 403, 429}
+    found |= {413, 415} if route.body else set()
     return sorted(found - route.responses.keys())
 
 
 def error_schema(route: Route) -> Schema:
     shape = {name: {"const": value} for name, value in route.error_shape.items()}
-    return _object(**{**shape, "error": {"type": "string", "example": "What happened, and what to do next."}})
+    return _object(**{**shape, "error": _schema("string", "What happened, and what to do next.")})
 
 
 def example_of(schema: Schema) -> Any:
-    if "example" in schema or "default" in schema or "const" in schema:
-        return schema.get("example", schema.get("default", schema.get("const")))
+    for name in ("example", "default", "const"):
+        if name in schema:
+            return schema[name]
     if "enum" in schema:
         return schema["enum"][0]
     if schema.get("type") == "array":
@@ -3949,7 +3871,7 @@ def example_of(schema: Schema) -> Any:
 
 
 def _for_openapi(schema: Any) -> Any:
-    """JSON Schema 2020-12 has `examples` where we have one, and patterns that match anywhere."""
+    """JSON Schema 2020-12 has `examples` in place of `example`, and patterns that match anywhere."""
     if isinstance(schema, list):
         return [_for_openapi(one) for one in schema]
     if not isinstance(schema, dict):
@@ -3957,51 +3879,49 @@ def _for_openapi(schema: Any) -> Any:
     made = {name: _for_openapi(value) for name, value in schema.items() if name != "example"}
     if "example" in schema:
         made["examples"] = [schema["example"]]
-    if "pattern" in schema and isinstance(schema["pattern"], str):
+    if isinstance(schema.get("pattern"), str):
         made["pattern"] = f"^{schema['pattern']}$"
     return made
+
+
+def _describe(route: Route) -> dict[str, Any]:
+    """The route as an OpenAPI operation."""
+
+    def content(schema: Schema | None) -> dict[str, Any]:
+        shown = {"schema": _for_openapi(schema), "example": example_of(schema)} if schema else None
+        return {"content": {"application/json": shown}} if shown else {}
+
+    inputs = [("path", name, PATH_PARAMETERS[name]) for name in re.findall(r"<(\w+)>", route.path)]
+    inputs += [("query", name, schema) for name, schema in route.query.items()]
+    outputs = {**route.responses, **dict.fromkeys(error_statuses(route), error_schema(route))}
+    operation: dict[str, Any] = {
+        "summary": route.summary,
+        "operationId": route.handler.__name__,
+        "parameters": [
+            {"name": name, "in": place, "required": place == "path", "schema": _for_openapi(schema)}
+            for place, name, schema in inputs
+        ],
+        "responses": {
+            str(status): {"description": http.client.responses[status], **content(schema)}
+            for status, schema in outputs.items()
+        },
+        "x-permission": route.permission,
+        "security": [] if route.permission == "open" else [{"token": []}],
+    }
+    if route.body:
+        optional = {name: part for name, part in route.body["properties"].items() if name not in route.body["required"]}
+        nullable = {name: {**part, "type": [part["type"], "null"]} for name, part in optional.items()}
+        body = {**route.body, "properties": {**route.body["properties"], **nullable}}
+        operation["requestBody"] = {"required": True, **content(body)}
+    return operation
 
 
 @functools.cache
 def describe_api() -> dict[str, Any]:
     """OpenAPI 3.1 of all routes."""
-    paths: dict[str, Any] = {}
+    paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
-
-        def content(schema: Schema) -> dict[str, Any]:
-            return {"application/json": {"schema": _for_openapi(schema), "example": example_of(schema)}}
-
-        parameters = [
-            {"name": name, "in": "path", "required": True, "schema": _for_openapi(PATH_PARAMETERS[name])}
-            for name in re.findall(r"<(\w+)>", route.path)
-        ] + [{"name": name, "in": "query", "schema": _for_openapi(schema)} for name, schema in route.query.items()]
-        answers: dict[str, Any] = {}
-        for status, schema in route.responses.items():
-            answers[str(status)] = {"description": http.client.responses[status]}
-            if schema:
-                answers[str(status)]["content"] = content(schema)
-        for status in error_statuses(route):
-            answers[str(status)] = {
-                "description": http.client.responses[status],
-                "content": content(error_schema(route)),
-            }
-        operation: dict[str, Any] = {
-            "summary": route.summary,
-            "operationId": route.handler.__name__,
-            "parameters": parameters,
-            "responses": answers,
-            "x-permission": route.permission,
-            "security": [] if route.permission == "open" else [{"token": []}],
-        }
-        if route.body is not None:
-            required = route.body.get("required", ())
-            nullable = {
-                name: part if name in required else {**part, "type": [part["type"], "null"]}
-                for name, part in route.body["properties"].items()
-            }
-            body = {**route.body, "properties": nullable}
-            operation["requestBody"] = {"required": True, "content": content(body)}
-        paths.setdefault(re.sub(r"<(\w+)>", r"{\1}", route.path), {})[route.method.lower()] = operation
+        paths.setdefault(re.sub(r"<(\w+)>", r"{\1}", route.path), {})[route.method.lower()] = _describe(route)
     return {
         "openapi": "3.1.0",
         "info": {"title": "StoryTeller automation service", "version": "1"},
@@ -4022,26 +3942,17 @@ COMMON_HEADERS: Mapping[str, str] = {
     "Vary": "Origin",
 }
 
-# The one path of a request as a generator: it yields each future that it waits for and returns the response.
+# The one path of a request, as a generator: it yields each future that it waits for, and returns the response.
 Steps = Generator[Future[Any], None, Response]
 
 
 def awaited(outcome: T | Future[Any]) -> Generator[Future[Any], None, T]:
-    """To be used with `yield from`. The result of a future may be a future again."""
+    """For `yield from`: the outcome itself, or the result of the future, which may be a future again."""
     while isinstance(outcome, Future):
         if not outcome.done():
             yield outcome
         outcome = outcome.result()
     return outcome
-
-
-def wait_for(steps: Steps) -> Response:
-    """Run the steps in this thread."""
-    while True:
-        try:
-            concurrent.futures.wait([next(steps)], timeout=86_400)
-        except StopIteration as end:
-            return cast(Response, end.value)
 
 
 class Exchange:
@@ -4051,9 +3962,7 @@ class Exchange:
     def __init__(
         self, steps: Steps, call_soon: Callable[[Callable[[], None]], None], done: Callable[[Response], None]
     ) -> None:
-        self._steps = steps
-        self._call_soon = call_soon
-        self._done = done
+        self._steps, self._call_soon, self._done = steps, call_soon, done
         self._future: Future[Any] | None = None
 
     def advance(self) -> None:
@@ -4080,28 +3989,41 @@ class Endpoint:
     routes: Mapping[str, Route]
 
     def __call__(self, **path: str) -> bottle.HTTPResponse:
-        response = wait_for(self.respond(bottle.request.environ, path))
-        return bottle.HTTPResponse(response.body, response.status, response.headers)
+        steps = self.respond(bottle.request.environ, path)
+        while True:
+            try:
+                concurrent.futures.wait([next(steps)], timeout=86_400)
+            except StopIteration as end:
+                return bottle.HTTPResponse(end.value.body, end.value.status, end.value.headers)
 
     def respond(self, environ: Mapping[str, Any], path: Mapping[str, str], *, refused: ApiError | None = None) -> Steps:
         """The one path of every request. `refused`: the server could not read it, or is stopping."""
-        began = time.monotonic()
-        origin = known_origin(environ.get("HTTP_ORIGIN"), self.services.settings)
-        method, request_id = environ["REQUEST_METHOD"], request_id_of(environ)
+        began, services, settings = time.monotonic(), self.services, self.services.settings
+        method, origin = environ["REQUEST_METHOD"], environ.get("HTTP_ORIGIN")
+        if origin not in (*settings.cors_origins, *settings.trusted_origins):
+            origin = None  # its page may not read the response
+        request_id = str(environ.get("HTTP_X_REQUEST_ID", ""))
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request_id):
+            request_id = secrets.token_hex(8)
         route = self.routes.get("GET" if method == "HEAD" else method)
-        error_shape = route.error_shape if route else {}
-        caller: Caller | None = None
+        shape, is_open = (route.error_shape, route.permission == "open") if route else ({}, False)
+        caller = ANONYMOUS
         try:
-            if refused and not (route and route.permission == "open"):
+            if refused and not is_open:
                 raise refused
-            if not is_own_host(environ.get("HTTP_HOST"), self.services.settings):
+            if not is_own_host(environ.get("HTTP_HOST"), settings):
                 raise MisdirectedRequest(
                     "The Host header names another machine: add its name to STORYTELLER_ALLOWED_HOSTS."
                 )
-            if method != "OPTIONS" and not (route and route.permission == "open"):
-                caller = yield from self._identify(environ)
+            if method != "OPTIONS" and not is_open:
+                caller = services.authenticator.known(environ) or (
+                    yield from awaited(submit(services.pool, POOL_TIMEOUT, services.authenticator.identify, environ))
+                )
             if route:
-                response = yield from self._handle(route, environ, path, caller, origin)
+                if not caller.may(route.permission):
+                    raise Forbidden(f"This token lacks the permission {route.permission}.")
+                request = Request(caller, origin, read_path(environ, path), read_query(environ, route.query))
+                response = yield from self._handle(route, request, environ)
             elif method == "OPTIONS":
                 # Also for a path that does not exist: otherwise the page would never see the 404.
                 response = preflight(environ, origin, sorted(self.routes or {"GET", "POST", "PUT", "DELETE"}))
@@ -4109,62 +4031,38 @@ class Endpoint:
                 allow = {"Allow": ", ".join(sorted(self.routes))}
                 response = json_response({"error": "Method not allowed on this path."}, 405, allow)
             else:
-                response = json_response({"error": "Not found: there is no such path."}, 404)
+                raise NotFound("Not found: there is no such path.")
         except ApiError as error:
-            response = error_response(error_shape, error)
+            retry = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+            challenge = {"WWW-Authenticate": "Bearer"} if isinstance(error, Unauthorized) else {}
+            response = json_response({**shape, "error": str(error)}, error.status, retry | challenge)
         except Exception:
             log.exception("http: %s %s failed, request %s", method, route.path if route else "", request_id)
-            response = json_response({**error_shape, "error": "Internal server error"}, 500)
-        log_request(environ, request_id, caller.subject if caller else "-", response.status, began)
-        headers = {**headers_for(origin), **response.headers, "X-Request-Id": request_id}
+            response = json_response({**shape, "error": "Internal server error"}, 500)
+        log_request(environ, request_id, caller.subject, response.status, began)
+        headers = {**COMMON_HEADERS, **response.headers, "X-Request-Id": request_id}
+        if origin:  # without these the page sees a network failure, whatever the status is
+            headers["Access-Control-Allow-Origin"] = origin
+            headers["Access-Control-Expose-Headers"] = "Retry-After, WWW-Authenticate"
         if not response.body:
             del headers["Content-Type"]
         return Response(response.body, response.status, headers)
 
-    def _identify(self, environ: Mapping[str, Any]) -> Generator[Future[Any], None, Caller]:
-        authenticator = self.services.authenticator
-        caller = authenticator.known(environ)
-        if caller is None:
-            looked_up = submit(self.services.pool, POOL_TIMEOUT, authenticator.identify, environ)
-            caller = yield from awaited(looked_up)
-        return caller
-
-    def _handle(
-        self,
-        route: Route,
-        environ: Mapping[str, Any],
-        path: Mapping[str, str],
-        caller: Caller | None,
-        origin: str | None,
-    ) -> Steps:
-        if caller and not caller.may(route.permission):
-            raise Forbidden(f"This token lacks the permission {route.permission}.")
-        pool = self.services.pool
-        request = Request(caller, origin, read_path(environ, path), read_query(environ, route.query))
-        if route.body is not None:
-            size = body_size(environ)
-            body: Any
+    def _handle(self, route: Route, request: Request, environ: Mapping[str, Any]) -> Steps:
+        pool, services = self.services.pool, self.services
+        if route.body:
+            size, body = int(environ.get("CONTENT_LENGTH") or 0), cast(Any, None)
             if size <= SMALL_BODY:
-                body = read_body(environ, route.body)
+                body = read_body(environ, size, route.body)
             elif size <= LARGE_BODY:
-                body = submit(pool, POOL_TIMEOUT, read_body, environ, route.body)
+                body = submit(pool, POOL_TIMEOUT, read_body, environ, size, route.body)
             else:
-                body = submit(self.services.large_bodies, LARGE_BODY_TIMEOUT, read_body, environ, route.body)
+                body = submit(services.large_bodies, LARGE_BODY_TIMEOUT, read_body, environ, size, route.body)
             value, raw = yield from awaited(body)
             request = dataclasses.replace(request, body=value, raw_body=raw)
         if route.works:
-            return (yield from awaited(submit(pool, POOL_TIMEOUT, route.handler, self.services, request)))
-        return (yield from awaited(route.handler(self.services, request)))
-
-
-def error_response(shape: Mapping[str, Any], error: ApiError) -> Response:
-    """The one place that turns an error into a response."""
-    headers = {}
-    if error.retry_after is not None:
-        headers["Retry-After"] = str(error.retry_after)
-    if isinstance(error, Unauthorized):
-        headers["WWW-Authenticate"] = "Bearer"
-    return json_response({**shape, "error": str(error)}, error.status, headers)
+            return (yield from awaited(submit(pool, POOL_TIMEOUT, route.handler, services, request)))
+        return (yield from awaited(route.handler(services, request)))
 
 
 def refusal(headers: Mapping[str, str], code: int, reason: str, words: str) -> tuple[dict[str, Any], ApiError | None]:
@@ -4176,36 +4074,12 @@ def refusal(headers: Mapping[str, str], code: int, reason: str, words: str) -> t
     return environ | {"REQUEST_METHOD": "-", "PATH_INFO": "-"}, error
 
 
-def request_id_of(environ: Mapping[str, Any]) -> str:
-    """The client's own, when it is one that a log can hold; else a new one."""
-    given = str(environ.get("HTTP_X_REQUEST_ID", ""))
-    return given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else secrets.token_hex(8)
-
-
 def log_request(environ: Mapping[str, Any], request_id: str, subject: str, status: int, began: float) -> None:
     """One line a request. Polls are many, so they are logged at DEBUG."""
-    level = logging.DEBUG if status < 400 and environ["REQUEST_METHOD"] in ("GET", "HEAD", "OPTIONS") else logging.INFO
-    if log.isEnabledFor(level):
-        ms = (time.monotonic() - began) * 1000
-        path = environ.get("bottle.raw_path", "")
-        log.log(level, "http: %s %s %d %s %.1f ms %s", environ["REQUEST_METHOD"], path, status, subject, ms, request_id)
-
-
-def known_origin(origin: str | None, settings: Settings) -> str | None:
-    """The origin of a page that may read the responses, else None."""
-    return origin if origin in (*settings.cors_origins, *settings.trusted_origins) else None
-
-
-def headers_for(origin: str | None) -> dict[str, str]:
-    """What every response carries; `origin` is a known one or None. Without them an error is a network failure to
-    the page."""
-    if origin is None:
-        return dict(COMMON_HEADERS)
-    return {
-        **COMMON_HEADERS,
-        "Access-Control-Allow-Origin": origin,
-        "Access-Control-Expose-Headers": "Retry-After, WWW-Authenticate",
-    }
+    method, ms = environ["REQUEST_METHOD"], (time.monotonic() - began) * 1000
+    level = logging.DEBUG if status < 400 and method in ("GET", "HEAD", "OPTIONS") else logging.INFO
+    path = environ.get("bottle.raw_path", "")
+    log.log(level, "http: %s %s %d %s %.1f ms %s", method, path, status, subject, ms, request_id)
 
 
 def preflight(environ: Mapping[str, Any], origin: str | None, methods: Sequence[str]) -> Response:
