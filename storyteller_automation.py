@@ -2950,19 +2950,11 @@ def _stopping() -> Unavailable:
 # Authentication
 # ======================================================================================================
 
-
-PERMISSIONS = (
-    "gpu:read",
-    "swarmui:control",
-    "notifications:read",
-    "notifications:write",
-    "sessions:read",
-    "sessions:write",
-    "admin",
+PERMISSIONS = tuple(
+    "gpu:read swarmui:control notifications:read notifications:write sessions:read sessions:write admin".split()
 )
-
 SUBJECT_PATTERN = r"[A-Za-z0-9._-]{1,64}"
-TOKEN_TTL = 12 * 3600  # seconds unless said
+TOKEN_TTL = 12 * 3600  # seconds, by default
 TOKEN_TTL_RANGE = (60, 30 * 24 * 3600)
 
 
@@ -4173,11 +4165,6 @@ class Activity:
     def responded(self) -> None:
         self.since, self.begun = time.monotonic(), -math.inf
 
-    def is_spare(self, now: float) -> bool:
-        """Whether it may be closed when there are too many, if nothing is owed to it: not in its first second, nor in
-        that of a request, else a new client would be the victim of its own arrival."""
-        return now - self.begun >= 1.0
-
     def is_over(self, now: float, *, owed: bool, moving: bool) -> bool:
         """Idle for too long, or too slow. `owed`: a response is due; `moving`: bytes are expected to come or to go."""
         if not moving:
@@ -4199,14 +4186,13 @@ def open_sockets(host: str, port: int) -> list[socket.socket]:
         else:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             addresses = [str(found[0][4][0])]
-        for attempt in range(20):
+        for attempt in itertools.count(1):
             try:
                 return _listen_on_all(addresses, port)
             except OSError as error:
                 # The port that was free on the first address may be taken on the second: pick another.
-                if port or error.errno not in _IN_USE or attempt == 19:
+                if port or error.errno not in _IN_USE or attempt == 20:
                     raise
-        raise AssertionError
     except (socket.gaierror, UnicodeError):
         raise StartError(
             f"STORYTELLER_HOST {host} is not known: set it to localhost, or to this PC's address."
@@ -4433,14 +4419,15 @@ class Server:
 
     @staticmethod
     def _sweep(channels: Sequence[Channel], now: float) -> None:
-        """Close what waitress's own time-out misses (a byte a second, a client that stopped reading), and where there
-        are too many connections the oldest of those to which nothing is owed."""
+        """Close what waitress's own timeout misses (a byte a second, a client that stopped reading). Where there are too
+        many connections, close the oldest of those to which nothing is owed, but none in its first second, nor in that
+        of a request: a new client must not be the victim of its own arrival."""
         spare = []
         for channel in channels:
             owed, moving = channel.state()
             if channel.activity.is_over(now, owed=owed, moving=moving):
                 channel.handle_close()
-            elif not owed and channel.activity.is_spare(now):
+            elif not owed and now - channel.activity.begun >= 1.0:
                 spare.append(channel)
         spare.sort(key=lambda one: one.activity.since)
         for channel in spare[: max(0, len(channels) - CONNECTIONS)]:
