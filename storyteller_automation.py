@@ -2950,9 +2950,10 @@ def _stopping() -> Unavailable:
 # Authentication
 # ======================================================================================================
 
-PERMISSIONS = tuple(
-    "gpu:read swarmui:control notifications:read notifications:write sessions:read sessions:write admin".split()
-)
+PERMISSIONS = (
+    "gpu:read", "swarmui:control", "notifications:read", "notifications:write", "sessions:read", "sessions:write",
+    "admin",
+)  # fmt: skip
 SUBJECT_PATTERN = r"[A-Za-z0-9._-]{1,64}"
 TOKEN_TTL = 12 * 3600  # seconds, by default
 TOKEN_TTL_RANGE = (60, 30 * 24 * 3600)
@@ -4186,13 +4187,14 @@ def open_sockets(host: str, port: int) -> list[socket.socket]:
         else:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             addresses = [str(found[0][4][0])]
-        for attempt in itertools.count(1):
+        for attempt in range(20):
             try:
                 return _listen_on_all(addresses, port)
             except OSError as error:
                 # The port that was free on the first address may be taken on the second: pick another.
-                if port or error.errno not in _IN_USE or attempt == 20:
+                if port or error.errno not in _IN_USE or attempt == 19:
                     raise
+        raise AssertionError
     except (socket.gaierror, UnicodeError):
         raise StartError(
             f"STORYTELLER_HOST {host} is not known: set it to localhost, or to this PC's address."
@@ -4419,9 +4421,9 @@ class Server:
 
     @staticmethod
     def _sweep(channels: Sequence[Channel], now: float) -> None:
-        """Close what waitress's own timeout misses (a byte a second, a client that stopped reading). Where there are too
-        many connections, close the oldest of those to which nothing is owed, but none in its first second, nor in that
-        of a request: a new client must not be the victim of its own arrival."""
+        """Close what waitress's own timeout misses (a byte a second, a client that stopped reading). Past CONNECTIONS,
+        close the oldest of those to which nothing is owed, but none in its first second, nor in that of a request: a
+        new client must not be the victim of its own arrival."""
         spare = []
         for channel in channels:
             owed, moving = channel.state()
