@@ -3160,7 +3160,7 @@ def token_path(settings: Settings) -> Path:
 
 
 # ======================================================================================================
-# HTTP: requests
+# HTTP: requests, and what serves them
 # ======================================================================================================
 
 MAX_BODY = 50 * 1024 * 1024  # bytes; as much as StoryArt's own server takes
@@ -3325,10 +3325,6 @@ def read_body(environ: Mapping[str, Any], size: int, schema: Schema) -> tuple[di
     return value, raw
 
 
-# ======================================================================================================
-# HTTP: handlers
-# ======================================================================================================
-
 POOL_THREADS = 24  # the bulkhead: at most so many requests use the store at once, beside the batchers
 POOL_TIMEOUT = 2.0  # seconds that a request may wait for one of them
 LARGE_BODY_TIMEOUT = 30.0  # the same for the thread that reads large bodies
@@ -3390,6 +3386,11 @@ def submit(pool: ThreadPoolExecutor, timeout: float, function: Callable[..., T],
         return function(*arguments)
 
     return pool.submit(work)
+
+
+# ======================================================================================================
+# HTTP: handlers
+# ======================================================================================================
 
 
 def health(services: Services, request: Request) -> Response:
@@ -3687,10 +3688,10 @@ def _object(**properties: Schema) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
-def _body(required: Sequence[str], either: Sequence[Schema] = (), **properties: Schema) -> Schema:
-    """These keys at least; others are allowed. One of `either` must fit as well."""
-    alternatives = {"anyOf": list(either)} if either else {}
-    return {"type": "object", "properties": properties, "required": list(required), **alternatives}
+def _body(required: Sequence[str], either: Sequence[Schema] = (), **properties: Schema) -> dict[str, Any]:
+    """These keys, of which some are required. One of `either` must fit as well."""
+    must = {"required": list(required)} if required else {}
+    return {"type": "object", **must, "properties": properties, **({"anyOf": list(either)} if either else {})}
 
 
 def _with(key: str, title: str = "", **properties: Schema) -> Schema:
@@ -3699,7 +3700,7 @@ def _with(key: str, title: str = "", **properties: Schema) -> Schema:
 
 
 def _array(items: Schema, **limits: Any) -> Schema:
-    return {"type": "array", "items": items, **limits}
+    return {"type": "array", **limits, "items": items}
 
 
 _TIMESTAMP = _schema("integer", 1738195200000, minimum=0, maximum=99_999_999_999_999)
@@ -3744,12 +3745,15 @@ _NEW_NOTIFICATION = _body(
     type=_TYPE, sessionTimestamp=_TIMESTAMP, storyUuid=_STORY, episodeNumber=_COUNT, totalPrompts=_COUNT,
     totalBeats=_COUNT,
 )  # fmt: skip
-_NOTIFICATION = _object(
-    id=_ID, type=_TYPE, sessionTimestamp=_schema("integer", 1738195200000), storyUuid=_schema("string", _UUID),
-    episodeNumber=_schema("integer", 2), timestamp=_TIME,
-    **{total: _schema("integer", 48) for total in TOTALS.values()},
-)  # fmt: skip
-_NOTIFICATION["required"] = [name for name in _NOTIFICATION["required"] if name not in TOTALS.values()]
+_NOTIFICATION: Schema = {
+    **_body(
+        ["id", "type", "sessionTimestamp", "storyUuid", "episodeNumber", "timestamp"],
+        id=_ID, type=_TYPE, sessionTimestamp=_schema("integer", 1738195200000), storyUuid=_schema("string", _UUID),
+        episodeNumber=_schema("integer", 2), **{total: _schema("integer", 48) for total in TOTALS.values()},
+        timestamp=_TIME,
+    ),
+    "additionalProperties": False,
+}  # fmt: skip
 
 _CALLER: Mapping[str, Schema] = {
     "subject": _schema("string", "storyart"),
@@ -3884,15 +3888,16 @@ def _describe(route: Route) -> dict[str, Any]:
         shown = {"schema": _for_openapi(schema), "example": example_of(schema)} if schema else None
         return {"content": {"application/json": shown}} if shown else {}
 
-    inputs = [("path", name, PATH_PARAMETERS[name]) for name in re.findall(r"<(\w+)>", route.path)]
-    inputs += [("query", name, schema) for name, schema in route.query.items()]
+    found = re.findall(r"<(\w+)>", route.path)
+    inputs = [("path", {"required": True}, name, PATH_PARAMETERS[name]) for name in found]
+    inputs += [("query", {}, name, schema) for name, schema in route.query.items()]
     outputs = {**route.responses, **dict.fromkeys(error_statuses(route), error_schema(route))}
     operation: dict[str, Any] = {
         "summary": route.summary,
         "operationId": route.handler.__name__,
         "parameters": [
-            {"name": name, "in": place, "required": place == "path", "schema": _for_openapi(schema)}
-            for place, name, schema in inputs
+            {"name": name, "in": place, **always, "schema": _for_openapi(schema)}
+            for place, always, name, schema in inputs
         ],
         "responses": {
             str(status): {"description": http.client.responses[status], **content(schema)}
@@ -3902,9 +3907,10 @@ def _describe(route: Route) -> dict[str, Any]:
         "security": [] if route.permission == "open" else [{"token": []}],
     }
     if route.body:
-        optional = {name: part for name, part in route.body["properties"].items() if name not in route.body["required"]}
-        nullable = {name: {**part, "type": [part["type"], "null"]} for name, part in optional.items()}
-        body = {**route.body, "properties": {**route.body["properties"], **nullable}}
+        properties = {**route.body["properties"]}
+        for name in properties.keys() - route.body.get("required", ()):
+            properties[name] = {**properties[name], "type": [properties[name]["type"], "null"]}
+        body = {**route.body, "properties": properties}
         operation["requestBody"] = {"required": True, **content(body)}
     return operation
 
