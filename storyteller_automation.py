@@ -3747,7 +3747,7 @@ _NEW_NOTIFICATION = _body(
 )  # fmt: skip
 _NOTIFICATION: Schema = {
     **_body(
-        ["id", "type", "sessionTimestamp", "storyUuid", "episodeNumber", "timestamp"],
+        ["id", "type", "sessionTimestamp", "storyUuid", "episodeNumber", "timestamp"], (),
         id=_ID, type=_TYPE, sessionTimestamp=_schema("integer", 1738195200000), storyUuid=_schema("string", _UUID),
         episodeNumber=_schema("integer", 2), **{total: _schema("integer", 48) for total in TOTALS.values()},
         timestamp=_TIME,
