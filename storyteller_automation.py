@@ -111,10 +111,9 @@ def _matching(pattern: str, expected: str) -> Callable[[str], str]:
 
 _host = _matching(r"[A-Za-z0-9._:%-]{1,253}", "a host name or an IP address")
 _token = _matching(r"[!-+\--~]{16,1024}", "16 to 1024 printable ASCII characters without spaces or commas")
-_cookie = _matching(
-    r"[!#-+\--:<-\[\]-~]{1,4096}",
-    "a cookie's value: printable ASCII without spaces, quotes, commas, semicolons, backslashes",
-)
+_cookie = _matching(r"[!#-+\--:<-\[\]-~]{1,4096}", r'printable ASCII without spaces and without any of ",;\ in it')
+_log_level = _matching("(?i)debug|info|warning|error", "debug, info, warning or error")
+_log_format = _matching("(?i)text|json", "text or json")
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
@@ -128,32 +127,25 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
 
 def _seconds(text: str) -> float:
     """0 or more; finite, since a wait of `inf` seconds overflows in the system's own calls."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= 86_400:
-        raise ValueError("seconds, from 0 to 86400")
-    return seconds
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 86_400:
+            return float(text)
+    raise ValueError("seconds, from 0 to 86400")
 
 
 def _positive_seconds(text: str) -> float:
-    seconds = _seconds(text)
-    if seconds == 0:
+    if _seconds(text) == 0:
         raise ValueError("seconds, more than 0")
-    return seconds
+    return float(text)
 
 
 def _path(text: str) -> Path:
     """Relative to this module: a relative path in .env must mean one folder, wherever the start came from."""
-    try:
+    with contextlib.suppress(RuntimeError, UnicodeError):
         path = HERE / Path(text).expanduser()
-        os.fsencode(path)
-    except (RuntimeError, UnicodeError):
-        raise ValueError("a path") from None
-    if "\0" in text:
-        raise ValueError("a path")
-    return path
+        if b"\0" not in os.fsencode(path):
+            return path
+    raise ValueError("a path")
 
 
 def _program(text: str) -> str:
@@ -162,148 +154,103 @@ def _program(text: str) -> str:
 
 
 def _redis_url(text: str) -> str:
-    try:
-        if not re.fullmatch(r"unix://.*|rediss?://[^/]*(/[0-9]*)?(\?.*)?", text):
-            raise ValueError  # redis-py takes a database that is no number for 0
-        redis.ConnectionPool.from_url(text).make_connection()  # does not connect yet, but refuses an unknown option
-    except (ValueError, TypeError, AttributeError):
-        raise ValueError("redis://[user:password@]host[:port][/database]") from None
-    return text
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        if re.fullmatch(r"unix://.*|rediss?://[^/]*(/[0-9]*)?(\?.*)?", text):  # redis-py reads another path as 0
+            redis.ConnectionPool.from_url(text).make_connection()  # does not connect, but refuses an unknown option
+            return text
+    raise ValueError("redis://[user:password@]host[:port][/database]")
 
 
 def _http_url(text: str) -> str:
-    expected = ValueError("http://host[:port] or https://host[:port], without user, query or fragment")
-    try:
-        parts = urllib.parse.urlsplit(text)
-        _ = parts.port  # raises for what is no port
-    except ValueError:
-        raise expected from None
-    good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    if not good or parts.username is not None or re.search(r"[^!-~]|[?#]", text):
-        raise expected
-    return text.rstrip("/")
+    with contextlib.suppress(ValueError):  # of a port out of range, too
+        url = urllib.parse.urlsplit(text)
+        good = url.scheme in ("http", "https") and url.hostname and url.port != 0 and url.username is None
+        if good and not re.search(r"[^!-~]|[?#]", text):
+            return text.rstrip("/")
+    raise ValueError("http://host[:port] or https://host[:port], without user, query or fragment")
 
 
 def _origin(text: str) -> str:
     """One origin, exactly as browsers send it: any other spelling would never match."""
     found = re.fullmatch(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([1-9][0-9]{0,4}))?", text)
-    good = found and int(found[3] or 1) < 65536 and (found[1], found[3]) not in (("http", "80"), ("https", "443"))
-    host = found[2] if found else ""
-    if re.search(r"\]$|(^|\.)[0-9]+\.?$", host):  # an address has one spelling
-        try:
+    with contextlib.suppress(ValueError):
+        scheme, host, port = found.groups() if found else ("", "..", None)
+        good = ".." not in host and int(port or 1) < 65536 and (scheme, port) not in (("http", "80"), ("https", "443"))
+        if re.search(r"\]$|(^|\.)[0-9]+\.?$", host):  # an address has one spelling
             address = ipaddress.ip_address(host.strip("[]"))
-            good = good and host == (f"[{address.compressed}]" if address.version == 6 else str(address))
-        except ValueError:
-            good = False
-    if not good or ".." in host:
-        raise ValueError("an origin as browsers send it, like http://localhost:3000, without a slash at its end")
-    return text
+            good = good and host == (f"[{address}]" if ":" in host else str(address))
+        if good:
+            return text
+    raise ValueError("an origin as browsers send it, like http://localhost:3000, without a slash at its end")
 
 
 def _origin_or_all(text: str) -> str:
     return text if text == "*" else _origin(text)
 
 
-def _one_of(*known: str) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text.lower() not in known:
-            raise ValueError(f"one of {', '.join(known)}")
-        return text.lower()
-
-    return read
-
-
-def _list(text: str) -> list[str]:
+def _list_of(read: Callable[[str], str]) -> Callable[[str], tuple[str, ...]]:
     """Separated by commas or spaces; `none` is an empty one."""
-    return [] if text.lower() == "none" else re.findall(r"[^,\s]+", text)
+    return lambda text: () if text.lower() == "none" else tuple(map(read, re.findall(r"[^,\s]+", text)))
 
 
-def _origins(text: str) -> tuple[str, ...]:
-    return tuple(_origin(one) for one in _list(text))
+def _host_names(text: str) -> tuple[str, ...]:
+    return _list_of(_matching(r"[a-z0-9._%-]{1,253}", "host names without ports"))(text.lower())
 
 
-def _hosts(text: str) -> tuple[str, ...]:
-    names = tuple(_host(one).lower() for one in _list(text))
-    if any(":" in name for name in names):
-        raise ValueError("names without ports")  # any port is allowed; an IP address need not be named
-    return names
-
-
-def _arguments(text: str) -> tuple[str, ...]:
-    return split_arguments(text)  # defined below, by platform: each shell has rules of its own
-
-
-def _option(name: str, default: Any, read: Callable[[str], Any], meaning: str, *, secret: bool = False) -> Any:
-    """One row of the table below: a field of Settings with its name, parser and meaning."""
-    metadata = {"name": name, "read": read, "meaning": meaning, "secret": secret}
+def _row(name: str, default: Any, read: Callable[[str], Any], meaning: str, *, secret: bool = False) -> Any:
+    """A field of Settings with its name, parser and meaning. `read` raises ValueError with what was expected."""
+    metadata = {"name": name, "read": read, "meaning": meaning}
     return dataclasses.field(default=default, repr=not secret, metadata=metadata)
+
+
+_PAGES = ("http://localhost:3000", "http://localhost:5173", "http://127.0.0.1:3000", "http://127.0.0.1:5173")
 
 
 @dataclass(frozen=True)
 class Settings:
     """All settings. Seconds are floats; a path, URL or token that is not set is None."""
 
-    host: str = _option(
-        "STORYTELLER_HOST", "localhost", _host, "address to listen on; localhost is 127.0.0.1 and ::1, on one port"
+    host: str = _row("STORYTELLER_HOST", "localhost", _host, "address to listen on; localhost is 127.0.0.1 and ::1")
+    port: int = _row("STORYTELLER_PORT", 8000, _whole(0, 65535), "port to listen on; 0 picks a free one")
+    data_dir: Path = _row("STORYTELLER_DATA_DIR", HERE / "data", _path, "folder of the embedded store, token and logs")
+    api_token: str | None = _row(
+        "STORYTELLER_API_TOKEN", None, _token, "its own token; by default made at the first start", secret=True
     )
-    port: int = _option("STORYTELLER_PORT", 8000, _whole(0, 65535), "port to listen on; 0 picks a free one")
-    data_dir: Path = _option(
-        "STORYTELLER_DATA_DIR", HERE / "data", _path, "folder for the embedded store, the API token and the logs"
+    cors_origins: tuple[str, ...] = _row(
+        "STORYTELLER_CORS_ORIGINS", _PAGES, _list_of(_origin), "origins of pages that may call with a token, or none"
     )
-    api_token: str | None = _option(
-        "STORYTELLER_API_TOKEN",
-        None,
-        _token,
-        "the service's own token; by default made at the first start",
-        secret=True,
+    trusted_origins: tuple[str, ...] = _row(
+        "STORYTELLER_TRUSTED_ORIGINS",
+        (),
+        _list_of(_origin),
+        "origins of pages on this PC that may call without a token",
     )
-    cors_origins: tuple[str, ...] = _option(
-        "STORYTELLER_CORS_ORIGINS",
-        ("http://localhost:3000", "http://localhost:5173", "http://127.0.0.1:3000", "http://127.0.0.1:5173"),
-        _origins,
-        "origins of pages that may call with a token; none switches it off",
+    allowed_hosts: tuple[str, ...] = _row(
+        "STORYTELLER_ALLOWED_HOSTS", (), _host_names, "further names of this PC that a request's Host header may have"
     )
-    trusted_origins: tuple[str, ...] = _option(
-        "STORYTELLER_TRUSTED_ORIGINS", (), _origins, "origins of pages on this PC that may call without one"
-    )
-    allowed_hosts: tuple[str, ...] = _option(
-        "STORYTELLER_ALLOWED_HOSTS", (), _hosts, "further names of this PC that a request's Host header may have"
-    )
-    token_failures: int = _option(
+    token_failures: int = _row(
         "STORYTELLER_TOKEN_FAILURES", 20, _whole(1, 1_000_000), "wrong tokens a minute that one address may send"
     )
-    log_level: str = _option(
-        "STORYTELLER_LOG_LEVEL", "info", _one_of("debug", "info", "warning", "error"), "debug logs each poll too"
-    )
-    log_format: str = _option(
-        "STORYTELLER_LOG_FORMAT", "text", _one_of("text", "json"), "text or json, one line per record"
-    )
-    redis_url: str | None = _option(
+    log_level: str = _row("STORYTELLER_LOG_LEVEL", "info", _log_level, "debug logs each poll too")
+    log_format: str = _row("STORYTELLER_LOG_FORMAT", "text", _log_format, "text or json, one line per record")
+    redis_url: str | None = _row(
         "REDIS_URL", None, _redis_url, "the Redis to use; overrides the two below", secret=True
     )
-    redis_host: str | None = _option("REDIS_HOST", None, _host, "the Redis to use; 127.0.0.1 when only the port is set")
-    redis_port: int | None = _option("REDIS_PORT", None, _whole(1, 65535), "its port; 6379 when only the host is set")
-    nvidia_smi: str | None = _option("NVIDIA_SMI", None, _program, "the nvidia-smi program; by default the one on PATH")
-    gpu_cache_seconds: float = _option("GPU_CACHE_SECONDS", 5.0, _seconds, "seconds for which a GPU status is cached")
-    swarmui_api_url: str = _option(
-        "SWARMUI_API_URL", "http://localhost:7801", _http_url, "where SwarmUI answers, http or https"
-    )
-    swarmui_path: Path | None = _option(
-        "SWARMUI_PATH", None, _path, "SwarmUI's folder, its launch script or its executable"
-    )
-    swarmui_args: tuple[str, ...] = _option("SWARMUI_ARGS", (), _arguments, "further arguments for SwarmUI")
-    swarmui_token: str | None = _option(
-        "SWARMUI_TOKEN", None, _cookie, "sent to SwarmUI as the cookie swarm_token", secret=True
-    )
-    swarmui_allow_origin: str | None = _option(
+    redis_host: str | None = _row("REDIS_HOST", None, _host, "the Redis to use; 127.0.0.1 when only the port is set")
+    redis_port: int | None = _row("REDIS_PORT", None, _whole(1, 65535), "its port; 6379 when only the host is set")
+    nvidia_smi: str | None = _row("NVIDIA_SMI", None, _program, "the nvidia-smi program; by default the one on PATH")
+    gpu_cache_seconds: float = _row("GPU_CACHE_SECONDS", 5.0, _seconds, "seconds for which a GPU status is cached")
+    swarmui_api_url: str = _row("SWARMUI_API_URL", "http://localhost:7801", _http_url, "where SwarmUI answers")
+    swarmui_path: Path | None = _row("SWARMUI_PATH", None, _path, "SwarmUI's folder, launch script or executable")
+    swarmui_args: tuple[str, ...] = _row("SWARMUI_ARGS", (), lambda text: split_arguments(text), "further arguments")
+    swarmui_token: str | None = _row("SWARMUI_TOKEN", None, _cookie, "sent to it as cookie swarm_token", secret=True)
+    swarmui_allow_origin: str | None = _row(
         "SWARMUI_ALLOW_ORIGIN", None, _origin_or_all, "origin of the page that SwarmUI shall answer; * is every page"
     )
-    start_timeout: float = _option(
-        "SWARMUI_START_TIMEOUT", 30.0, _positive_seconds, "seconds that a start waits for SwarmUI to answer"
-    )
-    poll_interval: float = _option("SWARMUI_POLL_INTERVAL", 2.0, _positive_seconds, "seconds between two probes")
-    health_timeout: float = _option("SWARMUI_HEALTH_TIMEOUT", 2.0, _positive_seconds, "seconds for one probe")
-    start_interval: float = _option("SWARMUI_START_INTERVAL", 60.0, _positive_seconds, "seconds between two launches")
+    start_timeout: float = _row("SWARMUI_START_TIMEOUT", 30.0, _positive_seconds, "seconds that a start may take")
+    poll_interval: float = _row("SWARMUI_POLL_INTERVAL", 2.0, _positive_seconds, "seconds between two probes")
+    health_timeout: float = _row("SWARMUI_HEALTH_TIMEOUT", 2.0, _positive_seconds, "seconds for one probe")
+    start_interval: float = _row("SWARMUI_START_INTERVAL", 60.0, _positive_seconds, "seconds between two launches")
 
     @property
     def redis_address(self) -> str | None:
@@ -333,13 +280,10 @@ def read_env_file(path: Path) -> dict[str, str]:
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if not line or line.startswith("#"):
             continue
-        found = re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*)", line)
+        found = re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(?:(['\"])(.*)\2|(.*))", line)
         if not found:
             raise SettingError(f"{path}, line {number}: expected KEY=VALUE, or a comment that begins with #.")
-        name, value = found.groups()
-        if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
-            value = value[1:-1]
-        values[name] = value
+        values[found[1]] = found[3] if found[2] else found[4]
     return values
 
 
@@ -357,7 +301,7 @@ def load_settings(
         try:
             values[row.name] = row.metadata["read"](text)
         except ValueError as expected:
-            shown = "cannot be used" if row.metadata["secret"] else f"is {text!r}"
+            shown = f"is {text!r}" if row.repr else "cannot be used"  # a secret
             raise SettingError(f"{name} {shown}: expected {expected}.") from None
     return Settings(**values)
 
