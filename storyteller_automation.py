@@ -104,7 +104,7 @@ log.addHandler(logging.NullHandler())  # silent until start_logging()
 # ======================================================================================================
 
 HERE = Path(__file__).resolve().parent
-LOCAL_PAGES = ("http://localhost:3000", "http://localhost:5173", "http://127.0.0.1:3000", "http://127.0.0.1:5173")
+PAGES = ("http://localhost:3000", "http://localhost:5173", "http://127.0.0.1:3000", "http://127.0.0.1:5173")
 
 
 class SettingError(Exception):
@@ -221,7 +221,7 @@ class Settings:
         "STORYTELLER_API_TOKEN", None, _token, "the API token; by default made at the first start", secret=True
     )
     cors_origins: tuple[str, ...] = _row(
-        "STORYTELLER_CORS_ORIGINS", LOCAL_PAGES, _list_of(_origin), "origins of pages that may call with a token"
+        "STORYTELLER_CORS_ORIGINS", PAGES, _list_of(_origin), "origins of pages that may call with a token, or none"
     )
     trusted_origins: tuple[str, ...] = _row(
         "STORYTELLER_TRUSTED_ORIGINS", (), _list_of(_origin), "origins of pages on this PC that may call without one"
@@ -4637,7 +4637,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", help="overrides STORYTELLER_PORT")
     parser.add_argument("--data-dir", help="overrides STORYTELLER_DATA_DIR")
     tokens = parser.add_argument_group("token", "makes a session token, and prints nothing else")
-    tokens.add_argument("--subject", help="the program: at most 64 letters, digits, dots, hyphens, underscores")
+    tokens.add_argument("--subject", help="the program's name: at most 64 letters, digits, dots, hyphens, underscores")
     tokens.add_argument("--permission", action="append", choices=PERMISSIONS, default=[], help="as often as needed")
     tokens.add_argument("--ttl", type=read_ttl, default=TOKEN_TTL, help="like 90s, 45m, 30d; by default 12h")
     instead = tokens.add_mutually_exclusive_group()
