@@ -4,27 +4,38 @@ It reports whether the GPU is free, starts SwarmUI and waits until it answers, p
 program to the other until they are acknowledged, and reports when a session's prompts are complete. One
 process under waitress; sessions and notifications are stored in Redis, or in SQLite when no Redis is set.
 
-The sections of this file, each under a banner, each depending only on those above it:
+The sections, each under a banner, each depending only on those above it:
 
-    settings                    one table: name, default, parser, meaning
-    errors                      the exceptions that become responses, each with its status
-    values                      strict JSON, times, whole numbers
-    platform                    what differs between Windows, Linux and macOS: files, sockets, the console; processes
-    logs                        the service's own log, and SwarmUI's
-    batching                    concurrent questions share one step
-    stores                      the interface; then Redis and SQLite, in the same order
-    sessions                    a document (pure): how many prompts, is it ready, its summary; the cache
-    notifications               what one is, which are valid, when a session announces one
-    GPU                         the parser (pure) and the monitor (one run at a time, cached)
-    SwarmUI                     the client: what answers at its URL, and whose pages it answers; the launcher
-    authentication              tokens, permissions, trusted origins, allowed hosts
-    HTTP application            requests, handlers, the table of routes, the one path of every request
-    server                      waitress: sockets, settings with their reasons; connections; how it runs and stops
-    command line                serve, check, token
+    Settings                                one table: name, default, parser, meaning
+    Errors                                  the exceptions that become responses, each with its status
+    Values                                  strict JSON, times, whole numbers
+    Platform: files, sockets, the console   what differs between Windows, Linux and macOS
+    Platform: processes                     children that end with a block, and programs that outlive the service
+    Logs                                    the service's own log, and SwarmUI's
+    Batching                                concurrent questions share one step
+    Stores: the interface                   what a store can do, and what is atomic
+    Redis: connections and scripts          retries, the circuit breaker, the Lua scripts
+    Stores: Redis                           the interface on Redis
+    Stores: SQLite                          the same on SQLite, in the same order
+    Sessions: a document                    pure functions: prompts, progress, summary
+    Sessions: what is known of them         the cache by SHA-256
+    Notifications                           what one is, which are valid, when a session announces one
+    GPU                                     the parser (pure) and the monitor (one run at a time, cached)
+    SwarmUI: the client                     what answers at its URL, whose pages it answers, what to launch
+    SwarmUI: the launcher                   one launch at a time, and its outcome
+    Authentication                          tokens, permissions, trusted origins, allowed hosts
+    HTTP: requests                          validation against schemas
+    HTTP: handlers                          one function per endpoint
+    HTTP: routes                            one table, from which OpenAPI is generated
+    HTTP: application                       the one path of every request
+    Server: settings and sockets            waitress's settings with their reasons
+    Server: below waitress's documentation  connections and the event loop
+    Server: how it runs                     until a signal, and through a graceful shutdown
+    Command line                            serve, check, token
 
-How a request flows: a connection of the server has it whole; its route, its caller and its input are checked; the
-handler returns a Response, or a Future where the answer comes later (from the store, nvidia-smi or SwarmUI); the
-event loop sends it as JSON. No thread waits for it.
+How a request flows: waitress reads it from its socket; on the event loop the application finds its route,
+identifies the caller and validates the input; the handler returns a Response, or a Future of one that a batch
+of the store, the thread pool, nvidia-smi or SwarmUI completes; the event loop sends it. No thread waits for it.
 """
 
 from __future__ import annotations
@@ -57,7 +68,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import struct
 import subprocess
 import sys
 import tempfile
@@ -94,6 +104,7 @@ log.addHandler(logging.NullHandler())  # silent until start_logging()
 # ======================================================================================================
 
 HERE = Path(__file__).resolve().parent
+PAGES = ("http://localhost:3000", "http://localhost:5173", "http://127.0.0.1:3000", "http://127.0.0.1:5173")
 
 
 class SettingError(Exception):
@@ -111,10 +122,9 @@ def _matching(pattern: str, expected: str) -> Callable[[str], str]:
 
 _host = _matching(r"[A-Za-z0-9._:%-]{1,253}", "a host name or an IP address")
 _token = _matching(r"[!-+\--~]{16,1024}", "16 to 1024 printable ASCII characters without spaces or commas")
-_cookie = _matching(
-    r"[!#-+\--:<-\[\]-~]{1,4096}",
-    "a cookie's value: printable ASCII without spaces, quotes, commas, semicolons, backslashes",
-)
+_cookie = _matching(r"[!#-+\--:<-\[\]-~]{1,4096}", r'printable ASCII without spaces and without any of ",;\ in it')
+_log_level = _matching("(?i)debug|info|warning|error", "debug, info, warning or error")
+_log_format = _matching("(?i)text|json", "text or json")
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
@@ -126,34 +136,23 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
     return read
 
 
-def _seconds(text: str) -> float:
-    """0 or more; finite, since a wait of `inf` seconds overflows in the system's own calls."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= 86_400:
-        raise ValueError("seconds, from 0 to 86400")
-    return seconds
+def _seconds(low: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= float(text) <= 86_400:  # finite: a wait of `inf` seconds overflows in the system's own calls
+                return float(text)
+        raise ValueError(f"seconds, from {low} to 86400")
 
-
-def _positive_seconds(text: str) -> float:
-    seconds = _seconds(text)
-    if seconds == 0:
-        raise ValueError("seconds, more than 0")
-    return seconds
+    return read
 
 
 def _path(text: str) -> Path:
     """Relative to this module: a relative path in .env must mean one folder, wherever the start came from."""
-    try:
+    with contextlib.suppress(RuntimeError, UnicodeError):
         path = HERE / Path(text).expanduser()
-        os.fsencode(path)
-    except (RuntimeError, UnicodeError):
-        raise ValueError("a path") from None
-    if "\0" in text:
-        raise ValueError("a path")
-    return path
+        if b"\0" not in os.fsencode(path):
+            return path
+    raise ValueError("a path")
 
 
 def _program(text: str) -> str:
@@ -162,80 +161,52 @@ def _program(text: str) -> str:
 
 
 def _redis_url(text: str) -> str:
-    try:
-        if not re.fullmatch(r"unix://.*|rediss?://[^/]*(/[0-9]*)?(\?.*)?", text):
-            raise ValueError  # redis-py takes a database that is no number for 0
-        redis.ConnectionPool.from_url(text).make_connection()  # does not connect yet, but refuses an unknown option
-    except (ValueError, TypeError, AttributeError):
-        raise ValueError("redis://[user:password@]host[:port][/database]") from None
-    return text
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        if re.fullmatch(r"unix://.*|rediss?://[^/]*(/[0-9]*)?(\?.*)?", text):  # redis-py reads another path as 0
+            redis.ConnectionPool.from_url(text).make_connection()  # does not connect, but refuses an unknown option
+            return text
+    raise ValueError("redis://[user:password@]host[:port][/database]")
 
 
 def _http_url(text: str) -> str:
-    expected = ValueError("http://host[:port] or https://host[:port], without user, query or fragment")
-    try:
-        parts = urllib.parse.urlsplit(text)
-        _ = parts.port  # raises for what is no port
-    except ValueError:
-        raise expected from None
-    good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    if not good or parts.username is not None or re.search(r"[^!-~]|[?#]", text):
-        raise expected
-    return text.rstrip("/")
+    with contextlib.suppress(ValueError):  # of a port out of range, too
+        url = urllib.parse.urlsplit(text)
+        good = url.scheme in ("http", "https") and url.hostname and url.port != 0 and url.username is None
+        if good and not re.search(r"[^!-~]|[?#]", text):
+            return text.rstrip("/")
+    raise ValueError("http://host[:port] or https://host[:port], without user, query or fragment")
 
 
 def _origin(text: str) -> str:
     """One origin, exactly as browsers send it: any other spelling would never match."""
     found = re.fullmatch(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([1-9][0-9]{0,4}))?", text)
-    good = found and int(found[3] or 1) < 65536 and (found[1], found[3]) not in (("http", "80"), ("https", "443"))
-    host = found[2] if found else ""
-    if re.search(r"\]$|(^|\.)[0-9]+\.?$", host):  # an address has one spelling
-        try:
+    with contextlib.suppress(ValueError):
+        scheme, host, port = found.groups() if found else ("", "..", None)
+        good = ".." not in host and int(port or 1) < 65536 and (scheme, port) not in (("http", "80"), ("https", "443"))
+        if re.search(r"\]$|(^|\.)[0-9]+\.?$", host):  # an address has one spelling
             address = ipaddress.ip_address(host.strip("[]"))
-            good = good and host == (f"[{address.compressed}]" if address.version == 6 else str(address))
-        except ValueError:
-            good = False
-    if not good or ".." in host:
-        raise ValueError("an origin as browsers send it, like http://localhost:3000, without a slash at its end")
-    return text
+            good = good and host == (f"[{address}]" if ":" in host else str(address))
+        if good:
+            return text
+    raise ValueError("an origin as browsers send it, like http://localhost:3000, without a slash at its end")
 
 
 def _origin_or_all(text: str) -> str:
     return text if text == "*" else _origin(text)
 
 
-def _one_of(*known: str) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text.lower() not in known:
-            raise ValueError(f"one of {', '.join(known)}")
-        return text.lower()
-
-    return read
-
-
-def _list(text: str) -> list[str]:
+def _list_of(read: Callable[[str], str]) -> Callable[[str], tuple[str, ...]]:
     """Separated by commas or spaces; `none` is an empty one."""
-    return [] if text.lower() == "none" else re.findall(r"[^,\s]+", text)
+    return lambda text: () if text.lower() == "none" else tuple(map(read, re.findall(r"[^,\s]+", text)))
 
 
-def _origins(text: str) -> tuple[str, ...]:
-    return tuple(_origin(one) for one in _list(text))
+def _host_names(text: str) -> tuple[str, ...]:
+    return _list_of(_matching(r"[a-z0-9._%-]{1,253}", "host names without ports"))(text.lower())
 
 
-def _hosts(text: str) -> tuple[str, ...]:
-    names = tuple(_host(one).lower() for one in _list(text))
-    if any(":" in name for name in names):
-        raise ValueError("names without ports")  # any port is allowed; an IP address need not be named
-    return names
-
-
-def _arguments(text: str) -> tuple[str, ...]:
-    return split_arguments(text)  # defined below, by platform: each shell has rules of its own
-
-
-def _option(name: str, default: Any, read: Callable[[str], Any], meaning: str, *, secret: bool = False) -> Any:
-    """One row of the table below: a field of Settings with its name, parser and meaning."""
-    metadata = {"name": name, "read": read, "meaning": meaning, "secret": secret}
+def _row(name: str, default: Any, read: Callable[[str], Any], meaning: str, *, secret: bool = False) -> Any:
+    """A field of Settings with its name, parser and meaning. `read` raises ValueError with what was expected."""
+    metadata = {"name": name, "read": read, "meaning": meaning}
     return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
 
@@ -243,67 +214,40 @@ def _option(name: str, default: Any, read: Callable[[str], Any], meaning: str, *
 class Settings:
     """All settings. Seconds are floats; a path, URL or token that is not set is None."""
 
-    host: str = _option(
-        "STORYTELLER_HOST", "localhost", _host, "address to listen on; localhost is 127.0.0.1 and ::1, on one port"
+    host: str = _row("STORYTELLER_HOST", "localhost", _host, "address to listen on; localhost is 127.0.0.1 and ::1")
+    port: int = _row("STORYTELLER_PORT", 8000, _whole(0, 65535), "port to listen on; 0 picks a free one")
+    data_dir: Path = _row("STORYTELLER_DATA_DIR", HERE / "data", _path, "folder of the embedded store, token and logs")
+    api_token: str | None = _row(
+        "STORYTELLER_API_TOKEN", None, _token, "the API token; by default made at the first start", secret=True
     )
-    port: int = _option("STORYTELLER_PORT", 8000, _whole(0, 65535), "port to listen on; 0 picks a free one")
-    data_dir: Path = _option(
-        "STORYTELLER_DATA_DIR", HERE / "data", _path, "folder for the embedded store, the API token and the logs"
+    cors_origins: tuple[str, ...] = _row(
+        "STORYTELLER_CORS_ORIGINS", PAGES, _list_of(_origin), "origins of pages that may call with a token, or none"
     )
-    api_token: str | None = _option(
-        "STORYTELLER_API_TOKEN",
-        None,
-        _token,
-        "the service's own token; by default made at the first start",
-        secret=True,
+    trusted_origins: tuple[str, ...] = _row(
+        "STORYTELLER_TRUSTED_ORIGINS", (), _list_of(_origin), "origins of pages on this PC that may call without one"
     )
-    cors_origins: tuple[str, ...] = _option(
-        "STORYTELLER_CORS_ORIGINS",
-        ("http://localhost:3000", "http://localhost:5173", "http://127.0.0.1:3000", "http://127.0.0.1:5173"),
-        _origins,
-        "origins of pages that may call with a token; none switches it off",
+    allowed_hosts: tuple[str, ...] = _row(
+        "STORYTELLER_ALLOWED_HOSTS", (), _host_names, "further names of this PC that a request's Host header may have"
     )
-    trusted_origins: tuple[str, ...] = _option(
-        "STORYTELLER_TRUSTED_ORIGINS", (), _origins, "origins of pages on this PC that may call without one"
-    )
-    allowed_hosts: tuple[str, ...] = _option(
-        "STORYTELLER_ALLOWED_HOSTS", (), _hosts, "further names of this PC that a request's Host header may have"
-    )
-    token_failures: int = _option(
+    token_failures: int = _row(
         "STORYTELLER_TOKEN_FAILURES", 20, _whole(1, 1_000_000), "wrong tokens a minute that one address may send"
     )
-    log_level: str = _option(
-        "STORYTELLER_LOG_LEVEL", "info", _one_of("debug", "info", "warning", "error"), "debug logs each poll too"
-    )
-    log_format: str = _option(
-        "STORYTELLER_LOG_FORMAT", "text", _one_of("text", "json"), "text or json, one line per record"
-    )
-    redis_url: str | None = _option(
-        "REDIS_URL", None, _redis_url, "the Redis to use; overrides the two below", secret=True
-    )
-    redis_host: str | None = _option("REDIS_HOST", None, _host, "the Redis to use; 127.0.0.1 when only the port is set")
-    redis_port: int | None = _option("REDIS_PORT", None, _whole(1, 65535), "its port; 6379 when only the host is set")
-    nvidia_smi: str | None = _option("NVIDIA_SMI", None, _program, "the nvidia-smi program; by default the one on PATH")
-    gpu_cache_seconds: float = _option("GPU_CACHE_SECONDS", 5.0, _seconds, "seconds for which a GPU status is cached")
-    swarmui_api_url: str = _option(
-        "SWARMUI_API_URL", "http://localhost:7801", _http_url, "where SwarmUI answers, http or https"
-    )
-    swarmui_path: Path | None = _option(
-        "SWARMUI_PATH", None, _path, "SwarmUI's folder, its launch script or its executable"
-    )
-    swarmui_args: tuple[str, ...] = _option("SWARMUI_ARGS", (), _arguments, "further arguments for SwarmUI")
-    swarmui_token: str | None = _option(
-        "SWARMUI_TOKEN", None, _cookie, "sent to SwarmUI as the cookie swarm_token", secret=True
-    )
-    swarmui_allow_origin: str | None = _option(
-        "SWARMUI_ALLOW_ORIGIN", None, _origin_or_all, "origin of the page that SwarmUI shall answer; * is every page"
-    )
-    start_timeout: float = _option(
-        "SWARMUI_START_TIMEOUT", 30.0, _positive_seconds, "seconds that a start waits for SwarmUI to answer"
-    )
-    poll_interval: float = _option("SWARMUI_POLL_INTERVAL", 2.0, _positive_seconds, "seconds between two probes")
-    health_timeout: float = _option("SWARMUI_HEALTH_TIMEOUT", 2.0, _positive_seconds, "seconds for one probe")
-    start_interval: float = _option("SWARMUI_START_INTERVAL", 60.0, _positive_seconds, "seconds between two launches")
+    log_level: str = _row("STORYTELLER_LOG_LEVEL", "info", _log_level, "debug logs each poll too")
+    log_format: str = _row("STORYTELLER_LOG_FORMAT", "text", _log_format, "text or json, one line per record")
+    redis_url: str | None = _row("REDIS_URL", None, _redis_url, "the Redis to use; overrides the next two", secret=True)
+    redis_host: str | None = _row("REDIS_HOST", None, _host, "the Redis to use; 127.0.0.1 when only the port is set")
+    redis_port: int | None = _row("REDIS_PORT", None, _whole(1, 65535), "its port; 6379 when only the host is set")
+    nvidia_smi: str | None = _row("NVIDIA_SMI", None, _program, "the nvidia-smi program; by default the one on PATH")
+    gpu_cache_seconds: float = _row("GPU_CACHE_SECONDS", 5.0, _seconds(0), "seconds for which a GPU status is cached")
+    swarmui_api_url: str = _row("SWARMUI_API_URL", "http://localhost:7801", _http_url, "where SwarmUI answers")
+    swarmui_path: Path | None = _row("SWARMUI_PATH", None, _path, "SwarmUI's folder, launch script or executable")
+    swarmui_args: tuple[str, ...] = _row("SWARMUI_ARGS", (), lambda text: split_arguments(text), "further arguments")
+    swarmui_token: str | None = _row("SWARMUI_TOKEN", None, _cookie, "sent to it as cookie swarm_token", secret=True)
+    swarmui_allow_origin: str | None = _row("SWARMUI_ALLOW_ORIGIN", None, _origin_or_all, "page that it answers, or *")
+    start_timeout: float = _row("SWARMUI_START_TIMEOUT", 30.0, _seconds(0.001), "seconds that a start waits for it")
+    poll_interval: float = _row("SWARMUI_POLL_INTERVAL", 2.0, _seconds(0.001), "seconds between two probes")
+    health_timeout: float = _row("SWARMUI_HEALTH_TIMEOUT", 2.0, _seconds(0.001), "seconds for one probe")
+    start_interval: float = _row("SWARMUI_START_INTERVAL", 60.0, _seconds(0.001), "seconds between two launches")
 
     @property
     def redis_address(self) -> str | None:
@@ -333,31 +277,26 @@ def read_env_file(path: Path) -> dict[str, str]:
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if not line or line.startswith("#"):
             continue
-        found = re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*)", line)
+        found = re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(?:(['\"])(.*)\2|(.*))", line)
         if not found:
             raise SettingError(f"{path}, line {number}: expected KEY=VALUE, or a comment that begins with #.")
-        name, value = found.groups()
-        if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
-            value = value[1:-1]
-        values[name] = value
+        values[found[1]] = found[3] if found[2] else found[4]
     return values
 
 
-def load_settings(
-    arguments: Mapping[str, str | None], environ: Mapping[str, str], env_file: Path = HERE / ".env"
-) -> Settings:
-    """Arguments (by field name) override the environment, it overrides `env_file`. An empty value counts as not set."""
-    from_file = read_env_file(env_file)
+def load_settings(given: Mapping[str, str | None], environ: Mapping[str, str], file: Path = HERE / ".env") -> Settings:
+    """Arguments (`given` by field name) override the environment, it overrides `file`. An empty value is not set."""
+    from_file = read_env_file(file)
     values = {}
     for row in dataclasses.fields(Settings):
         name = row.metadata["name"]
-        text = arguments.get(row.name) or environ.get(name) or from_file.get(name)
+        text = given.get(row.name) or environ.get(name) or from_file.get(name)
         if not text:
             continue
         try:
             values[row.name] = row.metadata["read"](text)
         except ValueError as expected:
-            shown = "cannot be used" if row.metadata["secret"] else f"is {text!r}"
+            shown = f"is {text!r}" if row.repr else "cannot be used"  # a secret
             raise SettingError(f"{name} {shown}: expected {expected}.") from None
     return Settings(**values)
 
@@ -377,44 +316,19 @@ class ApiError(Exception):
         self.retry_after = None if retry_after is None else max(1, math.ceil(retry_after))
 
 
-class BadRequest(ApiError):
-    status = 400
+def _error(name: str, status: int) -> type[ApiError]:
+    return cast(type[ApiError], type(name, (ApiError,), {"status": status}))
 
 
-class Unauthorized(ApiError):
-    status = 401
-
-
-class Forbidden(ApiError):
-    status = 403
-
-
-class NotFound(ApiError):
-    status = 404
-
-
-class Conflict(ApiError):
-    status = 409
-
-
-class ContentTooLarge(ApiError):
-    status = 413
-
-
-class UnsupportedMediaType(ApiError):
-    """A body of another content type."""
-
-    status = 415
-
-
-class MisdirectedRequest(ApiError):
-    """A Host header that names another machine."""
-
-    status = 421
-
-
-class TooManyRequests(ApiError):
-    status = 429
+BadRequest = _error("BadRequest", 400)
+Unauthorized = _error("Unauthorized", 401)
+Forbidden = _error("Forbidden", 403)
+NotFound = _error("NotFound", 404)
+Conflict = _error("Conflict", 409)
+ContentTooLarge = _error("ContentTooLarge", 413)
+UnsupportedMediaType = _error("UnsupportedMediaType", 415)
+MisdirectedRequest = _error("MisdirectedRequest", 421)  # a Host header that names another machine
+TooManyRequests = _error("TooManyRequests", 429)
 
 
 class Unavailable(ApiError):
@@ -432,6 +346,7 @@ class StartError(Exception):
 # ======================================================================================================
 
 MAX_DEPTH = 100  # levels of a request's body; json cannot write what is nested much deeper
+LARGEST = 2**53  # JavaScript does not represent every larger whole number
 
 
 def parse_json(data: bytes, *, from_request: bool = False) -> Any:
@@ -491,12 +406,10 @@ def _is_deeper(value: Any, levels: int) -> bool:
     return bool(level)
 
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-
-
 def iso_time(ms: int) -> str:
     """ISO 8601 in UTC with `Z`, with milliseconds unless they are 0. Raises OverflowError past year 9999."""
-    moment = _EPOCH + timedelta(milliseconds=ms)  # Windows' own conversion ends at the year 3000
+    # Windows' own conversion ends at the year 3000.
+    moment = datetime(1970, 1, 1, tzinfo=timezone.utc) + timedelta(milliseconds=ms)
     return moment.isoformat(timespec="milliseconds" if ms % 1000 else "seconds").replace("+00:00", "Z")
 
 
@@ -521,9 +434,6 @@ def is_whole(value: object) -> TypeGuard[int | float]:
     return value.is_integer() if isinstance(value, float) else isinstance(value, int) and not isinstance(value, bool)
 
 
-LARGEST = 2**53  # JavaScript does not represent every larger whole number
-
-
 def is_count(value: object) -> bool:
     return is_whole(value) and 0 <= value <= LARGEST
 
@@ -540,6 +450,8 @@ def bound(kept: dict[Any, Any], most: int) -> None:
 
 WINDOWS = sys.platform == "win32"  # type checkers do not understand this name: where types differ, the comparison
 REFUSAL_IS_SLOW = WINDOWS  # it retries a refused connection for about 2 s, and a probe may time out earlier
+# No route or no such address, as ::1 where there is no IPv6; WinSock has numbers of its own.
+_NOT_HERE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, 10047, 10049, 10051, 10065}
 
 LAUNCH_SCRIPTS = ("launch-windows.bat", "launch-linux.sh", "launch-macos.sh")
 LAUNCH_SCRIPT = {"win32": LAUNCH_SCRIPTS[0], "darwin": LAUNCH_SCRIPTS[2]}.get(sys.platform, LAUNCH_SCRIPTS[1])
@@ -547,50 +459,43 @@ LAUNCH_SCRIPT = {"win32": LAUNCH_SCRIPTS[0], "darwin": LAUNCH_SCRIPTS[2]}.get(sy
 if sys.platform == "win32":
     import msvcrt
 
-    _POINTER, _DWORD, _STRING = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_wchar_p
+    _C_TYPES = {"P": ctypes.c_void_p, "N": ctypes.c_uint32, "S": ctypes.c_wchar_p}  # pointer, number, string
 
-    def _win32(library: str, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
-        """A function of Windows with its types. Without them ctypes truncates handles and pointers to 32 bits."""
+    def _win32(name: str, types: str, *arguments: Any) -> Any:
+        """Call a function of Windows. `types` are those of its result and its arguments: without them ctypes truncates
+        handles and pointers to 32 bits."""
+        library, _, name = name.partition(".")
         function = getattr(ctypes.WinDLL(library, use_last_error=True), name)
-        function.restype, function.argtypes = result, arguments
-        return cast(Callable[..., Any], function)
+        function.restype, *function.argtypes = (_C_TYPES[letter] for letter in types)
+        return function(*arguments)
 
-    def _win32_error() -> OSError:
-        return ctypes.WinError(ctypes.get_last_error())
+    def _checked(name: str, types: str, *arguments: Any) -> Any:
+        """The same where 0 or INVALID_HANDLE_VALUE means failure. Raises OSError."""
+        result = _win32(name, types, *arguments)
+        if result in (None, 0, ctypes.c_void_p(-1).value):
+            raise ctypes.WinError(ctypes.get_last_error())
+        return result
 
     def _open_windows(path: str, access: int, creation: int, owner_only: bool = False) -> int:
         """CreateFileW, since `open` can neither say who may read the file nor ask for an access that only appends."""
         security = (ctypes.c_size_t * 3)(ctypes.sizeof(ctypes.c_size_t * 3), 0, 0)  # SECURITY_ATTRIBUTES
         if owner_only:
             # Protected from inheritance; all rights to this user, none to anybody else.
-            name = "ConvertStringSecurityDescriptorToSecurityDescriptorW"
-            convert = _win32("advapi32", name, _DWORD, _STRING, _DWORD, _POINTER, _POINTER)
-            if not convert(f"D:P(A;;FA;;;{_user_sid()})", 1, ctypes.byref(security, ctypes.sizeof(_POINTER)), None):
-                raise _win32_error()
-        create = _win32(
-            "kernel32", "CreateFileW", _POINTER, _STRING, _DWORD, _DWORD, _POINTER, _DWORD, _DWORD, _POINTER
-        )
+            convert = "advapi32.ConvertStringSecurityDescriptorToSecurityDescriptorW"
+            descriptor = ctypes.byref(security, ctypes.sizeof(ctypes.c_size_t))
+            _checked(convert, "NSNPP", f"D:P(A;;FA;;;{_user_sid()})", 1, descriptor, None)
         share_all = 0x7  # read, write, delete: SwarmUI has its log open while others read or shorten it
-        handle = create(path, access, share_all, ctypes.byref(security), creation, 0x80, None)
-        if handle == _POINTER(-1).value:
-            raise _win32_error()
+        arguments = (path, access, share_all, ctypes.byref(security), creation, 0x80, None)
+        handle = _checked("kernel32.CreateFileW", "PSNNPNNP", *arguments)
         return msvcrt.open_osfhandle(handle, os.O_WRONLY | os.O_APPEND | os.O_BINARY)
 
     def _user_sid() -> str:
         """The security identifier of the user that this process runs as."""
-        token, size, sid = _POINTER(), _DWORD(), _STRING()
-        process = _win32("kernel32", "GetCurrentProcess", _POINTER)()
-        open_token = _win32("advapi32", "OpenProcessToken", _DWORD, _POINTER, _DWORD, _POINTER)
-        open_token(process, 8, ctypes.byref(token))  # TOKEN_QUERY
-        query = _win32("advapi32", "GetTokenInformation", _DWORD, _POINTER, _DWORD, _POINTER, _DWORD, _POINTER)
-        query(token, 1, None, 0, ctypes.byref(size))  # TokenUser: first its size
-        user = ctypes.create_string_buffer(size.value)
-        if not query(token, 1, user, size, ctypes.byref(size)):
-            raise _win32_error()
-        _win32("kernel32", "CloseHandle", _DWORD, _POINTER)(token)
-        first = ctypes.cast(user, ctypes.POINTER(_POINTER))[0]
-        if not _win32("advapi32", "ConvertSidToStringSidW", _DWORD, _POINTER, _POINTER)(first, ctypes.byref(sid)):
-            raise _win32_error()
+        this_process, token_user = -4, 1  # GetCurrentProcessToken(), TokenUser
+        user, size, sid = (ctypes.c_void_p * 32)(), ctypes.c_uint32(), ctypes.c_wchar_p()
+        arguments = (this_process, token_user, user, ctypes.sizeof(user), ctypes.byref(size))
+        _checked("advapi32.GetTokenInformation", "NPNPNP", *arguments)
+        _checked("advapi32.ConvertSidToStringSidW", "NPP", user[0], ctypes.byref(sid))
         return sid.value or ""
 
 
@@ -598,10 +503,10 @@ def split_arguments(text: str) -> tuple[str, ...]:
     """Split as this platform's shell does. Raises ValueError, with what was expected."""
     if sys.platform == "win32":
         count = ctypes.c_int()
-        split = _win32("shell32", "CommandLineToArgvW", ctypes.POINTER(_STRING), _STRING, _POINTER)
         # The first word follows other rules, as it names the program: put one there.
-        words = split(f"program {text}", ctypes.byref(count))
-        return tuple(words[1 : count.value])  # a few hundred bytes a start, never freed
+        found = _win32("shell32.CommandLineToArgvW", "PSP", f"program {text}", ctypes.byref(count))
+        words = ctypes.cast(found, ctypes.POINTER(ctypes.c_wchar_p))  # a few hundred bytes a start, never freed
+        return tuple(words[1 : count.value])
     try:
         return tuple(shlex.split(text))
     except ValueError:
@@ -625,13 +530,10 @@ def write_private(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        if WINDOWS:
-            os.rename(draft, path)  # refuses to replace, unlike on POSIX
-        else:
-            os.link(draft, path)
+        # Neither replaces a file: on POSIX a rename would.
+        (os.rename if WINDOWS else os.link)(draft, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            draft.unlink()
+        draft.unlink(missing_ok=True)
 
 
 def _open_private(path: str, flags: int) -> int:
@@ -666,10 +568,6 @@ def lock_file(path: Path) -> TextIO | None:
     return file
 
 
-# No route or no such address, as ::1 where there is no IPv6; WinSock has numbers of its own.
-_NOT_HERE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, 10047, 10049, 10051, 10065}
-
-
 def descriptor_limit() -> int:
     """How many sockets and files this process may open; `select` on Windows takes 512 sockets."""
     if sys.platform == "win32":
@@ -690,13 +588,13 @@ def listen(address: str, port: int) -> socket.socket:
         else:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past connections in TIME_WAIT only
         if ":" in address:
-            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address == "::" else 1)
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address != "::"))
         made.bind((address, port))
         made.listen(1024)  # on Linux two sockets may bind one port; the second to listen is refused
-        return made
     except OSError:
         made.close()
         raise
+    return made
 
 
 GRACE = 5.0  # seconds for the requests in flight at shutdown
@@ -716,8 +614,8 @@ def on_end_signal(stop: Callable[[float], None], ended: threading.Event) -> obje
                 ended.wait(CLOSING_GRACE + 1.5)  # Windows ends this process as soon as this returns
             return True
 
-        handler = ctypes.WINFUNCTYPE(ctypes.c_int, _DWORD)(handle)
-        ctypes.WinDLL("kernel32").SetConsoleCtrlHandler(handler, True)
+        handler = ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint32)(handle)
+        _win32("kernel32.SetConsoleCtrlHandler", "NPN", handler, 1)
         return handler
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop(GRACE))
@@ -730,48 +628,39 @@ def prepare_console(title: str | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if sys.platform == "win32" and title:
-        _win32("kernel32", "SetConsoleTitleW", _DWORD, _STRING)(title)
+        _win32("kernel32.SetConsoleTitleW", "NS", title)
 
 
 # ======================================================================================================
 # Platform: processes
 # ======================================================================================================
 
-
 if sys.platform == "win32":
 
     def _make_job(limits: int = 0x2000) -> int:
         """A job object of Windows, by default one that ends its processes when it is closed or this process ends."""
-        job = _win32("kernel32", "CreateJobObjectW", _POINTER, _POINTER, _POINTER)(None, None)
-        about = ctypes.create_string_buffer(
-            144 if ctypes.sizeof(_POINTER) == 8 else 112
-        )  # ..._EXTENDED_LIMIT_INFORMATION
-        struct.pack_into("<I", about, 16, limits)  # its LimitFlags; 0x2000 is ..._KILL_ON_JOB_CLOSE
-        if not _win32("kernel32", "SetInformationJobObject", _DWORD, _POINTER, _DWORD, _POINTER, _DWORD)(
-            job, 9, about, len(about)
-        ):
-            raise _win32_error()
-        return cast(int, job)
+        job: int = _checked("kernel32.CreateJobObjectW", "PPP", None, None)
+        # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, with its LimitFlags; 0x2000 is KILL_ON_JOB_CLOSE.
+        about = (ctypes.c_uint32 * (36 if sys.maxsize > 2**32 else 28))(0, 0, 0, 0, limits)
+        _checked("kernel32.SetInformationJobObject", "NPNPN", job, 9, about, ctypes.sizeof(about))
+        return job
 
     @contextlib.contextmanager
-    def _open_process(pid: int, access: int) -> Iterator[int | None]:
-        """A handle of a process on Windows; None when there is no such process."""
-        process = _win32("kernel32", "OpenProcess", _POINTER, _DWORD, _DWORD, _DWORD)(access, 0, pid)
+    def _open_process(pid: int, access: int) -> Iterator[int]:
+        """A handle of a process. Raises OSError when there is no such process."""
+        process = _checked("kernel32.OpenProcess", "PNNN", access, 0, pid)
         try:
             yield process
         finally:
-            if process:
-                _win32("kernel32", "CloseHandle", _DWORD, _POINTER)(process)
+            _win32("kernel32.CloseHandle", "NP", process)
 
     def _windows_start_time(pid: int) -> str | None:
+        times, code = (ctypes.c_uint64 * 4)(), ctypes.c_uint32()
         with _open_process(pid, 0x1000) as process:  # QUERY_LIMITED_INFORMATION
-            times, code = (ctypes.c_uint64 * 4)(), _DWORD()
             each = [ctypes.byref(times, 8 * number) for number in range(4)]
-            done = _win32("kernel32", "GetProcessTimes", _DWORD, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER)(
-                process, *each
-            )
-            _win32("kernel32", "GetExitCodeProcess", _DWORD, _POINTER, _POINTER)(process, ctypes.byref(code))
-        return str(times[0]) if done and code.value == 259 else None  # STILL_ACTIVE
+            _checked("kernel32.GetProcessTimes", "NPPPPP", process, *each)
+            _checked("kernel32.GetExitCodeProcess", "NPP", process, ctypes.byref(code))
+        return str(times[0]) if code.value == 259 else None  # STILL_ACTIVE
 
 
 @contextlib.contextmanager
@@ -782,18 +671,18 @@ def bounded_child(command: Sequence[str], running: set[int]) -> Iterator[subproc
     with contextlib.ExitStack() as ending:
         if sys.platform == "win32":
             job = _make_job()
-            ending.callback(_win32("kernel32", "CloseHandle", _DWORD, _POINTER), job)
+            ending.callback(_win32, "kernel32.CloseHandle", "NP", job)
             # Suspended until it is in the job: what it starts then is in it too.
             child = subprocess.Popen(command, creationflags=subprocess.CREATE_NO_WINDOW | 0x4, **options)
-            ending.callback(_win32("kernel32", "TerminateJobObject", _DWORD, _POINTER, _DWORD), job, 1)
+            ending.callback(_win32, "kernel32.TerminateJobObject", "NPN", job, 1)
             with _open_process(child.pid, 0x0901) as process:  # SUSPEND_RESUME, SET_QUOTA, TERMINATE
-                _win32("kernel32", "AssignProcessToJobObject", _DWORD, _POINTER, _POINTER)(job, process)
-                _win32("ntdll", "NtResumeProcess", _DWORD, _POINTER)(process)
+                _win32("kernel32.AssignProcessToJobObject", "NPP", job, process)
+                _win32("ntdll.NtResumeProcess", "NP", process)
         else:
             child = subprocess.Popen(command, start_new_session=True, **options)
             running.add(child.pid)
             ending.callback(running.discard, child.pid)
-            ending.callback(_kill_group, child.pid)
+            ending.callback(end_children, {child.pid})
         try:
             yield child
         finally:
@@ -806,16 +695,11 @@ def bounded_child(command: Sequence[str], running: set[int]) -> Iterator[subproc
 
 
 def end_children(running: set[int]) -> None:
-    """End bounded children before this process ends. On Windows their jobs end with it."""
-    for leader in list(running):
-        _kill_group(leader)
-
-
-def _kill_group(leader: int) -> None:
-    """The group outlives its leader while a child of it is left."""
+    """End bounded children with what they started. On Windows their jobs end with this process."""
     if sys.platform != "win32":
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(leader, signal.SIGKILL)
+        for leader in list(running):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(leader, signal.SIGKILL)  # the group may outlive its leader
 
 
 MAX_OUTPUT = 256 * 1024  # bytes of a child's output; its pipe is closed when it prints more
@@ -845,26 +729,20 @@ def read_output(child: subprocess.Popen[bytes], timeout: float) -> tuple[str, st
 def launch_detached(program: Path, arguments: Sequence[str], folder: Path, output: Path) -> subprocess.Popen[bytes]:
     """Start a program that outlives this one, its output appended to a file. Raises OSError or ValueError."""
     words = [str(program), *arguments]
-    command: str | list[str] = words
-    log_file = open_log(output)
-    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log_file, "stderr": log_file, "cwd": folder}
-    options["env"] = {name: value for name, value in os.environ.items() if not name.upper().startswith("STORYTELLER_")}
-    try:
+    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("STORYTELLER_")}
+    with open(open_log(output), "ab") as log_file:
+        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log_file, "stderr": log_file}
+        options |= {"cwd": folder, "env": environment}
         if sys.platform == "win32":
-            if program.suffix.lower() in (".bat", ".cmd"):
-                command = _batch_command(words)
+            command = _batch_command(words) if program.suffix.lower() in (".bat", ".cmd") else words
             # With a console of its own, which is invisible: Ctrl+C in ours, and its closing, must not reach it.
             flags = subprocess.CREATE_NO_WINDOW
             # The task scheduler, for one, runs us in a job that may end with us: out of it, where that is allowed.
             with contextlib.suppress(PermissionError):
-                flags_outside = flags | subprocess.CREATE_BREAKAWAY_FROM_JOB
-                return subprocess.Popen(command, creationflags=flags_outside, **options)
+                return subprocess.Popen(command, creationflags=flags | subprocess.CREATE_BREAKAWAY_FROM_JOB, **options)
             return subprocess.Popen(command, creationflags=flags, **options)
-        if program.suffix == ".sh" and not os.access(program, os.X_OK):
-            command = ["bash", *words]
-        return subprocess.Popen(command, start_new_session=True, **options)
-    finally:
-        os.close(log_file)
+        shell = ["bash"] if program.suffix == ".sh" and not os.access(program, os.X_OK) else []
+        return subprocess.Popen([*shell, *words], start_new_session=True, **options)
 
 
 def _batch_command(words: Sequence[str]) -> str:
@@ -910,9 +788,8 @@ class LogFormatter(logging.Formatter):
         self._as_json = as_json
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = re.sub(
-            r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], record.message
-        )
+        control = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
+        record.message = re.sub(control, lambda found: ascii(found[0])[1:-1], record.message)
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
@@ -943,11 +820,10 @@ def start_logging(path: Path, settings: Settings) -> None:
         file = LogFile(path, maxBytes=LOG_LIMIT, backupCount=LOGS_KEPT, encoding="utf-8")
     except OSError as error:
         raise StartError(f"The log {path} cannot be written ({error.strerror}): fix or remove it.") from None
-    file.setFormatter(LogFormatter(as_json=settings.log_format == "json"))
+    file.setFormatter(LogFormatter(as_json=settings.log_format.lower() == "json"))
     console = logging.StreamHandler()
     console.setLevel(logging.WARNING)
-    console.setFormatter(logging.Formatter("%(message)s"))
-    logging.basicConfig(level=settings.log_level.upper(), handlers=[file, console], force=True)
+    logging.basicConfig(level=settings.log_level.upper(), format="%(message)s", handlers=[file, console], force=True)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of each request that waits for a moment
     logging.raiseExceptions = False  # a log that cannot be written must not disturb the service
 
@@ -956,16 +832,13 @@ def shorten_log(path: Path) -> None:
     """Copy a log above LOG_LIMIT and empty it: SwarmUI has it open and outlives this service, so it cannot be moved.
     Lines written between the two steps are lost."""
     try:
-        if path.stat().st_size <= LOG_LIMIT:
+        if not path.exists() or path.stat().st_size <= LOG_LIMIT:
             return
         for number in range(LOGS_KEPT - 1, 0, -1):
-            older = path.with_name(f"{path.name}.{number}")
             with contextlib.suppress(FileNotFoundError, PermissionError):  # Windows moves no file that is open
-                os.replace(older, path.with_name(f"{path.name}.{number + 1}"))
-        shutil.copyfile(path, path.with_name(f"{path.name}.1"))
+                os.replace(f"{path}.{number}", f"{path}.{number + 1}")
+        shutil.copyfile(path, f"{path}.1")
         os.truncate(path, 0)
-    except FileNotFoundError:
-        pass
     except OSError as error:
         log.warning("swarmui: %s cannot be shortened (%s)", path, error.strerror)
 
@@ -4451,12 +4324,10 @@ def prepare_data_dir(path: Path) -> None:
     """Create the folder, and test that it can be written. Raises StartError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise StartError(
-            f"The data folder {path} cannot be written ({error.strerror}): set STORYTELLER_DATA_DIR to one that can."
-        ) from None
+        fault = f"The data folder {path} cannot be written ({error.strerror})"
+        raise StartError(f"{fault}: set STORYTELLER_DATA_DIR to one that can.") from None
 
 
 def own_data_dir(settings: Settings) -> TextIO:
@@ -4465,23 +4336,14 @@ def own_data_dir(settings: Settings) -> TextIO:
     file = lock_file(path)
     if file is None:
         where = path.read_text(encoding="utf-8").strip() or "an address that it has not written down yet"
-        raise StartError(
-            f"The data folder {settings.data_dir} is in use by the service at {where}: use that one, stop it, or set "
-            "STORYTELLER_DATA_DIR."
-        )
+        fault = f"The data folder {settings.data_dir} is in use by the service at {where}"
+        raise StartError(f"{fault}: use that one, stop it, or set STORYTELLER_DATA_DIR.")
     return file
 
 
 def url_of(settings: Settings, port: int) -> str:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return f"http://{host}:{port}"
-
-
-def describe_swarmui(settings: Settings) -> str:
-    try:
-        return str(plan_launch(settings).program)
-    except LaunchError as error:
-        return f"cannot be launched: {error}"
 
 
 def serve(settings: Settings) -> int:
@@ -4492,39 +4354,36 @@ def serve(settings: Settings) -> int:
     start_logging(settings.data_dir / "storyteller.log", settings)
     token_place = "STORYTELLER_API_TOKEN" if settings.api_token else str(token_path(settings))
     settings = dataclasses.replace(settings, api_token=own_token(settings))
-    ended = threading.Event()
-    with contextlib.closing(open_store(settings)) as store:
-        children: set[int] = set()
-        gpu = GpuMonitor(
-            lambda: query_gpus(find_nvidia_smi(settings), children),
-            settings.gpu_cache_seconds,
-            cancel=lambda: end_children(children),
-        )
-        with (
-            contextlib.closing(gpu),
-            contextlib.closing(SwarmUILauncher(settings)) as swarmui,
-            contextlib.closing(make_services(settings, store, gpu, swarmui)) as services,
-        ):
-            sockets = open_sockets(settings.host, settings.port)
-            server = Server(create_app(services), sockets, on_stop=swarmui.close)
-            stopping = threading.Event()
+    stopping, ended = threading.Event(), threading.Event()
+    children: set[int] = set()
 
-            def stop(grace: float) -> None:
-                if stopping.is_set():  # a second signal ends it at once
-                    end_children(children)
-                    os._exit(1)
-                stopping.set()
-                server.stop(grace)
+    def query() -> GpuStatus:
+        return query_gpus(find_nvidia_smi(settings), children)
 
-            handler = on_end_signal(stop, ended)
-            port = sockets[0].getsockname()[1]
-            running.truncate(0)
-            running.write(url_of(settings, port))
-            running.flush()
-            swarmui.keep_log_short()
-            greet(settings, store, port, token_place)
-            log.info("server: listening on %s", url_of(settings, port))
-            server.run()
+    with (
+        contextlib.closing(open_store(settings)) as store,
+        contextlib.closing(GpuMonitor(query, settings.gpu_cache_seconds, cancel=lambda: end_children(children))) as gpu,
+        contextlib.closing(SwarmUILauncher(settings)) as swarmui,
+        contextlib.closing(make_services(settings, store, gpu, swarmui)) as services,
+    ):
+        sockets = open_sockets(settings.host, settings.port)
+        server = Server(create_app(services), sockets, on_stop=swarmui.close)
+
+        def stop(grace: float) -> None:
+            if stopping.is_set():  # a second signal ends it at once
+                end_children(children)
+                os._exit(1)
+            stopping.set()
+            server.stop(grace)
+
+        handler = on_end_signal(stop, ended)
+        port = sockets[0].getsockname()[1]
+        running.truncate(0)
+        print(url_of(settings, port), file=running, flush=True)
+        swarmui.keep_log_short()
+        greet(settings, store, port, token_place)
+        log.info("server: listening on %s", url_of(settings, port))
+        server.run()
     log.info("server: stopped")
     running.close()
     ended.set()
@@ -4535,11 +4394,12 @@ def serve(settings: Settings) -> int:
 def greet(settings: Settings, store: Store, port: int, token_place: str) -> None:
     """Print what a person at the console needs, but never the token."""
     prepare_console(f"StoryTeller automation, port {port}")
+    level, _, program = check_swarmui_path(settings)
     rows = {
         "address": url_of(settings, port),
         "store": f"{store.name}, {store.place}",
         "nvidia-smi": find_nvidia_smi(settings) or "not found: install NVIDIA's driver, or set NVIDIA_SMI",
-        "SwarmUI": describe_swarmui(settings),
+        "SwarmUI": program if level == "OK" else f"cannot be launched: {program}",
         "API token": f"in {token_place}",
         "log": str(settings.data_dir / "storyteller.log"),
     }
@@ -4587,12 +4447,12 @@ def run_checks(arguments: Mapping[str, str | None]) -> Iterator[Check]:
 
 def check_pages(settings: Settings) -> Iterator[Check]:
     """Whether the right pages can see SwarmUI."""
-    if settings.swarmui_allow_origin == "*":
+    allowed, pages = settings.swarmui_allow_origin, settings.trusted_origins
+    if allowed == "*":
         advice = "SWARMUI_ALLOW_ORIGIN is *, which opens SwarmUI to every page: set it to StoryArt's origin"
         yield "WARN", "SwarmUI's pages", advice
-    elif settings.trusted_origins and not settings.swarmui_allow_origin:
-        page = settings.trusted_origins[0]
-        yield "WARN", "SwarmUI's pages", f"{page} cannot see SwarmUI as installed: set SWARMUI_ALLOW_ORIGIN to it"
+    elif pages and not allowed:
+        yield "WARN", "SwarmUI's pages", f"{pages[0]} cannot see SwarmUI as installed: set SWARMUI_ALLOW_ORIGIN to it"
 
 
 def check_store(settings: Settings) -> Check:
@@ -4606,11 +4466,8 @@ def check_store(settings: Settings) -> Check:
     except StartError as error:
         return "FAIL", "store", str(error)
     except Unavailable as error:
-        return (
-            "FAIL",
-            "store",
-            f"{error} Start it, or remove REDIS_URL, REDIS_HOST and REDIS_PORT for the embedded one.",
-        )
+        advice = "Start it, or remove REDIS_URL, REDIS_HOST and REDIS_PORT for the embedded one."
+        return "FAIL", "store", f"{error} {advice}"
 
 
 def check_swarmui_path(settings: Settings) -> Check:
@@ -4637,8 +4494,7 @@ def check_port(settings: Settings) -> Check:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    rows = (row.metadata | {"default": row.default} for row in dataclasses.fields(Settings))
-    table = "\n".join(f"  {row['name']:<24} {row['meaning']}" for row in rows)
+    table = "\n".join(f"  {row.metadata['name']:<24} {row.metadata['meaning']}" for row in dataclasses.fields(Settings))
     parser = argparse.ArgumentParser(
         description="The StoryTeller automation service.",
         epilog=f"settings, from the environment or a .env file beside this module:\n{table}",
@@ -4650,9 +4506,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", help="overrides STORYTELLER_PORT")
     parser.add_argument("--data-dir", help="overrides STORYTELLER_DATA_DIR")
     tokens = parser.add_argument_group("token", "makes a session token, and prints nothing else")
-    tokens.add_argument(
-        "--subject", help="the program that gets it: letters, digits, dot, hyphen, underscore; 64 at most"
-    )
+    tokens.add_argument("--subject", help="the program's name: at most 64 letters, digits, dots, hyphens, underscores")
     tokens.add_argument("--permission", action="append", choices=PERMISSIONS, default=[], help="as often as needed")
     tokens.add_argument("--ttl", type=read_ttl, default=TOKEN_TTL, help="like 90s, 45m, 30d; by default 12h")
     instead = tokens.add_mutually_exclusive_group()
@@ -4672,26 +4526,21 @@ def read_ttl(text: str) -> int:
 
 
 def token_command(settings: Settings, given: Mapping[str, Any]) -> int:
-    """Make, list or revoke session tokens; a running service sees it within 5 s. Raises StartError."""
+    """Make, list or revoke session tokens; a running service sees it within 5 s. Raises StartError, Unavailable."""
     prepare_data_dir(settings.data_dir)
-    try:
-        with contextlib.closing(open_store(settings)) as store:
-            if given["list"] or given["revoke"]:
-                return list_tokens(store, given["revoke"])
-            if not re.fullmatch(SUBJECT_PATTERN, given["subject"] or "") or not given["permission"]:
-                raise StartError("A token needs --subject NAME and at least one --permission: see --help.")
-            token, _ = issue_token(store, given["subject"], given["permission"], given["ttl"], now_ms())
-            print(token)
-            return 0
-    except Unavailable as fault:
-        raise StartError(str(fault)) from None
+    with contextlib.closing(open_store(settings)) as store:
+        if given["list"] or given["revoke"]:
+            return list_tokens(store, given["revoke"])
+        if not re.fullmatch(SUBJECT_PATTERN, given["subject"] or "") or not given["permission"]:
+            raise StartError("A token needs --subject NAME and at least one --permission: see --help.")
+        print(issue_token(store, given["subject"], given["permission"], given["ttl"], now_ms())[0])
+        return 0
 
 
 def list_tokens(store: Store, revoked: str | None) -> int:
     """Print the session tokens by subject, or those of one subject while revoking them."""
     found = [(caller, digest) for digest, record in store.tokens() if (caller := read_token(digest, record))]
-    found.sort(key=lambda one: (one[0].subject, one[0].expires))
-    for caller, digest in found:
+    for caller, digest in sorted(found, key=lambda one: (one[0].subject, one[0].expires)):
         end = iso_time(caller.expires or 0)
         if revoked is None:
             print(caller.subject, end, *caller.permissions)
@@ -4704,22 +4553,18 @@ def list_tokens(store: Store, revoked: str | None) -> int:
     return 1
 
 
-SETTING_ARGUMENTS = ("host", "port", "data_dir")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0; 1 when a check failed or no token was revoked; 2 when the service cannot start."""
     prepare_console()
     given = vars(make_parser().parse_args(argv))
     if given["data_dir"]:  # relative to the current folder, since a person typed it there
         given["data_dir"] = os.path.abspath(given["data_dir"])
-    arguments = {name: given[name] for name in SETTING_ARGUMENTS}
     try:
         if given["command"] == "check":
-            return check(arguments)
-        settings = load_settings(arguments, os.environ)
+            return check(given)
+        settings = load_settings(given, os.environ)
         return token_command(settings, given) if given["command"] == "token" else serve(settings)
-    except (SettingError, StartError) as error:
+    except (SettingError, StartError, Unavailable) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

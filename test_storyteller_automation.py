@@ -1038,14 +1038,12 @@ def test_a_private_file_is_whole(tmp_path):
 
 def windows_rights(path: Path) -> set[str]:
     """The users and groups that Windows gives any right to a file."""
-    void, word, text = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_wchar_p
-    rights, written = void(), text()
-    ask = service._win32("advapi32", "GetNamedSecurityInfoW", word, text, word, word, void, void, void, void, void)
-    assert ask(str(path), 1, 4, None, None, None, None, ctypes.byref(rights)) == 0  # of a file, the access list
-    name = "ConvertSecurityDescriptorToStringSecurityDescriptorW"
-    assert service._win32("advapi32", name, word, void, word, word, void, void)(
-        rights, 1, 4, ctypes.byref(written), None
-    )
+    rights, written = ctypes.c_void_p(), ctypes.c_wchar_p()
+    of_a_file, access_list = 1, 4
+    asked = (str(path), of_a_file, access_list, None, None, None, None, ctypes.byref(rights))
+    assert service._win32("advapi32.GetNamedSecurityInfoW", "NSNNPPPPP", *asked) == 0
+    name = "advapi32.ConvertSecurityDescriptorToStringSecurityDescriptorW"
+    service._checked(name, "NPNNPP", rights, 1, access_list, ctypes.byref(written), None)
     return set(service.re.findall(r"([^;]+)\)", written.value))
 
 
@@ -2680,12 +2678,10 @@ def test_an_nvidia_smi_past_all_killing_holds_nobody_up(nvidia_smi, leash, monke
     if service.WINDOWS:
         win32, make_job = service._win32, service._make_job
         monkeypatch.setattr(service, "_make_job", lambda: make_job(0))
-        spared = {"TerminateJobObject": lambda job, code: 1}
-        monkeypatch.setattr(
-            service, "_win32", lambda library, name, *types: spared.get(name) or win32(library, name, *types)
-        )
+        spared = "kernel32.TerminateJobObject"
+        monkeypatch.setattr(service, "_win32", lambda name, *rest: name == spared or win32(name, *rest))
     else:
-        monkeypatch.setattr(service, "_kill_group", lambda leader: None)
+        monkeypatch.setattr(service, "end_children", lambda running: None)
     program = nvidia_smi({"hang": True}, {"print": "41\n"})
     status = service.query_gpus(program, set(), timeout=6 if service.WINDOWS else 1.5)
     assert "did not answer within" in status.error
