@@ -1062,6 +1062,7 @@ class Batcher(Generic[Q, T]):
 # Stores: the interface
 # ======================================================================================================
 
+Snapshot = tuple[list[tuple[bytes, float]], set[str]]  # pending members with their times; ids that are marked
 TTL_MS = 7 * 24 * 3600 * 1000  # of sessions, pending notifications and marks of acknowledgement: 7 days
 OWN_MEMBER = b'{"id":"%b",'  # how a member begins that this service wrote
 
@@ -1094,10 +1095,6 @@ def result_of(outcome: T | BaseException) -> T:
     if isinstance(outcome, BaseException):
         raise outcome
     return outcome
-
-
-# The oldest pending members with their times, and those ids of the ones in question that are marked as acknowledged.
-Snapshot = tuple[list[tuple[bytes, float]], set[str]]
 
 
 class Store(Protocol):
@@ -1239,22 +1236,22 @@ class RedisClient:
         self._closing.set()
         self._pool.disconnect()
 
-    def ask(self, *commands: _Command) -> list[Any]:
-        """The reply to each. Raises Unavailable for an error too."""
-        return [result_of(reply) for reply in self.exchange(commands)]
-
     def exchange(self, commands: Sequence[_Command]) -> list[Any]:
         """Send the commands in one round trip. The reply to each: bytes, int, None, a list of these, or Unavailable in
         place of an error. Raises Unavailable when there is none, and at once while the circuit is open."""
         if self._fault:
-            raise self.unavailable(self._fault)
+            raise self._unavailable(self._fault)
         try:
             return self._exchange_now(commands)
         except (redis.RedisError, OSError, ValueError) as error:  # ValueError: what answers is no Redis
             reason = self._reason(error)
             if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
                 self._open_circuit(reason)
-            raise self.unavailable(reason) from None
+            raise self._unavailable(reason) from None
+
+    def ask(self, *commands: _Command) -> list[Any]:
+        """The same, but it raises the first error."""
+        return [result_of(reply) for reply in self.exchange(commands)]
 
     def _exchange_now(self, commands: Sequence[_Command]) -> list[Any]:
         connection = self._pool.get_connection()
@@ -1278,7 +1275,7 @@ class RedisClient:
         try:
             return connection.read_response(disable_decoding=True)
         except redis.ResponseError as error:
-            return self.unavailable(self._reason(error))
+            return self._unavailable(self._reason(error))
 
     @staticmethod
     def _reason(error: Exception) -> str:
@@ -1286,7 +1283,7 @@ class RedisClient:
         code = re.search(_REDIS_CODES, f"{getattr(error, 'status_code', '')} {error}")
         return code[1] if code else type(error).__name__
 
-    def unavailable(self, reason: str) -> Unavailable:
+    def _unavailable(self, reason: str) -> Unavailable:
         return Unavailable(f"Redis at {self.place} does not answer as it should ({reason}).", 1)
 
     def _open_circuit(self, reason: str) -> None:
@@ -1476,25 +1473,19 @@ class RedisStore(Store):
     def _change(self, drafts: Sequence[Draft | None], keys: Sequence[str] = (), *further: Any) -> list[Any]:
         """Run _LUA_CHANGE for each draft, with a time past the newest one so far; the outcome of each."""
         now = self._clock()
-        crowded = Unavailable("Too many notifications are being made at this moment: ask again.", 1)
-        outcomes: list[Any] = [crowded] * len(drafts)
-        late = list(range(len(drafts)))
-        for _ in range(100):  # each further turn means that another instance was faster
-            calls = []
-            for at, number in enumerate(late, max(now, self._newest_given + 1)):
-                draft = drafts[number]
-                made = f"storyteller:made:{draft.type}:{draft.session}" if draft else "storyteller:made"
-                member = draft.member(at) if draft else b""
-                calls.append(((self.PENDING, self.NEWEST, made, *keys), (member, at, now, *further)))
-            for number, outcome in zip(tuple(late), self._run(_LUA_CHANGE, calls)):
-                state = None if isinstance(outcome, ApiError) else outcome[0]
-                if state in (b"late", b"added"):
-                    self._newest_given = max(self._newest_given, int(outcome[-1]))
-                if state != b"late":
-                    late.remove(number)
-                    outcomes[number] = outcome
-            if not late:
-                break
+        calls = []
+        for at, draft in enumerate(drafts, max(now, self._newest_given + 1)):
+            made = f"storyteller:made:{draft.type}:{draft.session}" if draft else "storyteller:made"
+            member = draft.member(at) if draft else b""
+            calls.append(((self.PENDING, self.NEWEST, made, *keys), (member, at, now, *further)))
+        outcomes = self._run(_LUA_CHANGE, calls)
+        states = [None if isinstance(outcome, ApiError) else outcome[0] for outcome in outcomes]
+        given = [int(outcome[-1]) for outcome, state in zip(outcomes, states) if state in (b"late", b"added")]
+        self._newest_given = max([self._newest_given, *given])
+        late = [number for number, state in enumerate(states) if state == b"late"]
+        if late:  # another instance was faster
+            for number, outcome in zip(late, self._change([drafts[number] for number in late], keys, *further)):
+                outcomes[number] = outcome
         return outcomes
 
     def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
@@ -1597,13 +1588,14 @@ class SqliteStore(Store):
     """One file in WAL mode: reads go on during a write, and what was committed survives a killed process."""
 
     name = "sqlite"
-    WAIT = 3.0  # seconds for the lock of another process, and for a transaction that is under way
+    WAIT = 3.0  # seconds that a write waits for others, threads and processes
 
     def __init__(self, path: Path, clock: Callable[[], int] = now_ms) -> None:
         self.place = str(path)
         self._clock = clock
         self._damaged = False  # seen at run time: the file is "malformed"
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()  # as many as threads that read at once
+        self._writing = threading.Lock()  # of the writer
         self._closed = False
         try:
             self._writer = self._connect()
@@ -1613,7 +1605,6 @@ class SqliteStore(Store):
                 on_failure.pop_all()
         except (sqlite3.Error, Unavailable) as error:
             raise StartError(f"The store {path} cannot be used ({error}): move it away, or repair it.") from None
-        self._writes = Batcher(self._commit, "sqlite-writer")  # its thread alone uses the writer from here on
 
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(self.place, timeout=self.WAIT, isolation_level=None, check_same_thread=False)
@@ -1623,7 +1614,7 @@ class SqliteStore(Store):
         damage = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
         if damage != "ok":
             raise StartError(f"The store {self.place} is damaged ({damage}): move it away, or repair it.")
-        with self._transaction(self.WAIT):
+        with self._transaction():
             version = self._writer.execute("PRAGMA user_version").fetchone()[0]
             if version > len(_SCHEMA_STEPS):
                 raise StartError(f"The store {self.place} was made by a newer version: start that one.")
@@ -1655,12 +1646,18 @@ class SqliteStore(Store):
                     self._close_readers()
 
     @contextlib.contextmanager
-    def _transaction(self, wait: float) -> Iterator[None]:
-        """`wait`: seconds for the lock of another process."""
-        with self._errors(), self._writer:  # commits at the end, or rolls back
-            self._writer.execute(f"PRAGMA busy_timeout = {max(0, round(wait * 1000))}")
-            self._writer.execute("BEGIN IMMEDIATE")
-            yield
+    def _transaction(self) -> Iterator[None]:
+        deadline = time.monotonic() + self.WAIT
+        if not self._writing.acquire(timeout=self.WAIT):
+            raise Unavailable(f"The store {self.place} is busy: ask again.", 1)
+        try:
+            with self._errors(), self._writer:  # commits at the end, or rolls back
+                left = max(0.0, deadline - time.monotonic())
+                self._writer.execute(f"PRAGMA busy_timeout = {left * 1000:.0f}")  # for the lock of another process
+                self._writer.execute("BEGIN IMMEDIATE")
+                yield
+        finally:
+            self._writing.release()
 
     def _write(self, change: Callable[[], T]) -> T:
         """What the change returns, once it is durable."""
@@ -1668,31 +1665,18 @@ class SqliteStore(Store):
         return result_of(outcome)
 
     def _write_each(self, changes: Sequence[Callable[[], Any]]) -> list[Any]:
-        """What each change returns or raises, once all are durable. Each happens whole or not at all."""
-        outcomes = self._writes.ask((time.monotonic() + self.WAIT, changes))
-        for _ in range(2):  # the second turn: its transaction is under way, and has the lock
-            with contextlib.suppress(concurrent.futures.TimeoutError):
-                return outcomes.result(self.WAIT)
-            if outcomes.cancel():
-                raise Unavailable(f"The store {self.place} is busy: ask again.", 1)
-        raise Unavailable(f"The store {self.place} takes too long: the change may still be made.", 1)
-
-    def _commit(self, asked: Sequence[tuple[float, Sequence[Callable[[], Any]]]]) -> list[list[Any]]:
-        """One transaction, and so one fsync, for all changes that wait; and it deletes what has expired. The first of
-        them says until when another process may hold the lock."""
-        alone = sum(len(changes) for _, changes in asked) == 1
-        with self._transaction(asked[0][0] - time.monotonic()):
+        """What each change returns or raises, once all are durable: one transaction, and so one fsync. It also deletes
+        what has expired."""
+        with self._transaction():
             now = self._clock()
             for table in ("session", "marker", "token"):
                 self._writer.execute(f"DELETE FROM {table} WHERE expires <= ?", (now,))
             self._writer.execute("DELETE FROM pending WHERE time <= ?", (now - TTL_MS,))
-            return [[self._try(change, alone) for change in changes] for _, changes in asked]
+            # One that is alone needs no savepoint, which costs a copy of each page that it changes.
+            return [self._try(change) for change in changes] if len(changes) > 1 else [changes[0]()]
 
-    def _try(self, change: Callable[[], Any], alone: bool) -> Any:
-        """What the change returns; or what it raises, and then nothing of it is left. One that is alone needs no
-        savepoint, which costs a copy of each page that it changes: the whole transaction fails with it."""
-        if alone:
-            return change()
+    def _try(self, change: Callable[[], Any]) -> Any:
+        """What the change returns; or what it raises, and then nothing of it is left."""
         self._writer.execute("SAVEPOINT change")
         try:
             with self._errors():
@@ -1711,8 +1695,8 @@ class SqliteStore(Store):
     def close(self) -> None:
         self._closed = True
         self._close_readers()
-        self._writes.close(2 * self.WAIT)
-        self._writer.close()
+        with self._writing:
+            self._writer.close()
 
     def _close_readers(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -1741,21 +1725,18 @@ class SqliteStore(Store):
     def newest_copy(self) -> bytes | None:
         return None  # no other program writes here
 
+    _SAVE = (
+        "INSERT INTO session (timestamp, document, saved, expires) VALUES (?1, ?2, ?3, ?4) ON CONFLICT (timestamp)"
+        " DO UPDATE SET document = ?2, saved = max(?3, saved + 1), expires = ?4 WHERE ?5"
+    )
+
     def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
         def change() -> bool:
-            taken = "SELECT 1 FROM session WHERE timestamp = ?"
-            if not replace and self._writer.execute(taken, (timestamp,)).fetchone():
-                return False
-            now = self._clock()
-            self._writer.execute(
-                "INSERT INTO session (timestamp, document, saved, expires) VALUES (?, ?, ?, ?) ON CONFLICT (timestamp)"
-                " DO UPDATE SET document = excluded.document, saved = max(excluded.saved, saved + 1),"
-                " expires = excluded.expires",
-                (timestamp, document, now, now + TTL_MS),
-            )
-            if draft:
+            row = (timestamp, document, self._clock(), self._clock() + TTL_MS, replace)
+            is_saved = self._writer.execute(self._SAVE, row).rowcount > 0
+            if is_saved and draft:
                 self._announce(timestamp, draft)
-            return True
+            return is_saved
 
         return self._write(change)
 
@@ -1764,8 +1745,7 @@ class SqliteStore(Store):
 
     def _announce(self, session: int, draft: Draft) -> bool:
         note = "UPDATE session SET announced = ?1 WHERE timestamp = ?2 AND announced IS NOT ?1"
-        is_new = self._writer.execute(note, (draft.type, session)).rowcount > 0
-        if is_new:
+        if is_new := self._writer.execute(note, (draft.type, session)).rowcount > 0:
             self._add(draft)
         return is_new
 
@@ -1776,10 +1756,9 @@ class SqliteStore(Store):
         made = f"{draft.type}:{draft.session}"
         if row := self._writer.execute("SELECT member, time FROM pending WHERE made = ?", (made,)).fetchone():
             return *row, False
-        (newest,) = self._writer.execute("SELECT time FROM newest").fetchone()
-        at = max(self._clock(), newest + 1)
+        self._writer.execute("UPDATE newest SET time = max(time + 1, ?)", (self._clock(),))
+        (at,) = self._writer.execute("SELECT time FROM newest").fetchone()
         member = draft.member(at)
-        self._writer.execute("UPDATE newest SET time = ?", (at,))
         self._writer.execute("INSERT INTO pending (member, time, made) VALUES (?, ?, ?)", (member, at, made))
         return member, at, True
 
