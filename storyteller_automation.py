@@ -1345,7 +1345,7 @@ if ARGV[5] then
   local saved = math.max(ARGV[3], (redis.call('HGET', KEYS[6], 'saved') or 0) + 1)
   redis.call('SET', KEYS[4], ARGV[7], 'PX', week)
   redis.call('ZADD', KEYS[7], ARGV[5], KEYS[4])
-  redis.call('HSET', KEYS[6], 'saved', string.format('%d', saved))
+  redis.call('HSET', KEYS[6], 'saved', saved)
 end
 -- The meta key lives as long as its session, which another program may have written without an end.
 local left = redis.call('PTTL', KEYS[4])
@@ -1393,8 +1393,7 @@ end
 
 
 class RedisStore(Store):
-    """Redis 5 or later. The keys that other programs use are those that were agreed on; ours begin with
-    `storyteller:`."""
+    """Redis 5 or later. Our own keys begin with `storyteller:`; the others are those that were agreed on."""
 
     name = "redis"
     PENDING, MARK, LATEST = "notifications:pending", "notifications:ack:", "session:latest"
@@ -1530,8 +1529,8 @@ class RedisStore(Store):
         return list(zip(values[::2], map(float, values[1::2]))), {id.decode() for found in marked for id in found}
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
-        (outcome,) = self._run(_LUA_ACKNOWLEDGE, [((self.PENDING, self.MARK + id), (1, 0, "", *members))])
-        return bool(result_of(outcome))
+        call = (self.PENDING, self.MARK + id), (1, 0, "", *members)
+        return bool(result_of(self._run(_LUA_ACKNOWLEDGE, [call])[0]))
 
     def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
         oldest = self._oldest()
@@ -1547,12 +1546,10 @@ class RedisStore(Store):
 
     def tokens(self) -> list[tuple[str, bytes]]:
         keys: set[bytes] = set()
-        cursor = b"0"
-        while True:  # SCAN, since only people at the command line ask
-            ((cursor, found),) = self._redis.ask(("SCAN", cursor, "MATCH", f"{self.TOKEN}*", "COUNT", 1000))
+        cursor = b""
+        while cursor != b"0":  # SCAN, since only people at the command line ask
+            ((cursor, found),) = self._redis.ask(("SCAN", cursor or 0, "MATCH", f"{self.TOKEN}*", "COUNT", 1000))
             keys.update(found)
-            if cursor == b"0":
-                break
         digests = [key.decode("utf-8", "replace").removeprefix(self.TOKEN) for key in sorted(keys)]
         return [(digest, record) for digest in digests if (record := self.token(digest)) is not None]
 
@@ -1695,8 +1692,9 @@ class SqliteStore(Store):
     def close(self) -> None:
         self._closed = True
         self._close_readers()
-        with self._writing:
+        if self._writing.acquire(timeout=2 * self.WAIT):  # else it is closed with the process
             self._writer.close()
+            self._writing.release()
 
     def _close_readers(self) -> None:
         with contextlib.suppress(queue.Empty):
