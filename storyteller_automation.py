@@ -935,6 +935,7 @@ class Batcher(Generic[Q, T]):
 # Stores: the interface
 # ======================================================================================================
 
+Snapshot = tuple[list[tuple[bytes, float]], set[str]]  # pending members with their times; ids that are marked
 TTL_MS = 7 * 24 * 3600 * 1000  # of sessions, pending notifications and marks of acknowledgement: 7 days
 OWN_MEMBER = b'{"id":"%b",'  # how a member begins that this service wrote
 
@@ -953,13 +954,6 @@ class StoredSession:
     announced: str | None = None  # the type of the notification that it announced last
 
 
-class Snapshot(NamedTuple):
-    """The oldest pending members at one moment."""
-
-    pending: list[tuple[bytes, float]]  # each with its time, oldest first
-    marked: bool  # whether any of the ids in question is marked as acknowledged
-
-
 @dataclass(frozen=True)
 class Draft:
     """A notification without its time. The store sets the time, in the step that adds the notification."""
@@ -969,9 +963,9 @@ class Draft:
     member: Callable[[int], bytes]  # time in ms -> the JSON to store
 
 
-def result_of(outcome: T | ApiError) -> T:
-    """Raise an outcome that is an error."""
-    if isinstance(outcome, ApiError):
+def result_of(outcome: T | BaseException) -> T:
+    """Raise an outcome that is an exception."""
+    if isinstance(outcome, BaseException):
         raise outcome
     return outcome
 
@@ -984,24 +978,22 @@ class Store(Protocol):
     name: str
     place: str  # for people; without a password
 
-    def ping(self) -> None:
-        """Raise Unavailable unless the store answers."""
+    def ping(self) -> None: ...
 
     def close(self) -> None:
         """End every connection and thread. The store is not used afterwards."""
 
     def session(self, timestamp: int) -> StoredSession | None:
-        """None when there is none."""
         return result_of(self.read_sessions([timestamp])[0])
 
     def read_sessions(self, timestamps: Sequence[int]) -> list[StoredSession | ApiError | None]:
-        """The same for several, in one round trip."""
+        """In one round trip. None where there is none."""
 
     def sessions(self) -> Iterator[StoredSession]:
         """All of them, newest first, each read when the caller asks for it."""
 
     def newest_copy(self) -> bytes | None:
-        """The copy of the newest session that StorySwarm's tools write; None when there is none."""
+        """The copy of the newest session that StorySwarm's tools write."""
 
     def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
         """Store a session with its TTL, and announce `draft` as announce() does. With replace=False: False, and no
@@ -1018,10 +1010,10 @@ class Store(Protocol):
         """Members within their TTL with their times, oldest first, read about `page` at a time."""
 
     def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
-        """The oldest `count` of them, and whether any of `ids` is marked, in one round trip."""
+        """The oldest `count` of them, and which of `ids` are marked, in one round trip."""
 
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
-        """Those of `ids` that are marked."""
+        return self.snapshot(0, ids)[1] if ids else set()
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
         """Remove the members and mark the id. False, and no change, when none was there and the id is not marked."""
@@ -1046,7 +1038,7 @@ class Store(Protocol):
 # Redis: connections and scripts
 # ======================================================================================================
 
-_Word = bytes | str | int | float  # of a command
+_Command = Sequence[bytes | str | int]
 
 _REDIS_CODES = r"\b(READONLY|OOM|MISCONF|BUSY|NOPERM|NOAUTH|WRONGPASS|LOADING|MASTERDOWN|WRONGTYPE)\b"
 
@@ -1059,32 +1051,27 @@ def is_address(host: str) -> bool:
     return False
 
 
-class _CheckedConnection(redis.connection.AbstractConnection):
-    """Mixed into the connections of redis-py."""
+def _look_up(host: str) -> None:
+    with contextlib.suppress(OSError, UnicodeError):  # connect() fails in the same way
+        socket.getaddrinfo(host, None)
+
+
+class _Connection(redis.connection.AbstractConnection):
+    """Mixed into the connections of redis-py. A lookup of a name has no timeout of its own: it runs in a thread, which
+    is not waited for if it is late."""
 
     def connect(self) -> None:
-        """A lookup of a name has no timeout of its own: it runs in a thread, which is not waited for if it is late."""
         if self.is_connected:
             return
-        host = getattr(self, "host", None)  # a Unix socket has none
-        if host is not None and not is_address(host):
-            found = threading.Event()
-
-            def look_up() -> None:
-                with contextlib.suppress(OSError, UnicodeError):  # super().connect() fails in the same way
-                    socket.getaddrinfo(host, None)
-                found.set()
-
-            threading.Thread(target=look_up, name="redis-lookup", daemon=True).start()
-            if not found.wait(self.socket_connect_timeout):
+        host = getattr(self, "host", "::")  # a Unix socket has none
+        if not is_address(host):
+            lookup = threading.Thread(target=_look_up, args=[host], name="redis-lookup", daemon=True)
+            lookup.start()
+            lookup.join(self.socket_connect_timeout)
+            if lookup.is_alive():
                 raise redis.TimeoutError("the lookup of its name took too long")
         self.next_health_check = int(time.monotonic()) + self.health_check_interval  # a new connection needs none
         super().connect()
-
-    def check_health(self) -> None:
-        """An error is an answer as well: Redis refuses PING with MISCONF where it refuses writes alone."""
-        with contextlib.suppress(redis.ResponseError):
-            super().check_health()
 
 
 class RedisClient:
@@ -1095,9 +1082,9 @@ class RedisClient:
     CONNECT_TIMEOUT, ANSWER_TIMEOUT = 1.0, 1.4
     CHECK_INTERVAL = 10  # an idle connection is checked before its next use; one that a poll uses every 5 s is not
     PROBE_INTERVAL = 1.0  # between two probes while the circuit is open
+    PROBE = ("EXISTS", "storyteller:newest")  # it reads: Redis refuses PING where it refuses writes alone
 
-    def __init__(self, url: str, probe: Sequence[_Word]) -> None:
-        """`probe`: a command that reads, since Redis refuses PING where it refuses writes alone."""
+    def __init__(self, url: str) -> None:
         given = redis.connection.parse_url(url)
         base = given.pop("connection_class", redis.Connection)
         # The URL says where Redis is and who we are. How it is called is for us to say.
@@ -1105,7 +1092,7 @@ class RedisClient:
         place = where.get("path") or f"{where.get('host', 'localhost')}:{where.get('port', 6379)}"
         self.place = f"{place}, database {where.get('db', 0)}"
         self._pool = redis.ConnectionPool(
-            connection_class=type("CheckedConnection", (_CheckedConnection, base), {}),
+            connection_class=type("Connection", (_Connection, base), {}),
             max_connections=1000,  # the callers' threads are the limit
             protocol=2,  # Redis 5 refuses HELLO 3
             driver_info=None,  # CLIENT SETINFO costs two round trips
@@ -1114,8 +1101,6 @@ class RedisClient:
             health_check_interval=self.CHECK_INTERVAL,
             **where,
         )
-        self._pack: Callable[..., list[bytes]] = redis.Connection(protocol=2).pack_command
-        self._probe = probe
         self._lock = threading.Lock()
         self._fault = ""  # why the circuit is open; "" while it is closed
         self._closing = threading.Event()
@@ -1124,32 +1109,34 @@ class RedisClient:
         self._closing.set()
         self._pool.disconnect()
 
-    def pack(self, *words: _Word) -> bytes:
-        return b"".join(self._pack(*words))
-
-    def exchange(self, *commands: Sequence[_Word] | bytes) -> list[Any]:
-        """Send the commands (bytes: a packed one) in one round trip. The reply to each: bytes, int, None, a list of
-        these, or a ResponseError. Raises Unavailable, at once while the circuit is open."""
+    def exchange(self, commands: Sequence[_Command]) -> list[Any]:
+        """Send the commands in one round trip. The reply to each: bytes, int, None, a list of these, or Unavailable in
+        place of an error. Raises Unavailable when there is none, and at once while the circuit is open."""
         if self._fault:
-            raise self.unavailable(self._fault)
+            raise self._unavailable(self._fault)
         try:
             return self._exchange_now(commands)
         except (redis.RedisError, OSError, ValueError) as error:  # ValueError: what answers is no Redis
             reason = self._reason(error)
             if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
                 self._open_circuit(reason)
-            raise self.unavailable(reason) from None
+            raise self._unavailable(reason) from None
 
-    def _exchange_now(self, commands: Sequence[Sequence[_Word] | bytes]) -> list[Any]:
-        packed = [command if isinstance(command, bytes) else self.pack(*command) for command in commands]
+    def ask(self, *commands: _Command) -> list[Any]:
+        """The same, but it raises the first error."""
+        return [result_of(reply) for reply in self.exchange(commands)]
+
+    def _exchange_now(self, commands: Sequence[_Command]) -> list[Any]:
         connection = self._pool.get_connection()
         try:
             try:
                 connection.check_health()
+            except redis.ResponseError:
+                pass  # an answer as well: Redis refuses PING with MISCONF where it refuses writes alone
             except (redis.ConnectionError, redis.TimeoutError):
                 self._pool.disconnect(inuse_connections=False)  # the other idle ones died with it
                 connection.connect()
-            connection.send_packed_command([b"".join(packed)], check_health=False)
+            connection.send_packed_command(connection.pack_commands(commands), check_health=False)
             return [self._read_reply(connection) for _ in commands]
         except BaseException:
             connection.disconnect()  # a reply that was not read would be taken for the next one
@@ -1157,26 +1144,11 @@ class RedisClient:
         finally:
             self._pool.release(connection)
 
-    @staticmethod
-    def _read_reply(connection: Any) -> Any:
+    def _read_reply(self, connection: Any) -> Any:
         try:
             return connection.read_response(disable_decoding=True)
         except redis.ResponseError as error:
-            return error
-
-    def outcome(self, reply: Any) -> Any:
-        """The reply, or Unavailable in place of an error."""
-        return self.unavailable(self._reason(reply)) if isinstance(reply, redis.ResponseError) else reply
-
-    def ask(self, *commands: Sequence[_Word] | bytes) -> list[Any]:
-        """The reply to each. Raises Unavailable for an error too."""
-        return [result_of(self.outcome(reply)) for reply in self.exchange(*commands)]
-
-    def text(self, reply: Any) -> bytes | ApiError | None:
-        """The outcome of GET; None also for a key of another type."""
-        is_wrong_type = isinstance(reply, redis.ResponseError) and str(reply).startswith("WRONGTYPE")
-        text: bytes | ApiError | None = None if is_wrong_type else self.outcome(reply)
-        return text
+            return self._unavailable(self._reason(error))
 
     @staticmethod
     def _reason(error: Exception) -> str:
@@ -1184,7 +1156,7 @@ class RedisClient:
         code = re.search(_REDIS_CODES, f"{getattr(error, 'status_code', '')} {error}")
         return code[1] if code else type(error).__name__
 
-    def unavailable(self, reason: str) -> Unavailable:
+    def _unavailable(self, reason: str) -> Unavailable:
         return Unavailable(f"Redis at {self.place} does not answer as it should ({reason}).", 1)
 
     def _open_circuit(self, reason: str) -> None:
@@ -1201,16 +1173,19 @@ class RedisClient:
     def _probe_until_answered(self) -> None:
         while not self._closing.wait(self.PROBE_INTERVAL):
             with contextlib.suppress(redis.RedisError, OSError, ValueError):
-                self._exchange_now([self._probe])  # an error reply is an answer: each call gets its own
+                self._exchange_now([self.PROBE])  # an error reply is an answer: each call gets its own
                 self._fault = ""
                 log.warning("store: Redis at %s answers again: the circuit is closed", self.place)
                 return
 
 
-# Each script is one atomic step. KEYS: 1 pending, 2 newest, 3 made. ARGV: 1 member, 2 its time, 3 now.
-# `add` answers {"late", newest} when the time is not past the newest one that was given: the caller asks again
-# with a later one, since the member's JSON contains its time and only the caller can write that.
-_LUA_ADD = """
+# Each script is one atomic step. This one adds a notification; with KEYS[4] announces it at a session, unless that was
+# done last; with ARGV[5] saves the session before.
+# KEYS: 1 pending, 2 newest, 3 made; 4 session, 5 StoryArt's key for it, 6 meta; 7 index.
+# ARGV: 1 member, 2 its time, 3 now; 4 type, "" for no notification; 5 timestamp, 6 "1" to replace, 7 document.
+# It returns {"late", newest} when the time is not past the newest one that was given: the caller asks again with a
+# later one, since the member's JSON contains its time and only the caller can write that.
+_LUA_CHANGE = """
 local week = 604800000
 local function add()
   local before = redis.call('GET', KEYS[3])
@@ -1229,69 +1204,52 @@ local function add()
   redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[3] - week)
   return {'added', ARGV[1], ARGV[2]}
 end
-"""
-_LUA_ADD_ALONE = f"{_LUA_ADD} return add()"
+if not KEYS[4] then return add() end
 
-# KEYS: 4 session, 5 StoryArt's key for it, 6 meta. ARGV: 4 type.
-_LUA_ANNOUNCE = f"""{_LUA_ADD}
-local function announce()
-  if redis.call('HGET', KEYS[6], 'announced') == ARGV[4] then return {{'known'}} end
-  local result = add()
-  if result[1] ~= 'late' then redis.call('HSET', KEYS[6], 'announced', ARGV[4]) end
-  return result
+local exists, result = redis.call('EXISTS', KEYS[4], KEYS[5]) > 0, {'known'}
+if ARGV[5] and exists and ARGV[6] ~= '1' then return {'taken'} end
+if not ARGV[5] and not exists then return result end
+if ARGV[4] ~= '' and redis.call('HGET', KEYS[6], 'announced') ~= ARGV[4] then
+  result = add()
+  if result[1] == 'late' then return result end
+  redis.call('HSET', KEYS[6], 'announced', ARGV[4])
 end
-"""
-
-# The meta key lives as long as its session, which another program may have written without an end.
-_LUA_ANNOUNCE_ALONE = f"""{_LUA_ANNOUNCE}
-if redis.call('EXISTS', KEYS[4], KEYS[5]) == 0 then return {{'known'}} end
-local result = announce()
+if ARGV[5] then
+  local saved = math.max(ARGV[3], (redis.call('HGET', KEYS[6], 'saved') or 0) + 1)
+  redis.call('SET', KEYS[4], ARGV[7], 'PX', week)
+  redis.call('ZADD', KEYS[7], ARGV[5], KEYS[4])
+  redis.call('HSET', KEYS[6], 'saved', saved)
+end
+-- The meta key lives as long as its session, which another program may have written without an end.
 local left = redis.call('PTTL', KEYS[4])
 if left == -2 then left = redis.call('PTTL', KEYS[5]) end
 if left == -1 then redis.call('PERSIST', KEYS[6]) else redis.call('PEXPIRE', KEYS[6], left) end
 return result
 """
 
-# KEYS: 7 index, 8 the document under a name of its own, since a script takes 1 ms to be given 850 KB.
-# ARGV: 5 timestamp, 6 '1' to replace.
-_LUA_SAVE = f"""{_LUA_ANNOUNCE}
-if ARGV[6] ~= '1' and redis.call('EXISTS', KEYS[4], KEYS[5]) > 0 then
-  redis.call('DEL', KEYS[8])
-  return {{'taken'}}
+# KEYS: 1 pending, 2 marker. ARGV: 1 and 2 the scores between which members are removed that begin with 3; members.
+_LUA_ACKNOWLEDGE = """
+local removed = 0
+local function remove(member) removed = removed + redis.call('ZREM', KEYS[1], member) end
+for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], ARGV[2])) do
+  if string.sub(member, 1, #ARGV[3]) == ARGV[3] then remove(member) end
 end
-if redis.call('EXISTS', KEYS[8]) == 0 then return {{'gone'}} end
-local result = {{'silent'}}
-if ARGV[4] ~= '' then result = announce() end
-if result[1] == 'late' then return result end
-local saved = math.max(ARGV[3], (redis.call('HGET', KEYS[6], 'saved') or 0) + 1)
-redis.call('RENAME', KEYS[8], KEYS[4])
-redis.call('PEXPIRE', KEYS[4], week)
-redis.call('ZADD', KEYS[7], ARGV[5], KEYS[4])
-redis.call('HSET', KEYS[6], 'saved', string.format('%d', saved))
-redis.call('PEXPIRE', KEYS[6], week)
-return result
-"""
-
-# Of an id some of whose members were removed, or none.
-_LUA_MARK = """
+for at = 4, #ARGV do remove(ARGV[at]) end
 if removed == 0 then return redis.call('EXISTS', KEYS[2]) end
 redis.call('SET', KEYS[2], '1', 'PX', 604800000)
 return 1
 """
 
-# KEYS: 1 pending, 2 marker. ARGV: members.
-_LUA_ACKNOWLEDGE = f"""
-local removed = 0
-for _, member in ipairs(ARGV) do removed = removed + redis.call('ZREM', KEYS[1], member) end
-{_LUA_MARK}"""
-
-# The same for those members, from score ARGV[1] to ARGV[2], that begin with ARGV[3].
-_LUA_ACKNOWLEDGE_OWN = f"""
-local removed = 0
-for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], ARGV[2])) do
-  if string.sub(member, 1, #ARGV[3]) == ARGV[3] then removed = removed + redis.call('ZREM', KEYS[1], member) end
+# Which ids are marked. ARGV: 1 the ids, a line each: a key each would take 0.1 ms to pack for 100.
+_LUA_MARKED = """
+local keys, marked = {}, {}
+for id in string.gmatch(ARGV[1], '[^\\n]+') do keys[#keys + 1] = 'notifications:ack:' .. id end
+if redis.call('EXISTS', unpack(keys)) == 0 then return marked end
+for _, key in ipairs(keys) do
+  if redis.call('EXISTS', key) == 1 then marked[#marked + 1] = string.sub(key, #'notifications:ack:' + 1) end
 end
-{_LUA_MARK}"""
+return marked
+"""
 
 # KEYS: 1 session, 2 StoryArt's key for it, 3 index, 4 StoryArt's index. Checks again, as a save may have come between.
 _LUA_TRIM = """
@@ -1308,76 +1266,66 @@ end
 
 
 class RedisStore(Store):
-    """Redis 5 or later. The keys that other programs use are those that were agreed on; ours begin with
-    `storyteller:`."""
+    """Redis 5 or later. Our own keys begin with `storyteller:`; the others are those that were agreed on."""
 
     name = "redis"
-    PENDING, LATEST, TOKEN = "notifications:pending", "session:latest", "auth:session:"
-    INDEX, STORYART_INDEX = "storyteller:sessions", "storyart:sessions:index"
+    PENDING, MARK, LATEST = "notifications:pending", "notifications:ack:", "session:latest"
+    INDEXES = ("storyteller:sessions", "storyart:sessions:index")
     NEWEST = "storyteller:newest"  # the newest time that a notification was given
+    TOKEN = "auth:session:"
 
     def __init__(self, url: str, clock: Callable[[], int] = now_ms) -> None:
-        self._redis = RedisClient(url, probe=("EXISTS", self.NEWEST))
+        self._redis = RedisClient(url)
         self.place = self._redis.place
         self._clock = clock
         self._newest_given = 0  # ms; others may have given later ones
-        self._pack_marks = functools.lru_cache(maxsize=2)(self._pack_exists)  # 100 ids take 0.1 ms to pack
 
     def ping(self) -> None:
-        self._redis.ask(("EXISTS", self.NEWEST))
+        self._redis.ask(RedisClient.PROBE)
 
     def close(self) -> None:
         self._redis.close()
 
     @staticmethod
-    def _session_keys(timestamp: int) -> list[str]:
-        return [f"session:{timestamp}", f"storyart:session:{timestamp}"]
-
-    @staticmethod
-    def _meta_key(timestamp: int) -> str:
-        return f"storyteller:session:{timestamp}"
+    def _session_keys(timestamp: int) -> tuple[str, str, str]:
+        """The key of a session, StoryArt's key for it, and the key of what we note of it."""
+        return f"session:{timestamp}", f"storyart:session:{timestamp}", f"storyteller:session:{timestamp}"
 
     def read_sessions(self, timestamps: Sequence[int]) -> list[StoredSession | ApiError | None]:
-        commands: list[Sequence[_Word]] = []
-        for timestamp in timestamps:
+        commands: list[_Command] = []
+        for ours, storyarts, meta in map(self._session_keys, timestamps):
             # The meta key first: a document newer than what was announced is announced again, which changes nothing.
-            commands.append(("HMGET", self._meta_key(timestamp), "saved", "announced"))
-            commands += [("GET", key) for key in self._session_keys(timestamp)]  # MGET hides a key of another type
-        replies = iter(self._redis.exchange(*commands)) if commands else iter(())
-        return [self._read_session(timestamp, *parts) for timestamp, *parts in zip(timestamps, *[replies] * 3)]
+            # MGET would hide a key of another type.
+            commands += [("HMGET", meta, "saved", "announced"), ("GET", ours), ("GET", storyarts)]
+        replies = iter(self._redis.exchange(commands))
+        return [self._read_session(*parts) for parts in zip(timestamps, replies, replies, replies)]
 
     def _read_session(self, timestamp: int, meta: Any, ours: Any, storyarts: Any) -> StoredSession | ApiError | None:
-        found = storyarts if ours is None else ours
-        if found is None:
-            return None
-        document = self._redis.text(found)
+        document = storyarts if ours is None else ours
         if isinstance(document, ApiError):
-            return document
-        saved, announced = (None, None) if isinstance(meta, redis.ResponseError) else meta
-        return StoredSession(
-            timestamp,
-            document,
-            int(saved) if saved else None,
-            announced.decode("utf-8", "replace") if announced else None,
-        )
+            if "(WRONGTYPE)" not in str(document):
+                return document
+            document = None
+        elif document is None:
+            return None
+        saved, announced = (None, None) if isinstance(meta, ApiError) else meta
+        step = announced.decode("utf-8", "replace") if announced else None
+        return StoredSession(timestamp, document, int(saved) if saved else None, step)
 
     def sessions(self) -> Iterator[StoredSession]:
         page, below = 100, "+inf"
         while True:
-            indexes = (self.INDEX, self.STORYART_INDEX)
-            read = [("ZREVRANGEBYSCORE", index, below, "-inf", "WITHSCORES", "LIMIT", 0, page) for index in indexes]
+            read = [("ZREVRANGEBYSCORE", key, below, "-inf", "WITHSCORES", "LIMIT", 0, page) for key in self.INDEXES]
             found = [[float(score) for score in values[1::2]] for values in self._redis.ask(*read)]
             # A full page says nothing of what lies below its last score: go no further down than that.
             floor = max((scores[-1] for scores in found if len(scores) == page), default=-math.inf)
             scores = {score for some in found for score in some if score >= floor and math.isfinite(score)}
             for timestamp in sorted(map(int, scores), reverse=True):
-                session = self.session(timestamp)
-                if session is not None:
+                if session := self.session(timestamp):
                     yield session
                     continue
-                keys = [*self._session_keys(timestamp), self.INDEX, self.STORYART_INDEX]
                 with contextlib.suppress(Unavailable):  # a replica takes no writes: read on
-                    self._run(_LUA_TRIM, [(keys, [])])
+                    self._run(_LUA_TRIM, [((*self._session_keys(timestamp)[:2], *self.INDEXES), ())])
             if floor == -math.inf:
                 return
             below = f"({floor!r}"
@@ -1386,125 +1334,82 @@ class RedisStore(Store):
         return self._get(self.LATEST)
 
     def _get(self, key: str) -> bytes | None:
-        return result_of(self._redis.text(self._redis.exchange(("GET", key))[0]))
+        """None also for a key of another type."""
+        values: list[bytes | None] = self._redis.ask(("MGET", key))[0]
+        return values[0]
 
     def _run(self, script: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
         """Run a script for each (keys, arguments), all in one round trip; the outcome of each."""
-        digest = hashlib.sha1(script.encode()).hexdigest()  # by which Redis knows it once it has seen it
-        rests = [(len(keys), *keys, *arguments) for keys, arguments in calls]
-        replies = self._redis.exchange(*[("EVALSHA", digest, *rest) for rest in rests])
-        missed = [at for at, reply in enumerate(replies) if isinstance(reply, redis.exceptions.NoScriptError)]
-        if missed:
-            again = self._redis.exchange(*[("EVAL", script, *rests[at]) for at in missed])
-            replies = [again.pop(0) if at in missed else reply for at, reply in enumerate(replies)]
-        return [self._redis.outcome(reply) for reply in replies]
+        return self._redis.exchange([("EVAL", script, len(keys), *keys, *arguments) for keys, arguments in calls])
 
-    def _run_with_times(
-        self, script: str, drafts: Sequence[Draft | None], keys: Sequence[str] = (), *further: Any
-    ) -> list[Any]:
-        """Run a script that may add a notification, for each draft with a time past the newest one so far."""
-        found: dict[int, Any] = {}
+    def _change(self, drafts: Sequence[Draft | None], keys: Sequence[str] = (), *further: Any) -> list[Any]:
+        """Run _LUA_CHANGE for each draft, with a time past the newest one so far; the outcome of each."""
         now = self._clock()
-        for _ in range(100):  # each further turn means that another instance was faster
-            left = [number for number in range(len(drafts)) if number not in found]
-            calls = []
-            for at, number in enumerate(left, max(now, self._newest_given + 1)):
-                draft = drafts[number]
-                made = f"storyteller:made:{draft.type}:{draft.session}" if draft else "storyteller:made"
-                arguments = [draft.member(at) if draft else b"", at, now, *further]
-                calls.append(([self.PENDING, self.NEWEST, made, *keys], arguments))
-            for number, outcome in zip(left, self._run(script, calls)):
-                if isinstance(outcome, ApiError) or outcome[0] not in (b"late", b"added"):
-                    found[number] = outcome
-                    continue
-                self._newest_given = max(self._newest_given, int(float(outcome[-1])))
-                if outcome[0] == b"added":
-                    found[number] = outcome
-            if len(found) == len(drafts):
-                break
-        crowded = Unavailable("Too many notifications are being made at this moment: ask again.", 1)
-        return [found.get(number, crowded) for number in range(len(drafts))]
+        calls = []
+        for at, draft in enumerate(drafts, max(now, self._newest_given + 1)):
+            made = f"storyteller:made:{draft.type}:{draft.session}" if draft else "storyteller:made"
+            member = draft.member(at) if draft else b""
+            calls.append(((self.PENDING, self.NEWEST, made, *keys), (member, at, now, *further)))
+        outcomes = self._run(_LUA_CHANGE, calls)
+        states = [None if isinstance(outcome, ApiError) else outcome[0] for outcome in outcomes]
+        given = [int(outcome[-1]) for outcome, state in zip(outcomes, states) if state in (b"late", b"added")]
+        self._newest_given = max([self._newest_given, *given])
+        late = [number for number, state in enumerate(states) if state == b"late"]
+        if late:  # another instance was faster
+            for number, outcome in zip(late, self._change([drafts[number] for number in late], keys, *further)):
+                outcomes[number] = outcome
+        return outcomes
 
     def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
-        incoming = f"storyteller:incoming:{secrets.token_hex(8)}"
-        self._redis.ask(("SET", incoming, document, "PX", 60_000))
-        keys = [*self._session_keys(timestamp), self._meta_key(timestamp), self.INDEX, incoming]
-        step = draft.type if draft else ""
-        (outcome,) = self._run_with_times(_LUA_SAVE, [draft], keys, step, timestamp, int(replace))
-        answer: bytes = result_of(outcome)[0]
-        if answer == b"gone":
-            raise self._redis.unavailable("it took a minute")
-        return answer != b"taken"
+        keys = [*self._session_keys(timestamp), self.INDEXES[0]]
+        further = (draft.type if draft else "", timestamp, int(replace), document)
+        return bool(result_of(self._change([draft], keys, *further)[0])[0] != b"taken")
 
     def announce(self, session: int, draft: Draft) -> bool:
-        keys = [*self._session_keys(session), self._meta_key(session)]
-        (outcome,) = self._run_with_times(_LUA_ANNOUNCE_ALONE, [draft], keys, draft.type)
-        answer: bytes = result_of(outcome)[0]
-        return answer != b"known"
+        (outcome,) = self._change([draft], self._session_keys(session), draft.type)
+        return bool(result_of(outcome)[0] != b"known")
 
     def add(self, drafts: Sequence[Draft]) -> list[tuple[bytes, int, bool] | ApiError]:
         return [
             outcome if isinstance(outcome, ApiError) else (outcome[1], int(float(outcome[2])), outcome[0] == b"added")
-            for outcome in self._run_with_times(_LUA_ADD_ALONE, drafts)
+            for outcome in self._change(drafts)
         ]
 
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
-        lowest = self._oldest()
+        lowest: str | int = self._oldest()
         while True:
-            rows = self._rows(*self._redis.ask(self._pending_command(lowest, "+inf", page)))
+            rows, _ = self._select(lowest, "+inf", page)
             if len(rows) < page:
                 yield from rows
                 return
             last = rows[-1][1]
-            lowest = repr(last)
-            if rows[0][1] < last:  # there may be more of the last score: begin there again
-                yield from (row for row in rows if row[1] < last)
-            else:  # one score fills the page. Its members are read at once, since each page of them would begin anew
-                yield from self._rows(*self._redis.ask(self._pending_command(lowest, lowest, -1)))
-                lowest = f"({lowest}"
-
-    def _oldest(self) -> str:
-        """The lowest score within the TTL."""
-        return str(self._clock() - TTL_MS + 1)
-
-    def _pending_command(self, lowest: str, highest: str, count: int) -> Sequence[_Word]:
-        return ("ZRANGEBYSCORE", self.PENDING, lowest, highest, "WITHSCORES", "LIMIT", 0, count)
-
-    @staticmethod
-    def _rows(values: list[bytes]) -> list[tuple[bytes, float]]:
-        return list(zip(values[::2], map(float, values[1::2])))
+            yield from (row for row in rows if row[1] < last)
+            # There may be more of the last score. They are read at once, since each page of them would begin anew.
+            yield from self._select(repr(last), repr(last), -1)[0]
+            lowest = f"({last!r}"
 
     def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
-        marks = [self._pack_marks(tuple(ids))] if ids else []
-        pending, *marked = self._redis.ask(self._pending_command(self._oldest(), "+inf", count), *marks)
-        return Snapshot(self._rows(pending), any(marked))
+        return self._select(self._oldest(), "+inf", count, ids)
 
-    def _pack_exists(self, ids: Sequence[str]) -> bytes:
-        return self._redis.pack("EXISTS", *map(self._marker, ids))
+    def _oldest(self) -> int:
+        """The lowest score within the TTL."""
+        return self._clock() - TTL_MS + 1
 
-    def acknowledged(self, ids: Sequence[str]) -> set[str]:
-        if not ids:
-            return set()
-        keys = [self._marker(id) for id in ids]
-        if self._redis.ask(("EXISTS", *keys)) == [0]:  # the usual case, at the cost of one command
-            return set()
-        return {id for id, found in zip(ids, self._redis.ask(*[("EXISTS", key) for key in keys])) if found}
+    def _select(self, lowest: str | int, highest: str, count: int, ids: Sequence[str] = ()) -> Snapshot:
+        members = ("ZRANGEBYSCORE", self.PENDING, lowest, highest, "WITHSCORES", "LIMIT", 0, count)
+        marks = [("EVAL", _LUA_MARKED, 0, "\n".join(ids))] if ids else []
+        values, *marked = self._redis.ask(members, *marks)
+        return list(zip(values[::2], map(float, values[1::2]))), {id.decode() for found in marked for id in found}
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
-        (outcome,) = self._run(_LUA_ACKNOWLEDGE, [([self.PENDING, self._marker(id)], members)])
-        return bool(result_of(outcome))
+        call = (self.PENDING, self.MARK + id), (1, 0, "", *members)
+        return bool(result_of(self._run(_LUA_ACKNOWLEDGE, [call])[0]))
 
     def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
-        oldest = self._clock() - TTL_MS + 1
-        calls = [
-            ([self.PENDING, self._marker(id)], [max(time, oldest), time, OWN_MEMBER % id.encode()]) for id, time in ids
-        ]
-        outcomes = self._run(_LUA_ACKNOWLEDGE_OWN, calls)
+        oldest = self._oldest()
+        calls = [((self.PENDING, self.MARK + id), (max(at, oldest), at, OWN_MEMBER % id.encode())) for id, at in ids]
+        outcomes = self._run(_LUA_ACKNOWLEDGE, calls)
         return [outcome if isinstance(outcome, ApiError) else outcome == 1 for outcome in outcomes]
-
-    @staticmethod
-    def _marker(id: str) -> str:
-        return f"notifications:ack:{id}"
 
     def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
         self._redis.ask(("SET", self.TOKEN + digest, record, "PX", ttl))
@@ -1514,12 +1419,10 @@ class RedisStore(Store):
 
     def tokens(self) -> list[tuple[str, bytes]]:
         keys: set[bytes] = set()
-        cursor = b"0"
-        while True:  # SCAN, since only people at the command line ask
-            ((cursor, found),) = self._redis.ask(("SCAN", cursor, "MATCH", f"{self.TOKEN}*", "COUNT", 1000))
+        cursor = b""
+        while cursor != b"0":  # SCAN, since only people at the command line ask
+            ((cursor, found),) = self._redis.ask(("SCAN", cursor or 0, "MATCH", f"{self.TOKEN}*", "COUNT", 1000))
             keys.update(found)
-            if cursor == b"0":
-                break
         digests = [key.decode("utf-8", "replace").removeprefix(self.TOKEN) for key in sorted(keys)]
         return [(digest, record) for digest in digests if (record := self.token(digest)) is not None]
 
@@ -1551,42 +1454,33 @@ CREATE INDEX token_expires ON token (expires);
 )
 
 
-_Change = Callable[[sqlite3.Connection], T]  # what one writes, in a transaction
-
-
 class SqliteStore(Store):
     """One file in WAL mode: reads go on during a write, and what was committed survives a killed process."""
 
     name = "sqlite"
-    WAIT = 3.0  # seconds for the lock of another process, and for a transaction that is under way
+    WAIT = 3.0  # seconds that a write waits for others, threads and processes
 
     def __init__(self, path: Path, clock: Callable[[], int] = now_ms) -> None:
         self.place = str(path)
-        self._path = path
         self._clock = clock
         self._damaged = False  # seen at run time: the file is "malformed"
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()  # as many as threads that read at once
+        self._writing = threading.Lock()  # of the writer
         self._closed = False
         try:
             self._writer = self._connect()
             with contextlib.ExitStack() as on_failure:
-                on_failure.callback(self._writer.close)
+                on_failure.callback(self._writer.close)  # on Windows nobody could move the file away meanwhile
                 self._prepare()
                 on_failure.pop_all()
         except (sqlite3.Error, Unavailable) as error:
             raise StartError(f"The store {path} cannot be used ({error}): move it away, or repair it.") from None
-        self._writes = Batcher(self._commit, "sqlite-writer")  # its thread alone uses the writer from here on
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, timeout=self.WAIT, isolation_level=None, check_same_thread=False)
-        try:
-            connection.execute("PRAGMA synchronous = FULL")
-        except BaseException:
-            connection.close()  # on Windows nobody could move the file away meanwhile
-            raise
-        return connection
+        return sqlite3.connect(self.place, timeout=self.WAIT, isolation_level=None, check_same_thread=False)
 
     def _prepare(self) -> None:
+        self._writer.execute("PRAGMA synchronous = FULL")
         damage = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
         if damage != "ok":
             raise StartError(f"The store {self.place} is damaged ({damage}): move it away, or repair it.")
@@ -1607,60 +1501,56 @@ class SqliteStore(Store):
             self._damaged = self._damaged or "malformed" in str(error)
             raise Unavailable(f"The store {self.place} does not answer as it should ({error}).", 1) from None
 
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
+    def _read(self, query: str, *values: object) -> list[Any]:
+        """The rows, read by a connection that no other thread uses meanwhile."""
         with self._errors():
             try:
                 connection = self._readers.get_nowait()
             except queue.Empty:
                 connection = self._connect()
             try:
-                yield connection
+                return connection.execute(query, values).fetchall()
             finally:
                 self._readers.put(connection)
                 if self._closed:  # while this one was out
                     self._close_readers()
 
-    def _write(self, change: _Change[T]) -> T:
-        """What the change returns, once it is durable."""
-        outcome: T | BaseException = self._write_each([change])[0]
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
-
-    def _write_each(self, changes: Sequence[_Change[Any]]) -> list[Any]:
-        """What each change returns or raises, once all are durable. Each happens whole or not at all."""
-        outcomes = self._writes.ask(changes)
-        with contextlib.suppress(concurrent.futures.TimeoutError):
-            return outcomes.result(self.WAIT)
-        if outcomes.cancel():
-            raise Unavailable(f"The store {self.place} is busy: ask again.", 1)
-        with contextlib.suppress(concurrent.futures.TimeoutError):
-            return outcomes.result(2 * self.WAIT)  # its transaction is under way
-        raise Unavailable(f"The store {self.place} takes too long: the change may still be made.", 1)
-
-    def _commit(self, asked: Sequence[Sequence[_Change[Any]]]) -> list[list[Any]]:
-        """One transaction, and so one fsync, for all changes that wait."""
-        alone = sum(map(len, asked)) == 1
-        with self._transaction():
-            self._purge(self._clock())
-            return [[self._try(change, alone) for change in changes] for changes in asked]
-
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._errors(), self._writer:  # commits at the end, or rolls back
-            self._writer.execute("BEGIN IMMEDIATE")
-            yield
+        deadline = time.monotonic() + self.WAIT
+        if not self._writing.acquire(timeout=self.WAIT):
+            raise Unavailable(f"The store {self.place} is busy: ask again.", 1)
+        try:
+            with self._errors(), self._writer:  # commits at the end, or rolls back
+                left = max(0.0, deadline - time.monotonic())
+                self._writer.execute(f"PRAGMA busy_timeout = {left * 1000:.0f}")  # for the lock of another process
+                self._writer.execute("BEGIN IMMEDIATE")
+                yield
+        finally:
+            self._writing.release()
 
-    def _try(self, change: _Change[Any], alone: bool) -> Any:
-        """What the change returns; or what it raises, and then nothing of it is left. One that is alone needs no
-        savepoint, which costs a copy of each page that it changes: the whole transaction fails with it."""
-        if alone:
-            return change(self._writer)
+    def _write(self, change: Callable[[], T]) -> T:
+        """What the change returns, once it is durable."""
+        outcome: T | BaseException = self._write_each([change])[0]
+        return result_of(outcome)
+
+    def _write_each(self, changes: Sequence[Callable[[], Any]]) -> list[Any]:
+        """What each change returns or raises, once all are durable: one transaction, and so one fsync. It also deletes
+        what has expired."""
+        with self._transaction():
+            now = self._clock()
+            for table in ("session", "marker", "token"):
+                self._writer.execute(f"DELETE FROM {table} WHERE expires <= ?", (now,))
+            self._writer.execute("DELETE FROM pending WHERE time <= ?", (now - TTL_MS,))
+            # One that is alone needs no savepoint, which costs a copy of each page that it changes.
+            return [self._try(change) for change in changes] if len(changes) > 1 else [changes[0]()]
+
+    def _try(self, change: Callable[[], Any]) -> Any:
+        """What the change returns; or what it raises, and then nothing of it is left."""
         self._writer.execute("SAVEPOINT change")
         try:
             with self._errors():
-                result = change(self._writer)
+                result = change()
         except Exception as error:
             self._writer.execute("ROLLBACK TO change")  # fails when the whole transaction is gone, as on a full disk
             result = error
@@ -1670,154 +1560,120 @@ class SqliteStore(Store):
     def ping(self) -> None:
         if self._damaged:
             raise Unavailable(f"The store {self.place} is damaged: stop the service, and move the file away.", 60)
-        with self._reading() as database:
-            database.execute("SELECT time FROM newest").fetchone()
+        self._read("SELECT time FROM newest")
 
     def close(self) -> None:
         self._closed = True
         self._close_readers()
-        self._writes.close(2 * self.WAIT)
-        self._writer.close()
+        if self._writing.acquire(timeout=2 * self.WAIT):  # else it is closed with the process
+            self._writer.close()
+            self._writing.release()
 
     def _close_readers(self) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._readers.get_nowait().close()
 
-    _SESSION = "SELECT timestamp, document, saved, announced FROM session"
+    _SESSION = "SELECT timestamp, document, saved, announced FROM session WHERE expires > ?"
 
     def read_sessions(self, timestamps: Sequence[int]) -> list[StoredSession | ApiError | None]:
-        select = f"{self._SESSION} WHERE timestamp = ? AND expires > ?"
-        found: list[StoredSession | ApiError | None] = []
-        with self._reading() as database:
-            for timestamp in timestamps:
-                try:
-                    with self._errors():
-                        row = database.execute(select, (timestamp, self._clock())).fetchone()
-                    found.append(StoredSession(*row) if row else None)
-                except Unavailable as fault:
-                    found.append(fault)
-        return found
+        def read(timestamp: int) -> StoredSession | ApiError | None:
+            try:
+                rows = self._read(f"{self._SESSION} AND timestamp = ?", self._clock(), timestamp)
+            except Unavailable as fault:
+                return fault
+            return StoredSession(*rows[0]) if rows else None
+
+        return [read(timestamp) for timestamp in timestamps]
 
     def sessions(self) -> Iterator[StoredSession]:
-        select = f"{self._SESSION} WHERE timestamp < ? AND expires > ? ORDER BY timestamp DESC LIMIT 1"
+        newest_below = f"{self._SESSION} AND timestamp < ? ORDER BY timestamp DESC LIMIT 1"
         below = 1 << 62
-        while True:
-            with self._reading() as database:
-                row = database.execute(select, (below, self._clock())).fetchone()
-            if not row:
-                return
-            yield StoredSession(*row)
-            below = row[0]
+        while rows := self._read(newest_below, self._clock(), below):
+            yield StoredSession(*rows[0])
+            below = rows[0][0]
 
     def newest_copy(self) -> bytes | None:
         return None  # no other program writes here
 
-    def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
-        now = self._clock()
+    _SAVE = (
+        "INSERT INTO session (timestamp, document, saved, expires) VALUES (?1, ?2, ?3, ?4) ON CONFLICT (timestamp)"
+        " DO UPDATE SET document = ?2, saved = max(?3, saved + 1), expires = ?4 WHERE ?5"
+    )
 
-        def change(database: sqlite3.Connection) -> bool:
-            taken = "SELECT 1 FROM session WHERE timestamp = ?"
-            if not replace and database.execute(taken, (timestamp,)).fetchone():
-                return False
-            database.execute(
-                "INSERT INTO session (timestamp, document, saved, expires) VALUES (?, ?, ?, ?) ON CONFLICT (timestamp)"
-                " DO UPDATE SET document = excluded.document, saved = max(excluded.saved, saved + 1),"
-                " expires = excluded.expires",
-                (timestamp, document, now, now + TTL_MS),
-            )
-            if draft:
-                self._announce(database, now, timestamp, draft)
-            return True
+    def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
+        def change() -> bool:
+            row = (timestamp, document, self._clock(), self._clock() + TTL_MS, replace)
+            is_saved = self._writer.execute(self._SAVE, row).rowcount > 0
+            if is_saved and draft:
+                self._announce(timestamp, draft)
+            return is_saved
 
         return self._write(change)
 
     def announce(self, session: int, draft: Draft) -> bool:
-        return self._write(functools.partial(self._announce, now=self._clock(), session=session, draft=draft))
+        return self._write(lambda: self._announce(session, draft))
 
-    def _announce(self, database: sqlite3.Connection, now: int, session: int, draft: Draft) -> bool:
-        changed = database.execute(
-            "UPDATE session SET announced = ?1 WHERE timestamp = ?2 AND announced IS NOT ?1", (draft.type, session)
-        ).rowcount
-        if changed:
-            self._add(database, now, draft)
-        return bool(changed)
+    def _announce(self, session: int, draft: Draft) -> bool:
+        note = "UPDATE session SET announced = ?1 WHERE timestamp = ?2 AND announced IS NOT ?1"
+        if is_new := self._writer.execute(note, (draft.type, session)).rowcount > 0:
+            self._add(draft)
+        return is_new
 
     def add(self, drafts: Sequence[Draft]) -> list[tuple[bytes, int, bool] | ApiError]:
-        now = self._clock()
-        return self._write_each([functools.partial(self._add, now=now, draft=draft) for draft in drafts])
+        return self._write_each([functools.partial(self._add, draft) for draft in drafts])
 
-    def _add(self, database: sqlite3.Connection, now: int, draft: Draft) -> tuple[bytes, int, bool]:
+    def _add(self, draft: Draft) -> tuple[bytes, int, bool]:
         made = f"{draft.type}:{draft.session}"
-        if row := database.execute("SELECT member, time FROM pending WHERE made = ?", (made,)).fetchone():
+        if row := self._writer.execute("SELECT member, time FROM pending WHERE made = ?", (made,)).fetchone():
             return *row, False
-        newest = database.execute("SELECT time FROM newest").fetchone()[0]
-        time = max(now, newest + 1)
-        member = draft.member(time)
-        database.execute("UPDATE newest SET time = ?", (time,))
-        database.execute("INSERT INTO pending (member, time, made) VALUES (?, ?, ?)", (member, time, made))
-        return member, time, True
+        self._writer.execute("UPDATE newest SET time = max(time + 1, ?)", (self._clock(),))
+        (at,) = self._writer.execute("SELECT time FROM newest").fetchone()
+        member = draft.member(at)
+        self._writer.execute("INSERT INTO pending (member, time, made) VALUES (?, ?, ?)", (member, at, made))
+        return member, at, True
 
     _PENDING = "SELECT member, time FROM pending WHERE (time, member) > (?, ?) ORDER BY time, member LIMIT ?"
 
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
         last: tuple[int, bytes] = (self._clock() - TTL_MS, b"\xff")
-        while True:
-            with self._reading() as database:
-                rows = database.execute(self._PENDING, (*last, page)).fetchall()
+        while rows := self._read(self._PENDING, *last, page):
             yield from rows
-            if len(rows) < page:
-                return
-            last = (rows[-1][1], rows[-1][0])
+            last = rows[-1][::-1]
 
     def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
-        with self._reading() as database:
-            rows = database.execute(self._PENDING, (self._clock() - TTL_MS, b"\xff", count)).fetchall()
-        return Snapshot(rows, False)
-
-    def acknowledged(self, ids: Sequence[str]) -> set[str]:
-        return set()  # no other program writes here: what is marked is not pending
+        # No other program writes here: what is marked is not pending.
+        return self._read(self._PENDING, self._clock() - TTL_MS, b"\xff", count), set()
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
-        rows = [(member,) for member in members]
-        return self._write(lambda database: self._acknowledge(database, id, "member = ?", rows))
+        return self._write(lambda: self._acknowledge(id, "member = ?", [(member,) for member in members]))
 
     def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
-        of_own = functools.partial(self._acknowledge, which="time = ? AND substr(member, 1, ?) = ?")
-        found = [(id, at, OWN_MEMBER % id.encode()) for id, at in ids]
-        return self._write_each([functools.partial(of_own, id=id, rows=[(at, len(own), own)]) for id, at, own in found])
+        which = "time = ?1 AND substr(member, 1, length(?2)) = ?2"
+        found = [(id, which, [(at, OWN_MEMBER % id.encode())]) for id, at in ids]
+        return self._write_each([functools.partial(self._acknowledge, *one) for one in found])
 
-    def _acknowledge(self, database: sqlite3.Connection, id: str, which: str, rows: Sequence[tuple[Any, ...]]) -> bool:
-        now = self._clock()
-        removed = sum(database.execute(f"DELETE FROM pending WHERE {which}", row).rowcount for row in rows)
+    def _acknowledge(self, id: str, which: str, rows: Sequence[tuple[Any, ...]]) -> bool:
+        removed = sum(self._writer.execute(f"DELETE FROM pending WHERE {which}", row).rowcount for row in rows)
         if not removed:
-            marked = "SELECT 1 FROM marker WHERE id = ? AND expires > ?"
-            return database.execute(marked, (id, now)).fetchone() is not None
-        database.execute("INSERT OR REPLACE INTO marker (id, expires) VALUES (?, ?)", (id, now + TTL_MS))
+            return bool(self._writer.execute("SELECT 1 FROM marker WHERE id = ?", (id,)).fetchone())
+        self._writer.execute("INSERT OR REPLACE INTO marker VALUES (?, ?)", (id, self._clock() + TTL_MS))
         return True
 
     def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
         row = (digest, record, self._clock() + ttl)
-        self._write(lambda database: database.execute("INSERT OR REPLACE INTO token VALUES (?, ?, ?)", row))
+        self._write(lambda: self._writer.execute("INSERT OR REPLACE INTO token VALUES (?, ?, ?)", row))
 
     def token(self, digest: str) -> bytes | None:
-        select = "SELECT record FROM token WHERE digest = ? AND expires > ?"
-        with self._reading() as database:
-            row = database.execute(select, (digest, self._clock())).fetchone()
-        return row[0] if row else None
+        rows = self._read("SELECT record FROM token WHERE digest = ? AND expires > ?", digest, self._clock())
+        return rows[0][0] if rows else None
 
     def tokens(self) -> list[tuple[str, bytes]]:
-        with self._reading() as database:
-            return database.execute("SELECT digest, record FROM token WHERE expires > ?", (self._clock(),)).fetchall()
+        return self._read("SELECT digest, record FROM token WHERE expires > ?", self._clock())
 
     def revoke_token(self, digest: str) -> bool:
-        return self._write(lambda file: file.execute("DELETE FROM token WHERE digest = ?", (digest,)).rowcount > 0)
-
-    def _purge(self, now: int) -> None:
-        """Delete what has expired, in each transaction; Redis does it by itself."""
-        for table in ("session", "marker", "token"):
-            self._writer.execute(f"DELETE FROM {table} WHERE expires <= ?", (now,))
-        self._writer.execute("DELETE FROM pending WHERE time <= ?", (now - TTL_MS,))
+        delete = "DELETE FROM token WHERE digest = ?"
+        return self._write(lambda: self._writer.execute(delete, (digest,)).rowcount > 0)
 
 
 def open_store(settings: Settings) -> Store:
@@ -2207,13 +2063,11 @@ class Notifications:
         """The same for several (types, limit), all from one snapshot. None for a query that has to look further."""
         count = max(self.SMALLEST_SNAPSHOT, *(limit for _, limit in queries))
         asked = self._last_ids
-        pending, any_marked = self._store.snapshot(count, asked)
+        pending, marked = self._store.snapshot(count, asked)
         found = list(self._read(pending))
         ids = self._last_ids = [one.id for one in found]
-        if ids != asked or any_marked:
-            known = () if any_marked else set(asked)
-            marked = self._store.acknowledged([id for id in ids if id not in known])
-            found = [one for one in found if one.id not in marked]
+        marked |= self._store.acknowledged(list(set(ids).difference(asked)))
+        found = [one for one in found if one.id not in marked]
         answers = [[one for one in found if one.type in types][:limit] for types, limit in queries]
         whole = len(pending) < count
         return [shown if whole or len(shown) == limit else None for shown, (_, limit) in zip(answers, queries)]
