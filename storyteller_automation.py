@@ -1181,8 +1181,9 @@ class RedisClient:
 
 # Each script is one atomic step. This one adds a notification; with KEYS[4] announces it at a session, unless that was
 # done last; with ARGV[5] saves the session before.
-# KEYS: 1 pending, 2 newest, 3 made; 4 session, 5 StoryArt's key for it, 6 meta; 7 index.
-# ARGV: 1 member, 2 its time, 3 now; 4 type, "" for no notification; 5 timestamp, 6 "1" to replace, 7 document.
+# KEYS: 1 pending, 2 newest, 3 made; 4 session, 5 StoryArt's key for it, 6 meta; 7 index, 8 the document, under a key of
+# its own since a script needs 1 ms to take 850 KB.
+# ARGV: 1 member, 2 its time, 3 now; 4 type, "" for no notification; 5 timestamp, 6 "1" to replace.
 # It returns {"late", newest} when the time is not past the newest one that was given: the caller asks again with a
 # later one, since the member's JSON contains its time and only the caller can write that.
 _LUA_CHANGE = """
@@ -1207,7 +1208,11 @@ end
 if not KEYS[4] then return add() end
 
 local exists, result = redis.call('EXISTS', KEYS[4], KEYS[5]) > 0, {'known'}
-if ARGV[5] and exists and ARGV[6] ~= '1' then return {'taken'} end
+if ARGV[5] and exists and ARGV[6] ~= '1' then
+  redis.call('DEL', KEYS[8])
+  return {'taken'}
+end
+if ARGV[5] and redis.call('EXISTS', KEYS[8]) == 0 then return {'gone'} end
 if not ARGV[5] and not exists then return result end
 if ARGV[4] ~= '' and redis.call('HGET', KEYS[6], 'announced') ~= ARGV[4] then
   result = add()
@@ -1216,7 +1221,8 @@ if ARGV[4] ~= '' and redis.call('HGET', KEYS[6], 'announced') ~= ARGV[4] then
 end
 if ARGV[5] then
   local saved = math.max(ARGV[3], (redis.call('HGET', KEYS[6], 'saved') or 0) + 1)
-  redis.call('SET', KEYS[4], ARGV[7], 'PX', week)
+  redis.call('RENAME', KEYS[8], KEYS[4])
+  redis.call('PEXPIRE', KEYS[4], week)
   redis.call('ZADD', KEYS[7], ARGV[5], KEYS[4])
   redis.call('HSET', KEYS[6], 'saved', saved)
 end
@@ -1361,9 +1367,14 @@ class RedisStore(Store):
         return outcomes
 
     def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
-        keys = [*self._session_keys(timestamp), self.INDEXES[0]]
-        further = (draft.type if draft else "", timestamp, int(replace), document)
-        return bool(result_of(self._change([draft], keys, *further)[0])[0] != b"taken")
+        incoming = f"storyteller:incoming:{secrets.token_hex(8)}"
+        self._redis.ask(("SET", incoming, document, "PX", 60_000))
+        keys = [*self._session_keys(timestamp), self.INDEXES[0], incoming]
+        further = (draft.type if draft else "", timestamp, int(replace))
+        state = result_of(self._change([draft], keys, *further)[0])[0]
+        if state == b"gone":
+            raise Unavailable("Redis took a minute for this session: ask again.", 1)
+        return bool(state != b"taken")
 
     def announce(self, session: int, draft: Draft) -> bool:
         (outcome,) = self._change([draft], self._session_keys(session), draft.type)
@@ -1465,7 +1476,6 @@ class SqliteStore(Store):
         self._clock = clock
         self._damaged = False  # seen at run time: the file is "malformed"
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()  # as many as threads that read at once
-        self._writing = threading.Lock()  # of the writer
         self._closed = False
         try:
             self._writer = self._connect()
@@ -1475,6 +1485,7 @@ class SqliteStore(Store):
                 on_failure.pop_all()
         except (sqlite3.Error, Unavailable) as error:
             raise StartError(f"The store {path} cannot be used ({error}): move it away, or repair it.") from None
+        self._writes = Batcher(self._commit, "sqlite-writes")  # from here on its thread alone uses the writer
 
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(self.place, timeout=self.WAIT, isolation_level=None, check_same_thread=False)
@@ -1484,7 +1495,7 @@ class SqliteStore(Store):
         damage = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
         if damage != "ok":
             raise StartError(f"The store {self.place} is damaged ({damage}): move it away, or repair it.")
-        with self._transaction():
+        with self._transaction(self.WAIT):
             version = self._writer.execute("PRAGMA user_version").fetchone()[0]
             if version > len(_SCHEMA_STEPS):
                 raise StartError(f"The store {self.place} was made by a newer version: start that one.")
@@ -1516,18 +1527,12 @@ class SqliteStore(Store):
                     self._close_readers()
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        deadline = time.monotonic() + self.WAIT
-        if not self._writing.acquire(timeout=self.WAIT):
-            raise Unavailable(f"The store {self.place} is busy: ask again.", 1)
-        try:
-            with self._errors(), self._writer:  # commits at the end, or rolls back
-                left = max(0.0, deadline - time.monotonic())
-                self._writer.execute(f"PRAGMA busy_timeout = {left * 1000:.0f}")  # for the lock of another process
-                self._writer.execute("BEGIN IMMEDIATE")
-                yield
-        finally:
-            self._writing.release()
+    def _transaction(self, wait: float) -> Iterator[None]:
+        """It waits at most so many seconds for another process, commits at the end, or rolls back."""
+        with self._errors(), self._writer:
+            self._writer.execute(f"PRAGMA busy_timeout = {max(0.0, wait) * 1000:.0f}")
+            self._writer.execute("BEGIN IMMEDIATE")
+            yield
 
     def _write(self, change: Callable[[], T]) -> T:
         """What the change returns, once it is durable."""
@@ -1535,15 +1540,24 @@ class SqliteStore(Store):
         return result_of(outcome)
 
     def _write_each(self, changes: Sequence[Callable[[], Any]]) -> list[Any]:
-        """What each change returns or raises, once all are durable: one transaction, and so one fsync. It also deletes
-        what has expired."""
-        with self._transaction():
+        """What each change returns or raises, once all are durable."""
+        outcomes = self._writes.ask((time.monotonic() + self.WAIT, changes))
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            return outcomes.result(self.WAIT)
+        if outcomes.cancel():
+            raise Unavailable(f"The store {self.place} is busy: ask again.", 1)
+        return outcomes.result(2 * self.WAIT)  # its transaction has begun
+
+    def _commit(self, asked: Sequence[tuple[float, Sequence[Callable[[], Any]]]]) -> list[list[Any]]:
+        """One transaction, and so one fsync, for all changes that wait. It also deletes what has expired."""
+        with self._transaction(min(deadline for deadline, _ in asked) - time.monotonic()):
             now = self._clock()
             for table in ("session", "marker", "token"):
                 self._writer.execute(f"DELETE FROM {table} WHERE expires <= ?", (now,))
             self._writer.execute("DELETE FROM pending WHERE time <= ?", (now - TTL_MS,))
-            # One that is alone needs no savepoint, which costs a copy of each page that it changes.
-            return [self._try(change) for change in changes] if len(changes) > 1 else [changes[0]()]
+            if sum(len(changes) for _, changes in asked) == 1:
+                return [[change() for change in changes] for _, changes in asked]  # alone, it needs no savepoint
+            return [[self._try(change) for change in changes] for _, changes in asked]
 
     def _try(self, change: Callable[[], Any]) -> Any:
         """What the change returns; or what it raises, and then nothing of it is left."""
@@ -1565,9 +1579,8 @@ class SqliteStore(Store):
     def close(self) -> None:
         self._closed = True
         self._close_readers()
-        if self._writing.acquire(timeout=2 * self.WAIT):  # else it is closed with the process
-            self._writer.close()
-            self._writing.release()
+        self._writes.close(2 * self.WAIT)
+        self._writer.close()
 
     def _close_readers(self) -> None:
         with contextlib.suppress(queue.Empty):

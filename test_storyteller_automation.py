@@ -1879,22 +1879,47 @@ def writing(sqlite_store) -> Iterator[Callable[[], None]]:
             goes_on.set()
 
 
-def test_what_is_written_together_shares_one_commit(sqlite_store):
-    statements: list[str] = []
-    sqlite_store._writer.set_trace_callback(statements.append)
-    assert len(sqlite_store.add([draft(session=T + number) for number in range(8)])) == 8
-    assert statements.count("COMMIT") == 1
-    assert len(members_of(sqlite_store)) == 8
+class Commits:
+    """Counts the changes and the transactions of a store, from the time when it is made."""
+
+    def __init__(self, store: service.SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked = 0
+        self._store = store
+        ask = store._writes.ask
+
+        def count(changes: Any) -> Any:
+            future = ask(changes)
+            self.asked += 1
+            return future
+
+        monkeypatch.setattr(store._writes, "ask", count)
+        self.statements: list[str] = []
+        store._writer.set_trace_callback(self.statements.append)
 
 
-def test_what_a_writer_waits_for_another_it_waits_less_for_a_process(sqlite_store, monkeypatch):
-    statements: list[str] = []
-    sqlite_store._writer.set_trace_callback(statements.append)
-    times = iter([0.0, 2.9])  # it asks for its turn, and has it
-    with monkeypatch.context() as patch:
-        patch.setattr(time, "monotonic", lambda: next(times))
-        sqlite_store.save(T, b"{}", None)
-    assert "PRAGMA busy_timeout = 100" in statements
+def test_many_writers_share_one_commit(sqlite_store, writing, monkeypatch):
+    commits = Commits(sqlite_store, monkeypatch)
+    with ThreadPoolExecutor(8) as pool:
+        written = [pool.submit(sqlite_store.save, T + number, b"{}", None) for number in range(8)]
+        wait_until(lambda: commits.asked == 8)
+        writing()
+    assert [one.result(PATIENCE) for one in written] == [True] * 8
+    assert commits.statements.count("COMMIT") == 2  # the first is of the change that was under way
+    assert len(list(sqlite_store.sessions())) == 8
+
+
+def test_a_change_that_fails_takes_no_other_with_it(sqlite_store, writing, monkeypatch):
+    def no_member(time: int) -> bytes:
+        raise RuntimeError("no member")
+
+    commits = Commits(sqlite_store, monkeypatch)
+    drafts = [None, service.Draft(PROMPTS, T, no_member), service.Draft(PROMPTS, T, no_member)]
+    with ThreadPoolExecutor(3) as pool:
+        written = [pool.submit(sqlite_store.save, T + number, b"{}", draft) for number, draft in enumerate(drafts)]
+        wait_until(lambda: commits.asked == 3)
+        writing()
+    assert [type(one.exception(PATIENCE)) for one in written] == [type(None), RuntimeError, RuntimeError]
+    assert [one.timestamp for one in sqlite_store.sessions()] == [T]
 
 
 def test_a_writer_that_waits_too_long_has_changed_nothing(sqlite_store, writing, monkeypatch):
@@ -1905,6 +1930,25 @@ def test_a_writer_that_waits_too_long_has_changed_nothing(sqlite_store, writing,
     writing()
     sqlite_store.save(T + 1, b"{}", None)
     assert [one.timestamp for one in sqlite_store.sessions()] == [T + 1]
+
+
+def test_closing_ends_the_thread_that_writes(tmp_path):
+    others = set(threading.enumerate())
+    store = service.SqliteStore(tmp_path / "store.sqlite3")
+    (writer,) = set(threading.enumerate()) - others
+    assert add(store, draft())[2] is True
+    store.close()
+    assert not writer.is_alive()
+
+
+def test_what_a_writer_waits_for_another_it_waits_less_for_a_process(sqlite_store, monkeypatch):
+    statements: list[str] = []
+    sqlite_store._writer.set_trace_callback(statements.append)
+    times = iter([0.0, 2.9])  # it asks for its turn, and has it
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: next(times))
+        sqlite_store.save(T, b"{}", None)
+    assert "PRAGMA busy_timeout = 100" in statements
 
 
 def test_sqlite_ends_sessions_and_marks_after_7_days_and_removes_them(sqlite_store, clock):
