@@ -1955,45 +1955,48 @@ def open_store(settings: Settings) -> Store:
 
 
 # ======================================================================================================
-# Sessions: a document
+# Sessions
 # ======================================================================================================
+
+PREVIEW_LENGTH = 500  # characters of scriptText in a list: whole sessions would make it hundreds of MB
 
 
 class NotASession(ValueError):
     """What is wrong with a document, and where in it."""
 
 
-_KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+_KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number",
+          type(None): "null"}  # fmt: skip
+
+# A shape is a type, {key: shape}, [shape of every element] or a tuple of such. Any key may be missing or null.
+_PROMPT = (str, {"prompt": str})  # StorySwarm writes a plain string, StoryArt an object
+_BEAT = {"prompts": {"cinematic": _PROMPT, "vertical": _PROMPT}, "imageDecision": {"type": str}}
+_COUNTED = {"analyzedEpisode": {"scenes": [{"beats": [_BEAT]}]}}
+_LISTED = {"analyzedEpisode": {"scenes": [{"beats": [{}]}]}, "scriptText": str}
 
 
-def _part(parent: dict[str, Any], key: str, where: str, *kinds: type) -> Any:
-    """parent[key], which is of one of `kinds`; None when it is missing or null. `where` is the parent's own place."""
-    value = parent.get(key)
-    if value is not None and type(value) not in kinds:
-        place = f"{where}.{key}" if where else key
-        raise NotASession(f"{place} is {_KINDS[type(value)]}, not {' or '.join(_KINDS[kind] for kind in kinds)}")
-    return value
-
-
-def _objects(parent: dict[str, Any], key: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of the array parent[key], with its place; none when it is missing or null."""
-    for number, value in enumerate(_part(parent, key, where, list) or ()):
-        place = f"{where}.{key}[{number}]"
-        if type(value) is not dict:
-            raise NotASession(f"{place} is {_KINDS.get(type(value), 'null')}, not an object")
-        yield place, value
+def _check_shape(value: Any, shape: Any, place: str = "") -> None:
+    """Raise NotASession for the first value that does not fit, with its place."""
+    shapes = shape if isinstance(shape, tuple) else (shape,)
+    kinds = [one if isinstance(one, type) else type(one) for one in shapes]
+    if type(value) not in kinds:
+        raise NotASession(f"{place or 'it'} is {_KINDS[type(value)]}, not {' or '.join(_KINDS[one] for one in kinds)}")
+    fitting = shapes[kinds.index(type(value))]
+    if isinstance(fitting, dict):
+        for key, inner in fitting.items():
+            if value.get(key) is not None:
+                _check_shape(value[key], inner, f"{place}.{key}" if place else key)
+    elif isinstance(fitting, list):
+        for number, element in enumerate(value):
+            _check_shape(element, fitting[0], f"{place}[{number}]")
 
 
 def read_session(stored: StoredSession) -> dict[str, Any]:
-    """The document of a stored session. Raises NotASession."""
+    """The document of a stored session. Raises ValueError with what is wrong with it."""
     if stored.document is None:
         raise NotASession("its key holds no text")
-    try:
-        document = parse_json(stored.document)
-    except ValueError as error:
-        raise NotASession(str(error)) from None
-    if type(document) is not dict:
-        raise NotASession(f"it is {_KINDS.get(type(document), 'null')}, not an object")
+    document: dict[str, Any] = parse_json(stored.document)
+    _check_shape(document, {})
     return document
 
 
@@ -2008,39 +2011,21 @@ class Progress:
 
 def progress(document: dict[str, Any]) -> Progress:
     """Count beats and prompts. Ready: there is a beat, and each that needs a prompt has one. Raises NotASession."""
-    beats = prompts = waiting = 0
-    for place, scene in _scenes(document):
-        for where, beat in _objects(scene, "beats", place):
-            beats += 1
-            has_one, needs_one = _has_prompt(beat, where), _needs_prompt(beat, where)
-            prompts += has_one
-            waiting += needs_one and not has_one
-    return Progress(beats, prompts, ready=beats > 0 and waiting == 0)
-
-
-def _scenes(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    episode = _part(document, "analyzedEpisode", "", dict)
-    if episode is None or episode.get("scenes") is None:
+    _check_shape(document, _COUNTED)
+    scenes = (document.get("analyzedEpisode") or {}).get("scenes")
+    if scenes is None:
         raise NotASession("it has no analyzedEpisode.scenes")
-    return _objects(episode, "scenes", "analyzedEpisode")
-
-
-def _has_prompt(beat: dict[str, Any], where: str) -> bool:
-    """StorySwarm writes a plain string, StoryArt an object; the vertical one is optional and is checked for type."""
-    prompts = _part(beat, "prompts", where, dict) or {}
-    texts = {}
-    for shape in ("cinematic", "vertical"):
-        prompt = _part(prompts, shape, f"{where}.prompts", str, dict)
-        if isinstance(prompt, dict):
-            prompt = _part(prompt, "prompt", f"{where}.prompts.{shape}", str)
-        texts[shape] = prompt or ""
-    return not texts["cinematic"].isspace() and texts["cinematic"] != ""
-
-
-def _needs_prompt(beat: dict[str, Any], where: str) -> bool:
-    """An image that is reused, or none, needs no prompt: a finished session has fewer prompts than beats."""
-    decision = _part(beat, "imageDecision", where, dict) or {}
-    return _part(decision, "type", f"{where}.imageDecision", str) not in ("REUSE_IMAGE", "NO_IMAGE")
+    beats = [beat for scene in scenes for beat in scene.get("beats") or ()]
+    prompts = waiting = 0
+    for beat in beats:
+        prompt = (beat.get("prompts") or {}).get("cinematic") or ""  # the vertical one is optional
+        text = prompt if isinstance(prompt, str) else prompt.get("prompt") or ""
+        if text.strip():
+            prompts += 1
+        # An image that is reused, or none, needs no prompt: a finished session has fewer prompts than beats.
+        elif (beat.get("imageDecision") or {}).get("type") not in ("REUSE_IMAGE", "NO_IMAGE"):
+            waiting += 1
+    return Progress(len(beats), prompts, ready=bool(beats) and not waiting)
 
 
 def last_updated(stored: StoredSession, written: int | None) -> str:
@@ -2049,66 +2034,53 @@ def last_updated(stored: StoredSession, written: int | None) -> str:
     return iso_time(max(known, default=stored.timestamp))
 
 
-PREVIEW_LENGTH = 500  # characters of scriptText in a list: whole sessions would make it hundreds of MB
-
-
 def summary(document: dict[str, Any]) -> dict[str, Any]:
     """What a list shows of a session beside its timestamp. Raises NotASession."""
-    episode = _part(document, "analyzedEpisode", "", dict) or {}
-    scenes = []
-    for place, scene in _objects(episode, "scenes", "analyzedEpisode"):
-        beats = sum(1 for _ in _objects(scene, "beats", place))
-        scenes.append({"sceneNumber": scene.get("sceneNumber"), "title": scene.get("title"), "totalBeats": beats})
+    _check_shape(document, _LISTED)
+    episode = document.get("analyzedEpisode") or {}
+    titles = {name: episode.get(name) for name in ("episodeNumber", "title")}
+    scenes = [
+        {"sceneNumber": one.get("sceneNumber"), "title": one.get("title"), "totalBeats": len(one.get("beats") or ())}
+        for one in episode.get("scenes") or ()
+    ]
     return {
         "storyUuid": document.get("storyUuid"),
         "promptMode": document.get("promptMode"),
-        "scriptText": (_part(document, "scriptText", "", str) or "")[:PREVIEW_LENGTH],
-        "analyzedEpisode": {
-            "episodeNumber": episode.get("episodeNumber"),
-            "title": episode.get("title"),
-            "scenes": scenes,
-        },
+        "scriptText": (document.get("scriptText") or "")[:PREVIEW_LENGTH],
+        "analyzedEpisode": {**titles, "scenes": scenes},
     }
-
-
-# ======================================================================================================
-# Sessions: what is known of them
-# ======================================================================================================
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the answers need of a document. `fault`: it is no session at all; the parts have faults of their own."""
+    """What the answers need of a document. A part may be its fault; with `fault` the document is no session at all."""
 
-    fault: NotASession | None = None
-    progress: Progress | NotASession | None = None
-    summary: Mapping[str, Any] | NotASession | None = None
+    fault: str | None
+    progress: Progress | str
+    summary: Mapping[str, Any] | str
     updated: int | None = None  # ms, as the document says
     waits: bool = False  # for StorySwarm
     timestamp: int | None = None  # as the document says
-    size: int = 0  # of the summary's JSON
 
 
 def find_facts(stored: StoredSession) -> Facts:
-    """Parse a document. Its faults are among the facts."""
+    """Parse a document."""
 
-    def attempt(part: Callable[[dict[str, Any]], T]) -> T | NotASession:
+    def attempt(part: Callable[[Q], T], given: Q) -> T | str:
         try:
-            return part(document)
-        except NotASession as fault:
-            return NotASession(str(fault))  # the one that was raised refers to the document
+            return part(given)
+        except ValueError as fault:
+            return str(fault)  # the exception refers to the document
 
-    try:
-        document = read_session(stored)
-    except NotASession as fault:
-        return Facts(NotASession(str(fault)))
+    document = attempt(read_session, stored)
+    if isinstance(document, str):
+        return Facts(document, document, document)
     times = [read_time(document.get(name)) for name in ("lastUpdated", "updatedAt")]
     own: Any = document.get("timestamp")
-    shown = attempt(summary)
     return Facts(
-        progress=attempt(progress),
-        summary=shown,
-        size=0 if isinstance(shown, NotASession) else len(json.dumps(shown)),
+        fault=None,
+        progress=attempt(progress, document),
+        summary=attempt(summary, document),
         updated=max((time for time in times if time is not None), default=None),
         waits=document.get("promptMode") == "storyswarm",
         timestamp=int(own) if is_whole(own) else None,
@@ -2120,12 +2092,10 @@ class Sessions:
     digest alone. The store is read each time, so nothing else tells whether a session has changed."""
 
     KEPT, LARGEST = 1000, 8192  # entries and bytes of one: 8 MB of JSON at most. A real summary has 1 to 2 KB
-    SMALL = 1_000_000  # bytes of a document that does not delay others while it is parsed
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._facts: dict[bytes, Facts] = {}  # by the document's SHA-256
-        self._lock = threading.Lock()  # of the dictionary
         self._parsing = threading.Lock()
 
     def find(self, timestamp: int) -> tuple[StoredSession, Facts] | None:
@@ -2134,37 +2104,32 @@ class Sessions:
         return None if stored is None else (stored, self.facts_of(stored))
 
     def find_many(self, timestamps: Sequence[int]) -> list[tuple[StoredSession, Facts | None] | ApiError | None]:
-        """The same for several in one round trip. Without the facts where a large document has to be parsed: the caller
-        asks facts_of(), where that delays nobody else."""
-        found: list[tuple[StoredSession, Facts | None] | ApiError | None] = []
-        for stored in self._store.read_sessions(timestamps):
-            if isinstance(stored, StoredSession):
-                digest = self._digest(stored)
-                facts = self._cached(digest)
-                if facts is None and len(stored.document or b"") <= self.SMALL:
-                    facts = self._learn(stored, digest)
-                found.append((stored, facts))
-            else:
-                found.append(stored)
-        return found
+        """The same for several in one round trip; None for facts that are not cached: the caller asks facts_of()."""
+        return [
+            (found, self._facts.get(self._digest(found))) if isinstance(found, StoredSession) else found
+            for found in self._store.read_sessions(timestamps)
+        ]
 
     def facts_of(self, stored: StoredSession) -> Facts:
         """Documents that are not known are parsed one at a time, and so equal ones once."""
         digest = self._digest(stored)
-        known = self._cached(digest)
-        if known is not None:
-            return known
-        with self._parsing:
-            return self._cached(digest) or self._learn(stored, digest)
+        facts = self._facts.get(digest)
+        if facts is None:
+            with self._parsing:
+                facts = self._facts.get(digest) or find_facts(stored)
+                if len(json.dumps(facts.summary)) <= self.LARGEST:
+                    self._facts[digest] = facts
+                    bound(self._facts, self.KEPT)
+        return facts
 
     def listed(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Timestamps and summaries, newest first. What is no session is left out and logged."""
         for stored in self._store.sessions():
-            facts = self.facts_of(stored)
-            if isinstance(facts.summary, Mapping):
-                yield stored.timestamp, facts.summary
+            shown = self.facts_of(stored).summary
+            if isinstance(shown, str):
+                log.warning("sessions: session %d is left out: %s", stored.timestamp, shown)
             else:
-                self._leave_out(f"session {stored.timestamp}", facts.fault or facts.summary)
+                yield stored.timestamp, shown
 
     def latest(self) -> StoredSession | None:
         """The newest session that can be read: the first of the list, or the copy of a newer one."""
@@ -2174,39 +2139,20 @@ class Sessions:
             if fault is None:
                 newest = stored
                 break
-            self._leave_out(f"session {stored.timestamp}", fault)
+            log.warning("sessions: session %d is left out: %s", stored.timestamp, fault)
         copy = self._store.newest_copy()
         if copy is None:
             return newest
         facts = self.facts_of(StoredSession(0, copy))
         if facts.fault:
-            self._leave_out("the copy of the newest session", facts.fault)
+            log.warning("sessions: the copy of the newest session is left out: %s", facts.fault)
         if facts.timestamp is None or (newest and facts.timestamp <= newest.timestamp):
             return newest
         return StoredSession(facts.timestamp, copy)
 
     @staticmethod
-    def _leave_out(what: str, fault: object) -> None:
-        log.warning("sessions: %s is left out: %s", what, fault)
-
-    @staticmethod
     def _digest(stored: StoredSession) -> bytes:
         return b"" if stored.document is None else hashlib.sha256(stored.document).digest()
-
-    def _cached(self, digest: bytes) -> Facts | None:
-        with self._lock:
-            facts = self._facts.pop(digest, None)
-            if facts is not None:
-                self._facts[digest] = facts  # the one used last is the last to go
-            return facts
-
-    def _learn(self, stored: StoredSession, digest: bytes) -> Facts:
-        facts = find_facts(stored)
-        if facts.size <= self.LARGEST:
-            with self._lock:
-                self._facts[digest] = facts
-                bound(self._facts, self.KEPT)
-        return facts
 
 
 # ======================================================================================================
@@ -2215,38 +2161,16 @@ class Sessions:
 
 # Each type's own total, by which a member of it is valid and which `check` shows.
 TOTALS = {"prompts_ready": "totalPrompts", "beats_ready": "totalBeats"}
-
 ID_PATTERN = r"[^\x00-\x1f\x7f-\x9f/\\]{1,200}"  # of anybody's id: it is put into a path, unescaped
 
 
-@dataclass(frozen=True)
-class Notification:
-    """One member of the pending set that is valid. `total` is its type's own; `timestamp` is ISO 8601."""
+class Notification(NamedTuple):
+    """One member of the pending set that is valid."""
 
     id: str
     type: str
-    session_timestamp: int
-    story_uuid: str
-    episode_number: int
-    total: int
-    timestamp: str
-    acknowledged: bool = False
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "type": self.type,
-            "sessionTimestamp": self.session_timestamp,
-            "storyUuid": self.story_uuid,
-            "episodeNumber": self.episode_number,
-            TOTALS[self.type]: self.total,
-            "timestamp": self.timestamp,
-        }
-
-    @functools.cached_property
-    def text(self) -> bytes:
-        """The same as bytes, made once: an answer of 100 is a join."""
-        return json.dumps(self.as_json(), ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text: bytes  # the JSON that callers get, made once: an answer of 100 is a join
+    acknowledged: bool
 
 
 def read_member(member: bytes, time: float) -> Notification:
@@ -2254,7 +2178,7 @@ def read_member(member: bytes, time: float) -> Notification:
     value = parse_json(member)
     if not isinstance(value, dict):
         raise ValueError("not an object")
-    kind, id = value.get("type"), value.get("id")
+    kind, id, timestamp = value.get("type"), value.get("id"), value.get("timestamp")
     if not isinstance(id, str) or not re.fullmatch(ID_PATTERN, id):
         raise ValueError("no id, or one that does not fit into a path")
     if not isinstance(kind, str) or kind not in TOTALS:
@@ -2262,18 +2186,23 @@ def read_member(member: bytes, time: float) -> Notification:
     for name in ("sessionTimestamp", TOTALS[kind]):
         if not is_count(value.get(name)):
             raise ValueError(f"{name} is not a whole number")
-    episode: Any = value.get("episodeNumber")
-    story, timestamp = value.get("storyUuid"), value.get("timestamp")
-    return Notification(
-        id=id,
-        type=kind,
-        session_timestamp=int(value["sessionTimestamp"]),
-        story_uuid=story if isinstance(story, str) else "",
-        episode_number=int(episode) if is_count(episode) else 0,
-        total=int(value[TOTALS[kind]]),
-        timestamp=timestamp if isinstance(timestamp, str) and read_time(timestamp) is not None else iso_time(int(time)),
-        acknowledged=value.get("acknowledged") is True,
-    )
+    if not isinstance(timestamp, str) or read_time(timestamp) is None:
+        timestamp = iso_time(int(time))
+    shown = {
+        "id": id,
+        "type": kind,
+        "sessionTimestamp": int(value["sessionTimestamp"]),
+        **_story_fields(value.get("storyUuid"), value.get("episodeNumber")),
+        TOTALS[kind]: int(value[TOTALS[kind]]),
+        "timestamp": timestamp,
+    }
+    text = json.dumps(shown, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    return Notification(id, kind, text, value.get("acknowledged") is True)
+
+
+def _story_fields(uuid: object, episode: Any) -> dict[str, Any]:
+    number = int(episode) if is_count(episode) else 0
+    return {"storyUuid": uuid if isinstance(uuid, str) else "", "episodeNumber": number}
 
 
 def draft_notification(type: str, session_timestamp: int, **fields: Any) -> Draft:
@@ -2292,16 +2221,9 @@ def due_notification(timestamp: int, document: dict[str, Any], found: Progress) 
     """What a session has to announce as it stands: only one that waits for StorySwarm, and that has beats."""
     if document.get("promptMode") != "storyswarm" or not found.total_beats:
         return None
-    episode: Any = document["analyzedEpisode"].get("episodeNumber")
-    story = document.get("storyUuid")
-    return draft_notification(
-        "prompts_ready" if found.ready else "beats_ready",
-        timestamp,
-        storyUuid=story if isinstance(story, str) else "",
-        episodeNumber=int(episode) if is_count(episode) else 0,
-        totalPrompts=found.total_prompts,
-        totalBeats=found.total_beats,
-    )
+    kind = "prompts_ready" if found.ready else "beats_ready"
+    story = _story_fields(document.get("storyUuid"), document["analyzedEpisode"].get("episodeNumber"))
+    return draft_notification(kind, timestamp, **story, totalPrompts=found.total_prompts, totalBeats=found.total_beats)
 
 
 class Notifications:
@@ -2313,37 +2235,31 @@ class Notifications:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._reported: dict[bytes, object] = {}  # by SHA-256
+        self._reported: set[bytes] = set()  # by SHA-256
         self._cached = functools.lru_cache(maxsize=self.CACHED)(self._parse)
         self._last_ids: Sequence[str] = ()  # of the last snapshot
 
     def check(self, types: Sequence[str], limit: int) -> list[Notification]:
         """Those that are not acknowledged, oldest first, `limit` at most."""
-        found: list[Notification] = []
         page = max(self.SMALLEST_SNAPSHOT, limit)
-        unacknowledged = self._read(self._store.pending(page))
-        while batch := list(itertools.islice(unacknowledged, page)):
-            batch = [one for one in batch if one.type in types]
+        wanted = (one for one in self._read(self._store.pending(page)) if one.type in types)
+        found: list[Notification] = []
+        while len(found) < limit and (batch := list(itertools.islice(wanted, page))):
             marked = self._store.acknowledged([one.id for one in batch])
             found += [one for one in batch if one.id not in marked]
-            if len(found) >= limit:
-                break
         return found[:limit]
 
     def check_many(self, queries: Sequence[tuple[Sequence[str], int]]) -> list[list[Notification] | None]:
-        """The same for several (types, limit), all from one snapshot. None for a query that has to look further."""
+        """The same for several (types, limit), all from one snapshot. None for a query that has to read further."""
         count = max(self.SMALLEST_SNAPSHOT, *(limit for _, limit in queries))
-        asked = self._last_ids
-        pending, any_marked = self._store.snapshot(count, asked)
+        pending, any_marked = self._store.snapshot(count, self._last_ids)
         found = list(self._read(pending))
-        ids = self._last_ids = [one.id for one in found]
-        if ids != asked or any_marked:
-            known = () if any_marked else set(asked)
-            marked = self._store.acknowledged([id for id in ids if id not in known])
-            found = [one for one in found if one.id not in marked]
+        known = () if any_marked else set(self._last_ids)
+        self._last_ids = [one.id for one in found]
+        marked = self._store.acknowledged([id for id in self._last_ids if id not in known])
+        found = [one for one in found if one.id not in marked]
         answers = [[one for one in found if one.type in types][:limit] for types, limit in queries]
-        whole = len(pending) < count
-        return [shown if whole or len(shown) == limit else None for shown, (_, limit) in zip(answers, queries)]
+        return [one if len(pending) < count or len(one) == limit else None for one, (_, limit) in zip(answers, queries)]
 
     def create(self, drafts: Sequence[Draft]) -> list[tuple[Notification, bool] | ApiError]:
         """Add each, and True; or the one of the same type and session that is pending already, and False."""
@@ -2356,9 +2272,9 @@ class Notifications:
         """True when it was pending, or is acknowledged already."""
         if result_of(self.acknowledge_own([id])[0]) or self._store.acknowledge(id, []):
             return True
-        # Another program made it, or nobody did: look through all of them.
-        rows = self._store.pending(page=2000)
-        members = [member for member, time in rows if self._has_id(member, time, id)]
+        # Another program made it, or nobody did. JSON may also write the id with escapes.
+        rows = (row for row in self._store.pending(page=2000) if id.encode("utf-8") in row[0] or b"\\" in row[0])
+        members = [member for member, time in rows if (found := self._parse(member, time)) and found.id == id]
         return bool(members) and self._store.acknowledge(id, members)
 
     def acknowledge_own(self, ids: Sequence[str]) -> list[bool | ApiError]:
@@ -2367,15 +2283,6 @@ class Notifications:
         ours = [(found[0], int(found[1])) for found in times if found]
         outcomes = iter(self._store.acknowledge_own(ours) if ours else ())
         return [next(outcomes) if found else False for found in times]
-
-    @staticmethod
-    def _has_id(member: bytes, time: float, id: str) -> bool:
-        if id.encode("utf-8") not in member and b"\\" not in member:  # JSON may also write it with escapes
-            return False
-        try:
-            return read_member(member, time).id == id
-        except (ValueError, OverflowError):
-            return False
 
     def _read(self, rows: Iterable[tuple[bytes, float]]) -> Iterator[Notification]:
         """The valid ones that are not acknowledged by their own word. The others stay where they are."""
@@ -2389,9 +2296,9 @@ class Notifications:
         try:
             return read_member(member, time)
         except (ValueError, OverflowError) as fault:
-            ours = object()
             digest = hashlib.sha256(member).digest()
-            if len(self._reported) < self.REPORTED and self._reported.setdefault(digest, ours) is ours:
+            if len(self._reported) < self.REPORTED and digest not in self._reported:
+                self._reported.add(digest)
                 log.warning("notifications: a pending member is left out (%s): %.200r", fault, member)
             return None
 
