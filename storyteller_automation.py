@@ -2311,14 +2311,14 @@ GPU_QUERY = (
     "--query-gpu=utilization.gpu,memory.used,memory.total,temperature.gpu,count",
     "--format=csv,noheader,nounits",
 )
-PROCESS_QUERY = ("--query-compute-apps=pid", "--format=csv,noheader")
+PID_QUERY = ("--query-compute-apps=pid", "--format=csv,noheader")
 NVIDIA_SMI_TIMEOUT = 5.0  # seconds; it takes 20 to 100 ms, seconds with many GPUs, minutes after a driver fault
+_NUMBER = re.compile(r"\s*[0-9]{1,12}(\.[0-9]{1,6})?\s*")  # not [N/A], [Not Supported], [GPU is lost] or nothing
 
 
 @dataclass(frozen=True)
 class GpuStatus:
-    """Memory in MiB, utilization in percent, temperature in degrees Celsius. `failed`: nvidia-smi gave no usable
-    output. A GPU that is unavailable without it does not exist."""
+    """In MiB, percent and degrees Celsius. Neither `available` nor `failed`: nvidia-smi works, and finds no GPU."""
 
     available: bool = False
     gpu_count: int = 0
@@ -2328,59 +2328,39 @@ class GpuStatus:
     temperature: int = 0
     process_count: int = 0
     error: str | None = None
-    failed: bool = False
+    failed: bool = False  # nvidia-smi gave no usable output
 
 
 def _failed(error: str) -> GpuStatus:
     return GpuStatus(error=error, failed=True)
 
 
-def _number(cell: str) -> float | None:
-    """None for all that is not a number: [N/A], [Not Supported], [GPU is lost], nothing."""
-    return float(cell) if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,6})?", cell) else None
-
-
-def _half_up(value: float) -> int:
-    return math.floor(value + 0.5)
-
-
 def _message_of(*outputs: str) -> str:
     """nvidia-smi's own message, on one line. It reports driver trouble on stdout, so stdout comes first."""
-    return next((" ".join(text.split())[:300] for text in outputs if text.strip()), "")
+    return next((" ".join(text.split())[:300] for text in outputs if text.strip()), "it printed nothing")
 
 
 def parse_gpus(output: str) -> GpuStatus:
     """The output of GPU_QUERY, a line for each GPU. A GPU without readable total memory is not counted."""
-    rows = [[cell.strip() for cell in line.split(",")] for line in output.splitlines() if line.strip()]
-    if not rows:
-        return _failed("nvidia-smi printed nothing")
-    if any(len(row) != 5 for row in rows):
-        return _failed(f"nvidia-smi printed a line that cannot be read: {_message_of(output)}")
-    gpus = [[_number(cell) for cell in row] for row in rows]
-    counted = [[cell or 0 for cell in gpu] for gpu in gpus if gpu[2] is not None]
-    if not counted:
-        return _failed(f"nvidia-smi names no GPU with readable memory: {_message_of(output)}")
-    utilization, used, total, temperature, _ = zip(*counted)
+    rows = [[_NUMBER.fullmatch(cell) for cell in line.split(",")] for line in output.splitlines() if line.strip()]
+    gpus = [[float(cell[0]) if cell else 0 for cell in row] for row in rows if len(row) == 5 and row[2]]
+    if not gpus or any(len(row) != 5 for row in rows):
+        return _failed(f"nvidia-smi gave no 5 values with a readable total memory: {_message_of(output)}")
+    utilization, used, total, temperature, _ = zip(*gpus)
     return GpuStatus(
         available=True,
-        gpu_count=len(counted),
-        utilization=_half_up(sum(utilization) / len(counted)),
-        memory_used=_half_up(sum(used)),
-        memory_total=_half_up(sum(total)),
-        temperature=_half_up(max(temperature)),
+        gpu_count=len(gpus),
+        utilization=int(sum(utilization) / len(gpus) + 0.5),
+        memory_used=int(sum(used) + 0.5),
+        memory_total=int(sum(total) + 0.5),
+        temperature=int(max(temperature) + 0.5),
     )
-
-
-def count_processes(output: str) -> int:
-    """The output of PROCESS_QUERY, a pid a line. A process on two GPUs is listed twice."""
-    return len({line.strip() for line in output.splitlines() if re.fullmatch(r"\s*[0-9]+\s*", line)})
 
 
 def find_nvidia_smi(settings: Settings) -> str | None:
     """The program to run; None when there is none."""
-    if settings.nvidia_smi:
-        return shutil.which(settings.nvidia_smi)
-    return next(filter(None, map(shutil.which, ["nvidia-smi", *nvidia_smi_places()])), None)
+    programs = [settings.nvidia_smi] if settings.nvidia_smi else ["nvidia-smi", *nvidia_smi_places()]
+    return next(filter(None, map(shutil.which, programs)), None)
 
 
 def query_gpus(program: str | None, running: set[int], timeout: float = NVIDIA_SMI_TIMEOUT) -> GpuStatus:
@@ -2390,21 +2370,21 @@ def query_gpus(program: str | None, running: set[int], timeout: float = NVIDIA_S
     deadline = time.monotonic() + timeout
     try:
         with (
-            bounded_child([program, *GPU_QUERY], running) as gpus,
-            bounded_child([program, *PROCESS_QUERY], running) as processes,
+            bounded_child([program, *GPU_QUERY], running) as gpu,
+            bounded_child([program, *PID_QUERY], running) as pids,
         ):
-            outputs = read_output(gpus, timeout)
+            outputs = read_output(gpu, timeout)
             if any("no devices were found" in text.lower() for text in outputs):
                 return GpuStatus(error=_message_of(*outputs))
-            if gpus.returncode != 0:
-                message = _message_of(*outputs) or "it printed nothing"
-                return _failed(f"nvidia-smi failed (exit code {gpus.returncode}): {message}")
+            if gpu.returncode != 0:
+                return _failed(f"nvidia-smi failed (exit code {gpu.returncode}): {_message_of(*outputs)}")
             status = parse_gpus(outputs[0])
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                if status.available:
-                    listed, _ = read_output(processes, max(0.0, deadline - time.monotonic()))
-                    if processes.returncode == 0:
-                        return dataclasses.replace(status, process_count=count_processes(listed))
+            if status.available:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    listed, _ = read_output(pids, max(0.0, deadline - time.monotonic()))
+                    if pids.returncode == 0:  # a process on two GPUs is listed twice
+                        distinct = set(re.findall(r"(?m)^\s*([0-9]+)\s*$", listed))
+                        return dataclasses.replace(status, process_count=len(distinct))
             return status
     except subprocess.TimeoutExpired:
         return _failed(f"nvidia-smi did not answer within {timeout:g} s")
@@ -2413,8 +2393,7 @@ def query_gpus(program: str | None, running: set[int], timeout: float = NVIDIA_S
 
 
 class GpuMonitor:
-    """The status, cached for `ttl` seconds, good or bad. Everyone who asks during a run shares the next one.
-    `cancel` ends a run."""
+    """The status, cached for `ttl` seconds, good or bad. Who asks during a run shares the next. `cancel` ends a run."""
 
     def __init__(
         self,
@@ -2443,15 +2422,9 @@ class GpuMonitor:
         return cached[0] if cached and self._clock() - cached[1] < self._ttl else None
 
     def _answer(self, questions: Sequence[None]) -> list[GpuStatus]:
-        status = self._fresh()
-        if self._closed:
-            status = _failed("the service is stopping")
-        elif status is None:
-            try:
-                status = self._query()
-            except Exception as error:
-                log.exception("gpu: nvidia-smi could not be asked")
-                status = _failed(f"asking nvidia-smi failed ({type(error).__name__})")
+        status = _failed("the service is stopping") if self._closed else self._fresh()
+        if status is None:
+            status = self._query()
             self._cached = status, self._clock()
         return [status] * len(questions)
 
