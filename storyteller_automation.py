@@ -2446,76 +2446,44 @@ class Probe:
     url: str = ""  # where it answered
 
 
-@dataclass(frozen=True)
-class Started:
-    """SwarmUI is ready. `allow_origin`: whose pages it answers."""
-
-    message: str
-    allow_origin: str | None
-
-
 class Reply(NamedTuple):
     status: int
-    headers: Mapping[str, str]
+    headers: http.client.HTTPMessage
     body: bytes
-
-
-class _DeadlineHandler(urllib.request.BaseHandler):
-    """HTTP for urllib that ends `seconds` after it connected. A socket's own time-out starts again with each byte."""
-
-    def __init__(self, seconds: float, ending: contextlib.ExitStack) -> None:
-        self._seconds = seconds
-        self._ending = ending
-
-    def http_open(self, request: urllib.request.Request) -> Any:
-        return self._send(http.client.HTTPConnection(request.host, timeout=self._seconds), request)
-
-    def https_open(self, request: urllib.request.Request) -> Any:
-        return self._send(http.client.HTTPSConnection(request.host, timeout=self._seconds), request)
-
-    def _send(self, connection: http.client.HTTPConnection, request: urllib.request.Request) -> Any:
-        try:
-            connection.connect()
-        except OSError as error:
-            raise urllib.error.URLError(error) from error
-        self._ending.callback(connection.close)
-        watchdog = threading.Timer(self._seconds, _shut_down, [connection.sock])
-        watchdog.daemon = True
-        watchdog.start()
-        self._ending.callback(watchdog.cancel)
-        headers = {**dict(request.header_items()), "Connection": "close"}
-        connection.request(request.get_method(), request.selector, request.data, headers)
-        return connection.getresponse()
-
-
-def _shut_down(connected: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # it is closed already
-        connected.shutdown(socket.SHUT_RDWR)
 
 
 def fetch(url: str, seconds: float, *, data: bytes | None = None, headers: Mapping[str, str] = {}) -> Reply:
     """One HTTP request that ends within `seconds` of connecting, and 64 KiB of its response's body. It uses no proxy
     and follows no redirect. Raises OSError (URLError when it did not connect), http.client.HTTPException."""
+    request = urllib.request.Request(url, data, {**headers, "Connection": "close"})
+    kind = http.client.HTTPSConnection if request.type == "https" else http.client.HTTPConnection
     deadline = time.monotonic() + seconds
-    opener = urllib.request.OpenerDirector()
-    with contextlib.ExitStack() as ending:
-        opener.add_handler(_DeadlineHandler(seconds, ending))
+    with contextlib.closing(kind(request.host, timeout=seconds)) as connection:
         try:
-            with opener.open(urllib.request.Request(url, data, dict(headers)), timeout=seconds) as response:
+            connection.connect()
+        except OSError as error:
+            raise urllib.error.URLError(error) from error
+        connected = connection.sock
+
+        def end() -> None:  # a socket's own time-out starts again with each byte
+            with contextlib.suppress(OSError):  # it is closed already
+                connected.shutdown(socket.SHUT_RDWR)
+
+        watchdog = threading.Timer(seconds, end)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            connection.request(request.get_method(), request.selector, data, dict(request.header_items()))
+            with connection.getresponse() as response:
                 reply = Reply(response.status, response.headers, response.read(65536))
             if time.monotonic() < deadline:
                 return reply
-            raise TimeoutError  # what came before the deadline is incomplete
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, urllib.error.URLError) or time.monotonic() < deadline:
+        except (OSError, http.client.HTTPException):
+            if time.monotonic() < deadline:
                 raise
-            raise TimeoutError("timed out") from None
-
-
-def _is_refusal(error: object) -> bool:
-    """No program listens there. Windows retries a refused connection, so that one that times out counts there too."""
-    reason = error.reason if isinstance(error, urllib.error.URLError) else None
-    return isinstance(reason, (ConnectionRefusedError, TimeoutError) if REFUSAL_IS_SLOW else ConnectionRefusedError)
+        finally:
+            watchdog.cancel()
+    raise TimeoutError("timed out")  # what came before the deadline is incomplete
 
 
 def call_swarmui(url: str, route: str, body: Mapping[str, Any], settings: Settings) -> Reply:
@@ -2528,18 +2496,15 @@ def call_swarmui(url: str, route: str, body: Mapping[str, Any], settings: Settin
 
 def probe(settings: Settings) -> Probe:
     """Ask SwarmUI for a session, as its other clients do first: it is ready when it answers 200 with a session_id."""
-    urls = [settings.swarmui_api_url]
     parts = urllib.parse.urlsplit(settings.swarmui_api_url)
-    if parts.hostname == "localhost" and parts.scheme == "http":
-        # 127.0.0.1 first: where nothing listens on ::1, Windows takes 2 s to refuse.
-        hosts = [f"{address}:{settings.swarmui_port}" for address in ("127.0.0.1", "[::1]")]
-        urls = [urllib.parse.urlunsplit(parts._replace(netloc=host)) for host in hosts]
-    found = []
-    for url in urls:
-        found.append(_probe_address(url, settings))
-        if found[-1].occupied:
-            return found[-1]
-    return found[0]
+    if parts.hostname != "localhost" or parts.scheme != "http":
+        return _probe_address(settings.swarmui_api_url, settings)
+    # 127.0.0.1 first: where nothing listens on ::1, Windows takes 2 s to refuse.
+    hosts = [f"{address}:{settings.swarmui_port}" for address in ("127.0.0.1", "[::1]")]
+    ipv4, ipv6 = (urllib.parse.urlunsplit(parts._replace(netloc=host)) for host in hosts)
+    first = _probe_address(ipv4, settings)
+    second = first if first.occupied else _probe_address(ipv6, settings)
+    return second if second.occupied else first
 
 
 def _probe_address(url: str, settings: Settings) -> Probe:
@@ -2548,35 +2513,34 @@ def _probe_address(url: str, settings: Settings) -> Probe:
         reply = call_swarmui(url, "GetNewSession", {}, settings)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        if _is_refusal(error):
+        # Nobody listens there. Windows retries a refused connection, so that one that times out counts there too.
+        refusals = (ConnectionRefusedError, TimeoutError) if REFUSAL_IS_SLOW else ConnectionRefusedError
+        if isinstance(error, urllib.error.URLError) and isinstance(reason, refusals):
             return Probe(False, False, f"nobody answers at {where}")
         if isinstance(reason, socket.gaierror) or getattr(reason, "errno", None) in _NOT_HERE:
             return Probe(False, False, f"{where} cannot be reached ({reason})")
         if isinstance(reason, TimeoutError):
             return Probe(False, True, f"{where} did not answer within {settings.health_timeout:g} s")
         return Probe(False, True, f"{where} broke the connection off ({type(reason).__name__})")
-    answer = None
+    answer: Any = None
     with contextlib.suppress(ValueError, RecursionError):
         answer = json.loads(reply.body)
-    if not isinstance(answer, dict):
-        answer = {}
+    answer = answer if isinstance(answer, dict) else {}
     session_id = answer.get("session_id")
     if reply.status == 200 and isinstance(session_id, str):
-        allow_origin = reply.headers.get("Access-Control-Allow-Origin")
-        return Probe(True, True, "SwarmUI answers", session_id, allow_origin, url)
+        return Probe(True, True, "SwarmUI answers", session_id, reply.headers["Access-Control-Allow-Origin"], url)
     text = answer.get("error") or answer.get("error_id") or reply.body.decode("utf-8", "replace")
     message = f"{where} answered {reply.status}: {' '.join(str(text).split())[:200]}"
     if "unauthorized" in message.lower() or reply.status == 401:
-        advice = "check SWARMUI_TOKEN" if settings.swarmui_token else "set SWARMUI_TOKEN"
-        message += f" (SwarmUI has accounts on: {advice})"
+        message += f" (SwarmUI has accounts on: {'check' if settings.swarmui_token else 'set'} SWARMUI_TOKEN)"
     return Probe(False, True, message)
 
 
-def allow_page(found: Probe, settings: Settings) -> Started:
+def allow_page(found: Probe, settings: Settings) -> Probe:
     """Set the page of SWARMUI_ALLOW_ORIGIN in SwarmUI, which as installed answers no page."""
     wanted, before = settings.swarmui_allow_origin, found.allow_origin
     if wanted is None or before in ("*", wanted):
-        return Started(found.message, before)
+        return found
     body = {"session_id": found.session_id, "settings": {"Network.AccessControlAllowOrigin": wanted}}
     try:
         call_swarmui(found.url, "ChangeServerSettings", body, settings)
@@ -2588,29 +2552,22 @@ def allow_page(found: Probe, settings: Settings) -> Started:
     else:
         change = f"but it still does not answer pages of {wanted}"
     log.log(logging.INFO if after == wanted else logging.WARNING, "swarmui: %s", change)
-    return Started(f"{found.message}; {change}", after)
+    return dataclasses.replace(found, message=f"{found.message}; {change}", allow_origin=after)
 
 
 # ======================================================================================================
 # SwarmUI: the launcher
 # ======================================================================================================
 
+_STOPPING = "SwarmUI failed to start: the service is stopping."
+
 
 class LaunchError(Exception):
     """Why SwarmUI did not start, to follow "SwarmUI failed to start: "."""
 
 
-@dataclass(frozen=True)
-class LaunchPlan:
-    """What to run, and in which folder."""
-
-    program: Path
-    arguments: tuple[str, ...]
-    folder: Path
-
-
-def plan_launch(settings: Settings) -> LaunchPlan:
-    """Raises LaunchError, which names SWARMUI_PATH, when there is nothing to launch."""
+def find_swarmui(settings: Settings) -> Path:
+    """The program to launch. Raises LaunchError, which names SWARMUI_PATH, when there is none."""
     host = urllib.parse.urlsplit(settings.swarmui_api_url).hostname or ""
     if not _is_this_machine(host):
         raise LaunchError(f"SWARMUI_API_URL names another machine ({host}): start SwarmUI there")
@@ -2623,10 +2580,7 @@ def plan_launch(settings: Settings) -> LaunchPlan:
         program /= LAUNCH_SCRIPT
         if not program.is_file():
             raise LaunchError(f"SWARMUI_PATH {program.parent} has no {LAUNCH_SCRIPT}: set it to SwarmUI's folder")
-    # In any other folder SwarmUI's executable aborts and leaves a stray Data/ there.
-    roots = (up for up in program.parents if any((up / name).is_file() for name in LAUNCH_SCRIPTS))
-    arguments = ("--launch_mode", "none", "--port", str(settings.swarmui_port), *settings.swarmui_args)
-    return LaunchPlan(program, arguments, next(roots, program.parent))
+    return program
 
 
 def _is_this_machine(host: str) -> bool:
@@ -2640,49 +2594,31 @@ def _is_this_machine(host: str) -> bool:
     return ipaddress.ip_address(host).is_loopback
 
 
-class FoundProcess:
-    """A process that an earlier run of this service launched. Its exit code cannot be known: it counts as 0."""
-
-    def __init__(self, pid: int, identity: str) -> None:
-        self.pid = pid
-        self._identity = identity
-
-    def poll(self) -> int | None:
-        return None if process_identity(self.pid) == self._identity else 0
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """A launched process, when it was launched (monotonic seconds), and where its part of the log begins."""
-
-    process: subprocess.Popen[bytes] | FoundProcess
-    at: float
-    log_start: int
-
-
 class SwarmUILauncher:
     """Makes SwarmUI ready. One attempt runs at a time, in a thread that alone owns the state of the launch."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
-        self._settings = settings
-        self._clock = clock
+        self._settings, self._clock = settings, clock
         self._output = settings.data_dir / "swarmui.log"
         self._record = settings.data_dir / "swarmui.json"
         self._lock = threading.Lock()  # over the next two
-        self._waiting: set[Future[Started]] = set()
+        self._waiting: set[Future[Probe]] = set()
         self._attempting = False
-        self._launch: _Launch | None = self._find_launch()  # the last one; only the attempt's thread uses it
-        self._failure = ""  # why the last launch failed; likewise
         self._wake = threading.Event()  # the process ended, or close() was called
         self._closed = threading.Event()
+        # Of the last launch; only the attempt's thread uses these.
+        self._poll = self._find_process()  # its exit code, None while it runs; 0 where nothing was launched
+        self._launched_at = -math.inf
+        self._log_start = 0  # where its part of the log begins
+        self._failure = ""
 
-    def start(self) -> Future[Started]:
+    def start(self) -> Future[Probe]:
         """A future of the caller's own, which it may cancel, for the outcome of the attempt at work or of a new one:
         done once SwarmUI answers, else an ApiError; TooManyRequests between two launches. Raises ApiError."""
-        future: Future[Started] = Future()
+        future: Future[Probe] = Future()
         with self._lock:
             if self._closed.is_set():
-                raise _stopping()
+                raise Unavailable(_STOPPING, 5)
             if not self._attempting:
                 try:
                     threading.Thread(target=self._run, name="swarmui-start", daemon=True).start()
@@ -2694,10 +2630,10 @@ class SwarmUILauncher:
         return future
 
     def close(self) -> None:
-        """End the attempt, and answer everyone who waits for it at once. SwarmUI goes on."""
+        """End the attempt, and answer everyone who waits for it at once. SwarmUI keeps running."""
         self._closed.set()
         self._wake.set()
-        self._answer(_stopping())
+        self._answer(Unavailable(_STOPPING, 5))
 
     def keep_log_short(self) -> None:
         """Shorten SwarmUI's log about once a second when needed, in a thread that ends with close()."""
@@ -2708,7 +2644,7 @@ class SwarmUILauncher:
 
         threading.Thread(target=run, name="swarmui-log", daemon=True).start()
 
-    def _answer(self, outcome: Started | ApiError) -> None:
+    def _answer(self, outcome: Probe | ApiError) -> None:
         with self._lock:
             waiting = list(self._waiting)
             self._waiting.clear()
@@ -2718,7 +2654,7 @@ class SwarmUILauncher:
                 settle(future, outcome)
 
     def _run(self) -> None:
-        outcome: Started | ApiError
+        outcome: Probe | ApiError
         try:
             outcome = allow_page(self._make_ready(), self._settings)
         except ApiError as error:
@@ -2736,94 +2672,76 @@ class SwarmUILauncher:
         found = probe(self._settings)
         if found.ready:
             return dataclasses.replace(found, message="SwarmUI is already running")
-        launch = self._launch
-        if launch is None or launch.process.poll() is not None:
+        if self._poll() is not None:
             if found.occupied:
                 raise LaunchError(f"another program than SwarmUI has its port: {found.message}")
-            launch = self._launch_it()
-        return self._await_ready(launch)
+            self._launch()
+        return self._await_ready()
 
-    def _launch_it(self) -> _Launch:
-        plan = plan_launch(self._settings)
-        now = self._clock()
-        if self._launch and now - self._launch.at < self._settings.start_interval:
-            wait = self._settings.start_interval - (now - self._launch.at)
+    def _launch(self) -> None:
+        program = find_swarmui(self._settings)
+        # In any other folder SwarmUI's executable aborts and leaves a stray Data/ there.
+        roots = (up for up in program.parents if any((up / name).is_file() for name in LAUNCH_SCRIPTS))
+        arguments = ("--launch_mode", "none", "--port", str(self._settings.swarmui_port), *self._settings.swarmui_args)
+        wait = self._launched_at + self._settings.start_interval - self._clock()
+        if wait > 0:
             why = f" ({self._failure})" if self._failure else ""
             raise TooManyRequests(f"SwarmUI was launched a moment ago{why}: ask again in {math.ceil(wait)} s.", wait)
         shorten_log(self._output)
         try:
             log_start = self._output.stat().st_size if self._output.exists() else 0
-            process = launch_detached(plan.program, plan.arguments, plan.folder, self._output)
+            process = launch_detached(program, arguments, next(roots, program.parent), self._output)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise LaunchError(f"{plan.program} cannot be launched ({reason}): check SWARMUI_PATH") from None
-        log.info("swarmui: launched %s as process %d", plan.program, process.pid)
-        self._launch, self._failure = _Launch(process, now, log_start), ""
-        self._keep_launch(process.pid)
-        # Waits as long as the process lives, so that its end is seen at once and leaves no zombie.
-        threading.Thread(target=self._watch, args=[process], name="swarmui-watch", daemon=True).start()
-        return self._launch
-
-    def _find_launch(self) -> _Launch | None:
-        """What an earlier run launched, while it lives: it may still be starting, and must not be launched twice."""
+            raise LaunchError(f"{program} cannot be launched ({reason}): check SWARMUI_PATH") from None
+        log.info("swarmui: launched %s as process %d", program, process.pid)
+        self._poll, self._launched_at, self._log_start, self._failure = process.poll, self._clock(), log_start, ""
         try:
-            kept = json.loads(self._record.read_text(encoding="utf-8"))
-            pid, identity = int(kept["pid"]), str(kept["identity"])
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
-        if process_identity(pid) != identity:
-            return None
-        log.info("swarmui: found process %d, which was launched before", pid)
-        return _Launch(FoundProcess(pid, identity), -math.inf, 0)
-
-    def _keep_launch(self, pid: int) -> None:
-        try:
-            draft = self._record.with_suffix(".new")
-            draft.write_text(json.dumps({"pid": pid, "identity": process_identity(pid)}), encoding="utf-8")
-            os.replace(draft, self._record)
+            self._record.write_text(json.dumps({"pid": process.pid, "identity": process_identity(process.pid)}))
         except OSError as error:
             log.warning("swarmui: %s cannot be written (%s)", self._record, error.strerror)
+        # Waits as long as the process lives, so that its end is seen at once and leaves no zombie.
+        threading.Thread(target=self._watch, args=[process], name="swarmui-watch", daemon=True).start()
+
+    def _find_process(self) -> Callable[[], int | None]:
+        """Of an earlier run: it may still be starting, and must not be launched twice. Its exit code counts as 0."""
+        try:
+            record = json.loads(self._record.read_text(encoding="utf-8"))
+            pid, identity = int(record["pid"]), str(record["identity"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return lambda: 0
+        if process_identity(pid) == identity:
+            log.info("swarmui: found process %d, which was launched before", pid)
+        return lambda: None if process_identity(pid) == identity else 0
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         code = process.wait()
         log.info("swarmui: process %d ended with exit code %d", process.pid, code)
         self._wake.set()
 
-    def _await_ready(self, launch: _Launch) -> Probe:
-        deadline = self._clock() + self._settings.start_timeout
+    def _await_ready(self) -> Probe:
+        """Probe until it answers. Raises LaunchError when the process fails or the time is over, and Unavailable."""
+        next_probe, deadline = -math.inf, self._clock() + self._settings.start_timeout
         while True:
-            next_probe = self._clock() + self._settings.poll_interval
             self._wake.clear()
-            found = probe(self._settings)
-            if found.ready:
-                return dataclasses.replace(found, message="SwarmUI started successfully")
-            if self._clock() >= deadline:
-                late = f"no answer within {self._settings.start_timeout:g} s (last: {found.message})"
-                if launch.process.poll() is not None:
-                    raise LaunchError(f"{late}; it exited with code 0: {self._last_lines(launch)}")
-                raise LaunchError(f"{late}; it keeps running, so ask again, or look into {self._output}")
-            self._pause(launch, min(next_probe, deadline))
-
-    def _pause(self, launch: _Launch, until: float) -> None:
-        """Until the next probe is due. Raises LaunchError when the process fails meanwhile, or the service stops."""
-        while True:
             if self._closed.is_set():
-                raise _stopping()
-            code = launch.process.poll()
-            if code:  # 0 may be a wrapper's that went to the background: SwarmUI may still answer
-                raise LaunchError(f"it exited with code {code}: {self._last_lines(launch)}")
-            left = until - self._clock()
-            if left <= 0:
-                return
-            self._wake.wait(left)
-            self._wake.clear()
+                raise Unavailable(_STOPPING, 5)
+            if code := self._poll():  # 0 may be a wrapper's that went to the background: SwarmUI may still answer
+                raise LaunchError(f"it exited with code {code}: {self._last_lines()}")
+            if self._clock() >= next_probe:
+                next_probe = min(self._clock() + self._settings.poll_interval, deadline)
+                found = probe(self._settings)
+                if found.ready:
+                    return dataclasses.replace(found, message="SwarmUI started successfully")
+                if self._clock() >= deadline:
+                    late = f"no answer within {self._settings.start_timeout:g} s (last: {found.message})"
+                    if self._poll() is not None:
+                        raise LaunchError(f"{late}; it exited with code 0: {self._last_lines()}")
+                    raise LaunchError(f"{late}; it keeps running, so ask again, or look into {self._output}")
+            self._wake.wait(max(0.0, next_probe - self._clock()))
 
-    def _last_lines(self, launch: _Launch) -> str:
-        return last_lines(self._output, launch.log_start) or "its log is empty"
-
-
-def _stopping() -> Unavailable:
-    return Unavailable("SwarmUI failed to start: the service is stopping.", 5)
+    def _last_lines(self) -> str:
+        return last_lines(self._output, self._log_start) or "its log is empty"
 
 
 # ======================================================================================================
@@ -3313,7 +3231,7 @@ def swarmui_start(services: Services, request: Request) -> Response | Future[Res
     """Nothing of the request is used: nothing in it can reach a command line."""
     settings = services.settings
 
-    def respond(started: Started) -> Response:
+    def respond(started: Probe) -> Response:
         message = started.message
         allowed = settings.swarmui_allow_origin in ("*", request.origin)
         if request.origin and not allowed and started.allow_origin not in ("*", request.origin):
@@ -4490,7 +4408,7 @@ def url_of(settings: Settings, port: int) -> str:
 
 def describe_swarmui(settings: Settings) -> str:
     try:
-        return str(plan_launch(settings).program)
+        return str(find_swarmui(settings))
     except LaunchError as error:
         return f"cannot be launched: {error}"
 
@@ -4626,7 +4544,7 @@ def check_store(settings: Settings) -> Check:
 
 def check_swarmui_path(settings: Settings) -> Check:
     try:
-        return "OK", "SWARMUI_PATH", str(plan_launch(settings).program)
+        return "OK", "SWARMUI_PATH", str(find_swarmui(settings))
     except LaunchError as error:
         wrong = settings.swarmui_path is not None and str(error).startswith("SWARMUI_PATH")
         return "FAIL" if wrong else "WARN", "SWARMUI_PATH", str(error)

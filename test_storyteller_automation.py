@@ -2855,7 +2855,7 @@ def response(status: int, body: str, headers: str = "") -> bytes:
     return f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n{headers}\r\n{body}".encode()
 
 
-def ready(launcher: service.SwarmUILauncher) -> service.Started:
+def ready(launcher: service.SwarmUILauncher) -> service.Probe:
     return launcher.start().result(PATIENCE)
 
 
@@ -3123,7 +3123,7 @@ def test_a_path_that_is_unset_or_wrong_is_named(make_launcher, tmp_path, path, w
 
 def test_swarmui_on_another_machine_is_not_launched(make_launcher, swarmui_folder, settings, leash):
     # An address that is set aside for documentation: nobody has it.
-    elsewhere = service.plan_launch
+    elsewhere = service.find_swarmui
     with pytest.raises(service.LaunchError, match="another machine"):
         elsewhere(dataclasses.replace(settings, swarmui_api_url="http://192.0.2.1:7801", swarmui_path=swarmui_folder()))
     assert leash.count_further() == 0
@@ -4127,14 +4127,15 @@ def test_real_answers_fit_what_their_routes_declare(recorded):
 def test_swarmui_is_told_which_page_to_answer(make_launcher, swarmui_folder, leash, wanted, before, words, after):
     started = ready(make_launcher(swarmui_path=swarmui_folder(allow_origin=before), swarmui_allow_origin=wanted))
     leash.next()
-    assert started == service.Started(f"SwarmUI started successfully{words}", after)
+    assert (started.message, started.allow_origin) == (f"SwarmUI started successfully{words}", after)
 
 
 def test_a_start_that_finds_swarmui_running_sees_to_it_too(make_launcher, swarmui_folder, leash):
     ready(make_launcher(swarmui_path=swarmui_folder()))
     leash.next()
     started = ready(make_launcher(swarmui_allow_origin=PAGE))
-    assert started == service.Started(f"SwarmUI is already running; it now answers pages of {PAGE}", PAGE)
+    message = f"SwarmUI is already running; it now answers pages of {PAGE}"
+    assert (started.message, started.allow_origin) == (message, PAGE)
 
 
 def test_a_swarmui_that_will_not_be_told_is_ready_all_the_same(make_launcher, swarmui_folder, leash):
