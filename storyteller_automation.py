@@ -1707,45 +1707,48 @@ def open_store(settings: Settings) -> Store:
 
 
 # ======================================================================================================
-# Sessions: a document
+# Sessions
 # ======================================================================================================
+
+PREVIEW_LENGTH = 500  # characters of scriptText in a list: whole sessions would make it hundreds of MB
 
 
 class NotASession(ValueError):
     """What is wrong with a document, and where in it."""
 
 
-_KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+_KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number",
+          type(None): "null"}  # fmt: skip
+
+# A shape is a type, {key: shape}, [shape of every element] or a tuple of such. Any key may be missing or null.
+_PROMPT = (str, {"prompt": str})  # StorySwarm writes a plain string, StoryArt an object
+_BEAT = {"prompts": {"cinematic": _PROMPT, "vertical": _PROMPT}, "imageDecision": {"type": str}}
+_COUNTED = {"analyzedEpisode": {"scenes": [{"beats": [_BEAT]}]}}
+_LISTED = {"analyzedEpisode": {"scenes": [{"beats": [{}]}]}, "scriptText": str}
 
 
-def _part(parent: dict[str, Any], key: str, where: str, *kinds: type) -> Any:
-    """parent[key], which is of one of `kinds`; None when it is missing or null. `where` is the parent's own place."""
-    value = parent.get(key)
-    if value is not None and type(value) not in kinds:
-        place = f"{where}.{key}" if where else key
-        raise NotASession(f"{place} is {_KINDS[type(value)]}, not {' or '.join(_KINDS[kind] for kind in kinds)}")
-    return value
-
-
-def _objects(parent: dict[str, Any], key: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of the array parent[key], with its place; none when it is missing or null."""
-    for number, value in enumerate(_part(parent, key, where, list) or ()):
-        place = f"{where}.{key}[{number}]"
-        if type(value) is not dict:
-            raise NotASession(f"{place} is {_KINDS.get(type(value), 'null')}, not an object")
-        yield place, value
+def _check_shape(value: Any, shape: Any, place: str = "") -> None:
+    """Raise NotASession for the first value that does not fit, with its place."""
+    shapes = shape if isinstance(shape, tuple) else (shape,)
+    kinds = [one if isinstance(one, type) else type(one) for one in shapes]
+    if type(value) not in kinds:
+        raise NotASession(f"{place or 'it'} is {_KINDS[type(value)]}, not {' or '.join(_KINDS[one] for one in kinds)}")
+    fitting = shapes[kinds.index(type(value))]
+    if isinstance(fitting, dict):
+        for key, inner in fitting.items():
+            if value.get(key) is not None:
+                _check_shape(value[key], inner, f"{place}.{key}" if place else key)
+    elif isinstance(fitting, list):
+        for number, element in enumerate(value):
+            _check_shape(element, fitting[0], f"{place}[{number}]")
 
 
 def read_session(stored: StoredSession) -> dict[str, Any]:
-    """The document of a stored session. Raises NotASession."""
+    """The document of a stored session. Raises ValueError with what is wrong with it."""
     if stored.document is None:
         raise NotASession("its key holds no text")
-    try:
-        document = parse_json(stored.document)
-    except ValueError as error:
-        raise NotASession(str(error)) from None
-    if type(document) is not dict:
-        raise NotASession(f"it is {_KINDS.get(type(document), 'null')}, not an object")
+    document: dict[str, Any] = parse_json(stored.document)
+    _check_shape(document, {})
     return document
 
 
@@ -1760,39 +1763,21 @@ class Progress:
 
 def progress(document: dict[str, Any]) -> Progress:
     """Count beats and prompts. Ready: there is a beat, and each that needs a prompt has one. Raises NotASession."""
-    beats = prompts = waiting = 0
-    for place, scene in _scenes(document):
-        for where, beat in _objects(scene, "beats", place):
-            beats += 1
-            has_one, needs_one = _has_prompt(beat, where), _needs_prompt(beat, where)
-            prompts += has_one
-            waiting += needs_one and not has_one
-    return Progress(beats, prompts, ready=beats > 0 and waiting == 0)
-
-
-def _scenes(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    episode = _part(document, "analyzedEpisode", "", dict)
-    if episode is None or episode.get("scenes") is None:
+    _check_shape(document, _COUNTED)
+    scenes = (document.get("analyzedEpisode") or {}).get("scenes")
+    if scenes is None:
         raise NotASession("it has no analyzedEpisode.scenes")
-    return _objects(episode, "scenes", "analyzedEpisode")
-
-
-def _has_prompt(beat: dict[str, Any], where: str) -> bool:
-    """StorySwarm writes a plain string, StoryArt an object; the vertical one is optional and is checked for type."""
-    prompts = _part(beat, "prompts", where, dict) or {}
-    texts = {}
-    for shape in ("cinematic", "vertical"):
-        prompt = _part(prompts, shape, f"{where}.prompts", str, dict)
-        if isinstance(prompt, dict):
-            prompt = _part(prompt, "prompt", f"{where}.prompts.{shape}", str)
-        texts[shape] = prompt or ""
-    return not texts["cinematic"].isspace() and texts["cinematic"] != ""
-
-
-def _needs_prompt(beat: dict[str, Any], where: str) -> bool:
-    """An image that is reused, or none, needs no prompt: a finished session has fewer prompts than beats."""
-    decision = _part(beat, "imageDecision", where, dict) or {}
-    return _part(decision, "type", f"{where}.imageDecision", str) not in ("REUSE_IMAGE", "NO_IMAGE")
+    beats = [beat for scene in scenes for beat in scene.get("beats") or ()]
+    prompts = waiting = 0
+    for beat in beats:
+        prompt = (beat.get("prompts") or {}).get("cinematic") or ""  # the vertical one is optional
+        text = prompt if isinstance(prompt, str) else prompt.get("prompt") or ""
+        if text.strip():
+            prompts += 1
+        # An image that is reused, or none, needs no prompt: a finished session has fewer prompts than beats.
+        elif (beat.get("imageDecision") or {}).get("type") not in ("REUSE_IMAGE", "NO_IMAGE"):
+            waiting += 1
+    return Progress(len(beats), prompts, ready=bool(beats) and not waiting)
 
 
 def last_updated(stored: StoredSession, written: int | None) -> str:
@@ -1801,66 +1786,53 @@ def last_updated(stored: StoredSession, written: int | None) -> str:
     return iso_time(max(known, default=stored.timestamp))
 
 
-PREVIEW_LENGTH = 500  # characters of scriptText in a list: whole sessions would make it hundreds of MB
-
-
 def summary(document: dict[str, Any]) -> dict[str, Any]:
     """What a list shows of a session beside its timestamp. Raises NotASession."""
-    episode = _part(document, "analyzedEpisode", "", dict) or {}
-    scenes = []
-    for place, scene in _objects(episode, "scenes", "analyzedEpisode"):
-        beats = sum(1 for _ in _objects(scene, "beats", place))
-        scenes.append({"sceneNumber": scene.get("sceneNumber"), "title": scene.get("title"), "totalBeats": beats})
+    _check_shape(document, _LISTED)
+    episode = document.get("analyzedEpisode") or {}
+    titles = {name: episode.get(name) for name in ("episodeNumber", "title")}
+    scenes = [
+        {"sceneNumber": one.get("sceneNumber"), "title": one.get("title"), "totalBeats": len(one.get("beats") or ())}
+        for one in episode.get("scenes") or ()
+    ]
     return {
         "storyUuid": document.get("storyUuid"),
         "promptMode": document.get("promptMode"),
-        "scriptText": (_part(document, "scriptText", "", str) or "")[:PREVIEW_LENGTH],
-        "analyzedEpisode": {
-            "episodeNumber": episode.get("episodeNumber"),
-            "title": episode.get("title"),
-            "scenes": scenes,
-        },
+        "scriptText": (document.get("scriptText") or "")[:PREVIEW_LENGTH],
+        "analyzedEpisode": {**titles, "scenes": scenes},
     }
-
-
-# ======================================================================================================
-# Sessions: what is known of them
-# ======================================================================================================
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the answers need of a document. `fault`: it is no session at all; the parts have faults of their own."""
+    """What the answers need of a document. A part may be its fault; with `fault` the document is no session at all."""
 
-    fault: NotASession | None = None
-    progress: Progress | NotASession | None = None
-    summary: Mapping[str, Any] | NotASession | None = None
+    fault: str | None
+    progress: Progress | str
+    summary: Mapping[str, Any] | str
     updated: int | None = None  # ms, as the document says
     waits: bool = False  # for StorySwarm
     timestamp: int | None = None  # as the document says
-    size: int = 0  # of the summary's JSON
 
 
 def find_facts(stored: StoredSession) -> Facts:
-    """Parse a document. Its faults are among the facts."""
+    """Parse a document."""
 
-    def attempt(part: Callable[[dict[str, Any]], T]) -> T | NotASession:
+    def attempt(part: Callable[[Q], T], given: Q) -> T | str:
         try:
-            return part(document)
-        except NotASession as fault:
-            return NotASession(str(fault))  # the one that was raised refers to the document
+            return part(given)
+        except ValueError as fault:
+            return str(fault)  # the exception refers to the document
 
-    try:
-        document = read_session(stored)
-    except NotASession as fault:
-        return Facts(NotASession(str(fault)))
+    document = attempt(read_session, stored)
+    if isinstance(document, str):
+        return Facts(document, document, document)
     times = [read_time(document.get(name)) for name in ("lastUpdated", "updatedAt")]
     own: Any = document.get("timestamp")
-    shown = attempt(summary)
     return Facts(
-        progress=attempt(progress),
-        summary=shown,
-        size=0 if isinstance(shown, NotASession) else len(json.dumps(shown)),
+        fault=None,
+        progress=attempt(progress, document),
+        summary=attempt(summary, document),
         updated=max((time for time in times if time is not None), default=None),
         waits=document.get("promptMode") == "storyswarm",
         timestamp=int(own) if is_whole(own) else None,
@@ -1872,12 +1844,10 @@ class Sessions:
     digest alone. The store is read each time, so nothing else tells whether a session has changed."""
 
     KEPT, LARGEST = 1000, 8192  # entries and bytes of one: 8 MB of JSON at most. A real summary has 1 to 2 KB
-    SMALL = 1_000_000  # bytes of a document that does not delay others while it is parsed
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._facts: dict[bytes, Facts] = {}  # by the document's SHA-256
-        self._lock = threading.Lock()  # of the dictionary
         self._parsing = threading.Lock()
 
     def find(self, timestamp: int) -> tuple[StoredSession, Facts] | None:
@@ -1886,37 +1856,32 @@ class Sessions:
         return None if stored is None else (stored, self.facts_of(stored))
 
     def find_many(self, timestamps: Sequence[int]) -> list[tuple[StoredSession, Facts | None] | ApiError | None]:
-        """The same for several in one round trip. Without the facts where a large document has to be parsed: the caller
-        asks facts_of(), where that delays nobody else."""
-        found: list[tuple[StoredSession, Facts | None] | ApiError | None] = []
-        for stored in self._store.read_sessions(timestamps):
-            if isinstance(stored, StoredSession):
-                digest = self._digest(stored)
-                facts = self._cached(digest)
-                if facts is None and len(stored.document or b"") <= self.SMALL:
-                    facts = self._learn(stored, digest)
-                found.append((stored, facts))
-            else:
-                found.append(stored)
-        return found
+        """The same for several in one round trip; None for facts that are not cached: the caller asks facts_of()."""
+        return [
+            (found, self._facts.get(self._digest(found))) if isinstance(found, StoredSession) else found
+            for found in self._store.read_sessions(timestamps)
+        ]
 
     def facts_of(self, stored: StoredSession) -> Facts:
         """Documents that are not known are parsed one at a time, and so equal ones once."""
         digest = self._digest(stored)
-        known = self._cached(digest)
-        if known is not None:
-            return known
-        with self._parsing:
-            return self._cached(digest) or self._learn(stored, digest)
+        facts = self._facts.get(digest)
+        if facts is None:
+            with self._parsing:
+                facts = self._facts.get(digest) or find_facts(stored)
+                if len(json.dumps(facts.summary)) <= self.LARGEST:
+                    self._facts[digest] = facts
+                    bound(self._facts, self.KEPT)
+        return facts
 
     def listed(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Timestamps and summaries, newest first. What is no session is left out and logged."""
         for stored in self._store.sessions():
-            facts = self.facts_of(stored)
-            if isinstance(facts.summary, Mapping):
-                yield stored.timestamp, facts.summary
+            shown = self.facts_of(stored).summary
+            if isinstance(shown, str):
+                log.warning("sessions: session %d is left out: %s", stored.timestamp, shown)
             else:
-                self._leave_out(f"session {stored.timestamp}", facts.fault or facts.summary)
+                yield stored.timestamp, shown
 
     def latest(self) -> StoredSession | None:
         """The newest session that can be read: the first of the list, or the copy of a newer one."""
@@ -1926,39 +1891,20 @@ class Sessions:
             if fault is None:
                 newest = stored
                 break
-            self._leave_out(f"session {stored.timestamp}", fault)
+            log.warning("sessions: session %d is left out: %s", stored.timestamp, fault)
         copy = self._store.newest_copy()
         if copy is None:
             return newest
         facts = self.facts_of(StoredSession(0, copy))
         if facts.fault:
-            self._leave_out("the copy of the newest session", facts.fault)
+            log.warning("sessions: the copy of the newest session is left out: %s", facts.fault)
         if facts.timestamp is None or (newest and facts.timestamp <= newest.timestamp):
             return newest
         return StoredSession(facts.timestamp, copy)
 
     @staticmethod
-    def _leave_out(what: str, fault: object) -> None:
-        log.warning("sessions: %s is left out: %s", what, fault)
-
-    @staticmethod
     def _digest(stored: StoredSession) -> bytes:
         return b"" if stored.document is None else hashlib.sha256(stored.document).digest()
-
-    def _cached(self, digest: bytes) -> Facts | None:
-        with self._lock:
-            facts = self._facts.pop(digest, None)
-            if facts is not None:
-                self._facts[digest] = facts  # the one used last is the last to go
-            return facts
-
-    def _learn(self, stored: StoredSession, digest: bytes) -> Facts:
-        facts = find_facts(stored)
-        if facts.size <= self.LARGEST:
-            with self._lock:
-                self._facts[digest] = facts
-                bound(self._facts, self.KEPT)
-        return facts
 
 
 # ======================================================================================================
@@ -1967,38 +1913,16 @@ class Sessions:
 
 # Each type's own total, by which a member of it is valid and which `check` shows.
 TOTALS = {"prompts_ready": "totalPrompts", "beats_ready": "totalBeats"}
-
 ID_PATTERN = r"[^\x00-\x1f\x7f-\x9f/\\]{1,200}"  # of anybody's id: it is put into a path, unescaped
 
 
-@dataclass(frozen=True)
-class Notification:
-    """One member of the pending set that is valid. `total` is its type's own; `timestamp` is ISO 8601."""
+class Notification(NamedTuple):
+    """One member of the pending set that is valid."""
 
     id: str
     type: str
-    session_timestamp: int
-    story_uuid: str
-    episode_number: int
-    total: int
-    timestamp: str
-    acknowledged: bool = False
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "type": self.type,
-            "sessionTimestamp": self.session_timestamp,
-            "storyUuid": self.story_uuid,
-            "episodeNumber": self.episode_number,
-            TOTALS[self.type]: self.total,
-            "timestamp": self.timestamp,
-        }
-
-    @functools.cached_property
-    def text(self) -> bytes:
-        """The same as bytes, made once: an answer of 100 is a join."""
-        return json.dumps(self.as_json(), ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text: bytes  # the JSON that callers get, made once: an answer of 100 is a join
+    acknowledged: bool
 
 
 def read_member(member: bytes, time: float) -> Notification:
@@ -2006,7 +1930,7 @@ def read_member(member: bytes, time: float) -> Notification:
     value = parse_json(member)
     if not isinstance(value, dict):
         raise ValueError("not an object")
-    kind, id = value.get("type"), value.get("id")
+    kind, id, timestamp = value.get("type"), value.get("id"), value.get("timestamp")
     if not isinstance(id, str) or not re.fullmatch(ID_PATTERN, id):
         raise ValueError("no id, or one that does not fit into a path")
     if not isinstance(kind, str) or kind not in TOTALS:
@@ -2014,18 +1938,23 @@ def read_member(member: bytes, time: float) -> Notification:
     for name in ("sessionTimestamp", TOTALS[kind]):
         if not is_count(value.get(name)):
             raise ValueError(f"{name} is not a whole number")
-    episode: Any = value.get("episodeNumber")
-    story, timestamp = value.get("storyUuid"), value.get("timestamp")
-    return Notification(
-        id=id,
-        type=kind,
-        session_timestamp=int(value["sessionTimestamp"]),
-        story_uuid=story if isinstance(story, str) else "",
-        episode_number=int(episode) if is_count(episode) else 0,
-        total=int(value[TOTALS[kind]]),
-        timestamp=timestamp if isinstance(timestamp, str) and read_time(timestamp) is not None else iso_time(int(time)),
-        acknowledged=value.get("acknowledged") is True,
-    )
+    if not isinstance(timestamp, str) or read_time(timestamp) is None:
+        timestamp = iso_time(int(time))
+    shown = {
+        "id": id,
+        "type": kind,
+        "sessionTimestamp": int(value["sessionTimestamp"]),
+        **_story_fields(value.get("storyUuid"), value.get("episodeNumber")),
+        TOTALS[kind]: int(value[TOTALS[kind]]),
+        "timestamp": timestamp,
+    }
+    text = json.dumps(shown, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    return Notification(id, kind, text, value.get("acknowledged") is True)
+
+
+def _story_fields(uuid: object, episode: Any) -> dict[str, Any]:
+    number = int(episode) if is_count(episode) else 0
+    return {"storyUuid": uuid if isinstance(uuid, str) else "", "episodeNumber": number}
 
 
 def draft_notification(type: str, session_timestamp: int, **fields: Any) -> Draft:
@@ -2044,16 +1973,9 @@ def due_notification(timestamp: int, document: dict[str, Any], found: Progress) 
     """What a session has to announce as it stands: only one that waits for StorySwarm, and that has beats."""
     if document.get("promptMode") != "storyswarm" or not found.total_beats:
         return None
-    episode: Any = document["analyzedEpisode"].get("episodeNumber")
-    story = document.get("storyUuid")
-    return draft_notification(
-        "prompts_ready" if found.ready else "beats_ready",
-        timestamp,
-        storyUuid=story if isinstance(story, str) else "",
-        episodeNumber=int(episode) if is_count(episode) else 0,
-        totalPrompts=found.total_prompts,
-        totalBeats=found.total_beats,
-    )
+    kind = "prompts_ready" if found.ready else "beats_ready"
+    story = _story_fields(document.get("storyUuid"), document["analyzedEpisode"].get("episodeNumber"))
+    return draft_notification(kind, timestamp, **story, totalPrompts=found.total_prompts, totalBeats=found.total_beats)
 
 
 class Notifications:
@@ -2065,25 +1987,22 @@ class Notifications:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._reported: dict[bytes, object] = {}  # by SHA-256
+        self._reported: set[bytes] = set()  # by SHA-256
         self._cached = functools.lru_cache(maxsize=self.CACHED)(self._parse)
         self._last_ids: Sequence[str] = ()  # of the last snapshot
 
     def check(self, types: Sequence[str], limit: int) -> list[Notification]:
         """Those that are not acknowledged, oldest first, `limit` at most."""
-        found: list[Notification] = []
         page = max(self.SMALLEST_SNAPSHOT, limit)
-        unacknowledged = self._read(self._store.pending(page))
-        while batch := list(itertools.islice(unacknowledged, page)):
-            batch = [one for one in batch if one.type in types]
+        wanted = (one for one in self._read(self._store.pending(page)) if one.type in types)
+        found: list[Notification] = []
+        while len(found) < limit and (batch := list(itertools.islice(wanted, page))):
             marked = self._store.acknowledged([one.id for one in batch])
             found += [one for one in batch if one.id not in marked]
-            if len(found) >= limit:
-                break
         return found[:limit]
 
     def check_many(self, queries: Sequence[tuple[Sequence[str], int]]) -> list[list[Notification] | None]:
-        """The same for several (types, limit), all from one snapshot. None for a query that has to look further."""
+        """The same for several (types, limit), all from one snapshot. None for a query that has to read further."""
         count = max(self.SMALLEST_SNAPSHOT, *(limit for _, limit in queries))
         asked = self._last_ids
         pending, marked = self._store.snapshot(count, asked)
@@ -2092,8 +2011,7 @@ class Notifications:
         marked |= self._store.acknowledged(list(set(ids).difference(asked)))
         found = [one for one in found if one.id not in marked]
         answers = [[one for one in found if one.type in types][:limit] for types, limit in queries]
-        whole = len(pending) < count
-        return [shown if whole or len(shown) == limit else None for shown, (_, limit) in zip(answers, queries)]
+        return [one if len(pending) < count or len(one) == limit else None for one, (_, limit) in zip(answers, queries)]
 
     def create(self, drafts: Sequence[Draft]) -> list[tuple[Notification, bool] | ApiError]:
         """Add each, and True; or the one of the same type and session that is pending already, and False."""
@@ -2106,9 +2024,9 @@ class Notifications:
         """True when it was pending, or is acknowledged already."""
         if result_of(self.acknowledge_own([id])[0]) or self._store.acknowledge(id, []):
             return True
-        # Another program made it, or nobody did: look through all of them.
-        rows = self._store.pending(page=2000)
-        members = [member for member, time in rows if self._has_id(member, time, id)]
+        # Another program made it, or nobody did. JSON may also write the id with escapes.
+        rows = (row for row in self._store.pending(page=2000) if id.encode("utf-8") in row[0] or b"\\" in row[0])
+        members = [member for member, time in rows if (found := self._parse(member, time)) and found.id == id]
         return bool(members) and self._store.acknowledge(id, members)
 
     def acknowledge_own(self, ids: Sequence[str]) -> list[bool | ApiError]:
@@ -2117,15 +2035,6 @@ class Notifications:
         ours = [(found[0], int(found[1])) for found in times if found]
         outcomes = iter(self._store.acknowledge_own(ours) if ours else ())
         return [next(outcomes) if found else False for found in times]
-
-    @staticmethod
-    def _has_id(member: bytes, time: float, id: str) -> bool:
-        if id.encode("utf-8") not in member and b"\\" not in member:  # JSON may also write it with escapes
-            return False
-        try:
-            return read_member(member, time).id == id
-        except (ValueError, OverflowError):
-            return False
 
     def _read(self, rows: Iterable[tuple[bytes, float]]) -> Iterator[Notification]:
         """The valid ones that are not acknowledged by their own word. The others stay where they are."""
@@ -2139,9 +2048,9 @@ class Notifications:
         try:
             return read_member(member, time)
         except (ValueError, OverflowError) as fault:
-            ours = object()
             digest = hashlib.sha256(member).digest()
-            if len(self._reported) < self.REPORTED and self._reported.setdefault(digest, ours) is ours:
+            if len(self._reported) < self.REPORTED and digest not in self._reported:
+                self._reported.add(digest)
                 log.warning("notifications: a pending member is left out (%s): %.200r", fault, member)
             return None
 
@@ -2154,14 +2063,14 @@ GPU_QUERY = (
     "--query-gpu=utilization.gpu,memory.used,memory.total,temperature.gpu,count",
     "--format=csv,noheader,nounits",
 )
-PROCESS_QUERY = ("--query-compute-apps=pid", "--format=csv,noheader")
+PID_QUERY = ("--query-compute-apps=pid", "--format=csv,noheader")
 NVIDIA_SMI_TIMEOUT = 5.0  # seconds; it takes 20 to 100 ms, seconds with many GPUs, minutes after a driver fault
+_NUMBER = re.compile(r"\s*[0-9]{1,12}(\.[0-9]{1,6})?\s*")  # not [N/A], [Not Supported], [GPU is lost] or nothing
 
 
 @dataclass(frozen=True)
 class GpuStatus:
-    """Memory in MiB, utilization in percent, temperature in degrees Celsius. `failed`: nvidia-smi gave no usable
-    output. A GPU that is unavailable without it does not exist."""
+    """In MiB, percent and degrees Celsius. Neither `available` nor `failed`: nvidia-smi works, and finds no GPU."""
 
     available: bool = False
     gpu_count: int = 0
@@ -2171,59 +2080,39 @@ class GpuStatus:
     temperature: int = 0
     process_count: int = 0
     error: str | None = None
-    failed: bool = False
+    failed: bool = False  # nvidia-smi gave no usable output
 
 
 def _failed(error: str) -> GpuStatus:
     return GpuStatus(error=error, failed=True)
 
 
-def _number(cell: str) -> float | None:
-    """None for all that is not a number: [N/A], [Not Supported], [GPU is lost], nothing."""
-    return float(cell) if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,6})?", cell) else None
-
-
-def _half_up(value: float) -> int:
-    return math.floor(value + 0.5)
-
-
 def _message_of(*outputs: str) -> str:
     """nvidia-smi's own message, on one line. It reports driver trouble on stdout, so stdout comes first."""
-    return next((" ".join(text.split())[:300] for text in outputs if text.strip()), "")
+    return next((" ".join(text.split())[:300] for text in outputs if text.strip()), "it printed nothing")
 
 
 def parse_gpus(output: str) -> GpuStatus:
     """The output of GPU_QUERY, a line for each GPU. A GPU without readable total memory is not counted."""
-    rows = [[cell.strip() for cell in line.split(",")] for line in output.splitlines() if line.strip()]
-    if not rows:
-        return _failed("nvidia-smi printed nothing")
-    if any(len(row) != 5 for row in rows):
-        return _failed(f"nvidia-smi printed a line that cannot be read: {_message_of(output)}")
-    gpus = [[_number(cell) for cell in row] for row in rows]
-    counted = [[cell or 0 for cell in gpu] for gpu in gpus if gpu[2] is not None]
-    if not counted:
-        return _failed(f"nvidia-smi names no GPU with readable memory: {_message_of(output)}")
-    utilization, used, total, temperature, _ = zip(*counted)
+    rows = [[_NUMBER.fullmatch(cell) for cell in line.split(",")] for line in output.splitlines() if line.strip()]
+    gpus = [[float(cell[0]) if cell else 0 for cell in row] for row in rows if len(row) == 5 and row[2]]
+    if not gpus or any(len(row) != 5 for row in rows):
+        return _failed(f"nvidia-smi gave no 5 values with a readable total memory: {_message_of(output)}")
+    utilization, used, total, temperature, _ = zip(*gpus)
     return GpuStatus(
         available=True,
-        gpu_count=len(counted),
-        utilization=_half_up(sum(utilization) / len(counted)),
-        memory_used=_half_up(sum(used)),
-        memory_total=_half_up(sum(total)),
-        temperature=_half_up(max(temperature)),
+        gpu_count=len(gpus),
+        utilization=int(sum(utilization) / len(gpus) + 0.5),
+        memory_used=int(sum(used) + 0.5),
+        memory_total=int(sum(total) + 0.5),
+        temperature=int(max(temperature) + 0.5),
     )
-
-
-def count_processes(output: str) -> int:
-    """The output of PROCESS_QUERY, a pid a line. A process on two GPUs is listed twice."""
-    return len({line.strip() for line in output.splitlines() if re.fullmatch(r"\s*[0-9]+\s*", line)})
 
 
 def find_nvidia_smi(settings: Settings) -> str | None:
     """The program to run; None when there is none."""
-    if settings.nvidia_smi:
-        return shutil.which(settings.nvidia_smi)
-    return next(filter(None, map(shutil.which, ["nvidia-smi", *nvidia_smi_places()])), None)
+    programs = [settings.nvidia_smi] if settings.nvidia_smi else ["nvidia-smi", *nvidia_smi_places()]
+    return next(filter(None, map(shutil.which, programs)), None)
 
 
 def query_gpus(program: str | None, running: set[int], timeout: float = NVIDIA_SMI_TIMEOUT) -> GpuStatus:
@@ -2233,21 +2122,21 @@ def query_gpus(program: str | None, running: set[int], timeout: float = NVIDIA_S
     deadline = time.monotonic() + timeout
     try:
         with (
-            bounded_child([program, *GPU_QUERY], running) as gpus,
-            bounded_child([program, *PROCESS_QUERY], running) as processes,
+            bounded_child([program, *GPU_QUERY], running) as gpu,
+            bounded_child([program, *PID_QUERY], running) as pids,
         ):
-            outputs = read_output(gpus, timeout)
+            outputs = read_output(gpu, timeout)
             if any("no devices were found" in text.lower() for text in outputs):
                 return GpuStatus(error=_message_of(*outputs))
-            if gpus.returncode != 0:
-                message = _message_of(*outputs) or "it printed nothing"
-                return _failed(f"nvidia-smi failed (exit code {gpus.returncode}): {message}")
+            if gpu.returncode != 0:
+                return _failed(f"nvidia-smi failed (exit code {gpu.returncode}): {_message_of(*outputs)}")
             status = parse_gpus(outputs[0])
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                if status.available:
-                    listed, _ = read_output(processes, max(0.0, deadline - time.monotonic()))
-                    if processes.returncode == 0:
-                        return dataclasses.replace(status, process_count=count_processes(listed))
+            if status.available:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    listed, _ = read_output(pids, max(0.0, deadline - time.monotonic()))
+                    if pids.returncode == 0:  # a process on two GPUs is listed twice
+                        distinct = set(re.findall(r"(?m)^\s*([0-9]+)\s*$", listed))
+                        return dataclasses.replace(status, process_count=len(distinct))
             return status
     except subprocess.TimeoutExpired:
         return _failed(f"nvidia-smi did not answer within {timeout:g} s")
@@ -2256,8 +2145,7 @@ def query_gpus(program: str | None, running: set[int], timeout: float = NVIDIA_S
 
 
 class GpuMonitor:
-    """The status, cached for `ttl` seconds, good or bad. Everyone who asks during a run shares the next one.
-    `cancel` ends a run."""
+    """The status, cached for `ttl` seconds, good or bad. Who asks during a run shares the next. `cancel` ends a run."""
 
     def __init__(
         self,
@@ -2286,15 +2174,9 @@ class GpuMonitor:
         return cached[0] if cached and self._clock() - cached[1] < self._ttl else None
 
     def _answer(self, questions: Sequence[None]) -> list[GpuStatus]:
-        status = self._fresh()
-        if self._closed:
-            status = _failed("the service is stopping")
-        elif status is None:
-            try:
-                status = self._query()
-            except Exception as error:
-                log.exception("gpu: nvidia-smi could not be asked")
-                status = _failed(f"asking nvidia-smi failed ({type(error).__name__})")
+        status = _failed("the service is stopping") if self._closed else self._fresh()
+        if status is None:
+            status = self._query()
             self._cached = status, self._clock()
         return [status] * len(questions)
 
@@ -2316,76 +2198,44 @@ class Probe:
     url: str = ""  # where it answered
 
 
-@dataclass(frozen=True)
-class Started:
-    """SwarmUI is ready. `allow_origin`: whose pages it answers."""
-
-    message: str
-    allow_origin: str | None
-
-
 class Reply(NamedTuple):
     status: int
-    headers: Mapping[str, str]
+    headers: http.client.HTTPMessage
     body: bytes
-
-
-class _DeadlineHandler(urllib.request.BaseHandler):
-    """HTTP for urllib that ends `seconds` after it connected. A socket's own time-out starts again with each byte."""
-
-    def __init__(self, seconds: float, ending: contextlib.ExitStack) -> None:
-        self._seconds = seconds
-        self._ending = ending
-
-    def http_open(self, request: urllib.request.Request) -> Any:
-        return self._send(http.client.HTTPConnection(request.host, timeout=self._seconds), request)
-
-    def https_open(self, request: urllib.request.Request) -> Any:
-        return self._send(http.client.HTTPSConnection(request.host, timeout=self._seconds), request)
-
-    def _send(self, connection: http.client.HTTPConnection, request: urllib.request.Request) -> Any:
-        try:
-            connection.connect()
-        except OSError as error:
-            raise urllib.error.URLError(error) from error
-        self._ending.callback(connection.close)
-        watchdog = threading.Timer(self._seconds, _shut_down, [connection.sock])
-        watchdog.daemon = True
-        watchdog.start()
-        self._ending.callback(watchdog.cancel)
-        headers = {**dict(request.header_items()), "Connection": "close"}
-        connection.request(request.get_method(), request.selector, request.data, headers)
-        return connection.getresponse()
-
-
-def _shut_down(connected: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # it is closed already
-        connected.shutdown(socket.SHUT_RDWR)
 
 
 def fetch(url: str, seconds: float, *, data: bytes | None = None, headers: Mapping[str, str] = {}) -> Reply:
     """One HTTP request that ends within `seconds` of connecting, and 64 KiB of its response's body. It uses no proxy
     and follows no redirect. Raises OSError (URLError when it did not connect), http.client.HTTPException."""
+    request = urllib.request.Request(url, data, {**headers, "Connection": "close"})
+    kind = http.client.HTTPSConnection if request.type == "https" else http.client.HTTPConnection
     deadline = time.monotonic() + seconds
-    opener = urllib.request.OpenerDirector()
-    with contextlib.ExitStack() as ending:
-        opener.add_handler(_DeadlineHandler(seconds, ending))
+    with contextlib.closing(kind(request.host, timeout=seconds)) as connection:
         try:
-            with opener.open(urllib.request.Request(url, data, dict(headers)), timeout=seconds) as response:
+            connection.connect()
+        except OSError as error:
+            raise urllib.error.URLError(error) from error
+        connected = connection.sock
+
+        def end() -> None:  # a socket's own time-out starts again with each byte
+            with contextlib.suppress(OSError):  # it is closed already
+                connected.shutdown(socket.SHUT_RDWR)
+
+        watchdog = threading.Timer(seconds, end)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            connection.request(request.get_method(), request.selector, data, dict(request.header_items()))
+            with connection.getresponse() as response:
                 reply = Reply(response.status, response.headers, response.read(65536))
             if time.monotonic() < deadline:
                 return reply
-            raise TimeoutError  # what came before the deadline is incomplete
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, urllib.error.URLError) or time.monotonic() < deadline:
+        except (OSError, http.client.HTTPException):
+            if time.monotonic() < deadline:
                 raise
-            raise TimeoutError("timed out") from None
-
-
-def _is_refusal(error: object) -> bool:
-    """No program listens there. Windows retries a refused connection, so that one that times out counts there too."""
-    reason = error.reason if isinstance(error, urllib.error.URLError) else None
-    return isinstance(reason, (ConnectionRefusedError, TimeoutError) if REFUSAL_IS_SLOW else ConnectionRefusedError)
+        finally:
+            watchdog.cancel()
+    raise TimeoutError("timed out")  # what came before the deadline is incomplete
 
 
 def call_swarmui(url: str, route: str, body: Mapping[str, Any], settings: Settings) -> Reply:
@@ -2398,18 +2248,15 @@ def call_swarmui(url: str, route: str, body: Mapping[str, Any], settings: Settin
 
 def probe(settings: Settings) -> Probe:
     """Ask SwarmUI for a session, as its other clients do first: it is ready when it answers 200 with a session_id."""
-    urls = [settings.swarmui_api_url]
     parts = urllib.parse.urlsplit(settings.swarmui_api_url)
-    if parts.hostname == "localhost" and parts.scheme == "http":
-        # 127.0.0.1 first: where nothing listens on ::1, Windows takes 2 s to refuse.
-        hosts = [f"{address}:{settings.swarmui_port}" for address in ("127.0.0.1", "[::1]")]
-        urls = [urllib.parse.urlunsplit(parts._replace(netloc=host)) for host in hosts]
-    found = []
-    for url in urls:
-        found.append(_probe_address(url, settings))
-        if found[-1].occupied:
-            return found[-1]
-    return found[0]
+    if parts.hostname != "localhost" or parts.scheme != "http":
+        return _probe_address(settings.swarmui_api_url, settings)
+    # 127.0.0.1 first: where nothing listens on ::1, Windows takes 2 s to refuse.
+    hosts = [f"{address}:{settings.swarmui_port}" for address in ("127.0.0.1", "[::1]")]
+    ipv4, ipv6 = (urllib.parse.urlunsplit(parts._replace(netloc=host)) for host in hosts)
+    first = _probe_address(ipv4, settings)
+    second = first if first.occupied else _probe_address(ipv6, settings)
+    return second if second.occupied else first
 
 
 def _probe_address(url: str, settings: Settings) -> Probe:
@@ -2418,35 +2265,34 @@ def _probe_address(url: str, settings: Settings) -> Probe:
         reply = call_swarmui(url, "GetNewSession", {}, settings)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        if _is_refusal(error):
+        # Nobody listens there. Windows retries a refused connection, so that one that times out counts there too.
+        refusals = (ConnectionRefusedError, TimeoutError) if REFUSAL_IS_SLOW else ConnectionRefusedError
+        if isinstance(error, urllib.error.URLError) and isinstance(reason, refusals):
             return Probe(False, False, f"nobody answers at {where}")
         if isinstance(reason, socket.gaierror) or getattr(reason, "errno", None) in _NOT_HERE:
             return Probe(False, False, f"{where} cannot be reached ({reason})")
         if isinstance(reason, TimeoutError):
             return Probe(False, True, f"{where} did not answer within {settings.health_timeout:g} s")
         return Probe(False, True, f"{where} broke the connection off ({type(reason).__name__})")
-    answer = None
+    answer: Any = None
     with contextlib.suppress(ValueError, RecursionError):
         answer = json.loads(reply.body)
-    if not isinstance(answer, dict):
-        answer = {}
+    answer = answer if isinstance(answer, dict) else {}
     session_id = answer.get("session_id")
     if reply.status == 200 and isinstance(session_id, str):
-        allow_origin = reply.headers.get("Access-Control-Allow-Origin")
-        return Probe(True, True, "SwarmUI answers", session_id, allow_origin, url)
+        return Probe(True, True, "SwarmUI answers", session_id, reply.headers["Access-Control-Allow-Origin"], url)
     text = answer.get("error") or answer.get("error_id") or reply.body.decode("utf-8", "replace")
     message = f"{where} answered {reply.status}: {' '.join(str(text).split())[:200]}"
     if "unauthorized" in message.lower() or reply.status == 401:
-        advice = "check SWARMUI_TOKEN" if settings.swarmui_token else "set SWARMUI_TOKEN"
-        message += f" (SwarmUI has accounts on: {advice})"
+        message += f" (SwarmUI has accounts on: {'check' if settings.swarmui_token else 'set'} SWARMUI_TOKEN)"
     return Probe(False, True, message)
 
 
-def allow_page(found: Probe, settings: Settings) -> Started:
+def allow_page(found: Probe, settings: Settings) -> Probe:
     """Set the page of SWARMUI_ALLOW_ORIGIN in SwarmUI, which as installed answers no page."""
     wanted, before = settings.swarmui_allow_origin, found.allow_origin
     if wanted is None or before in ("*", wanted):
-        return Started(found.message, before)
+        return found
     body = {"session_id": found.session_id, "settings": {"Network.AccessControlAllowOrigin": wanted}}
     try:
         call_swarmui(found.url, "ChangeServerSettings", body, settings)
@@ -2458,29 +2304,22 @@ def allow_page(found: Probe, settings: Settings) -> Started:
     else:
         change = f"but it still does not answer pages of {wanted}"
     log.log(logging.INFO if after == wanted else logging.WARNING, "swarmui: %s", change)
-    return Started(f"{found.message}; {change}", after)
+    return dataclasses.replace(found, message=f"{found.message}; {change}", allow_origin=after)
 
 
 # ======================================================================================================
 # SwarmUI: the launcher
 # ======================================================================================================
 
+_STOPPING = "SwarmUI failed to start: the service is stopping."
+
 
 class LaunchError(Exception):
     """Why SwarmUI did not start, to follow "SwarmUI failed to start: "."""
 
 
-@dataclass(frozen=True)
-class LaunchPlan:
-    """What to run, and in which folder."""
-
-    program: Path
-    arguments: tuple[str, ...]
-    folder: Path
-
-
-def plan_launch(settings: Settings) -> LaunchPlan:
-    """Raises LaunchError, which names SWARMUI_PATH, when there is nothing to launch."""
+def find_swarmui(settings: Settings) -> Path:
+    """The program to launch. Raises LaunchError, which names SWARMUI_PATH, when there is none."""
     host = urllib.parse.urlsplit(settings.swarmui_api_url).hostname or ""
     if not _is_this_machine(host):
         raise LaunchError(f"SWARMUI_API_URL names another machine ({host}): start SwarmUI there")
@@ -2493,10 +2332,7 @@ def plan_launch(settings: Settings) -> LaunchPlan:
         program /= LAUNCH_SCRIPT
         if not program.is_file():
             raise LaunchError(f"SWARMUI_PATH {program.parent} has no {LAUNCH_SCRIPT}: set it to SwarmUI's folder")
-    # In any other folder SwarmUI's executable aborts and leaves a stray Data/ there.
-    roots = (up for up in program.parents if any((up / name).is_file() for name in LAUNCH_SCRIPTS))
-    arguments = ("--launch_mode", "none", "--port", str(settings.swarmui_port), *settings.swarmui_args)
-    return LaunchPlan(program, arguments, next(roots, program.parent))
+    return program
 
 
 def _is_this_machine(host: str) -> bool:
@@ -2510,49 +2346,31 @@ def _is_this_machine(host: str) -> bool:
     return ipaddress.ip_address(host).is_loopback
 
 
-class FoundProcess:
-    """A process that an earlier run of this service launched. Its exit code cannot be known: it counts as 0."""
-
-    def __init__(self, pid: int, identity: str) -> None:
-        self.pid = pid
-        self._identity = identity
-
-    def poll(self) -> int | None:
-        return None if process_identity(self.pid) == self._identity else 0
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """A launched process, when it was launched (monotonic seconds), and where its part of the log begins."""
-
-    process: subprocess.Popen[bytes] | FoundProcess
-    at: float
-    log_start: int
-
-
 class SwarmUILauncher:
     """Makes SwarmUI ready. One attempt runs at a time, in a thread that alone owns the state of the launch."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
-        self._settings = settings
-        self._clock = clock
+        self._settings, self._clock = settings, clock
         self._output = settings.data_dir / "swarmui.log"
         self._record = settings.data_dir / "swarmui.json"
         self._lock = threading.Lock()  # over the next two
-        self._waiting: set[Future[Started]] = set()
+        self._waiting: set[Future[Probe]] = set()
         self._attempting = False
-        self._launch: _Launch | None = self._find_launch()  # the last one; only the attempt's thread uses it
-        self._failure = ""  # why the last launch failed; likewise
         self._wake = threading.Event()  # the process ended, or close() was called
         self._closed = threading.Event()
+        # Of the last launch; only the attempt's thread uses these.
+        self._poll = self._find_process()  # its exit code, None while it runs; 0 where nothing was launched
+        self._launched_at = -math.inf
+        self._log_start = 0  # where its part of the log begins
+        self._failure = ""
 
-    def start(self) -> Future[Started]:
+    def start(self) -> Future[Probe]:
         """A future of the caller's own, which it may cancel, for the outcome of the attempt at work or of a new one:
         done once SwarmUI answers, else an ApiError; TooManyRequests between two launches. Raises ApiError."""
-        future: Future[Started] = Future()
+        future: Future[Probe] = Future()
         with self._lock:
             if self._closed.is_set():
-                raise _stopping()
+                raise Unavailable(_STOPPING, 5)
             if not self._attempting:
                 try:
                     threading.Thread(target=self._run, name="swarmui-start", daemon=True).start()
@@ -2564,10 +2382,10 @@ class SwarmUILauncher:
         return future
 
     def close(self) -> None:
-        """End the attempt, and answer everyone who waits for it at once. SwarmUI goes on."""
+        """End the attempt, and answer everyone who waits for it at once. SwarmUI keeps running."""
         self._closed.set()
         self._wake.set()
-        self._answer(_stopping())
+        self._answer(Unavailable(_STOPPING, 5))
 
     def keep_log_short(self) -> None:
         """Shorten SwarmUI's log about once a second when needed, in a thread that ends with close()."""
@@ -2578,7 +2396,7 @@ class SwarmUILauncher:
 
         threading.Thread(target=run, name="swarmui-log", daemon=True).start()
 
-    def _answer(self, outcome: Started | ApiError) -> None:
+    def _answer(self, outcome: Probe | ApiError) -> None:
         with self._lock:
             waiting = list(self._waiting)
             self._waiting.clear()
@@ -2588,7 +2406,7 @@ class SwarmUILauncher:
                 settle(future, outcome)
 
     def _run(self) -> None:
-        outcome: Started | ApiError
+        outcome: Probe | ApiError
         try:
             outcome = allow_page(self._make_ready(), self._settings)
         except ApiError as error:
@@ -2606,94 +2424,76 @@ class SwarmUILauncher:
         found = probe(self._settings)
         if found.ready:
             return dataclasses.replace(found, message="SwarmUI is already running")
-        launch = self._launch
-        if launch is None or launch.process.poll() is not None:
+        if self._poll() is not None:
             if found.occupied:
                 raise LaunchError(f"another program than SwarmUI has its port: {found.message}")
-            launch = self._launch_it()
-        return self._await_ready(launch)
+            self._launch()
+        return self._await_ready()
 
-    def _launch_it(self) -> _Launch:
-        plan = plan_launch(self._settings)
-        now = self._clock()
-        if self._launch and now - self._launch.at < self._settings.start_interval:
-            wait = self._settings.start_interval - (now - self._launch.at)
+    def _launch(self) -> None:
+        program = find_swarmui(self._settings)
+        # In any other folder SwarmUI's executable aborts and leaves a stray Data/ there.
+        roots = (up for up in program.parents if any((up / name).is_file() for name in LAUNCH_SCRIPTS))
+        arguments = ("--launch_mode", "none", "--port", str(self._settings.swarmui_port), *self._settings.swarmui_args)
+        wait = self._launched_at + self._settings.start_interval - self._clock()
+        if wait > 0:
             why = f" ({self._failure})" if self._failure else ""
             raise TooManyRequests(f"SwarmUI was launched a moment ago{why}: ask again in {math.ceil(wait)} s.", wait)
         shorten_log(self._output)
         try:
             log_start = self._output.stat().st_size if self._output.exists() else 0
-            process = launch_detached(plan.program, plan.arguments, plan.folder, self._output)
+            process = launch_detached(program, arguments, next(roots, program.parent), self._output)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise LaunchError(f"{plan.program} cannot be launched ({reason}): check SWARMUI_PATH") from None
-        log.info("swarmui: launched %s as process %d", plan.program, process.pid)
-        self._launch, self._failure = _Launch(process, now, log_start), ""
-        self._keep_launch(process.pid)
-        # Waits as long as the process lives, so that its end is seen at once and leaves no zombie.
-        threading.Thread(target=self._watch, args=[process], name="swarmui-watch", daemon=True).start()
-        return self._launch
-
-    def _find_launch(self) -> _Launch | None:
-        """What an earlier run launched, while it lives: it may still be starting, and must not be launched twice."""
+            raise LaunchError(f"{program} cannot be launched ({reason}): check SWARMUI_PATH") from None
+        log.info("swarmui: launched %s as process %d", program, process.pid)
+        self._poll, self._launched_at, self._log_start, self._failure = process.poll, self._clock(), log_start, ""
         try:
-            kept = json.loads(self._record.read_text(encoding="utf-8"))
-            pid, identity = int(kept["pid"]), str(kept["identity"])
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
-        if process_identity(pid) != identity:
-            return None
-        log.info("swarmui: found process %d, which was launched before", pid)
-        return _Launch(FoundProcess(pid, identity), -math.inf, 0)
-
-    def _keep_launch(self, pid: int) -> None:
-        try:
-            draft = self._record.with_suffix(".new")
-            draft.write_text(json.dumps({"pid": pid, "identity": process_identity(pid)}), encoding="utf-8")
-            os.replace(draft, self._record)
+            self._record.write_text(json.dumps({"pid": process.pid, "identity": process_identity(process.pid)}))
         except OSError as error:
             log.warning("swarmui: %s cannot be written (%s)", self._record, error.strerror)
+        # Waits as long as the process lives, so that its end is seen at once and leaves no zombie.
+        threading.Thread(target=self._watch, args=[process], name="swarmui-watch", daemon=True).start()
+
+    def _find_process(self) -> Callable[[], int | None]:
+        """Of an earlier run: it may still be starting, and must not be launched twice. Its exit code counts as 0."""
+        try:
+            record = json.loads(self._record.read_text(encoding="utf-8"))
+            pid, identity = int(record["pid"]), str(record["identity"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return lambda: 0
+        if process_identity(pid) == identity:
+            log.info("swarmui: found process %d, which was launched before", pid)
+        return lambda: None if process_identity(pid) == identity else 0
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         code = process.wait()
         log.info("swarmui: process %d ended with exit code %d", process.pid, code)
         self._wake.set()
 
-    def _await_ready(self, launch: _Launch) -> Probe:
-        deadline = self._clock() + self._settings.start_timeout
+    def _await_ready(self) -> Probe:
+        """Probe until it answers. Raises LaunchError when the process fails or the time is over, and Unavailable."""
+        next_probe, deadline = -math.inf, self._clock() + self._settings.start_timeout
         while True:
-            next_probe = self._clock() + self._settings.poll_interval
             self._wake.clear()
-            found = probe(self._settings)
-            if found.ready:
-                return dataclasses.replace(found, message="SwarmUI started successfully")
-            if self._clock() >= deadline:
-                late = f"no answer within {self._settings.start_timeout:g} s (last: {found.message})"
-                if launch.process.poll() is not None:
-                    raise LaunchError(f"{late}; it exited with code 0: {self._last_lines(launch)}")
-                raise LaunchError(f"{late}; it keeps running, so ask again, or look into {self._output}")
-            self._pause(launch, min(next_probe, deadline))
-
-    def _pause(self, launch: _Launch, until: float) -> None:
-        """Until the next probe is due. Raises LaunchError when the process fails meanwhile, or the service stops."""
-        while True:
             if self._closed.is_set():
-                raise _stopping()
-            code = launch.process.poll()
-            if code:  # 0 may be a wrapper's that went to the background: SwarmUI may still answer
-                raise LaunchError(f"it exited with code {code}: {self._last_lines(launch)}")
-            left = until - self._clock()
-            if left <= 0:
-                return
-            self._wake.wait(left)
-            self._wake.clear()
+                raise Unavailable(_STOPPING, 5)
+            if code := self._poll():  # 0 may be a wrapper's that went to the background: SwarmUI may still answer
+                raise LaunchError(f"it exited with code {code}: {self._last_lines()}")
+            if self._clock() >= next_probe:
+                next_probe = min(self._clock() + self._settings.poll_interval, deadline)
+                found = probe(self._settings)
+                if found.ready:
+                    return dataclasses.replace(found, message="SwarmUI started successfully")
+                if self._clock() >= deadline:
+                    late = f"no answer within {self._settings.start_timeout:g} s (last: {found.message})"
+                    if self._poll() is not None:
+                        raise LaunchError(f"{late}; it exited with code 0: {self._last_lines()}")
+                    raise LaunchError(f"{late}; it keeps running, so ask again, or look into {self._output}")
+            self._wake.wait(max(0.0, next_probe - self._clock()))
 
-    def _last_lines(self, launch: _Launch) -> str:
-        return last_lines(self._output, launch.log_start) or "its log is empty"
-
-
-def _stopping() -> Unavailable:
-    return Unavailable("SwarmUI failed to start: the service is stopping.", 5)
+    def _last_lines(self) -> str:
+        return last_lines(self._output, self._log_start) or "its log is empty"
 
 
 # ======================================================================================================
@@ -3176,7 +2976,7 @@ def swarmui_start(services: Services, request: Request) -> Response | Future[Res
     """Nothing of the request is used: nothing in it can reach a command line."""
     settings = services.settings
 
-    def respond(started: Started) -> Response:
+    def respond(started: Probe) -> Response:
         message = started.message
         allowed = settings.swarmui_allow_origin in ("*", request.origin)
         if request.origin and not allowed and started.allow_origin not in ("*", request.origin):
@@ -3282,7 +3082,7 @@ def progress_response(stored: StoredSession, facts: Facts) -> Response:
     )
 
 
-def not_a_session(stored: StoredSession, fault: NotASession | None) -> ApiError:
+def not_a_session(stored: StoredSession, fault: str) -> ApiError:
     return ApiError(f"Session {stored.timestamp} is not a session: {fault}.")
 
 
@@ -4349,7 +4149,7 @@ def check_store(settings: Settings) -> Check:
 
 def check_swarmui_path(settings: Settings) -> Check:
     try:
-        return "OK", "SWARMUI_PATH", str(plan_launch(settings).program)
+        return "OK", "SWARMUI_PATH", str(find_swarmui(settings))
     except LaunchError as error:
         wrong = settings.swarmui_path is not None and str(error).startswith("SWARMUI_PATH")
         return "FAIL" if wrong else "WARN", "SWARMUI_PATH", str(error)
