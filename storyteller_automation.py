@@ -2796,23 +2796,19 @@ def find_misfit(value: Any, schema: Schema, name: str) -> str | None:
     """Which part of a value does not fit, and what was expected there; None when all does."""
     if not _fits(value, schema):
         return f"{name}: expected {_expected(schema)}."
+    parts: list[tuple[Any, Schema, str]] = []
     if isinstance(value, list):
-        parts = ((part, schema.get("items", {}), f"{name}[{number}]") for number, part in enumerate(value))
-        return next(filter(None, (find_misfit(*part) for part in parts)), None)
+        parts = [(part, schema.get("items", {}), f"{name}[{number}]") for number, part in enumerate(value)]
     if isinstance(value, dict):
-        return _find_misfit_in_object(value, schema, name)
-    return None
-
-
-def _find_misfit_in_object(value: dict[str, Any], schema: Schema, name: str) -> str | None:
-    properties = schema.get("properties", {})
-    for key in schema.get("required", ()):
-        if key not in value:
-            return f"{key} is missing: expected {_expected(properties.get(key, {}))}."
-    if schema.get("additionalProperties") is False and (unknown := value.keys() - properties.keys()):
-        return f"{min(unknown)} is not known: expected {', '.join(properties)}."
-    for key, part in properties.items():
-        if key in value and (found := find_misfit(value[key], part, key)):
+        properties = schema.get("properties", {})
+        for key in schema.get("required", ()):
+            if key not in value:
+                return f"{key} is missing: expected {_expected(properties.get(key, {}))}."
+        if schema.get("additionalProperties") is False and (unknown := value.keys() - properties.keys()):
+            return f"{min(unknown)} is not known: expected {', '.join(properties)}."
+        parts = [(value[key], part, key) for key, part in properties.items() if key in value]
+    for part in parts:
+        if found := find_misfit(*part):
             return found
     if "anyOf" in schema and all(find_misfit(value, part, name) for part in schema["anyOf"]):
         return f"{name}: expected {' or '.join(part['title'] for part in schema['anyOf'])}."
@@ -2879,63 +2875,40 @@ POOL_THREADS = 24  # the bulkhead: at most so many requests use the store at onc
 POOL_TIMEOUT = 2.0  # seconds that a request may wait for one of them
 LARGE_BODY_TIMEOUT = 30.0  # the same for the thread that reads large bodies
 
-CheckQuestion = tuple[tuple[str, ...], int]  # the types, and the limit
-Outcome = Response | Future[Response] | ApiError  # of a question that a batcher was asked
+Outcome = Response | Future[Response] | ApiError  # of a question to a batcher
 
 
-@dataclass(frozen=True)
 class Services:
     """What the handlers work with."""
 
-    settings: Settings
-    store: Store
-    gpu: GpuMonitor
-    swarmui: SwarmUILauncher
-    sessions: Sessions
-    notifications: Notifications
-    authenticator: Authenticator
-    pool: ThreadPoolExecutor  # for what works
-    large_bodies: ThreadPoolExecutor  # one thread
-    checks: Batcher[CheckQuestion, Outcome]
-    progress: Batcher[int, Outcome]  # by the session's timestamp
-    writes: Batcher[Draft | str, Outcome]  # what to create, or the id to acknowledge
+    def __init__(self, settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUILauncher) -> None:
+        self.settings, self.store, self.gpu, self.swarmui = settings, store, gpu, swarmui
+        self.sessions, self.notifications = Sessions(store), Notifications(store)
+        self.authenticator = Authenticator(settings, store)
+        self.pool = ThreadPoolExecutor(POOL_THREADS, "pool")  # for what works
+        self.large_bodies = ThreadPoolExecutor(1, "large-bodies")
+        # Questions: types and limit; the session's timestamp; what to create, or the id to acknowledge.
+        self.checks = Batcher[tuple[tuple[str, ...], int], Outcome](functools.partial(answer_checks, self), "checks")
+        self.progress = Batcher[int, Outcome](functools.partial(answer_progress, self), "progress")
+        self.writes = Batcher[Draft | str, Outcome](functools.partial(answer_writes, self), "writes")
 
     def close(self) -> None:
-        """End the threads: what waits for one is dropped, what is at work ends within the store's own time-outs."""
+        """End the threads: what waits for one is dropped, what is at work ends within the store's own timeouts."""
         for batcher in (self.checks, self.progress, self.writes):
             batcher.close(timeout=0.5)
         for pool in (self.pool, self.large_bodies):
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def submit(self, function: Callable[..., T], *arguments: Any, is_large: bool = False) -> Future[T]:
+        """Call the function in a thread of a pool; Unavailable when none becomes free in time."""
+        deadline = time.monotonic() + (LARGE_BODY_TIMEOUT if is_large else POOL_TIMEOUT)
 
-def make_services(settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUILauncher) -> Services:
-    pool, sessions, notifications = ThreadPoolExecutor(POOL_THREADS, "pool"), Sessions(store), Notifications(store)
-    return Services(
-        settings,
-        store,
-        gpu,
-        swarmui,
-        sessions,
-        notifications,
-        Authenticator(settings, store),
-        pool,
-        ThreadPoolExecutor(1, "large-bodies"),
-        Batcher(functools.partial(answer_checks, notifications, pool), "checks"),
-        Batcher(functools.partial(answer_progress, sessions, store, pool), "progress"),
-        Batcher(functools.partial(answer_writes, notifications, pool), "writes"),
-    )
+        def work() -> T:
+            if time.monotonic() > deadline:
+                raise Unavailable("Too many requests wait for a free thread: ask again.", 1)
+            return function(*arguments)
 
-
-def submit(pool: ThreadPoolExecutor, timeout: float, function: Callable[..., T], *arguments: Any) -> Future[T]:
-    """Call the function in a thread of the pool; Unavailable when none is free within `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-
-    def work() -> T:
-        if time.monotonic() > deadline:
-            raise Unavailable("Too many requests wait for a free thread: ask again.", 1)
-        return function(*arguments)
-
-    return pool.submit(work)
+        return (self.large_bodies if is_large else self.pool).submit(work)
 
 
 # ======================================================================================================
@@ -3011,28 +2984,26 @@ def prompts_status(services: Services, request: Request) -> Future[Any]:
     return services.progress.ask(request.path["timestamp"])
 
 
-def answer_checks(
-    notifications: Notifications, pool: ThreadPoolExecutor, questions: list[CheckQuestion]
-) -> list[Outcome]:
+def answer_checks(services: Services, questions: list[tuple[tuple[str, ...], int]]) -> list[Outcome]:
     """A batcher's step: one snapshot of the store for all. A check that needs more than that runs in the pool."""
 
     def respond(found: Sequence[Notification]) -> Response:
         return Response(b'{"notifications":[%b]}' % b",".join([one.text for one in found]))
 
     def check_further(types: Sequence[str], limit: int) -> Response:
-        return respond(notifications.check(types, limit))
+        return respond(services.notifications.check(types, limit))
 
     wanted = list(dict.fromkeys(questions))
-    found = zip(wanted, notifications.check_many(wanted))
+    found = zip(wanted, services.notifications.check_many(wanted))
     responses = {question: respond(shown) for question, shown in found if shown is not None}
-    return [responses.get(one) or submit(pool, POOL_TIMEOUT, check_further, *one) for one in questions]
+    return [responses.get(one) or services.submit(check_further, *one) for one in questions]
 
 
-def answer_progress(sessions: Sessions, store: Store, pool: ThreadPoolExecutor, timestamps: list[int]) -> list[Outcome]:
-    """A batcher's step: each session is read once for all who ask for it. What takes longer than its SHA-256 (a large
-    document that is not in the cache, an announcement) runs in the pool."""
+def answer_progress(services: Services, timestamps: list[int]) -> list[Outcome]:
+    """A batcher's step: each session is read once for all who ask for it. What takes longer than its SHA-256 (an
+    announcement, a document that is not in the cache) runs in the pool."""
     wanted = list(dict.fromkeys(timestamps))
-    found = dict(zip(wanted, sessions.find_many(wanted)))
+    found = dict(zip(wanted, services.sessions.find_many(wanted)))
 
     def respond(timestamp: int) -> Outcome:
         one = found[timestamp]
@@ -3040,7 +3011,7 @@ def answer_progress(sessions: Sessions, store: Store, pool: ThreadPoolExecutor, 
             return one or NotFound("Session not found")
         stored, facts = one
         if facts is None or is_announcement_due(stored, facts):
-            return submit(pool, POOL_TIMEOUT, announce_progress, sessions, store, stored)
+            return services.submit(announce_progress, services, stored)
         try:
             return progress_response(stored, facts)
         except ApiError as error:
@@ -3055,13 +3026,13 @@ def is_announcement_due(stored: StoredSession, facts: Facts) -> bool:
     return facts.waits and isinstance(found, Progress) and found.ready and stored.announced != "prompts_ready"
 
 
-def announce_progress(sessions: Sessions, store: Store, stored: StoredSession) -> Response:
-    facts = sessions.facts_of(stored)
+def announce_progress(services: Services, stored: StoredSession) -> Response:
+    facts = services.sessions.facts_of(stored)
     if is_announcement_due(stored, facts) and isinstance(facts.progress, Progress):
         draft = due_notification(stored.timestamp, read_session(stored), facts.progress)
         try:
             if draft:
-                store.announce(stored.timestamp, draft)
+                services.store.announce(stored.timestamp, draft)
         except Unavailable as error:
             log.warning("notifications: session %d announces its prompts at a later poll: %s", stored.timestamp, error)
     return progress_response(stored, facts)
@@ -3086,11 +3057,10 @@ def not_a_session(stored: StoredSession, fault: str) -> ApiError:
     return ApiError(f"Session {stored.timestamp} is not a session: {fault}.")
 
 
-def answer_writes(
-    notifications: Notifications, pool: ThreadPoolExecutor, questions: list[Draft | str]
-) -> list[Outcome]:
+def answer_writes(services: Services, questions: list[Draft | str]) -> list[Outcome]:
     """A batcher's step: one step of the store for all that is acknowledged, then one for all that is created. The
     search for an id that was not made here runs in the pool."""
+    notifications = services.notifications
 
     def outcomes(step: Callable[[list[T]], Sequence[R]], given: list[T]) -> Iterator[R | ApiError]:
         try:
@@ -3113,7 +3083,7 @@ def answer_writes(
         done = next(acknowledgements)
         if isinstance(done, ApiError):
             return done
-        return acknowledged(question) if done else submit(pool, POOL_TIMEOUT, search, question)
+        return acknowledged(question) if done else services.submit(search, question)
 
     acknowledgements = outcomes(notifications.acknowledge_own, [one for one in questions if isinstance(one, str)])
     creations = outcomes(notifications.create, [one for one in questions if isinstance(one, Draft)])
@@ -3334,62 +3304,37 @@ _FAILED = {"success": False}
 _API = "/api/v1"
 
 ROUTES: tuple[Route, ...] = (
-    Route(
-        "GET", "/health", health, "open", "Does the service answer, and its store?", {200: _HEALTH, 503: _HEALTH},
-        works=True,
-    ),
+    Route("GET", "/health", health, "open", "Does the service answer, and its store?",
+          {200: _HEALTH, 503: _HEALTH}, works=True),
     Route("GET", "/openapi.json", openapi, "open", "This description.", {200: _OBJECT}),
     Route("GET", f"{_API}/gpu/status", gpu_status, "gpu:read", "Is the GPU free?", {200: _GPU}, gpu_json(GpuStatus())),
-    Route(
-        "POST", f"{_API}/swarmui/start", swarmui_start, "swarmui:control", "Make SwarmUI ready.", {200: _STARTED},
-        _FAILED,
-    ),
-    Route(
-        "GET", f"{_API}/notifications/check", notifications_check, "notifications:read",
-        "What is not acknowledged, oldest first.", {200: _object(notifications=_array(_NOTIFICATION))},
-        query=_CHECK_QUERY,
-    ),
-    Route(
-        "POST", f"{_API}/notifications", notification_create, "notifications:write", "Make a notification.",
-        {201: _NOTIFICATION, 200: _NOTIFICATION}, body=_NEW_NOTIFICATION,
-    ),
-    Route(
-        "POST", f"{_API}/notifications/<notification_id>/ack", notification_ack, "notifications:read",
-        "It was dealt with.", {200: _object(success=_FLAG, notificationId=_ID)}, _FAILED, (404,),
-    ),
-    Route(
-        "GET", f"{_API}/session/<timestamp>/prompts-status", prompts_status, "sessions:read",
-        "Are its prompts complete?", {200: _PROMPTS}, {"promptsReady": False}, (404,),
-    ),
-    Route(
-        "POST", f"{_API}/session/save", session_save, "sessions:write", "Keep a session.", {200: _SAVED}, _FAILED,
-        body=_SESSION, works=True
-    ),
-    Route(
-        "GET", f"{_API}/session/latest", session_latest, "sessions:read", "The newest session.", {200: _WHOLE_SESSION},
-        _FAILED, (404,), works=True
-    ),
-    Route(
-        "GET", f"{_API}/session/list", session_list, "sessions:read", "Summaries, newest first.",
-        {200: _object(success=_FLAG, count=_COUNT, sessions=_array(_SUMMARY))}, _FAILED, query=_LIST_QUERY, works=True
-    ),
-    Route(
-        "GET", f"{_API}/session/<timestamp>", session_get, "sessions:read", "A whole session.", {200: _WHOLE_SESSION},
-        _FAILED, (404,), works=True
-    ),
-    Route(
-        "PUT", f"{_API}/session/<timestamp>", session_put, "sessions:write", "Create or replace a session.",
-        {200: _SAVED}, _FAILED, body=_SESSION, works=True
-    ),
-    Route(
-        "POST", f"{_API}/auth/session", token_create, "admin", "Make a session token.",
-        {201: _object(token=_TEXT, **_CALLER)}, body=_NEW_TOKEN, works=True
-    ),
+    Route("POST", f"{_API}/swarmui/start", swarmui_start, "swarmui:control", "Make SwarmUI ready.",
+          {200: _STARTED}, _FAILED),
+    Route("GET", f"{_API}/notifications/check", notifications_check, "notifications:read",
+          "What is not acknowledged, oldest first.", {200: _object(notifications=_array(_NOTIFICATION))},
+          query=_CHECK_QUERY),
+    Route("POST", f"{_API}/notifications", notification_create, "notifications:write", "Make a notification.",
+          {201: _NOTIFICATION, 200: _NOTIFICATION}, body=_NEW_NOTIFICATION),
+    Route("POST", f"{_API}/notifications/<notification_id>/ack", notification_ack, "notifications:read",
+          "It was dealt with.", {200: _object(success=_FLAG, notificationId=_ID)}, _FAILED, (404,)),
+    Route("GET", f"{_API}/session/<timestamp>/prompts-status", prompts_status, "sessions:read",
+          "Are its prompts complete?", {200: _PROMPTS}, {"promptsReady": False}, (404,)),
+    Route("POST", f"{_API}/session/save", session_save, "sessions:write", "Keep a session.",
+          {200: _SAVED}, _FAILED, body=_SESSION, works=True),
+    Route("GET", f"{_API}/session/latest", session_latest, "sessions:read", "The newest session.",
+          {200: _WHOLE_SESSION}, _FAILED, (404,), works=True),
+    Route("GET", f"{_API}/session/list", session_list, "sessions:read", "Summaries, newest first.",
+          {200: _object(success=_FLAG, count=_COUNT, sessions=_array(_SUMMARY))}, _FAILED, query=_LIST_QUERY,
+          works=True),
+    Route("GET", f"{_API}/session/<timestamp>", session_get, "sessions:read", "A whole session.",
+          {200: _WHOLE_SESSION}, _FAILED, (404,), works=True),
+    Route("PUT", f"{_API}/session/<timestamp>", session_put, "sessions:write", "Create or replace a session.",
+          {200: _SAVED}, _FAILED, body=_SESSION, works=True),
+    Route("POST", f"{_API}/auth/session", token_create, "admin", "Make a session token.",
+          {201: _object(token=_TEXT, **_CALLER)}, body=_NEW_TOKEN, works=True),
     Route("GET", f"{_API}/auth/session", token_show, "any", "Who am I?", {200: _object(**_CALLER)}),
-    Route(
-        "DELETE", f"{_API}/auth/session", token_revoke, "any", "Revoke the token sent.", {204: None}, errors=(409,),
-        works=True,
-    ),
+    Route("DELETE", f"{_API}/auth/session", token_revoke, "any", "Revoke the token sent.",
+          {204: None}, errors=(409,), works=True),
 )  # fmt: skip
 
 
@@ -3566,7 +3511,7 @@ class Endpoint:
                 )
             if method != "OPTIONS" and not is_open:
                 caller = services.authenticator.known(environ) or (
-                    yield from awaited(submit(services.pool, POOL_TIMEOUT, services.authenticator.identify, environ))
+                    yield from awaited(services.submit(services.authenticator.identify, environ))
                 )
             if route:
                 if not caller.may(route.permission):
@@ -3598,19 +3543,17 @@ class Endpoint:
         return Response(response.body, response.status, headers)
 
     def _handle(self, route: Route, request: Request, environ: Mapping[str, Any]) -> Steps:
-        pool, services = self.services.pool, self.services
+        services, body = self.services, cast(Any, None)
         if route.body:
-            size, body = int(environ.get("CONTENT_LENGTH") or 0), cast(Any, None)
+            size = int(environ.get("CONTENT_LENGTH") or 0)
             if size <= SMALL_BODY:
                 body = read_body(environ, size, route.body)
-            elif size <= LARGE_BODY:
-                body = submit(pool, POOL_TIMEOUT, read_body, environ, size, route.body)
             else:
-                body = submit(services.large_bodies, LARGE_BODY_TIMEOUT, read_body, environ, size, route.body)
+                body = services.submit(read_body, environ, size, route.body, is_large=size > LARGE_BODY)
             value, raw = yield from awaited(body)
             request = dataclasses.replace(request, body=value, raw_body=raw)
         if route.works:
-            return (yield from awaited(submit(pool, POOL_TIMEOUT, route.handler, services, request)))
+            return (yield from awaited(services.submit(route.handler, services, request)))
         return (yield from awaited(route.handler(services, request)))
 
 
@@ -4041,7 +3984,7 @@ def serve(settings: Settings) -> int:
         contextlib.closing(open_store(settings)) as store,
         contextlib.closing(GpuMonitor(query, settings.gpu_cache_seconds, cancel=lambda: end_children(children))) as gpu,
         contextlib.closing(SwarmUILauncher(settings)) as swarmui,
-        contextlib.closing(make_services(settings, store, gpu, swarmui)) as services,
+        contextlib.closing(Services(settings, store, gpu, swarmui)) as services,
     ):
         sockets = open_sockets(settings.host, settings.port)
         server = Server(create_app(services), sockets, on_stop=swarmui.close)

@@ -596,7 +596,7 @@ def make_services(settings: service.Settings) -> Iterator[Callable[..., service.
             gpu = service.GpuMonitor(lambda: service.query_gpus(service.find_nvidia_smi(given), set()), 0)
             stack.callback(gpu.close)
             swarmui = stack.enter_context(contextlib.closing(service.SwarmUILauncher(given)))
-            return stack.enter_context(contextlib.closing(service.make_services(given, store, gpu, swarmui)))
+            return stack.enter_context(contextlib.closing(service.Services(given, store, gpu, swarmui)))
 
         yield make
 
@@ -4957,8 +4957,9 @@ def test_while_redis_is_away_one_probe_a_second_looks_for_it(make_redis_app, for
         def accept() -> None:
             with contextlib.suppress(OSError):
                 while True:
-                    listener.accept()[0].close()
-                    tried.append(time.monotonic())
+                    with listener.accept()[0] as connection:
+                        if connection.recv(1024):
+                            tried.append(time.monotonic())
 
         threading.Thread(target=accept, daemon=True).start()
         assert_refused(app, READS)
