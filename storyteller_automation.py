@@ -62,7 +62,6 @@ import os
 import queue
 import re
 import secrets
-import select
 import shlex
 import shutil
 import signal
@@ -80,6 +79,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from http import HTTPStatus
 from pathlib import Path
 from typing import IO, Any, Generic, NamedTuple, NoReturn, Protocol, TextIO, TypeGuard, TypeVar, cast
 
@@ -95,6 +95,7 @@ import waitress.wasyncore
 Q = TypeVar("Q")
 R = TypeVar("R")
 T = TypeVar("T")
+Clock = Callable[[], float]
 
 log = logging.getLogger("storyteller")
 log.addHandler(logging.NullHandler())  # silent until start_logging()
@@ -391,19 +392,13 @@ def parse_json(data: bytes, *, from_request: bool = False) -> Any:
         raise ValueError(f"not JSON ({error.msg} at character {error.pos})") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if from_request and isinstance(value, (dict, list)) and _is_deeper(value, MAX_DEPTH):
-        raise ValueError(f"nested too deeply: {MAX_DEPTH} levels at most")
-    return value
-
-
-def _is_deeper(value: Any, levels: int) -> bool:
-    level = [value]
-    for _ in range(levels):
-        if not level:
-            break
+    level = [value] if from_request and isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
         inner = [one.values() if isinstance(one, dict) else one for one in level]
         level = [part for parts in inner for part in parts if isinstance(part, (dict, list))]
-    return bool(level)
+    if level:
+        raise ValueError(f"nested too deeply: {MAX_DEPTH} levels at most")
+    return value
 
 
 def iso_time(ms: int) -> str:
@@ -2148,11 +2143,7 @@ class GpuMonitor:
     """The status, cached for `ttl` seconds, good or bad. Who asks during a run shares the next. `cancel` ends a run."""
 
     def __init__(
-        self,
-        query: Callable[[], GpuStatus],
-        ttl: float,
-        clock: Callable[[], float] = time.monotonic,
-        cancel: Callable[[], None] = lambda: None,
+        self, query: Callable[[], GpuStatus], ttl: float, clock: Clock = time.monotonic, cancel: Any = lambda: None
     ) -> None:
         self._query, self._ttl, self._clock, self._cancel = query, ttl, clock, cancel
         self._cached: tuple[GpuStatus, float] | None = None  # and when its run ended
@@ -2349,7 +2340,7 @@ def _is_this_machine(host: str) -> bool:
 class SwarmUILauncher:
     """Makes SwarmUI ready. One attempt runs at a time, in a thread that alone owns the state of the launch."""
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, settings: Settings, clock: Clock = time.monotonic) -> None:
         self._settings, self._clock = settings, clock
         self._output = settings.data_dir / "swarmui.log"
         self._record = settings.data_dir / "swarmui.json"
@@ -2560,19 +2551,10 @@ class Authenticator:
     TTL = 5.0  # seconds that a session token is good for without asking the store again
     ENTRIES = 1000  # of each dictionary; an entry takes less than 1 KB
 
-    def __init__(
-        self,
-        settings: Settings,
-        store: Store,
-        clock: Callable[[], float] = time.monotonic,
-        wall_clock: Callable[[], int] = now_ms,
-    ) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, store: Store, clock: Clock = time.monotonic, wall: Clock = now_ms) -> None:
+        self._settings, self._store, self._clock, self._wall_clock = settings, store, clock, wall
         self._api_token = (settings.api_token or "").encode("ascii")
         self._owner = Caller("api-token", PERMISSIONS)
-        self._store = store
-        self._clock = clock
-        self._wall_clock = wall_clock
         self._lock = threading.Lock()
         self._cache: dict[str, tuple[float, Caller]] = {}  # digest -> when the store was asked
         self._revoked: dict[str, None] = {}  # digests revoked here: also against a look-up in progress
@@ -2595,16 +2577,13 @@ class Authenticator:
 
     def identify(self, environ: Mapping[str, Any]) -> Caller:
         """The same, asking the store where it must. Raises Unauthorized, TooManyRequests, Unavailable, BadRequest."""
-        caller = self.known(environ)
-        if caller:
-            return caller
+        caller, page = self.known(environ), self._by_origin(environ)
         try:
-            caller = self._look_up(digest_of(self._token_of(environ) or ""))
+            caller = caller or self._look_up(digest_of(self._token_of(environ) or "")) or page
         except Unavailable:
-            caller = self._by_origin(environ)  # a trusted page needs no store, whatever token it sends
+            caller = page  # which needs no store, whatever token it sends
             if caller is None:
                 raise
-        caller = caller or self._by_origin(environ)
         if caller is None:
             self._count_failure(str(environ.get("REMOTE_ADDR", "")))
             raise Unauthorized("The token is unknown, revoked or has expired: ask for another one.")
@@ -2715,8 +2694,8 @@ def token_path(settings: Settings) -> Path:
 
 MAX_BODY = 50 * 1024 * 1024  # bytes; as much as StoryArt's own server takes
 
-# A subset of JSON Schema: type, const, enum, minimum, maximum, minLength, maxLength, pattern, items, minItems,
-# properties, required, additionalProperties: False, anyOf whose `title` says in words what is expected.
+# A subset of JSON Schema: type, const, enum, minimum, maximum, minLength, maxLength, pattern with ^ and $, items,
+# minItems, properties, required, additionalProperties: False, anyOf whose `title` says in words what is expected.
 Schema = Mapping[str, Any]
 
 
@@ -2759,28 +2738,21 @@ def _expected(schema: Schema) -> str:
     if kind == "integer":
         return "a whole number" + (f" from {schema['minimum']} to {schema['maximum']}" if "maximum" in schema else "")
     if kind == "string" and "maxLength" in schema:
-        pattern = f" of the pattern {schema['pattern']}" if "pattern" in schema else ""
+        pattern = f" of the pattern {schema['pattern'][1:-1]}" if "pattern" in schema else ""
         return f"a string of {schema.get('minLength', 0)} to {schema['maxLength']} characters{pattern}"
     if "minItems" in schema:
         return f"an array of at least {schema['minItems']}"
     return {"string": "a string", "object": "a JSON object", "array": "an array"}.get(str(kind), "it otherwise")
 
 
-_TYPES: Mapping[str, Callable[[Any], bool]] = {
-    "integer": is_whole,
-    "string": lambda value: isinstance(value, str),
-    "object": lambda value: isinstance(value, dict),
-    "array": lambda value: isinstance(value, list),
-    "boolean": lambda value: isinstance(value, bool),
-    "null": lambda value: value is None,
-}
+_TYPES = {"string": str, "object": dict, "array": list, "boolean": bool, "null": type(None)}
 
 
 def _fits(value: Any, schema: Schema) -> bool:
     """Whether a value fits, but for what it holds."""
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
-    if kinds and not any(_TYPES[kind](value) for kind in kinds):
+    if kinds and not any(is_whole(value) if kind == "integer" else isinstance(value, _TYPES[kind]) for kind in kinds):
         return False
     if value not in schema.get("enum", [value]) or value != schema.get("const", value):
         return False
@@ -2835,9 +2807,8 @@ def read_path(environ: Mapping[str, Any], found: Mapping[str, str]) -> dict[str,
 
 def read_query(environ: Mapping[str, Any], declared: Mapping[str, Schema]) -> dict[str, Any]:
     try:
-        pairs = urllib.parse.parse_qsl(
-            environ.get("QUERY_STRING", ""), keep_blank_values=True, errors="strict", max_num_fields=100
-        )
+        text = environ.get("QUERY_STRING", "")
+        pairs = urllib.parse.parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=100)
     except ValueError:
         raise BadRequest("The query: expected at most 100 parameters in UTF-8.") from None
     given: dict[str, Any] = {}
@@ -2875,7 +2846,7 @@ POOL_THREADS = 24  # the bulkhead: at most so many requests use the store at onc
 POOL_TIMEOUT = 2.0  # seconds that a request may wait for one of them
 LARGE_BODY_TIMEOUT = 30.0  # the same for the thread that reads large bodies
 
-Outcome = Response | Future[Response] | ApiError  # of a question to a batcher
+Outcome = Response | ApiError | Future[Any]  # of a question to a batcher; a future's result is an outcome again
 
 
 class Services:
@@ -2917,11 +2888,12 @@ class Services:
 
 
 def health(services: Services, request: Request) -> Response:
+    name = services.store.name
     try:
         services.store.ping()
+        return json_response({"status": "ok", "store": name})
     except Unavailable as error:
-        return json_response({"status": "degraded", "store": services.store.name}, error.status)
-    return json_response({"status": "ok", "store": services.store.name})
+        return json_response({"status": "degraded", "store": name}, error.status)
 
 
 def openapi(services: Services, request: Request) -> Response:
@@ -2929,16 +2901,8 @@ def openapi(services: Services, request: Request) -> Response:
 
 
 def gpu_json(status: GpuStatus) -> dict[str, Any]:
-    return {
-        "available": status.available,
-        "gpuCount": status.gpu_count,
-        "utilization": status.utilization,
-        "memoryUsed": status.memory_used,
-        "memoryTotal": status.memory_total,
-        "temperature": status.temperature,
-        "processCount": status.process_count,
-        "error": status.error,
-    }
+    keys = ["available", "gpuCount", "utilization", "memoryUsed", "memoryTotal", "temperature", "processCount", "error"]
+    return dict(zip(keys, dataclasses.astuple(status)))  # in the order of its fields
 
 
 def gpu_status(services: Services, request: Request) -> Response | Future[Response]:
@@ -2950,16 +2914,13 @@ def swarmui_start(services: Services, request: Request) -> Response | Future[Res
     settings = services.settings
 
     def respond(started: Probe) -> Response:
-        message = started.message
-        allowed = settings.swarmui_allow_origin in ("*", request.origin)
-        if request.origin and not allowed and started.allow_origin not in ("*", request.origin):
+        message, port, url = started.message, settings.swarmui_port, settings.swarmui_api_url
+        if request.origin and not {"*", request.origin} & {settings.swarmui_allow_origin, started.allow_origin}:
+            seen = started.allow_origin or "no page"
             message += (
-                f"; but pages of {request.origin} cannot see it, since it answers "
-                f"{started.allow_origin or 'no page'}: set SWARMUI_ALLOW_ORIGIN"
+                f"; but pages of {request.origin} cannot see it, since it answers {seen}: set SWARMUI_ALLOW_ORIGIN"
             )
-        return json_response(
-            {"success": True, "message": message, "port": settings.swarmui_port, "apiUrl": settings.swarmui_api_url}
-        )
+        return json_response({"success": True, "message": message, "port": port, "apiUrl": url})
 
     return then(services.swarmui.start(), respond)
 
@@ -3012,10 +2973,7 @@ def answer_progress(services: Services, timestamps: list[int]) -> list[Outcome]:
         stored, facts = one
         if facts is None or is_announcement_due(stored, facts):
             return services.submit(announce_progress, services, stored)
-        try:
-            return progress_response(stored, facts)
-        except ApiError as error:
-            return error
+        return progress_response(stored, facts)
 
     return [respond(timestamp) for timestamp in timestamps]
 
@@ -3026,7 +2984,7 @@ def is_announcement_due(stored: StoredSession, facts: Facts) -> bool:
     return facts.waits and isinstance(found, Progress) and found.ready and stored.announced != "prompts_ready"
 
 
-def announce_progress(services: Services, stored: StoredSession) -> Response:
+def announce_progress(services: Services, stored: StoredSession) -> Outcome:
     facts = services.sessions.facts_of(stored)
     if is_announcement_due(stored, facts) and isinstance(facts.progress, Progress):
         draft = due_notification(stored.timestamp, read_session(stored), facts.progress)
@@ -3038,10 +2996,10 @@ def announce_progress(services: Services, stored: StoredSession) -> Response:
     return progress_response(stored, facts)
 
 
-def progress_response(stored: StoredSession, facts: Facts) -> Response:
+def progress_response(stored: StoredSession, facts: Facts) -> Outcome:
     found = facts.fault or facts.progress
     if not isinstance(found, Progress):
-        raise not_a_session(stored, found)
+        return ApiError(f"Session {stored.timestamp} is not a session: {found}.")
     return json_response(
         {
             "promptsReady": found.ready,
@@ -3051,10 +3009,6 @@ def progress_response(stored: StoredSession, facts: Facts) -> Response:
             "lastUpdated": last_updated(stored, facts.updated),
         }
     )
-
-
-def not_a_session(stored: StoredSession, fault: str) -> ApiError:
-    return ApiError(f"Session {stored.timestamp} is not a session: {fault}.")
 
 
 def answer_writes(services: Services, questions: list[Draft | str]) -> list[Outcome]:
@@ -3071,10 +3025,8 @@ def answer_writes(services: Services, questions: list[Draft | str]) -> list[Outc
     def acknowledged(id: str) -> Response:
         return json_response({"success": True, "notificationId": id})
 
-    def search(id: str) -> Response:
-        if not notifications.acknowledge(id):
-            raise NotFound("Notification not found")
-        return acknowledged(id)
+    def search(id: str) -> Outcome:
+        return acknowledged(id) if notifications.acknowledge(id) else NotFound("Notification not found")
 
     def respond(question: Draft | str) -> Outcome:
         if isinstance(question, Draft):
@@ -3102,7 +3054,7 @@ def session_get(services: Services, request: Request) -> Response:
         raise NotFound("Session not found")
     stored, facts = found
     if facts.fault:
-        raise not_a_session(stored, facts.fault)
+        raise ApiError(f"Session {stored.timestamp} is not a session: {facts.fault}.")
     return _session_response(services, stored)
 
 
@@ -3200,7 +3152,7 @@ class Route:
 
 
 def _schema(kind: str | list[str], example: Any, **limits: Any) -> Schema:
-    return {"type": kind, "example": example, **limits}
+    return {"type": kind, **limits, "examples": [example]}
 
 
 def _object(**properties: Schema) -> dict[str, Any]:
@@ -3209,14 +3161,9 @@ def _object(**properties: Schema) -> dict[str, Any]:
 
 
 def _body(required: Sequence[str], either: Sequence[Schema] = (), **properties: Schema) -> dict[str, Any]:
-    """These keys, of which some are required. One of `either` must fit as well."""
+    """These keys, of which some are required. One of `either` must fit as well; its `title` says what is expected."""
     must = {"required": list(required)} if required else {}
     return {"type": "object", **must, "properties": properties, **({"anyOf": list(either)} if either else {})}
-
-
-def _with(key: str, title: str = "", **properties: Schema) -> Schema:
-    """For `either`: an object that has the key."""
-    return {"title": title or key, "properties": properties, "required": [key]}
 
 
 def _array(items: Schema, **limits: Any) -> Schema:
@@ -3227,12 +3174,12 @@ _TIMESTAMP = _schema("integer", 1738195200000, minimum=0, maximum=99_999_999_999
 _COUNT = _schema("integer", 48, minimum=0, maximum=1_000_000)
 _UUID = "59f64b1e-726a-439d-a6bc-0dfefcababdb"
 _STORY = _schema("string", _UUID, maxLength=200)
-_ID = _schema("string", "notif_1738195200000_0123456789abcdef", minLength=1, maxLength=200, pattern=ID_PATTERN)
+_ID = _schema("string", "notif_1738195200000_0123456789abcdef", minLength=1, maxLength=200, pattern=f"^{ID_PATTERN}$")
 _TIME = _schema("string", "2026-01-29T10:00:00Z")
 _TEXT = _schema("string", "...")
 _FLAG = _schema("boolean", True)
 _OBJECT = _schema("object", {})
-_ANY: Schema = {"example": None}
+_ANY: Schema = {"examples": [None]}
 _TYPE: Schema = {"type": "string", "enum": list(TOTALS)}
 _STORE: Schema = {"enum": ["redis", "sqlite"]}
 _PERMISSION: Schema = {"type": "string", "enum": list(PERMISSIONS)}
@@ -3241,7 +3188,8 @@ PATH_PARAMETERS: Mapping[str, Schema] = {"timestamp": _TIMESTAMP, "notification_
 
 _SESSION = _body(
     [],
-    [_with("scriptText", scriptText={"type": "string"}), _with("analyzedEpisode", analyzedEpisode={"type": "object"})],
+    [{"title": name, "properties": {name: {"type": kind}}, "required": [name]}
+     for name, kind in (("scriptText", "string"), ("analyzedEpisode", "object"))],
     timestamp=_TIMESTAMP, scriptText=_TEXT, episodeContext=_TEXT, storyUuid=_TEXT,
     analyzedEpisode=_schema("object", {"scenes": []}), promptMode=_schema("string", "storyswarm"),
     retrievalMode=_TEXT, selectedLLM=_TEXT,
@@ -3260,8 +3208,8 @@ _PROMPTS = _object(
 # Each type needs its own total.
 _NEW_NOTIFICATION = _body(
     ["type", "sessionTimestamp", "storyUuid", "episodeNumber"],
-    [_with(total, f"{total} with {kind}", **{"type": {"const": kind}, total: {"type": "integer"}})
-     for kind, total in TOTALS.items()],
+    [{"title": f"{total} with {kind}", "properties": {"type": {"const": kind}, total: {"type": "integer"}},
+      "required": [total]} for kind, total in TOTALS.items()],
     type=_TYPE, sessionTimestamp=_TIMESTAMP, storyUuid=_STORY, episodeNumber=_COUNT, totalPrompts=_COUNT,
     totalBeats=_COUNT,
 )  # fmt: skip
@@ -3282,7 +3230,7 @@ _CALLER: Mapping[str, Schema] = {
 }
 _NEW_TOKEN = _body(
     ["subject", "permissions"],
-    subject=_schema("string", "storyart", minLength=1, maxLength=64, pattern=SUBJECT_PATTERN),
+    subject=_schema("string", "storyart", minLength=1, maxLength=64, pattern=f"^{SUBJECT_PATTERN}$"),
     permissions=_array(_PERMISSION, minItems=1),
     ttlSeconds=_schema("integer", TOKEN_TTL, minimum=TOKEN_TTL_RANGE[0], maximum=TOKEN_TTL_RANGE[1]),
 )
@@ -3352,35 +3300,19 @@ def error_schema(route: Route) -> Schema:
 
 
 def example_of(schema: Schema) -> Any:
-    for name in ("example", "default", "const"):
-        if name in schema:
-            return schema[name]
-    if "enum" in schema:
-        return schema["enum"][0]
+    given = [*schema.get("examples", ()), *(schema[name] for name in ("default", "const") if name in schema)]
+    if given or "enum" in schema:
+        return [*given, *schema.get("enum", ())][0]
     if schema.get("type") == "array":
         return [example_of(schema["items"])]
     return {name: example_of(part) for name, part in schema.get("properties", {}).items()}
-
-
-def _for_openapi(schema: Any) -> Any:
-    """JSON Schema 2020-12 has `examples` in place of `example`, and patterns that match anywhere."""
-    if isinstance(schema, list):
-        return [_for_openapi(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made = {name: _for_openapi(value) for name, value in schema.items() if name != "example"}
-    if "example" in schema:
-        made["examples"] = [schema["example"]]
-    if isinstance(schema.get("pattern"), str):
-        made["pattern"] = f"^{schema['pattern']}$"
-    return made
 
 
 def _describe(route: Route) -> dict[str, Any]:
     """The route as an OpenAPI operation."""
 
     def content(schema: Schema | None) -> dict[str, Any]:
-        shown = {"schema": _for_openapi(schema), "example": example_of(schema)} if schema else None
+        shown = {"schema": schema, "example": example_of(schema)} if schema else None
         return {"content": {"application/json": shown}} if shown else {}
 
     found = re.findall(r"<(\w+)>", route.path)
@@ -3391,8 +3323,7 @@ def _describe(route: Route) -> dict[str, Any]:
         "summary": route.summary,
         "operationId": route.handler.__name__,
         "parameters": [
-            {"name": name, "in": place, **always, "schema": _for_openapi(schema)}
-            for place, always, name, schema in inputs
+            {"name": name, "in": place, **always, "schema": schema} for place, always, name, schema in inputs
         ],
         "responses": {
             str(status): {"description": http.client.responses[status], **content(schema)}
@@ -3441,21 +3372,19 @@ Steps = Generator[Future[Any], None, Response]
 
 
 def awaited(outcome: T | Future[Any]) -> Generator[Future[Any], None, T]:
-    """For `yield from`: the outcome itself, or the result of the future, which may be a future again."""
+    """For `yield from`: the outcome itself, or the result of the future, which may be a future or an error again."""
     while isinstance(outcome, Future):
         if not outcome.done():
             yield outcome
         outcome = outcome.result()
-    return outcome
+    return result_of(outcome)
 
 
 class Exchange:
     """Runs the steps in the event loop, to which `call_soon` returns when a future is done. `done` gets the response,
     in the loop's thread, unless the exchange was cancelled."""
 
-    def __init__(
-        self, steps: Steps, call_soon: Callable[[Callable[[], None]], None], done: Callable[[Response], None]
-    ) -> None:
+    def __init__(self, steps: Steps, call_soon: Callable[[Any], None], done: Callable[[Response], None]) -> None:
         self._steps, self._call_soon, self._done = steps, call_soon, done
         self._future: Future[Any] | None = None
 
@@ -3506,9 +3435,8 @@ class Endpoint:
             if refused and not is_open:
                 raise refused
             if not is_own_host(environ.get("HTTP_HOST"), settings):
-                raise MisdirectedRequest(
-                    "The Host header names another machine: add its name to STORYTELLER_ALLOWED_HOSTS."
-                )
+                advice = "add its name to STORYTELLER_ALLOWED_HOSTS."
+                raise MisdirectedRequest(f"The Host header names another machine: {advice}")
             if method != "OPTIONS" and not is_open:
                 caller = services.authenticator.known(environ) or (
                     yield from awaited(services.submit(services.authenticator.identify, environ))
@@ -3519,8 +3447,7 @@ class Endpoint:
                 request = Request(caller, origin, read_path(environ, path), read_query(environ, route.query))
                 response = yield from self._handle(route, request, environ)
             elif method == "OPTIONS":
-                # Also for a path that does not exist: otherwise the page would never see the 404.
-                response = preflight(environ, origin, sorted(self.routes or {"GET", "POST", "PUT", "DELETE"}))
+                response = Response(b"", 204, self._preflight(origin, environ))
             elif self.routes:
                 allow = {"Allow": ", ".join(sorted(self.routes))}
                 response = json_response({"error": "Method not allowed on this path."}, 405, allow)
@@ -3533,7 +3460,10 @@ class Endpoint:
         except Exception:
             log.exception("http: %s %s failed, request %s", method, route.path if route else "", request_id)
             response = json_response({**shape, "error": "Internal server error"}, 500)
-        log_request(environ, request_id, caller.subject, response.status, began)
+        # Polls are many, so they are logged at DEBUG.
+        level = logging.DEBUG if response.status < 400 and method in ("GET", "HEAD", "OPTIONS") else logging.INFO
+        ms, raw = (time.monotonic() - began) * 1000, environ.get("bottle.raw_path", "")
+        log.log(level, "http: %s %s %d %s %.1f ms %s", method, raw, response.status, caller.subject, ms, request_id)
         headers = {**COMMON_HEADERS, **response.headers, "X-Request-Id": request_id}
         if origin:  # without these the page sees a network failure, whatever the status is
             headers["Access-Control-Allow-Origin"] = origin
@@ -3543,18 +3473,26 @@ class Endpoint:
         return Response(response.body, response.status, headers)
 
     def _handle(self, route: Route, request: Request, environ: Mapping[str, Any]) -> Steps:
-        services, body = self.services, cast(Any, None)
+        services = self.services
         if route.body:
             size = int(environ.get("CONTENT_LENGTH") or 0)
-            if size <= SMALL_BODY:
-                body = read_body(environ, size, route.body)
-            else:
-                body = services.submit(read_body, environ, size, route.body, is_large=size > LARGE_BODY)
+            read = functools.partial(read_body, environ, size, route.body)
+            body: Any = read() if size <= SMALL_BODY else services.submit(read, is_large=size > LARGE_BODY)
             value, raw = yield from awaited(body)
             request = dataclasses.replace(request, body=value, raw_body=raw)
         if route.works:
             return (yield from awaited(services.submit(route.handler, services, request)))
         return (yield from awaited(route.handler(services, request)))
+
+    def _preflight(self, origin: str | None, environ: Mapping[str, Any]) -> dict[str, str]:
+        """Also for a path that does not exist: otherwise the page would never see the 404."""
+        headers = {"Allow": ", ".join(sorted(self.routes or {"GET", "POST", "PUT", "DELETE"}))}
+        if origin:
+            headers |= {"Access-Control-Allow-Methods": headers["Allow"], "Access-Control-Max-Age": "600"}
+            headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, Last-Event-ID"
+            if environ.get("HTTP_ACCESS_CONTROL_REQUEST_PRIVATE_NETWORK") == "true":
+                headers["Access-Control-Allow-Private-Network"] = "true"
+        return headers
 
 
 def refusal(headers: Mapping[str, str], code: int, reason: str, words: str) -> tuple[dict[str, Any], ApiError | None]:
@@ -3564,26 +3502,6 @@ def refusal(headers: Mapping[str, str], code: int, reason: str, words: str) -> t
     error = ApiError(f"{reason}: " + words.partition('"')[0].rstrip())
     error.status = code
     return environ | {"REQUEST_METHOD": "-", "PATH_INFO": "-"}, error
-
-
-def log_request(environ: Mapping[str, Any], request_id: str, subject: str, status: int, began: float) -> None:
-    """One line a request. Polls are many, so they are logged at DEBUG."""
-    method, ms = environ["REQUEST_METHOD"], (time.monotonic() - began) * 1000
-    level = logging.DEBUG if status < 400 and method in ("GET", "HEAD", "OPTIONS") else logging.INFO
-    path = environ.get("bottle.raw_path", "")
-    log.log(level, "http: %s %s %d %s %.1f ms %s", method, path, status, subject, ms, request_id)
-
-
-def preflight(environ: Mapping[str, Any], origin: str | None, methods: Sequence[str]) -> Response:
-    """A browser asks before it sends the request itself, without a token."""
-    headers = {"Allow": ", ".join(methods)}
-    if origin:
-        headers["Access-Control-Allow-Methods"] = headers["Allow"]
-        headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, Last-Event-ID"
-        headers["Access-Control-Max-Age"] = "600"
-        if environ.get("HTTP_ACCESS_CONTROL_REQUEST_PRIVATE_NETWORK") == "true":
-            headers["Access-Control-Allow-Private-Network"] = "true"
-    return Response(b"", 204, headers)
 
 
 def create_app(services: Services) -> bottle.Bottle:
@@ -3625,7 +3543,6 @@ SLOWEST_CLIENT = 1024  # and on average so many bytes a second
 WAITRESS: Mapping[str, Any] = {
     # At its limit waitress leaves new clients unanswered; ours is below it, and lets idle ones go first.
     "connection_limit": CONNECTIONS + 40,
-    "backlog": 1024,
     # Never: waitress counts by the wall clock, whose setting would end requests half sent. See Activity.
     "channel_timeout": 1_000_000_000,
     "max_request_header_size": 64 * 1024,  # browsers send 16 KiB at most
@@ -3651,11 +3568,6 @@ class Activity:
         self._last = now  # when bytes last came or went
         self._bytes = 0
         self._window = (now, 0)  # when the rate was last looked at, and the bytes by then
-
-    def received(self, size: int, *, begins: bool) -> None:
-        if begins:
-            self.begun = time.monotonic()
-        self.moved(size)
 
     def moved(self, size: int) -> None:
         if size:
@@ -3711,19 +3623,16 @@ _IN_USE = {errno.EADDRINUSE, 10048, 10013}  # Windows: in use; held by somebody 
 
 def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
     made: list[socket.socket] = []
-    try:
+    with contextlib.ExitStack() as on_failure:
         for address in addresses:
             try:
-                made.append(listen(address, port))
+                made.append(on_failure.enter_context(listen(address, port)))
             except OSError as error:
                 if not made or error.errno not in _NOT_HERE:
                     raise
             port = made[0].getsockname()[1]
-        return made
-    except OSError:
-        for one in made:
-            one.close()
-        raise
+        on_failure.pop_all()
+    return made
 
 
 # ======================================================================================================
@@ -3733,11 +3642,9 @@ def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
 # waitress documents a server with a thread for each request. Here its event loop itself takes each whole request and
 # sends each response, so a response may come later and no thread waits for it. All that this rests on:
 WAITRESS_NAMES = {
-    "server.create_server server.BaseWSGIServer": "puts what listens into map=, with _dispatcher= as `task_dispatcher`",
+    "server.create_server server.BaseWSGIServer.add_task": "puts listeners into map=, calls _dispatcher='s add_task()",
     "server.BaseWSGIServer.channel_class channel.HTTPChannel.parser_class": "make a new connection and its parser",
-    "server.BaseWSGIServer.accepting server.BaseWSGIServer.add_task": "new connections; a channel to the dispatcher",
-    "channel.HTTPChannel.received": "parses bytes into `requests` and calls the server's add_task() for the first one",
-    "channel.HTTPChannel.request": "the request that is not whole yet, or None",
+    "channel.HTTPChannel.received": "parses bytes into `request`, then `requests`, and calls add_task() for the first",
     "channel.HTTPChannel.send channel.HTTPChannel.write_soon": "to the socket, and how many; also to the output buffer",
     "channel.HTTPChannel.total_outbufs_len channel.HTTPChannel.close_when_flushed": "bytes to be sent; what follows",
     "channel.HTTPChannel.current_outbuf_count": "at the limit, the next response gets a buffer of its own",
@@ -3745,8 +3652,7 @@ WAITRESS_NAMES = {
     "channel.HTTPChannel.send_continue": "answers an Expect: 100-continue that came behind another request",
     "parser.HTTPRequestParser.parse_header parser.HTTPRequestParser.error": "ParsingError; code, reason, body of it",
     "task.WSGITask.get_environment task.WSGITask.build_response_header": "what WSGI gives, with Date and Connection",
-    "wasyncore.poll wasyncore.poll2 wasyncore.close_all": "one turn of the loop over a map, and its end",
-    "trigger.trigger.pull_trigger": "wakes the loop, from any thread",
+    "wasyncore.loop wasyncore.close_all trigger.trigger.pull_trigger": "a turn over the map, its end; wakes the loop",
 }
 
 
@@ -3766,7 +3672,9 @@ class Channel(waitress.channel.HTTPChannel):
         self.activity = Activity(time.monotonic())
 
     def received(self, data: bytes) -> bool:
-        self.activity.received(len(data), begins=self.request is None)
+        if self.request is None:
+            self.activity.begun = time.monotonic()
+        self.activity.moved(len(data))
         return bool(super().received(data))
 
     def send(self, data: bytes, do_close: bool = True) -> int:
@@ -3794,11 +3702,12 @@ class Channel(waitress.channel.HTTPChannel):
 
     def _finish(self, task: Any, method: str, response: Response) -> None:
         self.exchange = None
-        task.status = f"{response.status} {http.client.responses.get(response.status, '')}"
+        task.status, task.content_length = f"{response.status} {HTTPStatus(response.status).phrase}", len(response.body)
         task.response_headers += response.headers.items()
-        task.content_length = len(response.body)
-        header, body = task.build_response_header(), b"" if method == "HEAD" else response.body
-        self.write_soon(header + body)
+        self.write_soon(task.build_response_header() + (b"" if method == "HEAD" else response.body))
+        if task.request.error:
+            with contextlib.suppress(OSError):  # what is left unread makes a reset of the close, which loses this
+                self.socket.recv(1 << 20)
         self.current_outbuf_count = self.adj.outbuf_high_watermark
         self.activity.responded()
         self.requests.pop(0).close()
@@ -3817,7 +3726,6 @@ class Channel(waitress.channel.HTTPChannel):
             self.exchange.cancel()
         for request in self.requests:
             request.close()
-        self.exchange = None
         self.requests.clear()
         super().handle_close()
 
@@ -3833,7 +3741,6 @@ class Dispatcher:
         self.stopped_at = math.inf  # monotonic seconds; what begins later is refused
         self._awake = False  # the trigger was pulled since the loop last looked
         self._ready: collections.deque[tuple[Channel, Callable[[], None]]] = collections.deque()
-        self._poll = waitress.wasyncore.poll2 if hasattr(select, "poll") else waitress.wasyncore.poll
         self._map: dict[int, Any] = {}
         waitress.server.create_server(app, map=self._map, sockets=list(sockets), _dispatcher=self, **WAITRESS)
         self._listeners = [one for one in self._map.values() if isinstance(one, waitress.server.BaseWSGIServer)]
@@ -3859,7 +3766,7 @@ class Dispatcher:
 
     def turn(self, seconds: float) -> None:
         """Wait for something to happen, `seconds` at most, and handle it."""
-        self._poll(0.0 if self._ready else seconds, self._map)
+        waitress.wasyncore.loop(0.0 if self._ready else seconds, use_poll=True, map=self._map, count=1)
         self._awake = False
         for _ in range(len(self._ready)):
             channel, function = self._ready.popleft()
@@ -3872,7 +3779,6 @@ class Dispatcher:
     def stop_listening(self) -> None:
         self.stopped_at = time.monotonic()
         for listener in self._listeners:
-            listener.accepting = False
             listener.del_channel()
             listener.socket.close()
 
@@ -3890,9 +3796,7 @@ class Server:
     """The event loop. stop() lets requests in flight be answered; waitress's own shutdown drops them. `on_stop` ends
     what they need not wait for."""
 
-    def __init__(
-        self, app: bottle.Bottle, sockets: Sequence[socket.socket], on_stop: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, app: bottle.Bottle, sockets: Sequence[socket.socket], on_stop: Callable[[], None]) -> None:
         self._dispatcher = Dispatcher(app, sockets)
         self._on_stop = on_stop
         self._grace: float | None = None
