@@ -2090,9 +2090,13 @@ def _message_of(*outputs: str) -> str:
 def parse_gpus(output: str) -> GpuStatus:
     """The output of GPU_QUERY, a line for each GPU. A GPU without readable total memory is not counted."""
     rows = [[_NUMBER.fullmatch(cell) for cell in line.split(",")] for line in output.splitlines() if line.strip()]
-    gpus = [[float(cell[0]) if cell else 0 for cell in row] for row in rows if len(row) == 5 and row[2]]
-    if not gpus or any(len(row) != 5 for row in rows):
-        return _failed(f"nvidia-smi gave no 5 values with a readable total memory: {_message_of(output)}")
+    if not rows:
+        return _failed("nvidia-smi printed nothing")
+    if any(len(row) != 5 for row in rows):
+        return _failed(f"nvidia-smi printed a line that cannot be read: {_message_of(output)}")
+    gpus = [[float(cell[0]) if cell else 0 for cell in row] for row in rows if row[2]]
+    if not gpus:
+        return _failed(f"nvidia-smi names no GPU with readable memory: {_message_of(output)}")
     utilization, used, total, temperature, _ = zip(*gpus)
     return GpuStatus(
         available=True,

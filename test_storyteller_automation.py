@@ -340,7 +340,7 @@ def make_session(scenes: int = 4, beats: int = 249, prompts: int = 240, size: in
 
 class Forwarder:
     """Stands between the service and a Redis, and fails as networks and PCs do. One that was cut off refuses
-    connections until mend()."""
+    connections until restore()."""
 
     def __init__(self, target: tuple[str, int], database: int = 0) -> None:
         self._target = target
@@ -351,13 +351,13 @@ class Forwarder:
         self._threads: list[threading.Thread] = []
         self._round = 0  # connections of an earlier round are dead
         self.port = free_port()
-        self.mend()
+        self.restore()
 
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/{self._database}"
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         self._passing.set()
         if not self._threads or not self._threads[0].is_alive():
             self._listener = socket.create_server(("127.0.0.1", self.port))
@@ -365,7 +365,7 @@ class Forwarder:
             self._threads[0].start()
 
     def hang(self) -> None:
-        """Connections stay open and new ones are taken, but not a byte passes until mend()."""
+        """Connections stay open and new ones are taken, but not a byte passes until restore()."""
         self._passing.clear()
 
     def end_connections(self) -> None:
@@ -451,7 +451,7 @@ class OwnRedis:
         self.process.kill()
         self.process.wait(PATIENCE)
 
-    def mend_log(self) -> None:
+    def repair_log(self) -> None:
         """As its manual says after a crash. Until 7.2 at least, Redis itself cuts off only the command that it was
         writing, not the transaction around it: then the next transaction is lost at its next start."""
         manifest = self.folder / "appendonlydir" / "appendonly.aof.manifest"
@@ -4549,7 +4549,7 @@ def test_who_leaves_while_waiting_harms_nobody(poll_service, forwarder):
             leaves.close()
             stays.sendall(POLL.encode())
             wait_until(lambda: polled.in_flight() == 1)
-            forwarder.mend()
+            forwarder.restore()
             assert [answer_of(stays)[0] for _ in range(2)] == [200, 200]
         assert polled.check() == []
 
@@ -4936,7 +4936,7 @@ def test_a_redis_that_goes_away_is_a_503_in_time_and_is_found_again(make_redis_a
     assert_refused(app, READS + WRITES, bound=0.5)  # it is known by now: at once
     assert [ask(app, *other)[0].json for other in others] == before
 
-    forwarder.mend()
+    forwarder.restore()
     assert seconds_until_good(app, READS + WRITES) < RETURN_BOUND
     assert ask(app, "GET", "/health")[0].json == {"status": "ok", "store": "redis"}
     assert HIDDEN not in caplog.text
@@ -5147,7 +5147,7 @@ def test_outages_use_up_no_connection(forwarder, pass_time, monkeypatch):
             pass_time(60)
             with pytest.raises(service.Unavailable):
                 store.ping()
-            forwarder.mend()
+            forwarder.restore()
         wait_until(lambda: answers(store))
 
 
@@ -5432,7 +5432,7 @@ def test_500_interleavings_with_kills_agree_with_a_model(request, tmp_path, kind
                 (own or actor).kill()
                 answered = actor.answer()
                 if own:
-                    own.mend_log()
+                    own.repair_log()
                     own.start()
                 else:
                     actor.close()
