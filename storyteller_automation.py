@@ -8,7 +8,7 @@ The sections, each under a banner, each depending only on those above it:
 
     Settings                                one table: name, default, parser, meaning
     Errors                                  the exceptions that become responses, each with its status
-    Values                                  strict JSON, times, whole numbers
+    Values: JSON, times, numbers            strict JSON, ISO 8601, whole numbers
     Platform: files, sockets, the console   what differs between Windows, Linux and macOS
     Platform: processes                     children that end with a block, and programs that outlive the service
     Logs                                    the service's own log, and SwarmUI's
@@ -17,14 +17,13 @@ The sections, each under a banner, each depending only on those above it:
     Redis: connections and scripts          retries, the circuit breaker, the Lua scripts
     Stores: Redis                           the interface on Redis
     Stores: SQLite                          the same on SQLite, in the same order
-    Sessions: a document                    pure functions: prompts, progress, summary
-    Sessions: what is known of them         the cache by SHA-256
+    Sessions                                pure functions of a document; the cache of their results by SHA-256
     Notifications                           what one is, which are valid, when a session announces one
     GPU                                     the parser (pure) and the monitor (one run at a time, cached)
     SwarmUI: the client                     what answers at its URL, whose pages it answers, what to launch
     SwarmUI: the launcher                   one launch at a time, and its outcome
     Authentication                          tokens, permissions, trusted origins, allowed hosts
-    HTTP: requests                          validation against schemas
+    HTTP: requests, and what serves them    validation against schemas; the thread pools and the batchers
     HTTP: handlers                          one function per endpoint
     HTTP: routes                            one table, from which OpenAPI is generated
     HTTP: application                       the one path of every request
@@ -3268,10 +3267,10 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", f"{_API}/notifications", notification_create, "notifications:write", "Make a notification.",
           {201: _NOTIFICATION, 200: _NOTIFICATION}, body=_NEW_NOTIFICATION),
     Route("POST", f"{_API}/notifications/<notification_id>/ack", notification_ack, "notifications:read",
-          "It was dealt with.", {200: _object(success=_FLAG, notificationId=_ID)}, _FAILED, (404,)),
+          "Acknowledge a notification.", {200: _object(success=_FLAG, notificationId=_ID)}, _FAILED, (404,)),
     Route("GET", f"{_API}/session/<timestamp>/prompts-status", prompts_status, "sessions:read",
           "Are its prompts complete?", {200: _PROMPTS}, {"promptsReady": False}, (404,)),
-    Route("POST", f"{_API}/session/save", session_save, "sessions:write", "Keep a session.",
+    Route("POST", f"{_API}/session/save", session_save, "sessions:write", "Store a session.",
           {200: _SAVED}, _FAILED, body=_SESSION, works=True),
     Route("GET", f"{_API}/session/latest", session_latest, "sessions:read", "The newest session.",
           {200: _WHOLE_SESSION}, _FAILED, (404,), works=True),

@@ -452,8 +452,8 @@ class OwnRedis:
         self.process.wait(PATIENCE)
 
     def repair_log(self) -> None:
-        """As its manual says after a crash. Until 7.2 at least, Redis itself cuts off only the command that it was
-        writing, not the transaction around it: then the next transaction is lost at its next start."""
+        """As its manual says after a crash. Redis itself (7.2 at least) leaves a transaction open that it was writing,
+        and applies its half with the next one at its next start."""
         manifest = self.folder / "appendonlydir" / "appendonly.aof.manifest"
         command = ["redis-check-aof", "--fix", manifest.name]
         subprocess.run(command, cwd=manifest.parent, input=b"y", stdout=subprocess.DEVNULL, check=True)
