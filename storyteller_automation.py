@@ -107,8 +107,8 @@ HERE = Path(__file__).resolve().parent
 PAGES = ("http://localhost:3000", "http://localhost:5173", "http://127.0.0.1:3000", "http://127.0.0.1:5173")
 
 
-class SettingError(Exception):
-    """A setting that cannot be used: one sentence that names it and says what was expected."""
+class StartError(Exception):
+    """The service cannot start: one sentence for the person in front of it, exit code 2."""
 
 
 def _matching(pattern: str, expected: str) -> Callable[[str], str]:
@@ -270,16 +270,16 @@ def read_env_file(path: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except UnicodeDecodeError:
-        raise SettingError(f"{path} is not UTF-8: save it as UTF-8 in your editor.") from None
+        raise StartError(f"{path} is not UTF-8: save it as UTF-8 in your editor.") from None
     except OSError as error:
-        raise SettingError(f"{path} cannot be read ({error.strerror}): fix or remove it.") from None
+        raise StartError(f"{path} cannot be read ({error.strerror}): fix or remove it.") from None
     values = {}
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if not line or line.startswith("#"):
             continue
         found = re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(?:(['\"])(.*)\2|(.*))", line)
         if not found:
-            raise SettingError(f"{path}, line {number}: expected KEY=VALUE, or a comment that begins with #.")
+            raise StartError(f"{path}, line {number}: expected KEY=VALUE, or a comment that begins with #.")
         values[found[1]] = found[3] if found[2] else found[4]
     return values
 
@@ -297,7 +297,7 @@ def load_settings(given: Mapping[str, str | None], environ: Mapping[str, str], f
             values[row.name] = row.metadata["read"](text)
         except ValueError as expected:
             shown = f"is {text!r}" if row.repr else "cannot be used"  # a secret
-            raise SettingError(f"{name} {shown}: expected {expected}.") from None
+            raise StartError(f"{name} {shown}: expected {expected}.") from None
     return Settings(**values)
 
 
@@ -335,10 +335,6 @@ class Unavailable(ApiError):
     """The store does not answer, or the service is stopping or at a limit."""
 
     status = 503
-
-
-class StartError(Exception):
-    """The service cannot start: one sentence for the person in front of it, exit code 2."""
 
 
 # ======================================================================================================
@@ -524,8 +520,7 @@ def write_private(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        # Neither replaces a file: on POSIX a rename would.
-        (os.rename if WINDOWS else os.link)(draft, path)
+        (os.rename if WINDOWS else os.link)(draft, path)  # neither replaces a file: on POSIX a rename would
     finally:
         draft.unlink(missing_ok=True)
 
@@ -815,9 +810,12 @@ def start_logging(path: Path, settings: Settings) -> None:
     except OSError as error:
         raise StartError(f"The log {path} cannot be written ({error.strerror}): fix or remove it.") from None
     file.setFormatter(LogFormatter(as_json=settings.log_format.lower() == "json"))
-    console = logging.StreamHandler()
-    console.setLevel(logging.WARNING)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(message)s", handlers=[file, console], force=True)
+    # A console blocks who writes to it while its text is selected: so a thread does, and what is too much is dropped.
+    console: queue.Queue[Any] = queue.Queue(1000)
+    logging.handlers.QueueListener(console, logging.StreamHandler()).start()
+    warnings = logging.handlers.QueueHandler(console)
+    warnings.setLevel(logging.WARNING)
+    logging.basicConfig(level=settings.log_level.upper(), format="%(message)s", handlers=[file, warnings], force=True)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of each request that waits for a moment
     logging.raiseExceptions = False  # a log that cannot be written must not disturb the service
 
@@ -892,9 +890,11 @@ class Batcher(Generic[Q, T]):
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def ask(self, question: Q) -> Future[T]:
-        """Not after close(). Cancelling the future withdraws a question that no step has taken yet."""
+    def ask(self, question: Q, *, cancellable: bool = True) -> Future[T]:
+        """Not after close(). Cancelling the future withdraws a question that no step has taken yet, if cancellable."""
         future: Future[T] = Future()
+        if not cancellable:
+            future.set_running_or_notify_cancel()
         self._queue.put((question, future))
         return future
 
@@ -914,7 +914,7 @@ class Batcher(Generic[Q, T]):
             del asked, first  # hold on to nothing while waiting for the next question
 
     def _answer(self, asked: Sequence[tuple[Q, Future[T]]]) -> None:
-        waiting = [(question, future) for question, future in asked if future.set_running_or_notify_cancel()]
+        waiting = [one for one in asked if one[1].running() or one[1].set_running_or_notify_cancel()]
         outcomes: Sequence[T | BaseException] = ()
         if waiting:
             try:
@@ -1045,11 +1045,6 @@ def is_address(host: str) -> bool:
     return False
 
 
-def _look_up(host: str) -> None:
-    with contextlib.suppress(OSError, UnicodeError):  # connect() fails in the same way
-        socket.getaddrinfo(host, None)
-
-
 class _Connection(redis.connection.AbstractConnection):
     """Mixed into the connections of redis-py. A lookup of a name has no timeout of its own: it runs in a thread, which
     is not waited for if it is late."""
@@ -1059,7 +1054,12 @@ class _Connection(redis.connection.AbstractConnection):
             return
         host = getattr(self, "host", "::")  # a Unix socket has none
         if not is_address(host):
-            lookup = threading.Thread(target=_look_up, args=[host], name="redis-lookup", daemon=True)
+
+            def look_up() -> None:
+                with contextlib.suppress(OSError, UnicodeError):  # connect() fails in the same way
+                    socket.getaddrinfo(host, None)
+
+            lookup = threading.Thread(target=look_up, name="redis-lookup", daemon=True)
             lookup.start()
             lookup.join(self.socket_connect_timeout)
             if lookup.is_alive():
@@ -1106,8 +1106,8 @@ class RedisClient:
     def exchange(self, commands: Sequence[_Command]) -> list[Any]:
         """Send the commands in one round trip. The reply to each: bytes, int, None, a list of these, or Unavailable in
         place of an error. Raises Unavailable when there is none, and at once while the circuit is open."""
-        if self._fault:
-            raise self._unavailable(self._fault)
+        if self._fault or self._closing.is_set():
+            raise self._unavailable(self._fault or "the service is stopping")
         try:
             return self._exchange_now(commands)
         except (redis.RedisError, OSError, ValueError) as error:  # ValueError: what answers is no Redis
@@ -1166,7 +1166,7 @@ class RedisClient:
 
     def _probe_until_answered(self) -> None:
         while not self._closing.wait(self.PROBE_INTERVAL):
-            with contextlib.suppress(redis.RedisError, OSError, ValueError):
+            with contextlib.suppress(Exception):  # whatever it is, the next probe may succeed
                 self._exchange_now([self.PROBE])  # an error reply is an answer: each call gets its own
                 self._fault = ""
                 log.warning("store: Redis at %s answers again: the circuit is closed", self.place)
@@ -1518,6 +1518,8 @@ class SqliteStore(Store):
 
     def _read(self, query: str, *values: object) -> list[Any]:
         """The rows, read by a connection that no other thread uses meanwhile."""
+        if self._closed:
+            raise Unavailable("The service is stopping.", 5)
         with self._errors():
             try:
                 connection = self._readers.get_nowait()
@@ -1540,17 +1542,17 @@ class SqliteStore(Store):
 
     def _write(self, change: Callable[[], T]) -> T:
         """What the change returns, once it is durable."""
-        outcome: T | BaseException = self._write_each([change])[0]
-        return result_of(outcome)
+        return cast(T, result_of(self._write_each([change])[0]))
 
     def _write_each(self, changes: Sequence[Callable[[], Any]]) -> list[Any]:
         """What each change returns or raises, once all are durable."""
         outcomes = self._writes.ask((time.monotonic() + self.WAIT, changes))
-        with contextlib.suppress(concurrent.futures.TimeoutError):
-            return outcomes.result(self.WAIT)
-        if outcomes.cancel():
-            raise Unavailable(f"The store {self.place} is busy: ask again.", 1)
-        return outcomes.result(2 * self.WAIT)  # its transaction has begun
+        for wait in (self.WAIT, 2 * self.WAIT):
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                return outcomes.result(wait)
+            if outcomes.cancel():
+                break
+        raise Unavailable(f"The store {self.place} is busy: ask again.", 1)
 
     def _commit(self, asked: Sequence[tuple[float, Sequence[Callable[[], Any]]]]) -> list[list[Any]]:
         """One transaction, and so one fsync, for all changes that wait. It also deletes what has expired."""
@@ -1844,13 +1846,8 @@ class Sessions:
         self._facts: dict[bytes, Facts] = {}  # by the document's SHA-256
         self._parsing = threading.Lock()
 
-    def find(self, timestamp: int) -> tuple[StoredSession, Facts] | None:
-        """None when there is none."""
-        stored = self._store.session(timestamp)
-        return None if stored is None else (stored, self.facts_of(stored))
-
     def find_many(self, timestamps: Sequence[int]) -> list[tuple[StoredSession, Facts | None] | ApiError | None]:
-        """The same for several in one round trip; None for facts that are not cached: the caller asks facts_of()."""
+        """Sessions, in one round trip. None for facts that are not cached: the caller asks facts_of()."""
         return [
             (found, self._facts.get(self._digest(found))) if isinstance(found, StoredSession) else found
             for found in self._store.read_sessions(timestamps)
@@ -2162,6 +2159,7 @@ class GpuMonitor:
         self._closed = True
         self._cancel()
         self._batcher.close(timeout=1.0)
+        self._cancel()  # one that was just being started
 
     def _fresh(self) -> GpuStatus | None:
         cached = self._cached
@@ -2419,6 +2417,8 @@ class SwarmUILauncher:
         if found.ready:
             return dataclasses.replace(found, message="SwarmUI is already running")
         if self._poll() is not None:
+            if self._closed.is_set():
+                raise Unavailable(_STOPPING, 5)
             if found.occupied:
                 raise LaunchError(f"another program than SwarmUI has its port: {found.message}")
             self._launch()
@@ -2861,28 +2861,36 @@ class Services:
         self.authenticator = Authenticator(settings, store)
         self.pool = ThreadPoolExecutor(POOL_THREADS, "pool")  # for what works
         self.large_bodies = ThreadPoolExecutor(1, "large-bodies")
-        # Questions: types and limit; the session's timestamp; what to create, or the id to acknowledge.
+        # Questions: types and limit; the session's timestamp; what to create; the id.
         self.checks = Batcher[tuple[tuple[str, ...], int], Outcome](functools.partial(answer_checks, self), "checks")
         self.progress = Batcher[int, Outcome](functools.partial(answer_progress, self), "progress")
-        self.writes = Batcher[Draft | str, Outcome](functools.partial(answer_writes, self), "writes")
+        self.creations = Batcher[Draft, Outcome](functools.partial(answer_creations, self), "creations")
+        self.acknowledgements = Batcher[str, Outcome](functools.partial(answer_acknowledgements, self), "acknowledge")
 
     def close(self) -> None:
         """End the threads: what waits for one is dropped, what is at work ends within the store's own timeouts."""
-        for batcher in (self.checks, self.progress, self.writes):
+        for batcher in (self.checks, self.progress, self.creations, self.acknowledgements):
             batcher.close(timeout=0.5)
         for pool in (self.pool, self.large_bodies):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def submit(self, function: Callable[..., T], *arguments: Any, is_large: bool = False) -> Future[T]:
-        """Call the function in a thread of a pool; Unavailable when none becomes free in time."""
+        """Call the function in a thread of a pool; Unavailable when none becomes free in time. The future cannot be
+        cancelled: what a client asked for is carried out, though it may have left."""
         deadline = time.monotonic() + (LARGE_BODY_TIMEOUT if is_large else POOL_TIMEOUT)
+        result: Future[T] = Future()
+        result.set_running_or_notify_cancel()
 
-        def work() -> T:
-            if time.monotonic() > deadline:
-                raise Unavailable("Too many requests wait for a free thread: ask again.", 1)
-            return function(*arguments)
+        def work() -> None:
+            try:
+                if time.monotonic() > deadline:
+                    raise Unavailable("Too many requests wait for a free thread: ask again.", 1)
+                settle(result, function(*arguments))
+            except BaseException as error:
+                settle(result, error)
 
-        return (self.large_bodies if is_large else self.pool).submit(work)
+        (self.large_bodies if is_large else self.pool).submit(work)
+        return result
 
 
 # ======================================================================================================
@@ -2937,11 +2945,12 @@ def notification_create(services: Services, request: Request) -> Future[Any]:
     body, names = request.body, ("storyUuid", "episodeNumber", *TOTALS.values())
     given = {name: body[name] for name in names if body.get(name) is not None}
     fields = {name: int(value) if is_whole(value) else value for name, value in given.items()}
-    return services.writes.ask(draft_notification(body["type"], int(body["sessionTimestamp"]), **fields))
+    draft = draft_notification(body["type"], int(body["sessionTimestamp"]), **fields)
+    return services.creations.ask(draft, cancellable=False)  # a client that leaves may rely on it
 
 
 def notification_ack(services: Services, request: Request) -> Future[Any]:
-    return services.writes.ask(request.path["notification_id"])
+    return services.acknowledgements.ask(request.path["notification_id"], cancellable=False)
 
 
 def prompts_status(services: Services, request: Request) -> Future[Any]:
@@ -2958,27 +2967,32 @@ def answer_checks(services: Services, questions: list[tuple[tuple[str, ...], int
         return respond(services.notifications.check(types, limit))
 
     wanted = list(dict.fromkeys(questions))
-    found = zip(wanted, services.notifications.check_many(wanted))
-    responses = {question: respond(shown) for question, shown in found if shown is not None}
-    return [responses.get(one) or services.submit(check_further, *one) for one in questions]
+    found = services.notifications.check_many(wanted)
+    outcomes: dict[Any, Outcome] = {
+        question: services.submit(check_further, *question) if shown is None else respond(shown)
+        for question, shown in zip(wanted, found)
+    }
+    return [outcomes[question] for question in questions]
 
 
 def answer_progress(services: Services, timestamps: list[int]) -> list[Outcome]:
     """A batcher's step: each session is read once for all who ask for it. What takes longer than its SHA-256 (an
     announcement, a document that is not in the cache) runs in the pool."""
-    wanted = list(dict.fromkeys(timestamps))
-    found = dict(zip(wanted, services.sessions.find_many(wanted)))
 
-    def respond(timestamp: int) -> Outcome:
-        one = found[timestamp]
-        if one is None or isinstance(one, ApiError):
-            return one or NotFound("Session not found")
-        stored, facts = one
+    def respond(found: tuple[StoredSession, Facts | None] | ApiError | None) -> Outcome:
+        if found is None or isinstance(found, ApiError):
+            return found or NotFound("Session not found")
+        stored, facts = found
         if facts is None or is_announcement_due(stored, facts):
             return services.submit(announce_progress, services, stored)
         return progress_response(stored, facts)
 
-    return [respond(timestamp) for timestamp in timestamps]
+    outcomes: dict[int, Outcome] = {}
+    wanted = list(dict.fromkeys(timestamps))
+    for at in range(0, len(wanted), 8):  # so that few documents are in memory at once
+        part = wanted[at : at + 8]
+        outcomes.update(zip(part, map(respond, services.sessions.find_many(part))))
+    return [outcomes[timestamp] for timestamp in timestamps]
 
 
 def is_announcement_due(stored: StoredSession, facts: Facts) -> bool:
@@ -3003,46 +3017,32 @@ def progress_response(stored: StoredSession, facts: Facts) -> Outcome:
     found = facts.fault or facts.progress
     if not isinstance(found, Progress):
         return ApiError(f"Session {stored.timestamp} is not a session: {found}.")
-    return json_response(
-        {
-            "promptsReady": found.ready,
-            "sessionTimestamp": stored.timestamp,
-            "totalBeats": found.total_beats,
-            "totalPrompts": found.total_prompts,
-            "lastUpdated": last_updated(stored, facts.updated),
-        }
-    )
+    beats, prompts, updated = found.total_beats, found.total_prompts, last_updated(stored, facts.updated)
+    shown = {"promptsReady": found.ready, "sessionTimestamp": stored.timestamp, "totalBeats": beats}
+    return json_response({**shown, "totalPrompts": prompts, "lastUpdated": updated})
 
 
-def answer_writes(services: Services, questions: list[Draft | str]) -> list[Outcome]:
-    """A batcher's step: one step of the store for all that is acknowledged, then one for all that is created. The
-    search for an id that was not made here runs in the pool."""
-    notifications = services.notifications
+def answer_creations(services: Services, drafts: list[Draft]) -> list[Outcome]:
+    """A batcher's step: one step of the store for all."""
+    return [
+        made if isinstance(made, ApiError) else Response(made[0].text, 201 if made[1] else 200)
+        for made in services.notifications.create(drafts)
+    ]
 
-    def outcomes(step: Callable[[list[T]], Sequence[R]], given: list[T]) -> Iterator[R | ApiError]:
-        try:
-            return iter(step(given) if given else ())
-        except Unavailable as error:
-            return itertools.repeat(error, len(given))
 
-    def acknowledged(id: str) -> Response:
-        return json_response({"success": True, "notificationId": id})
+def answer_acknowledgements(services: Services, ids: list[str]) -> list[Outcome]:
+    """The same. The search for an id that was not made here runs in the pool."""
 
-    def search(id: str) -> Outcome:
-        return acknowledged(id) if notifications.acknowledge(id) else NotFound("Notification not found")
-
-    def respond(question: Draft | str) -> Outcome:
-        if isinstance(question, Draft):
-            made = next(creations)
-            return made if isinstance(made, ApiError) else Response(made[0].text, 201 if made[1] else 200)
-        done = next(acknowledgements)
+    def respond(id: str, done: bool | ApiError) -> Outcome:
         if isinstance(done, ApiError):
             return done
-        return acknowledged(question) if done else services.submit(search, question)
+        return json_response({"success": True, "notificationId": id}) if done else services.submit(search, id)
 
-    acknowledgements = outcomes(notifications.acknowledge_own, [one for one in questions if isinstance(one, str)])
-    creations = outcomes(notifications.create, [one for one in questions if isinstance(one, Draft)])
-    return [respond(question) for question in questions]
+    def search(id: str) -> Outcome:
+        found = services.notifications.acknowledge(id)
+        return respond(id, True) if found else NotFound("Notification not found")
+
+    return list(map(respond, ids, services.notifications.acknowledge_own(ids)))
 
 
 def _session_response(services: Services, stored: StoredSession) -> Response:
@@ -3052,12 +3052,11 @@ def _session_response(services: Services, stored: StoredSession) -> Response:
 
 
 def session_get(services: Services, request: Request) -> Response:
-    found = services.sessions.find(request.path["timestamp"])
-    if found is None:
+    stored = services.store.session(request.path["timestamp"])
+    if stored is None:
         raise NotFound("Session not found")
-    stored, facts = found
-    if facts.fault:
-        raise ApiError(f"Session {stored.timestamp} is not a session: {facts.fault}.")
+    if fault := services.sessions.facts_of(stored).fault:
+        raise ApiError(f"Session {stored.timestamp} is not a session: {fault}.")
     return _session_response(services, stored)
 
 
@@ -3151,7 +3150,7 @@ class Route:
     errors: tuple[int, ...] = ()  # beside those that every route of its kind has
     query: Mapping[str, Schema] = dataclasses.field(default_factory=dict)
     body: Schema | None = None
-    works: bool = False  # its handler computes or waits for the store, so it runs in the thread pool
+    in_pool: bool = False  # its handler computes or waits for the store, so it runs in the thread pool
 
 
 def _schema(kind: str | list[str], example: Any, **limits: Any) -> Schema:
@@ -3256,7 +3255,7 @@ _API = "/api/v1"
 
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/health", health, "open", "Does the service answer, and its store?",
-          {200: _HEALTH, 503: _HEALTH}, works=True),
+          {200: _HEALTH, 503: _HEALTH}, in_pool=True),
     Route("GET", "/openapi.json", openapi, "open", "This description.", {200: _OBJECT}),
     Route("GET", f"{_API}/gpu/status", gpu_status, "gpu:read", "Is the GPU free?", {200: _GPU}, gpu_json(GpuStatus())),
     Route("POST", f"{_API}/swarmui/start", swarmui_start, "swarmui:control", "Make SwarmUI ready.",
@@ -3271,21 +3270,21 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", f"{_API}/session/<timestamp>/prompts-status", prompts_status, "sessions:read",
           "Are its prompts complete?", {200: _PROMPTS}, {"promptsReady": False}, (404,)),
     Route("POST", f"{_API}/session/save", session_save, "sessions:write", "Store a session.",
-          {200: _SAVED}, _FAILED, body=_SESSION, works=True),
+          {200: _SAVED}, _FAILED, body=_SESSION, in_pool=True),
     Route("GET", f"{_API}/session/latest", session_latest, "sessions:read", "The newest session.",
-          {200: _WHOLE_SESSION}, _FAILED, (404,), works=True),
+          {200: _WHOLE_SESSION}, _FAILED, (404,), in_pool=True),
     Route("GET", f"{_API}/session/list", session_list, "sessions:read", "Summaries, newest first.",
           {200: _object(success=_FLAG, count=_COUNT, sessions=_array(_SUMMARY))}, _FAILED, query=_LIST_QUERY,
-          works=True),
+          in_pool=True),
     Route("GET", f"{_API}/session/<timestamp>", session_get, "sessions:read", "A whole session.",
-          {200: _WHOLE_SESSION}, _FAILED, (404,), works=True),
+          {200: _WHOLE_SESSION}, _FAILED, (404,), in_pool=True),
     Route("PUT", f"{_API}/session/<timestamp>", session_put, "sessions:write", "Create or replace a session.",
-          {200: _SAVED}, _FAILED, body=_SESSION, works=True),
+          {200: _SAVED}, _FAILED, body=_SESSION, in_pool=True),
     Route("POST", f"{_API}/auth/session", token_create, "admin", "Make a session token.",
-          {201: _object(token=_TEXT, **_CALLER)}, body=_NEW_TOKEN, works=True),
+          {201: _object(token=_TEXT, **_CALLER)}, body=_NEW_TOKEN, in_pool=True),
     Route("GET", f"{_API}/auth/session", token_show, "any", "Who am I?", {200: _object(**_CALLER)}),
     Route("DELETE", f"{_API}/auth/session", token_revoke, "any", "Revoke the token sent.",
-          {204: None}, errors=(409,), works=True),
+          {204: None}, errors=(409,), in_pool=True),
 )  # fmt: skip
 
 
@@ -3318,15 +3317,14 @@ def _describe(route: Route) -> dict[str, Any]:
         shown = {"schema": schema, "example": example_of(schema)} if schema else None
         return {"content": {"application/json": shown}} if shown else {}
 
-    found = re.findall(r"<(\w+)>", route.path)
-    inputs = [("path", {"required": True}, name, PATH_PARAMETERS[name]) for name in found]
-    inputs += [("query", {}, name, schema) for name, schema in route.query.items()]
+    path = [(name, PATH_PARAMETERS[name]) for name in re.findall(r"<(\w+)>", route.path)]
     outputs = {**route.responses, **dict.fromkeys(error_statuses(route), error_schema(route))}
     operation: dict[str, Any] = {
         "summary": route.summary,
         "operationId": route.handler.__name__,
         "parameters": [
-            {"name": name, "in": place, **always, "schema": schema} for place, always, name, schema in inputs
+            *({"name": name, "in": "path", "required": True, "schema": schema} for name, schema in path),
+            *({"name": name, "in": "query", "schema": schema} for name, schema in route.query.items()),
         ],
         "responses": {
             str(status): {"description": http.client.responses[status], **content(schema)}
@@ -3363,12 +3361,9 @@ def describe_api() -> dict[str, Any]:
 # ======================================================================================================
 
 COMMON_HEADERS: Mapping[str, str] = {
-    "Content-Type": "application/json",
-    "Cache-Control": "no-store",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Vary": "Origin",
-}
+    "Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer", "Vary": "Origin",
+}  # fmt: skip
 
 # The one path of a request, as a generator: it yields each future that it waits for, and returns the response.
 Steps = Generator[Future[Any], None, Response]
@@ -3400,11 +3395,12 @@ class Exchange:
             return
         self._future.add_done_callback(lambda _: self._call_soon(self.advance))
 
-    def cancel(self) -> None:
-        """The client left: end the steps, and withdraw what they wait for."""
-        self._steps.close()
-        if self._future:
-            self._future.cancel()
+    def cancel(self) -> bool:
+        """The client left: end the steps if what they wait for can be withdrawn. What is being done goes to its end."""
+        is_cancelled = bool(self._future and self._future.cancel())
+        if is_cancelled:
+            self._steps.close()
+        return is_cancelled
 
 
 @dataclass(frozen=True)
@@ -3483,7 +3479,7 @@ class Endpoint:
             body: Any = read() if size <= SMALL_BODY else services.submit(read, is_large=size > LARGE_BODY)
             value, raw = yield from awaited(body)
             request = dataclasses.replace(request, body=value, raw_body=raw)
-        if route.works:
+        if route.in_pool:
             return (yield from awaited(services.submit(route.handler, services, request)))
         return (yield from awaited(route.handler(services, request)))
 
@@ -3551,7 +3547,7 @@ WAITRESS: Mapping[str, Any] = {
     "max_request_header_size": 64 * 1024,  # browsers send 16 KiB at most
     # Above our own limit: waitress refuses with a reset, the application with a 413 that says why.
     "max_request_body_size": MAX_BODY + 16 * 1024 * 1024,
-    # What is smaller stays in memory: a full temporary folder must not hold up a session.
+    # What is smaller stays in memory: a full temporary folder must not delay a session.
     "inbuf_overflow": 9 * 1024 * 1024,
     "outbuf_overflow": 9 * 1024 * 1024,
     "channel_request_lookahead": 1,  # so that a client that leaves is noticed while it waits
@@ -3578,7 +3574,8 @@ class Activity:
             self._bytes += size
 
     def responded(self) -> None:
-        self.since, self.begun = time.monotonic(), -math.inf
+        self.since = self._last = time.monotonic()
+        self.begun = -math.inf
 
     def is_over(self, now: float, *, owed: bool, moving: bool) -> bool:
         """Idle for too long, or too slow. `owed`: a response is due; `moving`: bytes are expected to come or to go."""
@@ -3610,15 +3607,13 @@ def open_sockets(host: str, port: int) -> list[socket.socket]:
                     raise
         raise AssertionError
     except (socket.gaierror, UnicodeError):
-        raise StartError(
-            f"STORYTELLER_HOST {host} is not known: set it to localhost, or to this PC's address."
-        ) from None
+        advice = "set it to localhost, or to this PC's address."
+        raise StartError(f"STORYTELLER_HOST {host} is not known: {advice}") from None
     except OSError as error:
         if error.errno in _IN_USE:
             raise StartError(f"Port {port} is in use by another program: stop it, or set STORYTELLER_PORT.") from None
-        raise StartError(
-            f"Cannot listen on {host} port {port} ({error.strerror}): set STORYTELLER_HOST or STORYTELLER_PORT."
-        ) from None
+        advice = "set STORYTELLER_HOST or STORYTELLER_PORT."
+        raise StartError(f"Cannot listen on {host} port {port} ({error.strerror}): {advice}") from None
 
 
 _IN_USE = {errno.EADDRINUSE, 10048, 10013}  # Windows: in use; held by somebody who took it exclusively
@@ -3642,13 +3637,13 @@ def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
 # Server: below waitress's documentation
 # ======================================================================================================
 
-# waitress documents a server with a thread for each request. Here its event loop itself takes each whole request and
-# sends each response, so a response may come later and no thread waits for it. All that this rests on:
+# waitress documents a server with a thread for each request. Here its event loop takes each request and sends each
+# response, which may come later, and no other thread touches a channel (a connection). All that this rests on:
 WAITRESS_NAMES = {
     "server.create_server server.BaseWSGIServer.add_task": "puts listeners into map=, calls _dispatcher='s add_task()",
     "server.BaseWSGIServer.channel_class channel.HTTPChannel.parser_class": "make a new connection and its parser",
     "channel.HTTPChannel.received": "parses bytes into `request`, then `requests`, and calls add_task() for the first",
-    "channel.HTTPChannel.send channel.HTTPChannel.write_soon": "to the socket, and how many; also to the output buffer",
+    "channel.HTTPChannel.write_soon": "sends, or adds to the output buffer; blocks while that is over its limit",
     "channel.HTTPChannel.total_outbufs_len channel.HTTPChannel.close_when_flushed": "bytes to be sent; what follows",
     "channel.HTTPChannel.current_outbuf_count": "at the limit, the next response gets a buffer of its own",
     "channel.HTTPChannel.handle_write channel.HTTPChannel.handle_close": "sends output; also when the client leaves",
@@ -3660,8 +3655,6 @@ WAITRESS_NAMES = {
 
 
 class Channel(waitress.channel.HTTPChannel):
-    """A connection. Only the event loop's thread touches it."""
-
     class parser_class(waitress.parser.HTTPRequestParser):
         def parse_header(self, header_plus: bytes) -> None:
             try:
@@ -3679,11 +3672,6 @@ class Channel(waitress.channel.HTTPChannel):
             self.activity.begun = time.monotonic()
         self.activity.moved(len(data))
         return bool(super().received(data))
-
-    def send(self, data: bytes, do_close: bool = True) -> int:
-        sent: int = super().send(data, do_close)
-        self.activity.moved(sent)
-        return sent
 
     def service(self) -> None:
         """Begin with the first of `requests`, once the response before is sent: so write_soon never blocks."""
@@ -3705,6 +3693,9 @@ class Channel(waitress.channel.HTTPChannel):
 
     def _finish(self, task: Any, method: str, response: Response) -> None:
         self.exchange = None
+        if not self.connected:
+            task.request.close()
+            return
         task.status, task.content_length = f"{response.status} {HTTPStatus(response.status).phrase}", len(response.body)
         task.response_headers += response.headers.items()
         self.write_soon(task.build_response_header() + (b"" if method == "HEAD" else response.body))
@@ -3720,21 +3711,24 @@ class Channel(waitress.channel.HTTPChannel):
         self.handle_write()
 
     def handle_write(self) -> None:
+        unsent = self.total_outbufs_len
         super().handle_write()
+        self.activity.moved(unsent - self.total_outbufs_len)
         if self.requests:
             self.server.add_task(self)
 
     def handle_close(self) -> None:
-        if self.exchange:
-            self.exchange.cancel()
+        super().handle_close()
+        if self.exchange and self.requests and not self.exchange.cancel():
+            self.requests.pop(0)  # it is carried out, though nobody waits for the response
         for request in self.requests:
             request.close()
         self.requests.clear()
-        super().handle_close()
 
     def state(self) -> tuple[bool, bool]:
         """Whether its client is owed a response, or the rest of one; whether bytes are expected to come or to go."""
-        return bool(self.requests or self.total_outbufs_len), bool(self.total_outbufs_len or self.request)
+        unsent = self.total_outbufs_len
+        return bool(self.requests or unsent), bool(unsent or (self.request and not self.requests))
 
 
 class Dispatcher:
@@ -3956,7 +3950,7 @@ Check = tuple[str, str, str]  # OK, WARN or FAIL; the subject; what was found, a
 def run_checks(arguments: Mapping[str, str | None]) -> Iterator[Check]:
     try:
         settings = load_settings(arguments, os.environ)
-    except SettingError as error:
+    except StartError as error:
         yield "FAIL", "settings", str(error)
         return
     env_file = HERE / ".env"
@@ -4091,7 +4085,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return check(given)
         settings = load_settings(given, os.environ)
         return token_command(settings, given) if given["command"] == "token" else serve(settings)
-    except (SettingError, StartError, Unavailable) as error:
+    except (StartError, Unavailable) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

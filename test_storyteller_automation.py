@@ -684,6 +684,8 @@ class Service:
         else:
             raise AssertionError(f"it ended with {self.process.wait()}: {self.printed}")
         self.port = int(self.printed.split("http://")[1].split()[0].rsplit(":", 1)[1])
+        self.reading = threading.Event()  # cleared, its console takes no output
+        self.reading.set()
         self._reader = threading.Thread(target=self._read_on)
         self._reader.start()
 
@@ -691,6 +693,7 @@ class Service:
         with self.process.stdout as pipe:  # one that nobody reads would stop it
             for line in pipe:
                 self.printed += line.decode("utf-8", "replace")
+                self.reading.wait()
 
     def call(self, method: str, path: str, body: Any = None, headers: dict[str, str] = BEARER) -> tuple[int, Any]:
         """Status and JSON."""
@@ -710,6 +713,7 @@ class Service:
 
     def stop(self) -> None:
         """End it if it runs, on Windows as a killed one ends; may be called again."""
+        self.reading.set()
         if self.process.poll() is None:
             self.process.terminate()
         self.process.wait(PATIENCE)
@@ -863,7 +867,7 @@ def test_the_env_file_is_read_line_by_line(tmp_path, text, values):
 def test_an_env_file_that_cannot_be_used_is_refused_by_name(tmp_path, data, words):
     path = tmp_path / ".env"
     path.mkdir() if data is None else path.write_bytes(data)
-    with pytest.raises(service.SettingError, match=words) as refused:
+    with pytest.raises(service.StartError, match=words) as refused:
         service.read_env_file(path)
     assert str(path) in str(refused.value)
 
@@ -904,7 +908,7 @@ def test_an_env_file_that_cannot_be_used_is_refused_by_name(tmp_path, data, word
 )
 def test_a_bad_value_is_refused_by_name(tmp_path, name, values):
     for value in values:
-        with pytest.raises(service.SettingError, match=f"^{name}\\b.*: expected "):
+        with pytest.raises(service.StartError, match=f"^{name}\\b.*: expected "):
             service.load_settings({}, {name: value}, tmp_path / ".env")
 
 
@@ -931,7 +935,7 @@ def test_origins_are_separated_by_commas_or_spaces(tmp_path, text, origins):
     ],
 )
 def test_a_value_that_only_fails_when_used_is_refused_by_name_too(tmp_path, name, value):
-    with pytest.raises(service.SettingError, match=f"^{name}\\b.*: expected "):
+    with pytest.raises(service.StartError, match=f"^{name}\\b.*: expected "):
         service.load_settings({}, {name: value}, tmp_path / ".env")
 
 
@@ -941,7 +945,7 @@ def test_the_home_of_nobody(tmp_path):
         found = read_settings(tmp_path, SWARMUI_PATH="~no-such-user-here/SwarmUI").swarmui_path
         assert found == Path.home().parent / "no-such-user-here" / "SwarmUI"
     else:
-        with pytest.raises(service.SettingError, match=r"^SWARMUI_PATH .*: expected a path"):
+        with pytest.raises(service.StartError, match=r"^SWARMUI_PATH .*: expected a path"):
             read_settings(tmp_path, SWARMUI_PATH="~no-such-user-here/SwarmUI")
 
 
@@ -954,7 +958,7 @@ def test_the_home_of_nobody(tmp_path):
     ],
 )
 def test_the_refusal_of_a_secret_does_not_show_it(tmp_path, name, value):
-    with pytest.raises(service.SettingError) as refused:
+    with pytest.raises(service.StartError) as refused:
         service.load_settings({}, {name: value}, tmp_path / ".env")
     assert value not in str(refused.value)
 
@@ -1026,7 +1030,7 @@ def test_quotes_that_are_not_closed(tmp_path):
     if service.WINDOWS:
         assert service.split_arguments('--a "b c') == ("--a", "b c")
     else:
-        with pytest.raises(service.SettingError, match=r"SWARMUI_ARGS .* quotes that are closed"):
+        with pytest.raises(service.StartError, match=r"SWARMUI_ARGS .* quotes that are closed"):
             read_settings(tmp_path, SWARMUI_ARGS='--a "b c')
 
 
@@ -2195,8 +2199,8 @@ def test_equal_documents_are_parsed_once_also_at_the_same_moment(store, monkeypa
     monkeypatch.setattr(service, "read_session", read_late)
     for number in range(8):
         store.save(T + number, json.dumps(episode(READY_BEAT)).encode(), None)
-    found = at_once(*[lambda at=T + number: sessions.find(at) for number in range(8)])
-    assert [facts.progress.ready for _, facts in found] == [True] * 8
+    found = at_once(*[lambda at=T + number: sessions.facts_of(store.session(at)) for number in range(8)])
+    assert [facts.progress.ready for facts in found] == [True] * 8
     assert len(parsed) == 1
 
 
@@ -2206,7 +2210,7 @@ def test_a_changed_document_is_seen_by_the_next_look_though_its_length_is_the_sa
         store.save(T, json.dumps(episode(READY_BEAT, promptMode=mode)).encode(), None)
         ((stored, facts),) = sessions.find_many([T])
         facts = facts or sessions.facts_of(stored)
-        assert facts.waits is (mode == "storyswarm") and sessions.find(T)[1] is facts
+        assert facts.waits is (mode == "storyswarm") and sessions.facts_of(store.session(T)) is facts
 
 
 def test_several_sessions_are_found_in_one_round_trip_and_none_is_parsed(redis_store, other_program, monkeypatch):
@@ -2232,10 +2236,11 @@ def test_the_cache_of_facts_is_bounded_in_entries_and_in_bytes(store, monkeypatc
         document = episode(READY_BEAT, number=number)
         document["analyzedEpisode"]["title"] = title
         store.save(T + number, json.dumps(document).encode(), None)
-        sessions.find(T + number)
+        sessions.facts_of(store.session(T + number))
     parsed.clear()
     for number in (3, 2, 1, 0, 4):
-        assert sessions.find(T + number)[1].summary["analyzedEpisode"]["title"][0] == "t"
+        facts = sessions.facts_of(store.session(T + number))
+        assert facts.summary["analyzedEpisode"]["title"][0] == "t"
     assert parsed == [T, T + 4]
 
 
@@ -4422,7 +4427,7 @@ def test_all_that_ask_while_the_store_is_read_share_the_next_read(poll_service, 
     assert len(reads) <= 3
 
 
-@pytest.mark.parametrize("name", ["checks", "progress", "writes"])
+@pytest.mark.parametrize("name", ["checks", "progress", "creations", "acknowledgements"])
 def test_a_step_that_fails_is_a_500_and_the_next_is_answered(poll_service, monkeypatch, name):
     polled = poll_service()
     batcher = getattr(polled.services, name)
@@ -4438,7 +4443,8 @@ def test_a_step_that_fails_is_a_500_and_the_next_is_answered(poll_service, monke
     method, path, good = {
         "checks": ("GET", "/api/v1/notifications/check", 200),
         "progress": ("GET", f"/api/v1/session/{T}/prompts-status", 404),
-        "writes": ("POST", "/api/v1/notifications", 201),
+        "creations": ("POST", "/api/v1/notifications", 201),
+        "acknowledgements": ("POST", "/api/v1/notifications/nobody/ack", 404),
     }[name]
     assert [polled.ask(method, path, new)[0] for _ in range(2)] == [500, good]
 
@@ -4536,6 +4542,29 @@ def test_400_starts_wait_without_a_thread_each_and_nothing_is_kept_of_who_left(
     wait_until(lambda: polled.in_flight() == 0)
     wait_until(lambda: len(polled.server._dispatcher.channels()) == 1)
     assert [polled.check() for _ in range(20)] == [[]] * 20
+
+
+@pytest.mark.parametrize("size", [100, 200_000, service.LARGE_BODY + 1])
+def test_what_a_client_asked_for_is_carried_out_though_it_has_left(poll_service, store, size):
+    polled = poll_service(store)
+    body = json.dumps({"scriptText": "x" * size})
+    head = request_of("PUT", "/api/v1/session/5", "Content-Type: application/json", f"Content-Length: {len(body)}")
+    send_request(polled.port, head + body).close()
+    wait_until(lambda: polled.ask("GET", "/api/v1/session/5")[0] == 200)
+    id = json.loads(add(store, draft())[0])["id"]
+    send_request(polled.port, request_of("POST", f"/api/v1/notifications/{id}/ack", "Content-Length: 0")).close()
+    wait_until(lambda: polled.check() == [])
+
+
+def test_half_a_request_behind_one_that_waits_is_not_cut_off(poll_service, swarmui_folder, leash, monkeypatch):
+    monkeypatch.setattr(service, "REQUEST_TIMEOUT", 0.1)
+    after = swarmui_folder(delay=1.5)
+    polled = poll_service(swarmui_path=after, start_timeout=PATIENCE)
+    start = request_of("POST", "/api/v1/swarmui/start", "Content-Length: 0")
+    with send_request(polled.port, start + POLL[:-2]) as client:
+        assert answer_of(client)[0] == 200
+        client.sendall(b"\r\n")
+        assert answer_of(client)[0] == 200
 
 
 def test_who_leaves_while_waiting_harms_nobody(poll_service, forwarder):
@@ -6651,6 +6680,16 @@ def test_a_log_that_is_full_is_put_aside_and_no_line_is_lost(tmp_path, held):
             assert path.stat().st_size <= 100
     kept = [tmp_path / name for name in ("a log.2", "a log.1", "a log")]
     assert "".join(one.read_text() for one in kept if one.exists()).splitlines() == lines
+
+
+def test_a_console_that_takes_no_output_stops_no_poll(start_service, redis_url, other_program):
+    """As Windows' while its text is selected: here nobody reads the pipe."""
+    running = start_service(REDIS_URL=redis_url)
+    running.reading.clear()
+    for number in range(300):  # each is logged, with 200 bytes of it
+        other_program.zadd("notifications:pending", {f"no JSON {number} {'x' * 1000}": service.now_ms()})
+    assert running.call("GET", "/api/v1/notifications/check?limit=1000") == (200, {"notifications": []})
+    assert running.call("GET", "/api/v1/notifications/check") == (200, {"notifications": []})
 
 
 def test_help_names_every_setting(run_module):
