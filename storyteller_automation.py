@@ -816,7 +816,7 @@ def start_logging(path: Path, settings: Settings) -> None:
     warnings = logging.handlers.QueueHandler(console)
     warnings.setLevel(logging.WARNING)
     logging.basicConfig(level=settings.log_level.upper(), format="%(message)s", handlers=[file, warnings], force=True)
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of each request that waits for a moment
+    logging.getLogger("waitress").setLevel(logging.ERROR)  # it warns of what the sweep handles
     logging.raiseExceptions = False  # a log that cannot be written must not disturb the service
 
 
@@ -890,7 +890,7 @@ class Batcher(Generic[Q, T]):
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def ask(self, question: Q, *, cancellable: bool = True) -> Future[T]:
+    def ask(self, question: Q, *, cancellable: bool = False) -> Future[T]:
         """Not after close(). Cancelling the future withdraws a question that no step has taken yet, if cancellable."""
         future: Future[T] = Future()
         if not cancellable:
@@ -1046,8 +1046,7 @@ def is_address(host: str) -> bool:
 
 
 class _Connection(redis.connection.AbstractConnection):
-    """Mixed into the connections of redis-py. A lookup of a name has no timeout of its own: it runs in a thread, which
-    is not waited for if it is late."""
+    """A lookup of a name has no timeout of its own: it runs in a thread, which is not waited for if it is late."""
 
     def connect(self) -> None:
         if self.is_connected:
@@ -1069,8 +1068,7 @@ class _Connection(redis.connection.AbstractConnection):
 
 
 class RedisClient:
-    """Redis by the public surface of redis-py, behind a circuit breaker. A client of redis-py costs 150 us a command,
-    its connections 20."""
+    """Connections of redis-py, which take 20 us for a command where its client takes 150, behind a circuit breaker."""
 
     # Seconds. A call ends within 3 s, also where an idle connection is dead and the next one is silent.
     CONNECT_TIMEOUT, ANSWER_TIMEOUT = 1.0, 1.4
@@ -1315,7 +1313,7 @@ class RedisStore(Store):
             return None
         saved, announced = (None, None) if isinstance(meta, ApiError) else meta
         step = announced.decode("utf-8", "replace") if announced else None
-        return StoredSession(timestamp, document, int(saved) if saved else None, step)
+        return StoredSession(timestamp, document, int(saved) if saved and saved.isdigit() else None, step)
 
     def sessions(self) -> Iterator[StoredSession]:
         page, below = 100, "+inf"
@@ -1546,7 +1544,7 @@ class SqliteStore(Store):
 
     def _write_each(self, changes: Sequence[Callable[[], Any]]) -> list[Any]:
         """What each change returns or raises, once all are durable."""
-        outcomes = self._writes.ask((time.monotonic() + self.WAIT, changes))
+        outcomes = self._writes.ask((time.monotonic() + self.WAIT, changes), cancellable=True)
         for wait in (self.WAIT, 2 * self.WAIT):
             with contextlib.suppress(concurrent.futures.TimeoutError):
                 return outcomes.result(wait)
@@ -1596,14 +1594,11 @@ class SqliteStore(Store):
     _SESSION = "SELECT timestamp, document, saved, announced FROM session WHERE expires > ?"
 
     def read_sessions(self, timestamps: Sequence[int]) -> list[StoredSession | ApiError | None]:
-        def read(timestamp: int) -> StoredSession | ApiError | None:
-            try:
-                rows = self._read(f"{self._SESSION} AND timestamp = ?", self._clock(), timestamp)
-            except Unavailable as fault:
-                return fault
+        def read(timestamp: int) -> StoredSession | None:
+            rows = self._read(f"{self._SESSION} AND timestamp = ?", self._clock(), timestamp)
             return StoredSession(*rows[0]) if rows else None
 
-        return [read(timestamp) for timestamp in timestamps]
+        return list(map(read, timestamps))
 
     def sessions(self) -> Iterator[StoredSession]:
         newest_below = f"{self._SESSION} AND timestamp < ? ORDER BY timestamp DESC LIMIT 1"
@@ -1984,10 +1979,13 @@ class Notifications:
 
     def check(self, types: Sequence[str], limit: int) -> list[Notification]:
         """Those that are not acknowledged, oldest first, `limit` at most."""
-        page = max(self.SMALLEST_SNAPSHOT, limit)
-        wanted = (one for one in self._read(self._store.pending(page)) if one.type in types)
+        # One that is of another type is not parsed. JSON may also write a type with escapes.
+        ours = re.compile("|".join(["\\\\", *types]).encode())
+        others = re.compile("|".join(TOTALS.keys() - set(types)).encode() or b"(?!)")
+        rows = (row for row in self._store.pending(page=1000) if ours.search(row[0]) or not others.search(row[0]))
+        wanted = (one for one in self._read(rows) if one.type in types)
         found: list[Notification] = []
-        while len(found) < limit and (batch := list(itertools.islice(wanted, page))):
+        while len(found) < limit and (batch := list(itertools.islice(wanted, limit))):
             marked = self._store.acknowledged([one.id for one in batch])
             found += [one for one in batch if one.id not in marked]
         return found[:limit]
@@ -2152,7 +2150,7 @@ class GpuMonitor:
 
     def ask(self) -> GpuStatus | Future[GpuStatus]:
         """The cached status, or a future of the caller's own, which it may cancel. Not after close()."""
-        return self._fresh() or self._batcher.ask(None)
+        return self._fresh() or self._batcher.ask(None, cancellable=True)
 
     def close(self) -> None:
         """End the run that is at work, start no other, and end the thread."""
@@ -2875,8 +2873,7 @@ class Services:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def submit(self, function: Callable[..., T], *arguments: Any, is_large: bool = False) -> Future[T]:
-        """Call the function in a thread of a pool; Unavailable when none becomes free in time. The future cannot be
-        cancelled: what a client asked for is carried out, though it may have left."""
+        """Call it in a thread of a pool, whether or not the client stays. Unavailable when none is free in time."""
         deadline = time.monotonic() + (LARGE_BODY_TIMEOUT if is_large else POOL_TIMEOUT)
         result: Future[T] = Future()
         result.set_running_or_notify_cancel()
@@ -2946,11 +2943,11 @@ def notification_create(services: Services, request: Request) -> Future[Any]:
     given = {name: body[name] for name in names if body.get(name) is not None}
     fields = {name: int(value) if is_whole(value) else value for name, value in given.items()}
     draft = draft_notification(body["type"], int(body["sessionTimestamp"]), **fields)
-    return services.creations.ask(draft, cancellable=False)  # a client that leaves may rely on it
+    return services.creations.ask(draft)
 
 
 def notification_ack(services: Services, request: Request) -> Future[Any]:
-    return services.acknowledgements.ask(request.path["notification_id"], cancellable=False)
+    return services.acknowledgements.ask(request.path["notification_id"])
 
 
 def prompts_status(services: Services, request: Request) -> Future[Any]:
@@ -3348,12 +3345,9 @@ def describe_api() -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
         paths.setdefault(re.sub(r"<(\w+)>", r"{\1}", route.path), {})[route.method.lower()] = _describe(route)
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "StoryTeller automation service", "version": "1"},
-        "paths": paths,
-        "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
-    }
+    info = {"title": "StoryTeller automation service", "version": "1"}
+    components = {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}
+    return {"openapi": "3.1.0", "info": info, "paths": paths, "components": components}
 
 
 # ======================================================================================================
@@ -3379,8 +3373,7 @@ def awaited(outcome: T | Future[Any]) -> Generator[Future[Any], None, T]:
 
 
 class Exchange:
-    """Runs the steps in the event loop, to which `call_soon` returns when a future is done. `done` gets the response,
-    in the loop's thread, unless the exchange was cancelled."""
+    """Runs the steps in the event loop, to which `call_soon` returns once a future is done. `done` gets the response."""
 
     def __init__(self, steps: Steps, call_soon: Callable[[Any], None], done: Callable[[Response], None]) -> None:
         self._steps, self._call_soon, self._done = steps, call_soon, done
@@ -3395,10 +3388,13 @@ class Exchange:
             return
         self._future.add_done_callback(lambda _: self._call_soon(self.advance))
 
+    def is_cancellable(self) -> bool:
+        """Whether it waits for what can be withdrawn. Anything else is carried out, though its client left."""
+        return not (self._future is None or self._future.running() or self._future.done())
+
     def cancel(self) -> bool:
-        """The client left: end the steps if what they wait for can be withdrawn. What is being done goes to its end."""
-        is_cancelled = bool(self._future and self._future.cancel())
-        if is_cancelled:
+        """Withdraw it if that is possible."""
+        if is_cancelled := bool(self._future and self._future.cancel()):
             self._steps.close()
         return is_cancelled
 
@@ -3472,16 +3468,15 @@ class Endpoint:
         return Response(response.body, response.status, headers)
 
     def _handle(self, route: Route, request: Request, environ: Mapping[str, Any]) -> Steps:
-        services = self.services
         if route.body:
             size = int(environ.get("CONTENT_LENGTH") or 0)
             read = functools.partial(read_body, environ, size, route.body)
-            body: Any = read() if size <= SMALL_BODY else services.submit(read, is_large=size > LARGE_BODY)
+            body: Any = read() if size <= SMALL_BODY else self.services.submit(read, is_large=size > LARGE_BODY)
             value, raw = yield from awaited(body)
             request = dataclasses.replace(request, body=value, raw_body=raw)
         if route.in_pool:
-            return (yield from awaited(services.submit(route.handler, services, request)))
-        return (yield from awaited(route.handler(services, request)))
+            return (yield from awaited(self.services.submit(route.handler, self.services, request)))
+        return (yield from awaited(route.handler(self.services, request)))
 
     def _preflight(self, origin: str | None, environ: Mapping[str, Any]) -> dict[str, str]:
         """Also for a path that does not exist: otherwise the page would never see the 404."""
@@ -3494,13 +3489,19 @@ class Endpoint:
         return headers
 
 
-def refusal(headers: Mapping[str, str], code: int, reason: str, words: str) -> tuple[dict[str, Any], ApiError | None]:
-    """The environment and the error of a request that the server cannot read."""
-    environ = {f"HTTP_{name}": value for name, value in headers.items()}
-    # Of its words only those before what it quotes, which is a header, perhaps the token's.
-    error = ApiError(f"{reason}: " + words.partition('"')[0].rstrip())
-    error.status = code
-    return environ | {"REQUEST_METHOD": "-", "PATH_INFO": "-"}, error
+def unreadable(headers: Mapping[str, str]) -> dict[str, Any]:
+    """The environment of a request that the server cannot read."""
+    return {f"HTTP_{name}": value for name, value in headers.items()} | {"REQUEST_METHOD": "-", "PATH_INFO": "-"}
+
+
+def refusal(error: Any, *, is_late: bool) -> ApiError | None:
+    """Why a request is refused: `error` of waitress, which cannot read it, or since the service is stopping."""
+    if error is None:
+        return Unavailable("The service is stopping: ask again.", 5) if is_late else None
+    # Only the text before what it quotes, which is a header, perhaps the token's.
+    refused = ApiError(f"{error.reason}: " + error.body.partition('"')[0].rstrip())
+    refused.status = error.code
+    return refused
 
 
 def create_app(services: Services) -> bottle.Bottle:
@@ -3535,7 +3536,6 @@ def respond(app: bottle.Bottle, environ: dict[str, Any], *, refused: ApiError | 
 
 CONNECTIONS = min(450, descriptor_limit() - 100)  # below what `select` on Windows takes, files and Redis beside them
 KEEPALIVE_TIMEOUT = 120.0  # seconds that a connection may be idle
-STOPPING = "The service is stopping: ask again."
 REQUEST_TIMEOUT = 60.0  # seconds in which at least something of a request or a response must move,
 SLOWEST_CLIENT = 1024  # and on average so many bytes a second
 
@@ -3550,7 +3550,6 @@ WAITRESS: Mapping[str, Any] = {
     # What is smaller stays in memory: a full temporary folder must not delay a session.
     "inbuf_overflow": 9 * 1024 * 1024,
     "outbuf_overflow": 9 * 1024 * 1024,
-    "channel_request_lookahead": 1,  # so that a client that leaves is noticed while it waits
     "recv_bytes": 256 * 1024,  # an 850 KB session in 4 reads instead of 104
     "ident": None,  # no Server header
     "clear_untrusted_proxy_headers": False,  # a request that came through a proxy is never trusted: see them
@@ -3643,6 +3642,7 @@ WAITRESS_NAMES = {
     "server.create_server server.BaseWSGIServer.add_task": "puts listeners into map=, calls _dispatcher='s add_task()",
     "server.BaseWSGIServer.channel_class channel.HTTPChannel.parser_class": "make a new connection and its parser",
     "channel.HTTPChannel.received": "parses bytes into `request`, then `requests`, and calls add_task() for the first",
+    "channel.HTTPChannel.readable": "False while there are `requests`, so that the client waits for the responses",
     "channel.HTTPChannel.write_soon": "sends, or adds to the output buffer; blocks while that is over its limit",
     "channel.HTTPChannel.total_outbufs_len channel.HTTPChannel.close_when_flushed": "bytes to be sent; what follows",
     "channel.HTTPChannel.current_outbuf_count": "at the limit, the next response gets a buffer of its own",
@@ -3673,6 +3673,10 @@ class Channel(waitress.channel.HTTPChannel):
         self.activity.moved(len(data))
         return bool(super().received(data))
 
+    def readable(self) -> bool:
+        """Also where only a client that leaves is to be noticed, so that nothing is kept of it."""
+        return bool(super().readable() or (self.exchange and self.exchange.is_cancellable() and not self.requests[1:]))
+
     def service(self) -> None:
         """Begin with the first of `requests`, once the response before is sent: so write_soon never blocks."""
         if not self.requests or self.exchange or self.total_outbufs_len or self.close_when_flushed:
@@ -3680,12 +3684,8 @@ class Channel(waitress.channel.HTTPChannel):
         request, dispatcher = self.requests[0], self.server.task_dispatcher
         task = waitress.task.WSGITask(self, request)
         task.start()
-        if request.error:
-            task.set_close_on_finish()
-            environ, refused = refusal(request.headers, request.error.code, request.error.reason, request.error.body)
-        else:
-            late = self.activity.begun > dispatcher.stopped_at
-            environ, refused = task.get_environment(), Unavailable(STOPPING, 5) if late else None
+        environ = unreadable(request.headers) if request.error else task.get_environment()
+        refused = refusal(request.error, is_late=self.activity.begun > dispatcher.stopped_at)
         steps = respond(self.server.application, environ, refused=refused)
         finish = functools.partial(self._finish, task, environ["REQUEST_METHOD"])
         self.exchange = Exchange(steps, functools.partial(dispatcher.call_soon, self), finish)
@@ -3698,10 +3698,11 @@ class Channel(waitress.channel.HTTPChannel):
             return
         task.status, task.content_length = f"{response.status} {HTTPStatus(response.status).phrase}", len(response.body)
         task.response_headers += response.headers.items()
-        self.write_soon(task.build_response_header() + (b"" if method == "HEAD" else response.body))
         if task.request.error:
+            task.set_close_on_finish()
             with contextlib.suppress(OSError):  # what is left unread makes a reset of the close, which loses this
                 self.socket.recv(1 << 20)
+        self.write_soon(task.build_response_header() + (b"" if method == "HEAD" else response.body))
         self.current_outbuf_count = self.adj.outbuf_high_watermark
         self.activity.responded()
         self.requests.pop(0).close()
@@ -3719,8 +3720,8 @@ class Channel(waitress.channel.HTTPChannel):
 
     def handle_close(self) -> None:
         super().handle_close()
-        if self.exchange and self.requests and not self.exchange.cancel():
-            self.requests.pop(0)  # it is carried out, though nobody waits for the response
+        if self.exchange and not self.exchange.cancel():
+            self.requests[:1] = []  # it is carried out, and _finish() closes it
         for request in self.requests:
             request.close()
         self.requests.clear()
@@ -3762,7 +3763,6 @@ class Dispatcher:
                 self._listeners[0].trigger.pull_trigger()
 
     def turn(self, seconds: float) -> None:
-        """Wait for something to happen, `seconds` at most, and handle it."""
         waitress.wasyncore.loop(0.0 if self._ready else seconds, use_poll=True, map=self._map, count=1)
         self._awake = False
         for _ in range(len(self._ready)):
@@ -3812,6 +3812,8 @@ class Server:
             if now - swept >= 1.0 or len(channels) > CONNECTIONS:
                 swept = now
                 self._sweep(channels, now)
+        for _ in range(100):  # requests that were sent before may still be in the backlog
+            self._dispatcher.turn(0.0)
         self._dispatcher.stop_listening()
         self._on_stop()
         deadline = time.monotonic() + self._grace
