@@ -3373,7 +3373,7 @@ def awaited(outcome: T | Future[Any]) -> Generator[Future[Any], None, T]:
 
 
 class Exchange:
-    """Runs the steps in the event loop, to which `call_soon` returns once a future is done. `done` gets the response."""
+    """Runs the steps in the event loop, to which `call_soon` returns when one is done. `done` gets the response."""
 
     def __init__(self, steps: Steps, call_soon: Callable[[Any], None], done: Callable[[Response], None]) -> None:
         self._steps, self._call_soon, self._done = steps, call_soon, done
