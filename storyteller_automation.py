@@ -2622,7 +2622,7 @@ class Authenticator:
         except Unavailable:
             if before is None:
                 raise
-            caller: Caller | None = before  # it goes on while the store does not answer
+            caller: Caller | None = before  # still good while the store does not answer
         else:
             caller = read_token(digest, record) if record is not None else None
         with self._lock:
@@ -3615,7 +3615,7 @@ def open_sockets(host: str, port: int) -> list[socket.socket]:
         raise StartError(f"Cannot listen on {host} port {port} ({error.strerror}): {advice}") from None
 
 
-_IN_USE = {errno.EADDRINUSE, 10048, 10013}  # Windows: in use; held by somebody who took it exclusively
+_IN_USE = {errno.EADDRINUSE, 10048, 10013}  # Windows: in use; in exclusive use
 
 
 def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:

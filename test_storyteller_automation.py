@@ -4740,8 +4740,8 @@ def test_who_reads_slowly_but_steadily_gets_it_whole(serving, make_app, monkeypa
 @pytest.mark.slow
 def test_who_sends_slowly_but_steadily_is_heard_to_the_end(serving, make_app, monkeypatch):
     """However long it takes: here several times the limit, at a rate above the slowest that is allowed."""
-    monkeypatch.setattr(service, "REQUEST_TIMEOUT", 0.5)
-    body, pause = json.dumps({"scriptText": "x" * 30_000}).encode(), threading.Event()
+    monkeypatch.setattr(service, "REQUEST_TIMEOUT", 1.0)
+    body, pause = json.dumps({"scriptText": "x" * 40_000}).encode(), threading.Event()
     head = request_of("PUT", "/api/v1/session/5", "Content-Type: application/json", f"Content-Length: {len(body)}")
     with send_request(serving(make_app().app).port, head) as client:
         for start in range(0, len(body), 1000):
