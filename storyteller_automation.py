@@ -929,7 +929,7 @@ class Batcher(Generic[Q, T]):
 # Stores: the interface
 # ======================================================================================================
 
-Snapshot = tuple[list[tuple[bytes, float]], set[str]]  # pending members with their times; ids that are marked
+Snapshot = tuple[list[bytes], bool]  # pending members; whether an id is marked
 TTL_MS = 7 * 24 * 3600 * 1000  # of sessions, pending notifications and marks of acknowledgement: 7 days
 OWN_MEMBER = b'{"id":"%b",'  # how a member begins that this service wrote
 
@@ -1004,10 +1004,10 @@ class Store(Protocol):
         """Members within their TTL with their times, oldest first, read about `page` at a time."""
 
     def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
-        """The oldest `count` of them, and which of `ids` are marked, in one round trip."""
+        """The oldest `count` of them, and whether one of `ids` is marked, in one round trip."""
 
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
-        return self.snapshot(0, ids)[1] if ids else set()
+        """Those of `ids` that are marked."""
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
         """Remove the members and mark the id. False, and no change, when none was there and the id is not marked."""
@@ -1032,7 +1032,7 @@ class Store(Protocol):
 # Redis: connections and scripts
 # ======================================================================================================
 
-_Command = Sequence[bytes | str | int]
+_Command = Sequence[bytes | str | int] | bytes  # bytes: packed
 
 _REDIS_CODES = r"\b(READONLY|OOM|MISCONF|BUSY|NOPERM|NOAUTH|WRONGPASS|LOADING|MASTERDOWN|WRONGTYPE)\b"
 
@@ -1102,8 +1102,8 @@ class RedisClient:
         self._pool.disconnect()
 
     def exchange(self, commands: Sequence[_Command]) -> list[Any]:
-        """Send the commands in one round trip. The reply to each: bytes, int, None, a list of these, or Unavailable in
-        place of an error. Raises Unavailable when there is none, and at once while the circuit is open."""
+        """Send the commands, packed ones last, in one round trip. The reply to each: bytes, int, None, a list of these,
+        or Unavailable in place of an error. Raises Unavailable when none comes, at once while the circuit is open."""
         if self._fault or self._closing.is_set():
             raise self._unavailable(self._fault or "the service is stopping")
         try:
@@ -1128,7 +1128,9 @@ class RedisClient:
             except (redis.ConnectionError, redis.TimeoutError):
                 self._pool.disconnect(inuse_connections=False)  # the other idle ones died with it
                 connection.connect()
-            connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+            packed = [command for command in commands if isinstance(command, bytes)]
+            packed[:0] = connection.pack_commands([command for command in commands if not isinstance(command, bytes)])
+            connection.send_packed_command(packed, check_health=False)
             return [self._read_reply(connection) for _ in commands]
         except BaseException:
             connection.disconnect()  # a reply that was not read would be taken for the next one
@@ -1238,22 +1240,6 @@ redis.call('SET', KEYS[2], '1', 'PX', 604800000)
 return 1
 """
 
-# KEYS: 1 pending. ARGV: 1 and 2 the scores between which members are read, 3 how many; 4 ids, a line each.
-# It returns the members in one string, each behind its length and score, and which ids are marked: redis-py needs 2 us
-# for each value that it reads or sends.
-_LUA_SNAPSHOT = """
-local rows, keys = {}, {}
-local found = redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], ARGV[2], 'WITHSCORES', 'LIMIT', 0, ARGV[3])
-for at = 1, #found, 2 do rows[#rows + 1] = #found[at] .. ' ' .. found[at + 1] .. ' ' .. found[at] end
-local result = {table.concat(rows)}
-for id in string.gmatch(ARGV[4], '[^\\n]+') do keys[#keys + 1] = 'notifications:ack:' .. id end
-if #keys == 0 or redis.call('EXISTS', unpack(keys)) == 0 then return result end
-for _, key in ipairs(keys) do
-  if redis.call('EXISTS', key) == 1 then result[#result + 1] = string.sub(key, #'notifications:ack:' + 1) end
-end
-return result
-"""
-
 # KEYS: 1 session, 2 StoryArt's key for it, 3 index, 4 StoryArt's index. Checks again, as a save may have come between.
 _LUA_TRIM = """
 if redis.call('EXISTS', KEYS[1], KEYS[2]) == 0 then
@@ -1282,6 +1268,11 @@ class RedisStore(Store):
         self.place = self._redis.place
         self._clock = clock
         self._newest_given = 0  # ms; others may have given later ones
+        # To pack 100 words takes 0.1 ms, and the ids of two polls are mostly the same.
+        self._are_marked = functools.lru_cache(maxsize=2)(self._pack_are_marked)
+
+    def _pack_are_marked(self, ids: tuple[str, ...]) -> bytes:
+        return b"".join(redis.Connection().pack_command("EXISTS", *[self.MARK + id for id in ids]))
 
     def ping(self) -> None:
         self._redis.ask(RedisClient.PROBE)
@@ -1386,33 +1377,34 @@ class RedisStore(Store):
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
         lowest: str | int = self._oldest()
         while True:
-            rows, _ = self._select(lowest, "+inf", page)
+            rows = self._select(lowest, "+inf", page)
             if len(rows) < page:
                 yield from rows
                 return
             last = rows[-1][1]
             yield from (row for row in rows if row[1] < last)
             # There may be more of the last score. They are read at once, since each page of them would begin anew.
-            yield from self._select(repr(last), repr(last), -1)[0]
+            yield from self._select(repr(last), repr(last), -1)
             lowest = f"({last!r}"
-
-    def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
-        return self._select(self._oldest(), "+inf", count, ids)
 
     def _oldest(self) -> int:
         """The lowest score within the TTL."""
         return self._clock() - TTL_MS + 1
 
-    def _select(self, lowest: str | int, highest: str, count: int, ids: Sequence[str] = ()) -> Snapshot:
-        (outcome,) = self._run(_LUA_SNAPSHOT, [((self.PENDING,), (lowest, highest, count, "\n".join(ids)))])
-        packed, *marked = result_of(outcome)
-        rows, at = [], 0
-        while at < len(packed):
-            size, score, _ = packed[at : at + 64].split(b" ", 2)
-            start = at + len(size) + len(score) + 2
-            at = start + int(size)
-            rows.append((packed[start:at], float(score)))
-        return rows, {id.decode() for id in marked}
+    def _select(self, lowest: str | int, highest: str, count: int) -> list[tuple[bytes, float]]:
+        command = ("ZRANGEBYSCORE", self.PENDING, lowest, highest, "WITHSCORES", "LIMIT", 0, count)
+        (values,) = self._redis.ask(command)
+        return list(zip(values[::2], map(float, values[1::2])))
+
+    def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
+        members = ("ZRANGEBYSCORE", self.PENDING, self._oldest(), "+inf", "LIMIT", 0, count)
+        found, *marked = self._redis.ask(members, *([self._are_marked(tuple(ids))] if ids else []))
+        return found, any(marked)
+
+    def acknowledged(self, ids: Sequence[str]) -> set[str]:
+        if not ids or self._redis.ask(self._are_marked(tuple(ids))) == [0]:
+            return set()
+        return {id for id, found in zip(ids, self._redis.ask(*[("EXISTS", self.MARK + id) for id in ids])) if found}
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
         call = (self.PENDING, self.MARK + id), (1, 0, "", *members)
@@ -1656,8 +1648,11 @@ class SqliteStore(Store):
             last = rows[-1][::-1]
 
     def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
-        # No other program writes here: what is marked is not pending.
-        return self._read(self._PENDING, self._clock() - TTL_MS, b"\xff", count), set()
+        rows = self._read(self._PENDING, self._clock() - TTL_MS, b"\xff", count)
+        return [member for member, _ in rows], False  # no other program writes here: what is marked is not pending
+
+    def acknowledged(self, ids: Sequence[str]) -> set[str]:
+        return set()
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
         return self._write(lambda: self._acknowledge(id, "member = ?", [(member,) for member in members]))
@@ -1911,8 +1906,9 @@ class Notification(NamedTuple):
     acknowledged: bool
 
 
-def read_member(member: bytes, time: float) -> Notification:
-    """A member of the pending set, written by whomever. Raises ValueError with what makes it invalid."""
+def read_member(member: bytes, time: float | None) -> Notification:
+    """A member of the pending set, written by whomever. Raises ValueError with what makes it invalid, LookupError when
+    it has no time of its own, and none is given."""
     value = parse_json(member)
     if not isinstance(value, dict):
         raise ValueError("not an object")
@@ -1925,6 +1921,8 @@ def read_member(member: bytes, time: float) -> Notification:
         if not is_count(value.get(name)):
             raise ValueError(f"{name} is not a whole number")
     if not isinstance(timestamp, str) or read_time(timestamp) is None:
+        if time is None:
+            raise LookupError
         timestamp = iso_time(int(time))
     shown = {
         "id": id,
@@ -1993,11 +1991,13 @@ class Notifications:
     def check_many(self, queries: Sequence[tuple[Sequence[str], int]]) -> list[list[Notification] | None]:
         """The same for several (types, limit), all from one snapshot. None for a query that has to read further."""
         count = max(self.SMALLEST_SNAPSHOT, *(limit for _, limit in queries))
-        asked = self._last_ids
-        pending, marked = self._store.snapshot(count, asked)
-        found = list(self._read(pending))
-        ids = self._last_ids = [one.id for one in found]
-        marked |= self._store.acknowledged(list(set(ids).difference(asked)))
+        pending, is_marked = self._store.snapshot(count, self._last_ids)
+        try:
+            found = list(self._read((member, None) for member in pending))
+        except LookupError:  # one has no time but its score
+            found = list(self._read(itertools.islice(self._store.pending(count), count)))
+        known, self._last_ids = () if is_marked else set(self._last_ids), [one.id for one in found]
+        marked = self._store.acknowledged([id for id in self._last_ids if id not in known])
         found = [one for one in found if one.id not in marked]
         answers = [[one for one in found if one.type in types][:limit] for types, limit in queries]
         return [one if len(pending) < count or len(one) == limit else None for one, (_, limit) in zip(answers, queries)]
@@ -2025,14 +2025,14 @@ class Notifications:
         outcomes = iter(self._store.acknowledge_own(ours) if ours else ())
         return [next(outcomes) if found else False for found in times]
 
-    def _read(self, rows: Iterable[tuple[bytes, float]]) -> Iterator[Notification]:
+    def _read(self, rows: Iterable[tuple[bytes, float | None]]) -> Iterator[Notification]:
         """The valid ones that are not acknowledged by their own word. The others stay where they are."""
         for member, at in rows:
             found = self._cached(member, at) if len(member) <= self.LARGEST else self._parse(member, at)
             if found is not None and not found.acknowledged:
                 yield found
 
-    def _parse(self, member: bytes, time: float) -> Notification | None:
+    def _parse(self, member: bytes, time: float | None) -> Notification | None:
         """None for an invalid one, which is logged once."""
         try:
             return read_member(member, time)
