@@ -611,6 +611,14 @@ def on_end_signal(stop: Callable[[float], None], ended: threading.Event) -> obje
     return None
 
 
+def keep_freed_memory() -> None:
+    """By default glibc returns what a document took to the kernel, and then triples the time to read the next one."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt
+            for option, size in ((-3, 4 << 20), (-1, 8 << 20)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD; bytes
+                ctypes.CDLL(None).mallopt(option, size)
+
+
 def prepare_console(title: str | None = None) -> None:
     """Print what the code page lacks as an escape, as UnicodeEncodeError would end the service; name the window."""
     for stream in (sys.stdout, sys.stderr):
@@ -1766,12 +1774,6 @@ def progress(document: dict[str, Any]) -> Progress:
     return Progress(len(beats), prompts, ready=bool(beats) and not waiting)
 
 
-def last_updated(stored: StoredSession, written: int | None) -> str:
-    """The newest of the last save here and the document's own time (ms); its timestamp when there is neither."""
-    known = [time for time in (stored.saved, written) if time is not None]
-    return iso_time(max(known, default=stored.timestamp))
-
-
 def summary(document: dict[str, Any]) -> dict[str, Any]:
     """What a list shows of a session beside its timestamp. Raises NotASession."""
     _check_shape(document, _LISTED)
@@ -1973,7 +1975,7 @@ class Notifications:
         self._store = store
         self._reported: set[bytes] = set()  # by SHA-256
         self._cached = functools.lru_cache(maxsize=self.CACHED)(self._parse)
-        self._last_ids: Sequence[str] = ()  # of the last snapshot
+        self._last: tuple[list[bytes], list[Notification]] = [], []  # the last snapshot, which is mostly the next one
 
     def check(self, types: Sequence[str], limit: int) -> list[Notification]:
         """Those that are not acknowledged, oldest first, `limit` at most."""
@@ -1991,13 +1993,17 @@ class Notifications:
     def check_many(self, queries: Sequence[tuple[Sequence[str], int]]) -> list[list[Notification] | None]:
         """The same for several (types, limit), all from one snapshot. None for a query that has to read further."""
         count = max(self.SMALLEST_SNAPSHOT, *(limit for _, limit in queries))
-        pending, is_marked = self._store.snapshot(count, self._last_ids)
+        last, found = self._last
+        last_ids = [one.id for one in found]
+        pending, is_marked = self._store.snapshot(count, last_ids)
         try:
-            found = list(self._read((member, None) for member in pending))
+            if pending != last:
+                found = list(self._read((member, None) for member in pending))
+                self._last = (pending, found) if sum(map(len, pending)) <= self.LARGEST * count else ([], [])
         except LookupError:  # one has no time but its score
             found = list(self._read(itertools.islice(self._store.pending(count), count)))
-        known, self._last_ids = () if is_marked else set(self._last_ids), [one.id for one in found]
-        marked = self._store.acknowledged([id for id in self._last_ids if id not in known])
+        known = () if is_marked else set(last_ids)
+        marked = self._store.acknowledged([one.id for one in found if one.id not in known])
         found = [one for one in found if one.id not in marked]
         answers = [[one for one in found if one.type in types][:limit] for types, limit in queries]
         return [one if len(pending) < count or len(one) == limit else None for one, (_, limit) in zip(answers, queries)]
@@ -2942,8 +2948,7 @@ def notification_create(services: Services, request: Request) -> Future[Any]:
     body, names = request.body, ("storyUuid", "episodeNumber", *TOTALS.values())
     given = {name: body[name] for name in names if body.get(name) is not None}
     fields = {name: int(value) if is_whole(value) else value for name, value in given.items()}
-    draft = draft_notification(body["type"], int(body["sessionTimestamp"]), **fields)
-    return services.creations.ask(draft)
+    return services.creations.ask(draft_notification(body["type"], int(body["sessionTimestamp"]), **fields))
 
 
 def notification_ack(services: Services, request: Request) -> Future[Any]:
@@ -2960,13 +2965,12 @@ def answer_checks(services: Services, questions: list[tuple[tuple[str, ...], int
     def respond(found: Sequence[Notification]) -> Response:
         return Response(b'{"notifications":[%b]}' % b",".join([one.text for one in found]))
 
-    def check_further(types: Sequence[str], limit: int) -> Response:
-        return respond(services.notifications.check(types, limit))
-
     wanted = list(dict.fromkeys(questions))
     found = services.notifications.check_many(wanted)
     outcomes: dict[Any, Outcome] = {
-        question: services.submit(check_further, *question) if shown is None else respond(shown)
+        question: then(services.submit(services.notifications.check, *question), respond)
+        if shown is None
+        else respond(shown)
         for question, shown in zip(wanted, found)
     }
     return [outcomes[question] for question in questions]
@@ -3014,9 +3018,10 @@ def progress_response(stored: StoredSession, facts: Facts) -> Outcome:
     found = facts.fault or facts.progress
     if not isinstance(found, Progress):
         return ApiError(f"Session {stored.timestamp} is not a session: {found}.")
-    beats, prompts, updated = found.total_beats, found.total_prompts, last_updated(stored, facts.updated)
+    beats, prompts = found.total_beats, found.total_prompts
+    updated = max((time for time in (stored.saved, facts.updated) if time is not None), default=stored.timestamp)
     shown = {"promptsReady": found.ready, "sessionTimestamp": stored.timestamp, "totalBeats": beats}
-    return json_response({**shown, "totalPrompts": prompts, "lastUpdated": updated})
+    return json_response({**shown, "totalPrompts": prompts, "lastUpdated": iso_time(updated)})
 
 
 def answer_creations(services: Services, drafts: list[Draft]) -> list[Outcome]:
@@ -3293,11 +3298,6 @@ def error_statuses(route: Route) -> list[int]:
     return sorted(found - route.responses.keys())
 
 
-def error_schema(route: Route) -> Schema:
-    shape = {name: {"const": value} for name, value in route.error_shape.items()}
-    return _object(**{**shape, "error": _schema("string", "What happened, and what to do next.")})
-
-
 def example_of(schema: Schema) -> Any:
     given = [*schema.get("examples", ()), *(schema[name] for name in ("default", "const") if name in schema)]
     if given or "enum" in schema:
@@ -3315,7 +3315,9 @@ def _describe(route: Route) -> dict[str, Any]:
         return {"content": {"application/json": shown}} if shown else {}
 
     path = [(name, PATH_PARAMETERS[name]) for name in re.findall(r"<(\w+)>", route.path)]
-    outputs = {**route.responses, **dict.fromkeys(error_statuses(route), error_schema(route))}
+    shape = {name: {"const": value} for name, value in route.error_shape.items()}
+    error = _object(**shape, error=_schema("string", "What happened, and what to do next."))
+    outputs = {**route.responses, **dict.fromkeys(error_statuses(route), error)}
     operation: dict[str, Any] = {
         "summary": route.summary,
         "operationId": route.handler.__name__,
@@ -3790,8 +3792,7 @@ class Dispatcher:
 
 
 class Server:
-    """The event loop. stop() lets requests in flight be answered; waitress's own shutdown drops them. `on_stop` ends
-    what they need not wait for."""
+    """The event loop. stop() lets requests in flight be answered (waitress would drop them); `on_stop` comes before."""
 
     def __init__(self, app: bottle.Bottle, sockets: Sequence[socket.socket], on_stop: Callable[[], None]) -> None:
         self._dispatcher = Dispatcher(app, sockets)
@@ -3872,6 +3873,7 @@ def url_of(settings: Settings, port: int) -> str:
 def serve(settings: Settings) -> int:
     """Run until a signal ends it. Raises StartError."""
     sys.setswitchinterval(0.001)  # by default a thread that computes delays each step of a poll by 5 ms
+    keep_freed_memory()
     prepare_data_dir(settings.data_dir)
     running = own_data_dir(settings)
     start_logging(settings.data_dir / "storyteller.log", settings)

@@ -2118,8 +2118,9 @@ def test_what_is_no_document_is_no_session(document, fault):
     ],
 )
 def test_last_updated_is_the_newest_that_is_known(saved, document, ms):
-    stored = service.StoredSession(T, json.dumps(document).encode(), saved)
-    assert service.last_updated(stored, service.find_facts(stored).updated) == service.iso_time(ms)
+    stored = service.StoredSession(T, json.dumps(episode() | document).encode(), saved)
+    response = service.progress_response(stored, service.find_facts(stored))
+    assert json.loads(response.body)["lastUpdated"] == service.iso_time(ms)
 
 
 def test_a_summary_holds_what_a_list_shows_and_no_more():
