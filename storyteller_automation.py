@@ -1136,9 +1136,9 @@ class RedisClient:
             except (redis.ConnectionError, redis.TimeoutError):
                 self._pool.disconnect(inuse_connections=False)  # the other idle ones died with it
                 connection.connect()
-            packed = [command for command in commands if isinstance(command, bytes)]
-            packed[:0] = connection.pack_commands([command for command in commands if not isinstance(command, bytes)])
-            connection.send_packed_command(packed, check_health=False)
+            last = [command for command in commands if isinstance(command, bytes)]  # joined: each part would wake Redis
+            packed = connection.pack_commands([command for command in commands if not isinstance(command, bytes)])
+            connection.send_packed_command([b"".join([*packed, *last])] if last else packed, check_health=False)
             return [self._read_reply(connection) for _ in commands]
         except BaseException:
             connection.disconnect()  # a reply that was not read would be taken for the next one
@@ -3316,7 +3316,7 @@ def _describe(route: Route) -> dict[str, Any]:
 
     path = [(name, PATH_PARAMETERS[name]) for name in re.findall(r"<(\w+)>", route.path)]
     shape = {name: {"const": value} for name, value in route.error_shape.items()}
-    error = _object(**shape, error=_schema("string", "What happened, and what to do next."))
+    error = _object(**{**shape, "error": _schema("string", "What happened, and what to do next.")})
     outputs = {**route.responses, **dict.fromkeys(error_statuses(route), error)}
     operation: dict[str, Any] = {
         "summary": route.summary,
