@@ -434,6 +434,18 @@ def bound(kept: dict[Any, Any], most: int) -> None:
         del kept[next(iter(kept))]
 
 
+def to_json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+@functools.lru_cache(maxsize=256)
+def is_address(host: str) -> bool:
+    """An IP address, not a name."""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return False
+
+
 # ======================================================================================================
 # Platform: files, sockets, the console
 # ======================================================================================================
@@ -869,6 +881,21 @@ def settle(future: Future[T], outcome: T | BaseException) -> None:
         future.set_result(outcome)
 
 
+def settle_by(future: Future[T], function: Callable[..., T], *arguments: Any) -> None:
+    """Settle it with what the function returns or raises."""
+    try:
+        settle(future, function(*arguments))
+    except BaseException as error:
+        settle(future, error)
+
+
+def result_of(outcome: T | BaseException) -> T:
+    """Raise an outcome that is an exception."""
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
+
+
 def then(outcome: T | Future[T], function: Callable[[T], R]) -> R | Future[R]:
     """function(outcome); of a future the future of that. Cancelling it cancels the first one."""
     if not isinstance(outcome, Future):
@@ -877,10 +904,7 @@ def then(outcome: T | Future[T], function: Callable[[T], R]) -> R | Future[R]:
 
     def finish(done: Future[T]) -> None:
         if result.set_running_or_notify_cancel():
-            try:
-                settle(result, function(done.result()))
-            except BaseException as error:
-                settle(result, error)
+            settle_by(result, lambda: function(done.result()))
 
     outcome.add_done_callback(finish)
     result.add_done_callback(lambda done: done.cancelled() and outcome.cancel())
@@ -965,13 +989,6 @@ class Draft:
     member: Callable[[int], bytes]  # time in ms -> the JSON to store
 
 
-def result_of(outcome: T | BaseException) -> T:
-    """Raise an outcome that is an exception."""
-    if isinstance(outcome, BaseException):
-        raise outcome
-    return outcome
-
-
 class Store(Protocol):
     """What both stores do. Times are ms since 1970. Each verb is one atomic step, safe from any thread and beside other
     instances on the same store. It raises Unavailable when the store does not answer. A verb that takes several
@@ -1043,14 +1060,6 @@ class Store(Protocol):
 _Command = Sequence[bytes | str | int] | bytes  # bytes: packed
 
 _REDIS_CODES = r"\b(READONLY|OOM|MISCONF|BUSY|NOPERM|NOAUTH|WRONGPASS|LOADING|MASTERDOWN|WRONGTYPE)\b"
-
-
-@functools.lru_cache(maxsize=256)
-def is_address(host: str) -> bool:
-    """An IP address, not a name."""
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(host))
-    return False
 
 
 class _Connection(redis.connection.AbstractConnection):
@@ -1934,7 +1943,7 @@ def read_member(member: bytes, time: float | None) -> Notification:
         TOTALS[kind]: int(value[TOTALS[kind]]),
         "timestamp": timestamp,
     }
-    text = json.dumps(shown, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text = to_json(shown)
     return Notification(id, kind, text, value.get("acknowledged") is True)
 
 
@@ -1950,7 +1959,7 @@ def draft_notification(type: str, session_timestamp: int, **fields: Any) -> Draf
     def member(time: int) -> bytes:
         value = {"id": f"notif_{time}_{chance}", "type": type, "sessionTimestamp": session_timestamp, **fields}
         value |= {"timestamp": iso_time(time), "acknowledged": False}
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        return to_json(value)
 
     return Draft(type, session_timestamp, member)
 
@@ -2727,10 +2736,6 @@ class Response:
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def to_json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-
 def json_response(body: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] = {}) -> Response:
     return Response(to_json(body), status, headers)
 
@@ -2884,15 +2889,12 @@ class Services:
         result: Future[T] = Future()
         result.set_running_or_notify_cancel()
 
-        def work() -> None:
-            try:
-                if time.monotonic() > deadline:
-                    raise Unavailable("Too many requests wait for a free thread: ask again.", 1)
-                settle(result, function(*arguments))
-            except BaseException as error:
-                settle(result, error)
+        def work() -> T:
+            if time.monotonic() > deadline:
+                raise Unavailable("Too many requests wait for a free thread: ask again.", 1)
+            return function(*arguments)
 
-        (self.large_bodies if is_large else self.pool).submit(work)
+        (self.large_bodies if is_large else self.pool).submit(settle_by, result, work)
         return result
 
 
@@ -3380,6 +3382,7 @@ class Exchange:
     def __init__(self, steps: Steps, call_soon: Callable[[Any], None], done: Callable[[Response], None]) -> None:
         self._steps, self._call_soon, self._done = steps, call_soon, done
         self._future: Future[Any] | None = None
+        self.is_cancellable = False  # whether it waits for what can be withdrawn; all else outlives its client
 
     def advance(self) -> None:
         try:
@@ -3388,11 +3391,8 @@ class Exchange:
             if end.value is not None:
                 self._done(end.value)
             return
+        self.is_cancellable = not self._future.running()  # noted here, as the loop looks at it in each turn
         self._future.add_done_callback(lambda _: self._call_soon(self.advance))
-
-    def is_cancellable(self) -> bool:
-        """Whether it waits for what can be withdrawn. Anything else is carried out, though its client left."""
-        return not (self._future is None or self._future.running() or self._future.done())
 
     def cancel(self) -> bool:
         """Withdraw it if that is possible."""
@@ -3677,7 +3677,7 @@ class Channel(waitress.channel.HTTPChannel):
 
     def readable(self) -> bool:
         """Also where only a client that leaves is to be noticed, so that nothing is kept of it."""
-        return bool(super().readable() or (self.exchange and self.exchange.is_cancellable() and not self.requests[1:]))
+        return bool((self.exchange and self.exchange.is_cancellable and not self.requests[1:]) or super().readable())
 
     def service(self) -> None:
         """Begin with the first of `requests`, once the response before is sent: so write_soon never blocks."""
@@ -3724,9 +3724,8 @@ class Channel(waitress.channel.HTTPChannel):
         super().handle_close()
         if self.exchange and not self.exchange.cancel():
             self.requests[:1] = []  # it is carried out, and _finish() closes it
-        for request in self.requests:
-            request.close()
-        self.requests.clear()
+        while self.requests:
+            self.requests.pop().close()
 
     def state(self) -> tuple[bool, bool]:
         """Whether its client is owed a response, or the rest of one; whether bytes are expected to come or to go."""
@@ -3741,14 +3740,14 @@ class Dispatcher:
         self.stopped_at = math.inf  # monotonic seconds; what begins later is refused
         self._awake = False  # the trigger was pulled since the loop last looked
         self._ready: collections.deque[tuple[Channel, Callable[[], None]]] = collections.deque()
-        self._map: dict[int, Any] = {}
-        waitress.server.create_server(app, map=self._map, sockets=list(sockets), _dispatcher=self, **WAITRESS)
-        self._listeners = [one for one in self._map.values() if isinstance(one, waitress.server.BaseWSGIServer)]
+        self.map: dict[int, Any] = {}  # by descriptor: the channels, the listeners, and a trigger for each of these
+        waitress.server.create_server(app, map=self.map, sockets=list(sockets), _dispatcher=self, **WAITRESS)
+        self._listeners = [one for one in self.map.values() if isinstance(one, waitress.server.BaseWSGIServer)]
         for listener in self._listeners:
             listener.channel_class = Channel
 
     def channels(self) -> list[Channel]:
-        return [one for one in self._map.values() if isinstance(one, Channel)]
+        return [one for one in self.map.values() if isinstance(one, Channel)]
 
     def add_task(self, channel: Channel) -> None:
         self._ready.append((channel, channel.service))  # in the loop's thread, which looks before it waits
@@ -3765,7 +3764,7 @@ class Dispatcher:
                 self._listeners[0].trigger.pull_trigger()
 
     def turn(self, seconds: float) -> None:
-        waitress.wasyncore.loop(0.0 if self._ready else seconds, use_poll=True, map=self._map, count=1)
+        waitress.wasyncore.loop(0.0 if self._ready else seconds, use_poll=True, map=self.map, count=1)
         self._awake = False
         for _ in range(len(self._ready)):
             channel, function = self._ready.popleft()
@@ -3783,7 +3782,7 @@ class Dispatcher:
 
     def close(self) -> None:
         self._awake = True  # so that nothing is written to a descriptor that is somebody else's by then
-        waitress.wasyncore.close_all(self._map)
+        waitress.wasyncore.close_all(self.map)
 
 
 # ======================================================================================================
@@ -3809,10 +3808,10 @@ class Server:
         swept = time.monotonic()
         while self._grace is None:
             self._dispatcher.turn(1.0)
-            now, channels = time.monotonic(), self._dispatcher.channels()
-            if now - swept >= 1.0 or len(channels) > CONNECTIONS:
+            now = time.monotonic()
+            if now - swept >= 1.0 or len(self._dispatcher.map) > CONNECTIONS:
                 swept = now
-                self._sweep(channels, now)
+                self._sweep(self._dispatcher.channels(), now)
         for _ in range(100):  # requests that were sent before may still be in the backlog
             self._dispatcher.turn(0.0)
         self._dispatcher.stop_listening()

@@ -4246,6 +4246,23 @@ class Polled:
 
 
 @pytest.fixture
+def fail_once(monkeypatch) -> Callable[[Any, str, Exception], None]:
+    """Let the next call of a method raise this."""
+
+    def patch(owner: Any, name: str, error: Exception) -> None:
+        method, errors = getattr(owner, name), [error]
+
+        def call(*arguments: Any) -> Any:
+            if errors:
+                raise errors.pop()
+            return method(*arguments)
+
+        monkeypatch.setattr(owner, name, call)
+
+    return patch
+
+
+@pytest.fixture
 def poll_service(make_services, serving) -> Iterator[Callable[..., Polled]]:
     with contextlib.ExitStack() as stack:
 
@@ -4417,17 +4434,10 @@ def test_all_that_ask_while_the_store_is_read_share_the_next_read(poll_service, 
 
 
 @pytest.mark.parametrize("name", ["checks", "progress", "creations", "acknowledgements"])
-def test_a_step_that_fails_is_a_500_and_the_next_is_answered(poll_service, monkeypatch, name):
+def test_a_step_that_fails_is_a_500_and_the_next_is_answered(poll_service, fail_once, name):
     polled = poll_service()
     batcher = getattr(polled.services, name)
-    step, failures = batcher._step, [RuntimeError("a fault of ours")]
-
-    def fail_once(questions: list[Any]) -> Any:
-        if failures:
-            raise failures.pop()
-        return step(questions)
-
-    monkeypatch.setattr(batcher, "_step", fail_once)
+    fail_once(batcher, "_step", RuntimeError("a fault of ours"))
     new = {**NOTIFICATION, "totalPrompts": 1}
     method, path, good = {
         "checks": ("GET", "/api/v1/notifications/check", 200),
@@ -4466,15 +4476,9 @@ def test_who_finds_no_free_thread_in_time_is_told_to_come_back(poll_service, mon
     assert (status, headers["Retry-After"], answer["success"]) == (503, "1", False)
 
 
-def test_a_thread_that_cannot_be_started_fails_one_request_alone(poll_service, monkeypatch):
-    polled, start, failures = poll_service(), threading.Thread.start, [RuntimeError("can't start new thread")]
-
-    def fail_once(thread: threading.Thread) -> None:
-        if failures:
-            raise failures.pop()
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", fail_once)
+def test_a_thread_that_cannot_be_started_fails_one_request_alone(poll_service, fail_once):
+    polled = poll_service()
+    fail_once(threading.Thread, "start", RuntimeError("can't start new thread"))
     assert [polled.ask("GET", "/api/v1/session/5")[0] for _ in range(2)] == [500, 404]
 
 
@@ -4579,15 +4583,9 @@ def test_who_leaves_while_waiting_harms_nobody(poll_service, forwarder):
         assert polled.check() == []
 
 
-def test_a_response_that_cannot_be_sent_closes_its_connection_alone(poll_service, monkeypatch, caplog):
-    polled, responded, failures = poll_service(), service.Activity.responded, [RuntimeError("a fault of ours")]
-
-    def fail_once(activity: service.Activity) -> None:
-        if failures:
-            raise failures.pop()
-        responded(activity)
-
-    monkeypatch.setattr(service.Activity, "responded", fail_once)
+def test_a_response_that_cannot_be_sent_closes_its_connection_alone(poll_service, fail_once, caplog):
+    polled = poll_service()
+    fail_once(service.Activity, "responded", RuntimeError("a fault of ours"))
     with send_request(polled.port, POLL) as client, contextlib.suppress(ConnectionError):
         client.makefile("rb").read()  # until it is closed
     assert "a fault of ours" in caplog.text
