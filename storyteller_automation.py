@@ -3020,10 +3020,9 @@ def progress_response(stored: StoredSession, facts: Facts) -> Outcome:
     found = facts.fault or facts.progress
     if not isinstance(found, Progress):
         return ApiError(f"Session {stored.timestamp} is not a session: {found}.")
-    beats, prompts = found.total_beats, found.total_prompts
     updated = max((time for time in (stored.saved, facts.updated) if time is not None), default=stored.timestamp)
-    shown = {"promptsReady": found.ready, "sessionTimestamp": stored.timestamp, "totalBeats": beats}
-    return json_response({**shown, "totalPrompts": prompts, "lastUpdated": iso_time(updated)})
+    shown = {"promptsReady": found.ready, "sessionTimestamp": stored.timestamp, "totalBeats": found.total_beats}
+    return json_response({**shown, "totalPrompts": found.total_prompts, "lastUpdated": iso_time(updated)})
 
 
 def answer_creations(services: Services, drafts: list[Draft]) -> list[Outcome]:
@@ -3540,14 +3539,15 @@ CONNECTIONS = min(450, descriptor_limit() - 100)  # below what `select` on Windo
 KEEPALIVE_TIMEOUT = 120.0  # seconds that a connection may be idle
 REQUEST_TIMEOUT = 60.0  # seconds in which at least something of a request or a response must move,
 SLOWEST_CLIENT = 1024  # and on average so many bytes a second
+MAX_HEADER = 64 * 1024  # bytes of a request's headers; browsers send 16 KiB at most
 
 WAITRESS: Mapping[str, Any] = {
     # At its limit waitress leaves new clients unanswered; ours is below it, and lets idle ones go first.
     "connection_limit": CONNECTIONS + 40,
     # Never: waitress counts by the wall clock, whose setting would end requests half sent. See Activity.
     "channel_timeout": 1_000_000_000,
-    "max_request_header_size": 64 * 1024,  # browsers send 16 KiB at most
-    # Above our own limit: waitress refuses with a reset, the application with a 413 that says why.
+    # Both above our own limits: what waitress refuses early it does not read, and its reset may overtake the response.
+    "max_request_header_size": 512 * 1024,
     "max_request_body_size": MAX_BODY + 16 * 1024 * 1024,
     # What is smaller stays in memory: a full temporary folder must not delay a session.
     "inbuf_overflow": 9 * 1024 * 1024,
@@ -3638,8 +3638,7 @@ def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
 # Server: below waitress's documentation
 # ======================================================================================================
 
-# waitress documents a server with a thread for each request. Here its event loop takes each request and sends each
-# response, which may come later, and no other thread touches a channel (a connection). All that this rests on:
+# waitress documents a thread for each request. Here its event loop alone touches a channel (a connection), by these:
 WAITRESS_NAMES = {
     "server.create_server server.BaseWSGIServer.add_task": "puts listeners into map=, calls _dispatcher='s add_task()",
     "server.BaseWSGIServer.channel_class channel.HTTPChannel.parser_class": "make a new connection and its parser",
@@ -3651,6 +3650,7 @@ WAITRESS_NAMES = {
     "channel.HTTPChannel.handle_write channel.HTTPChannel.handle_close": "sends output; also when the client leaves",
     "channel.HTTPChannel.send_continue": "answers an Expect: 100-continue that came behind another request",
     "parser.HTTPRequestParser.parse_header parser.HTTPRequestParser.error": "ParsingError; code, reason, body of it",
+    "parser.RequestHeaderFieldsTooLarge": "such an error",
     "task.WSGITask.get_environment task.WSGITask.build_response_header": "what WSGI gives, with Date and Connection",
     "wasyncore.loop wasyncore.close_all trigger.trigger.pull_trigger": "a turn over the map, its end; wakes the loop",
 }
@@ -3663,6 +3663,8 @@ class Channel(waitress.channel.HTTPChannel):
                 super().parse_header(header_plus)
             except ValueError:  # of urllib, as for http://[/: it would end the connection without a response
                 raise waitress.parser.ParsingError("Bad URI") from None
+            if len(header_plus) >= MAX_HEADER:
+                self.error = waitress.parser.RequestHeaderFieldsTooLarge(f"exceeds max_header of {MAX_HEADER}")
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -3746,9 +3748,6 @@ class Dispatcher:
         for listener in self._listeners:
             listener.channel_class = Channel
 
-    def channels(self) -> list[Channel]:
-        return [one for one in self.map.values() if isinstance(one, Channel)]
-
     def add_task(self, channel: Channel) -> None:
         self._ready.append((channel, channel.service))  # in the loop's thread, which looks before it waits
 
@@ -3798,6 +3797,9 @@ class Server:
         self._on_stop = on_stop
         self._grace: float | None = None
 
+    def _channels(self) -> list[Channel]:
+        return [one for one in self._dispatcher.map.values() if isinstance(one, Channel)]
+
     def stop(self, grace: float) -> None:
         """End within about `grace` seconds. Takes no lock: may be called from a signal handler and from any thread."""
         self._grace = grace
@@ -3811,22 +3813,21 @@ class Server:
             now = time.monotonic()
             if now - swept >= 1.0 or len(self._dispatcher.map) > CONNECTIONS:
                 swept = now
-                self._sweep(self._dispatcher.channels(), now)
+                self._sweep(now)
         for _ in range(100):  # requests that were sent before may still be in the backlog
             self._dispatcher.turn(0.0)
         self._dispatcher.stop_listening()
         self._on_stop()
         deadline = time.monotonic() + self._grace
-        while time.monotonic() < deadline and any(any(one.state()) for one in self._dispatcher.channels()):
+        while time.monotonic() < deadline and any(any(one.state()) for one in self._channels()):
             self._dispatcher.turn(0.05)
         self._dispatcher.close()
 
-    @staticmethod
-    def _sweep(channels: Sequence[Channel], now: float) -> None:
+    def _sweep(self, now: float) -> None:
         """Close what waitress's own timeout misses (a byte a second, a client that stopped reading). Past CONNECTIONS,
         close the oldest of those to which nothing is owed, but none in its first second, nor in that of a request: a
         new client must not be the victim of its own arrival."""
-        spare = []
+        spare, channels = [], self._channels()
         for channel in channels:
             owed, moving = channel.state()
             if channel.activity.is_over(now, owed=owed, moving=moving):

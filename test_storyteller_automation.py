@@ -20,6 +20,7 @@ import logging
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -4037,6 +4038,19 @@ def test_what_the_server_refuses_by_itself_has_our_shape_and_headers(start_servi
     assert running.call("GET", "/health")[0] == 200
 
 
+def test_too_large_a_header_is_read_to_its_end_before_it_is_refused(start_service):
+    """What is not read when the connection closes makes a reset of it, in which the response is lost."""
+    running = start_service()
+    with socket.create_connection(("127.0.0.1", running.port), PATIENCE) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000)
+        assert running.call("GET", "/health")[0] == 200
+        assert not select.select([client], [], [], 0)[0]
+        client.sendall(b"\r\n\r\n")
+        answer = http.client.HTTPResponse(client)
+        answer.begin()
+        assert answer.status == 431
+
+
 @pytest.mark.parametrize("hosts", [b"", b"Host: localhost\r\nHost: localhost\r\n"], ids=["none", "two"])
 def test_a_request_with_no_host_or_two_is_a_421(start_service, hosts):
     assert raw_exchange(start_service().port, b"GET /health HTTP/1.0\r\n" + hosts + b"\r\n")[0] == 421
@@ -4231,7 +4245,7 @@ class Polled:
 
     def in_flight(self) -> int:
         """How many connections wait for a response."""
-        return sum(bool(getattr(one, "requests", [])) for one in self.server._dispatcher.channels())
+        return sum(bool(getattr(one, "requests", [])) for one in self.server._channels())
 
     def check(self, query: str = "") -> list[str]:
         """The ids."""
@@ -4533,7 +4547,7 @@ def test_400_starts_wait_without_a_thread_each_and_nothing_is_kept_of_who_left(
     for client in clients:
         client.close()
     wait_until(lambda: polled.in_flight() == 0)
-    wait_until(lambda: len(polled.server._dispatcher.channels()) == 1)
+    wait_until(lambda: len(polled.server._channels()) == 1)
     assert [polled.check() for _ in range(20)] == [[]] * 20
 
 
