@@ -4323,6 +4323,17 @@ def test_the_server_and_wsgi_give_the_same_response(polled, store, method, path)
     assert headers == dict(wsgi.headers)
 
 
+def test_a_request_takes_one_poll_of_all_connections(polled, monkeypatch):
+    """Its response is waited for before the next one."""
+    monkeypatch.setattr(service, "RESPONSE_WAIT", PATIENCE)
+    polls = []
+    poll = polled.server._dispatcher.poll
+    monkeypatch.setattr(polled.server._dispatcher, "poll", lambda seconds: (polls.append(seconds), poll(seconds)))
+    for _ in range(10):
+        assert polled.check() == []
+    assert len(polls) <= 12
+
+
 @pytest.mark.parametrize(
     ("size", "thread"),
     [(100, "server"), (service.SMALL_BODY + 1, "pool_"), (service.LARGE_BODY + 1, "large-bodies_")],
