@@ -3589,8 +3589,7 @@ def open_sockets(host: str, port: int) -> list[socket.socket]:
         if host == "localhost":
             addresses = ["127.0.0.1", "::1"]
         else:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            addresses = [str(found[0][4][0])]
+            addresses = [str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][4][0])]
         for attempt in range(20):
             try:
                 return _listen_on_all(addresses, port)
@@ -3811,9 +3810,9 @@ class Server:
         """Poll, which costs 0.6 us for each connection, then call what is ready. The responses to what begins here are
         mostly due soon: waited for a moment, a request takes one poll instead of two."""
         self._dispatcher.poll(seconds)
-        self._dispatcher.is_awake, due, until = True, 0, time.monotonic() + RESPONSE_WAIT
+        self._dispatcher.is_awake, due, left, until = True, 0, RESPONSE_WAIT, time.monotonic() + RESPONSE_WAIT
         with contextlib.suppress(queue.Empty):
-            while (left := until - time.monotonic()) > 0:
+            while left > 0:
                 channel, function = self._dispatcher.ready.get(due > 0, left)
                 try:
                     function()
@@ -3821,6 +3820,7 @@ class Server:
                     log.exception("server: a request failed")
                     channel.handle_close()
                 due += bool(channel.exchange) - (function != channel.service)
+                left = until - time.monotonic()
         self._dispatcher.is_awake = False
 
     def _sweep(self, now: float) -> None:
