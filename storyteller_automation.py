@@ -328,12 +328,7 @@ ContentTooLarge = _error("ContentTooLarge", 413)
 UnsupportedMediaType = _error("UnsupportedMediaType", 415)
 MisdirectedRequest = _error("MisdirectedRequest", 421)  # a Host header that names another machine
 TooManyRequests = _error("TooManyRequests", 429)
-
-
-class Unavailable(ApiError):
-    """The store does not answer, or the service is stopping or at a limit."""
-
-    status = 503
+Unavailable = _error("Unavailable", 503)  # the store does not answer, or the service is stopping or at a limit
 
 
 # ======================================================================================================
@@ -1166,7 +1161,7 @@ class RedisClient:
         code = re.search(_REDIS_CODES, f"{getattr(error, 'status_code', '')} {error}")
         return code[1] if code else type(error).__name__
 
-    def _unavailable(self, reason: str) -> Unavailable:
+    def _unavailable(self, reason: str) -> ApiError:
         return Unavailable(f"Redis at {self.place} does not answer as it should ({reason}).", 1)
 
     def _open_circuit(self, reason: str) -> None:
@@ -1978,7 +1973,8 @@ class Notifications:
         self._store = store
         self._reported: set[bytes] = set()  # by SHA-256
         self._cached = functools.lru_cache(maxsize=self.CACHED)(self._parse)
-        self._last: tuple[list[bytes], list[Notification]] = [], []  # the last snapshot, which is mostly the next one
+        # The last snapshot, which is mostly the next one: members, what they are, their ids.
+        self._last: tuple[list[bytes], list[Notification], list[str]] = [], [], []
 
     def check(self, types: Sequence[str], limit: int) -> list[Notification]:
         """Those that are not acknowledged, oldest first, `limit` at most."""
@@ -1996,18 +1992,16 @@ class Notifications:
     def check_many(self, queries: Sequence[tuple[Sequence[str], int]]) -> list[list[Notification] | None]:
         """The same for several (types, limit), all from one snapshot. None for a query that has to read further."""
         count = max(self.SMALLEST_SNAPSHOT, *(limit for _, limit in queries))
-        last, last_found = self._last
-        found, last_ids = last_found, [one.id for one in last_found]
-        pending, is_marked = self._store.snapshot(count, last_ids)
-        try:
-            if pending != last:
+        last, found, ids = self._last
+        pending, is_marked = self._store.snapshot(count, ids)
+        if pending != last or is_marked:
+            try:
                 found = list(self._read((member, None) for member in pending))
-                self._last = (pending, found) if sum(map(len, pending)) <= self.LARGEST * count else ([], [])
-        except LookupError:  # one has no time but its score
-            found = list(self._read(itertools.islice(self._store.pending(count), count)))
-        if is_marked or found is not last_found:
-            known = () if is_marked else set(last_ids)
-            marked = self._store.acknowledged([one.id for one in found if one.id not in known])
+                ids = [one.id for one in found]
+                self._last = (pending, found, ids) if sum(map(len, pending)) <= self.LARGEST * count else ([], [], [])
+            except LookupError:  # one has no time but its score
+                found = list(self._read(itertools.islice(self._store.pending(count), count)))
+            marked = self._store.acknowledged([one.id for one in found])
             found = [one for one in found if one.id not in marked]
         answers = [[one for one in found if one.type in types][:limit] for types, limit in queries]
         return [one if len(pending) < count or len(one) == limit else None for one, (_, limit) in zip(answers, queries)]
@@ -3634,7 +3628,7 @@ WAITRESS_NAMES = {
     "server.create_server server.BaseWSGIServer.add_task": "puts listeners into map=, calls _dispatcher='s add_task()",
     "server.BaseWSGIServer.channel_class channel.HTTPChannel.parser_class": "make a new connection and its parser",
     "channel.HTTPChannel.received": "parses bytes into `request`, then `requests`, and calls add_task() for the first",
-    "channel.HTTPChannel.readable": "False while there are `requests`, so that the client waits for the responses",
+    "channel.HTTPChannel.readable channel.HTTPChannel.will_close": "whether the loop reads; whether it closes instead",
     "channel.HTTPChannel.write_soon": "sends, or adds to the output buffer; blocks while that is over its limit",
     "channel.HTTPChannel.total_outbufs_len channel.HTTPChannel.close_when_flushed": "bytes to be sent; what follows",
     "channel.HTTPChannel.current_outbuf_count": "at the limit, the next response gets a buffer of its own",
@@ -3669,8 +3663,10 @@ class Channel(waitress.channel.HTTPChannel):
         return bool(super().received(data))
 
     def readable(self) -> bool:
-        """Also where only a client that leaves is to be noticed, so that nothing is kept of it."""
-        return bool((self.exchange and self.exchange.is_cancellable and not self.requests[1:]) or super().readable())
+        """As waitress's, in half its time; also where a client's leaving is to be noticed, so nothing is kept of it."""
+        if self.requests:
+            return bool(self.exchange and self.exchange.is_cancellable and not self.requests[1:])
+        return not (self.total_outbufs_len or self.close_when_flushed or self.will_close)
 
     def service(self) -> None:
         """Begin with the first of `requests`, once the response before is sent: so write_soon never blocks."""
