@@ -242,7 +242,9 @@ class Settings:
     swarmui_path: Path | None = _row("SWARMUI_PATH", None, _path, "SwarmUI's folder, launch script or executable")
     swarmui_args: tuple[str, ...] = _row("SWARMUI_ARGS", (), lambda text: split_arguments(text), "further arguments")
     swarmui_token: str | None = _row("SWARMUI_TOKEN", None, _cookie, "sent to it as cookie swarm_token", secret=True)
-    swarmui_allow_origin: str | None = _row("SWARMUI_ALLOW_ORIGIN", None, _origin_or_all, "page that it answers, or *")
+    swarmui_allow_origin: str | None = _row(
+        "SWARMUI_ALLOW_ORIGIN", None, _origin_or_all, "page that it answers, or *; by default the only trusted origin"
+    )
     start_timeout: float = _row("SWARMUI_START_TIMEOUT", 30.0, _seconds(0.001), "seconds that a start waits for it")
     poll_interval: float = _row("SWARMUI_POLL_INTERVAL", 2.0, _seconds(0.001), "seconds between two probes")
     health_timeout: float = _row("SWARMUI_HEALTH_TIMEOUT", 2.0, _seconds(0.001), "seconds for one probe")
@@ -297,6 +299,8 @@ def load_settings(given: Mapping[str, str | None], environ: Mapping[str, str], f
         except ValueError as expected:
             shown = f"is {text!r}" if row.repr else "cannot be used"  # a secret
             raise StartError(f"{name} {shown}: expected {expected}.") from None
+    if len(trusted := values.get("trusted_origins", ())) == 1:  # SwarmUI answers one: of several, a person must choose
+        values.setdefault("swarmui_allow_origin", trusted[0])
     return Settings(**values)
 
 
@@ -518,15 +522,15 @@ def nvidia_smi_places() -> list[str]:
     return [rf"{system}\System32\nvidia-smi.exe", rf"{programs}\NVIDIA Corporation\NVSMI\nvidia-smi.exe"]
 
 
-def write_private(path: Path, text: str) -> None:
-    """Create `path`, readable by its owner only and whole or not at all. Raises FileExistsError."""
+def write_private(path: Path, text: str, *, replace: bool = False) -> None:
+    """Create `path`, readable by its owner only and whole or not at all. Raises FileExistsError unless `replace`."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         with open(draft, "x", encoding="ascii", opener=_open_private) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        (os.rename if WINDOWS else os.link)(draft, path)  # neither replaces a file: on POSIX a rename would
+        (os.replace if replace else os.rename if WINDOWS else os.link)(draft, path)  # on POSIX os.rename replaces
     finally:
         draft.unlink(missing_ok=True)
 
@@ -2503,6 +2507,9 @@ PERMISSIONS = (
 SUBJECT_PATTERN = r"[A-Za-z0-9._-]{1,64}"
 TOKEN_TTL = 12 * 3600  # seconds, by default
 TOKEN_TTL_RANGE = (60, 30 * 24 * 3600)
+LOCAL_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
+REFUSED_ORIGINS = "refused_origins.json"  # in the data folder
+TRUST_ADVICE = "to trust its pages without a token, add it to STORYTELLER_TRUSTED_ORIGINS"
 
 
 @dataclass(frozen=True)
@@ -2564,16 +2571,25 @@ class Authenticator:
         self._cache: dict[str, tuple[float, Caller]] = {}  # digest -> when the store was asked
         self._revoked: dict[str, None] = {}  # digests revoked here: also against a look-up in progress
         self._failures: dict[str, list[float]] = {}  # address -> when it sent wrong tokens
+        self._noted: dict[str, None] = {}  # origins that _note() was given in this run
 
-    def known(self, environ: Mapping[str, Any]) -> Caller | None:
-        """Who sent this request; None when only the store can tell: call identify(). Raises Unauthorized when there
-        is neither a token nor a trusted page, BadRequest."""
+    def known(self, environ: Mapping[str, Any], *, may_wait: bool = False) -> Caller | None:
+        """Who sent this request; None when only identify() can tell, as it may wait for the store and for files. Raises
+        Unauthorized when there is neither a token nor a trusted page, BadRequest."""
         token = self._token_of(environ)
         if token is None:
-            caller = self._by_origin(environ)
-            if caller is None:
-                raise Unauthorized("A token is needed: send the header Authorization: Bearer <token>.")
-            return caller
+            caller, origin = self._by_origin(environ), str(environ.get("HTTP_ORIGIN"))
+            if caller:
+                return caller
+            advice = "A token is needed: send the header Authorization: Bearer <token>."
+            # No other origin is repeated anywhere, and none that the settings could not trust.
+            if re.fullmatch(LOCAL_ORIGIN, origin) and is_from_this_pc(environ):
+                if origin not in self._noted:
+                    if not may_wait:
+                        return None
+                    self._note(origin)
+                advice += f" {origin} is not trusted: {TRUST_ADVICE}."
+            raise Unauthorized(advice)
         # Bytes, since compare_digest refuses text beyond ASCII, which a header may contain.
         if hmac.compare_digest(token.encode("utf-8", "surrogateescape"), self._api_token):
             return self._owner
@@ -2582,7 +2598,7 @@ class Authenticator:
 
     def identify(self, environ: Mapping[str, Any]) -> Caller:
         """The same, asking the store where it must. Raises Unauthorized, TooManyRequests, Unavailable, BadRequest."""
-        caller, page = self.known(environ), self._by_origin(environ)
+        caller, page = self.known(environ, may_wait=True), self._by_origin(environ)
         try:
             caller = caller or self._look_up(digest_of(self._token_of(environ) or "")) or page
         except Unavailable:
@@ -2637,13 +2653,22 @@ class Authenticator:
         return caller if caller and self._is_good(caller) else None
 
     def _by_origin(self, environ: Mapping[str, Any]) -> Caller | None:
-        """A trusted page on this PC. Behind a proxy on this machine every client would have a loopback address."""
+        """A trusted page on this PC."""
         origin = environ.get("HTTP_ORIGIN")
-        if origin not in self._settings.trusted_origins or not is_loopback(str(environ.get("REMOTE_ADDR", ""))):
-            return None
-        if any(name in ("HTTP_FORWARDED", "HTTP_VIA") or name.startswith("HTTP_X_FORWARDED_") for name in environ):
+        if origin not in self._settings.trusted_origins or not is_from_this_pc(environ):
             return None
         return Caller(f"origin:{origin}", tuple(one for one in PERMISSIONS if one != "admin"))
+
+    def _note(self, origin: str) -> None:
+        """Once a run, name a refused origin on the console, and keep it for `check` with the 19 before it."""
+        with self._lock:  # until it is written, as of two writes at once one would be lost
+            if origin not in self._noted:
+                self._noted[origin] = None
+                bound(self._noted, self.ENTRIES)
+                log.warning("http: %s sent no token and is not trusted: %s", origin, TRUST_ADVICE)
+                kept = [one for one in refused_origins(self._settings) if one != origin][-19:]
+                with contextlib.suppress(OSError):  # the console has named it
+                    write_private(self._settings.data_dir / REFUSED_ORIGINS, json.dumps([*kept, origin]), replace=True)
 
     def _count_failure(self, address: str) -> None:
         """Raises TooManyRequests past so many wrong tokens a minute; a missing one does not count."""
@@ -2662,6 +2687,12 @@ def is_loopback(address: str) -> bool:
         found = ipaddress.ip_address(address)
         return (getattr(found, "ipv4_mapped", None) or found).is_loopback
     return False
+
+
+def is_from_this_pc(environ: Mapping[str, Any]) -> bool:
+    """Behind a proxy on this machine every client would have a loopback address."""
+    forwarded = any(name in ("HTTP_FORWARDED", "HTTP_VIA") or name.startswith("HTTP_X_FORWARDED_") for name in environ)
+    return not forwarded and is_loopback(str(environ.get("REMOTE_ADDR", "")))
 
 
 def is_own_host(host: str | None, settings: Settings) -> bool:
@@ -2691,6 +2722,14 @@ def own_token(settings: Settings) -> str:
 
 def token_path(settings: Settings) -> Path:
     return settings.data_dir / "api_token"
+
+
+def refused_origins(settings: Settings) -> list[str]:
+    """What was kept of refused origins, without those that are trusted now; nothing when the file is damaged."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        found = list(parse_json((settings.data_dir / REFUSED_ORIGINS).read_bytes()))[-20:]
+        return [one for one in found if re.fullmatch(LOCAL_ORIGIN, str(one)) and one not in settings.trusted_origins]
+    return []
 
 
 # ======================================================================================================
@@ -3929,6 +3968,8 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
         print(f"  {name:<11} {text}", flush=True)
     if settings.host.lower() != "localhost" and not is_loopback(settings.host):
         log.warning("server: the network traffic is not encrypted: set STORYTELLER_HOST=localhost if you can")
+    if missed := missed_sessions(settings):
+        log.warning("store: %s", missed)
     try:
         store.ping()
     except Unavailable as fault:
@@ -3944,6 +3985,7 @@ def check(arguments: Mapping[str, str | None]) -> int:
     return int(failed)
 
 
+STORYARTS_REDIS = "redis://127.0.0.1:6379/0"  # the one that StoryArt's own server uses by default
 Check = tuple[str, str, str]  # OK, WARN or FAIL; the subject; what was found, and what to do
 
 
@@ -3956,6 +3998,7 @@ def run_checks(arguments: Mapping[str, str | None]) -> Iterator[Check]:
     env_file = HERE / ".env"
     yield "OK", "settings", f"read from arguments, environment and {env_file if env_file.exists() else 'no .env file'}"
     yield check_store(settings)
+    yield from check_storyart(settings)
     status = query_gpus(find_nvidia_smi(settings), set())
     good = f"{status.gpu_count} GPU(s), {status.memory_total} MiB"
     yield "OK" if status.available else "WARN", "nvidia-smi", status.error or good
@@ -3966,8 +4009,29 @@ def run_checks(arguments: Mapping[str, str | None]) -> Iterator[Check]:
     yield check_port(settings)
 
 
+def missed_sessions(settings: Settings) -> str | None:
+    """A warning that StoryArt's sessions are in Redis and not in the embedded store. It takes 0.4 s at most."""
+    limits: dict[str, Any] = {"socket_connect_timeout": 0.2, "socket_timeout": 0.2}  # from_url() does not retry
+    client = redis.Redis.from_url(STORYARTS_REDIS, protocol=2, driver_info=None, **limits)
+    with contextlib.suppress(redis.RedisError, OSError, ValueError), client:  # ValueError: what answers is no Redis
+        if settings.redis_address is None and client.exists(RedisStore.INDEXES[1]):
+            return f"StoryArt's sessions are in Redis, which is not used here: set REDIS_URL={STORYARTS_REDIS}"
+    return None
+
+
+def check_storyart(settings: Settings) -> Iterator[Check]:
+    """Whether StoryArt's own server has another store."""
+    url, missed = settings.redis_address, missed_sessions(settings)
+    if missed:
+        yield "WARN", "StoryArt", missed
+    if url and redis.connection.parse_url(url).get("db"):
+        yield "WARN", "StoryArt", "its own server always uses database 0: name that one in REDIS_URL"
+
+
 def check_pages(settings: Settings) -> Iterator[Check]:
-    """Whether the right pages can see SwarmUI."""
+    """Whether the right pages can call this service, and see SwarmUI."""
+    for origin in refused_origins(settings):
+        yield "WARN", "pages", f"{origin} sent no token and is not trusted: {TRUST_ADVICE}"
     allowed, pages = settings.swarmui_allow_origin, settings.trusted_origins
     if allowed == "*":
         advice = "SWARMUI_ALLOW_ORIGIN is *, which opens SwarmUI to every page: set it to StoryArt's origin"

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import email.utils
+import functools
 import http.client
 import http.server
 import importlib
@@ -733,26 +734,30 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.upper() not in ours}
 
 
+def change_constants(module: Path, **constants: Any) -> None:
+    """Give constants of a copy of the module another value."""
+    for name, value in constants.items():
+        text = module.read_text("utf-8")
+        text, count = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", text, flags=re.MULTILINE)
+        assert count == 1
+        module.write_text(text, "utf-8")
+
+
 @pytest.fixture
 def module_copy(tmp_path: Path) -> Path:
-    """The module in a folder of its own, with a space in its name, where no .env of this PC is read."""
+    """The module in a folder of its own, with a space in its name, where no .env of this PC is read. It looks for
+    StoryArt's sessions where no Redis is."""
     folder = tmp_path / "the service"
     folder.mkdir()
-    return Path(shutil.copy(HERE / "storyteller_automation.py", folder))
+    module = Path(shutil.copy(HERE / "storyteller_automation.py", folder))
+    change_constants(module, STORYARTS_REDIS=f"redis://127.0.0.1:{free_port()}/0")
+    return module
 
 
 @pytest.fixture
 def change_module(module_copy: Path) -> Callable[..., None]:
     """Gives constants of the module that is started another value."""
-
-    def change(**constants: Any) -> None:
-        for name, value in constants.items():
-            text = module_copy.read_text("utf-8")
-            text, count = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", text, flags=re.MULTILINE)
-            assert count == 1
-            module_copy.write_text(text, "utf-8")
-
-    return change
+    return functools.partial(change_constants, module_copy)
 
 
 @pytest.fixture
@@ -831,6 +836,21 @@ def test_arguments_win_over_the_environment_and_that_over_the_env_file(tmp_path,
     (tmp_path / ".env").write_text(f"STORYTELLER_PORT={env_file or ''}")
     environ = {} if environment is None else {"STORYTELLER_PORT": environment}
     assert service.load_settings({"port": argument}, environ, tmp_path / ".env").port == port
+
+
+@pytest.mark.parametrize(
+    ("trusted", "given", "allowed"),
+    [
+        pytest.param("http://localhost:3000", "", "http://localhost:3000", id="the only trusted one"),
+        pytest.param("http://localhost:3000", "http://a", "http://a", id="one that is set wins"),
+        pytest.param("http://localhost:3000 http://localhost:4000", "", None, id="none of two"),
+        pytest.param("none", "", None, id="nothing is trusted"),
+        pytest.param("", "", None, id="nothing is set"),
+    ],
+)
+def test_the_only_trusted_origin_is_also_the_one_that_swarmui_answers(tmp_path, trusted, given, allowed):
+    found = read_settings(tmp_path, STORYTELLER_TRUSTED_ORIGINS=trusted, SWARMUI_ALLOW_ORIGIN=given)
+    assert found.swarmui_allow_origin == allowed
 
 
 @pytest.mark.parametrize(
@@ -1038,6 +1058,13 @@ def test_quotes_that_are_not_closed(tmp_path):
 def test_a_private_file_is_whole(tmp_path):
     service.write_private(tmp_path / "kept", "text")
     assert (tmp_path / "kept").read_text() == "text"
+    assert [one.name for one in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_private_file_can_replace_another(tmp_path):
+    for text in ("the first", "second"):
+        service.write_private(tmp_path / "kept", text, replace=True)
+        assert ((tmp_path / "kept").read_text(), is_its_owners(tmp_path / "kept")) == (text, True)
     assert [one.name for one in tmp_path.iterdir()] == ["kept"]
 
 
@@ -3942,6 +3969,143 @@ def test_what_is_not_the_trusted_page_on_this_pc_is_not_trusted(page_app, change
     page_app.get("/api/v1/notifications/check", extra_environ=environ, status=401)
 
 
+# ------------------------------------------------------------------------------ refused pages ----
+
+REFUSED_PATH = "/api/v1/notifications/check"
+
+
+def refused_text(page_app: webtest.TestApp, origin: str, **environ: str) -> str:
+    """The error of a poll that a page is refused."""
+    return page_app.get(REFUSED_PATH, headers={"Origin": origin}, extra_environ=environ, status=401).json["error"]
+
+
+def advice_for(settings: service.Settings, **changed: Any) -> list[str]:
+    """What `check` says of pages that were refused, with other settings where they are given."""
+    found = service.check_pages(dataclasses.replace(settings, **changed))
+    return [text for _, subject, text in found if subject == "pages"]
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["http://localhost:3001", "https://localhost:3001", "http://localhost", "https://127.0.0.1", "http://[::1]:65535"],
+)
+def test_a_page_on_this_pc_that_is_refused_for_want_of_a_token_is_named(page_app, settings, caplog, origin):
+    told = [refused_text(page_app, origin), *[one.getMessage() for one in caplog.records], *advice_for(settings)]
+    assert len(told) == 3
+    assert all(f"{origin} " in text and "STORYTELLER_TRUSTED_ORIGINS" in text for text in told)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [FOREIGN, "null", "http://localhost.evil.example", "http://evil.example#http://localhost", "http://localhost:3000/",
+     "http://localhost:3000@evil.example", "http://127.0.0.2:3000", "http://[::1].evil.example", "file://localhost"],
+)  # fmt: skip
+def test_a_page_that_is_elsewhere_is_named_nowhere(page_app, settings, caplog, origin):
+    assert origin not in refused_text(page_app, origin)
+    assert caplog.text == ""
+    assert not (settings.data_dir / "refused_origins.json").exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param({"REMOTE_ADDR": "192.168.1.7"}, id="a call of another PC"),
+        pytest.param({"HTTP_X_FORWARDED_FOR": "1.2.3.4"}, id="a call that was forwarded"),
+        pytest.param({"HTTP_AUTHORIZATION": "Bearer unknown"}, id="a wrong token"),
+        pytest.param({"HTTP_ORIGIN": TRUSTED, "REMOTE_ADDR": "192.168.1.7"}, id="a trusted page on another PC"),
+    ],
+)
+def test_a_page_that_trust_would_not_help_is_named_nowhere(page_app, caplog, changed):
+    assert "http://localhost" not in refused_text(page_app, PAGE, **changed)
+    assert caplog.text == ""
+
+
+def test_a_refused_page_is_warned_of_once_a_run(page_app, caplog):
+    for origin in ("http://localhost:3001", "http://localhost:3002") * 3:
+        assert origin in refused_text(page_app, origin)
+    assert [one.getMessage().split()[1] for one in caplog.records] == ["http://localhost:3001", "http://localhost:3002"]
+
+
+def test_a_refused_page_is_told_of_on_the_console_and_by_check_until_it_is_trusted(start_service, run_module):
+    running = start_service()
+    for origin in (PAGE, PAGE, TRUSTED):
+        assert running.call("GET", REFUSED_PATH, headers={"Origin": origin})[0] == 401
+    wait_until(lambda: TRUSTED in running.printed)
+    warned = [line for line in running.printed.splitlines() if PAGE in line]
+    assert len(warned) == 1
+    assert "STORYTELLER_TRUSTED_ORIGINS" in warned[0]
+    lines = [line for line in run_module("check").stdout.splitlines() if line.startswith("WARN pages: ")]
+    assert [(PAGE in line, TRUSTED in line) for line in lines] == [(True, False), (False, True)]
+    assert "WARN pages: " not in run_module("check", STORYTELLER_TRUSTED_ORIGINS=f"{PAGE} {TRUSTED}").stdout
+
+
+def test_check_names_a_page_that_an_earlier_run_refused(make_app, settings):
+    for origin in (PAGE, TRUSTED):
+        app = as_caller(make_app(), None)  # a new run
+        refused_text(app, origin, REMOTE_ADDR="127.0.0.1")
+    assert [text.split()[0] for text in advice_for(settings)] == [PAGE, TRUSTED]
+    assert [text.split()[0] for text in advice_for(settings, trusted_origins=(PAGE,))] == [TRUSTED]
+
+
+def test_the_20_pages_refused_last_are_kept(make_app, settings):
+    origins = [f"http://localhost:{port}" for port in range(5000, 5025)]
+    for origin in [*origins, origins[10]]:
+        refused_text(as_caller(make_app(), None), origin, REMOTE_ADDR="127.0.0.1")
+    assert json.loads((settings.data_dir / "refused_origins.json").read_text()) == [
+        *origins[5:10],
+        *origins[11:],
+        origins[10],
+    ]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b"", b"\xff", b'["http://localhost:1"', b"5", b'{"a": 1}', pytest.param(b"[" * 100_000, id="nested"),
+     b'[5, null, ["a"], {}, "a"]', b'["\\ud800"]', b'["http://evil.example"]',
+     b'["http://localhost:1\\nhttp://evil.example"]'],
+)  # fmt: skip
+def test_a_list_of_refused_pages_that_is_damaged_is_begun_again(page_app, settings, damaged):
+    path = settings.data_dir / "refused_origins.json"
+    path.write_bytes(damaged)
+    assert advice_for(settings) == []
+    refused_text(page_app, PAGE)
+    assert json.loads(path.read_text()) == [PAGE]
+
+
+def test_a_list_of_refused_pages_that_cannot_be_written_changes_no_response(page_app, settings, caplog):
+    (settings.data_dir / "refused_origins.json").mkdir()
+    for _ in range(2):
+        assert PAGE in refused_text(page_app, PAGE)
+    assert [one.levelname for one in caplog.records] == ["WARNING"]
+    assert advice_for(settings) == []
+    assert [one.name for one in settings.data_dir.iterdir() if "refused" in one.name] == ["refused_origins.json"]
+
+
+def test_pages_that_are_refused_at_the_same_time_are_all_kept(page_app, settings):
+    origins = [f"http://localhost:{port}" for port in range(5000, 5016)]
+    with ThreadPoolExecutor(len(origins)) as pool:
+        list(pool.map(functools.partial(refused_text, page_app), origins))
+    assert sorted(json.loads((settings.data_dir / "refused_origins.json").read_text())) == origins
+
+
+def test_a_refused_page_is_written_down_once_a_run_and_not_by_the_event_loop(make_app, serving, monkeypatch):
+    threads, real = [], service.write_private
+
+    def write(*arguments: Any, **options: Any) -> None:
+        threads.append(threading.current_thread().name.split("_")[0])
+        real(*arguments, **options)
+
+    monkeypatch.setattr(service, "write_private", write)
+    made = serving(make_app().app)
+    for _ in range(3):
+        request = f"GET {REFUSED_PATH} HTTP/1.1\r\nHost: localhost\r\nOrigin: {PAGE}\r\nConnection: close\r\n\r\n"
+        assert raw_exchange(made.port, request.encode())[0] == 401
+    assert threads == ["pool"]
+
+
+# ------------------------------------------------------------------------- addresses and hosts ----
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.3.2.1", "::1", "::ffff:127.0.0.1"])
 def test_each_loopback_address_is_this_pc(page_app, address):
     environ = {"HTTP_ORIGIN": TRUSTED, "REMOTE_ADDR": address}
@@ -4190,8 +4354,7 @@ def test_storyarts_own_calls_work_without_a_token(start_service, nvidia_smi, swa
     """Its four calls and its probe of SwarmUI, as the page sends them; from anywhere else they get 401."""
     page = "http://localhost:3000"
     running = start_service(
-        STORYTELLER_TRUSTED_ORIGINS=page,
-        SWARMUI_ALLOW_ORIGIN=page,
+        STORYTELLER_TRUSTED_ORIGINS=page,  # which is the page that SwarmUI answers, too
         NVIDIA_SMI=nvidia_smi(GOOD, {}),
         SWARMUI_PATH=str(swarmui_folder()),
         SWARMUI_API_URL=settings.swarmui_api_url,
@@ -6717,6 +6880,11 @@ def test_help_names_every_setting(run_module):
     assert (done.returncode, names - set(done.stdout.split())) == (0, set())
 
 
+def test_help_says_which_page_swarmui_answers_by_default(run_module):
+    (line,) = [line for line in run_module("--help").stdout.splitlines() if "SWARMUI_ALLOW_ORIGIN" in line]
+    assert line.endswith("by default the only trusted origin")
+
+
 @pytest.fixture
 def wrong(tmp_path: Path, module_copy: Path, other_program_port: int) -> dict[str, str]:
     """Values for a start that fails, by their names."""
@@ -6862,6 +7030,92 @@ def test_check_fails_for_a_bad_setting(run_module, value):
 def test_check_knows_this_service_on_the_port(start_service, run_module):
     done = run_module("check", STORYTELLER_PORT=str(start_service().port))
     assert (read_check(done)["port"], done.returncode) == ("OK", 0)
+
+
+# --------------------------------------------------------------------------- StoryArt's sessions ----
+
+
+@pytest.fixture
+def storyarts_redis(redis_url: str, other_program: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a Redis with a session of StoryArt's, where its own server has them by default."""
+    other_program.zadd("storyart:sessions:index", {f"storyart:session:{T}": T})
+    monkeypatch.setattr(service, "STORYARTS_REDIS", redis_url)
+    return redis_url
+
+
+def test_storyarts_own_server_uses_database_0_of_this_pc_by_default():
+    assert service.STORYARTS_REDIS == "redis://127.0.0.1:6379/0"
+
+
+def test_a_start_on_the_embedded_store_warns_of_storyarts_sessions_in_redis(
+    start_service, change_module, storyarts_redis
+):
+    change_module(STORYARTS_REDIS=storyarts_redis)
+    made = start_service()
+    advice = f"StoryArt's sessions are in Redis, which is not used here: set REDIS_URL={storyarts_redis}"
+    wait_until(lambda: f"store: {advice}" in made.printed)
+
+
+def test_check_on_the_embedded_store_warns_of_storyarts_sessions_in_redis(run_module, change_module, storyarts_redis):
+    change_module(STORYARTS_REDIS=storyarts_redis)
+    done = run_module("check")
+    assert (read_check(done)["StoryArt"], done.returncode) == ("WARN", 0)
+    assert f"set REDIS_URL={storyarts_redis}" in done.stdout
+
+
+@pytest.mark.parametrize("changed", [{"redis_url": "redis://127.0.0.1:1/0"}, {"redis_port": 1}, {"redis_host": "a"}])
+def test_with_a_redis_that_is_set_no_sessions_are_missed(settings, storyarts_redis, changed):
+    found = [service.missed_sessions(one) for one in (settings, dataclasses.replace(settings, **changed))]
+    assert [bool(one) for one in found] == [True, False]
+
+
+def test_a_redis_without_storyarts_sessions_is_not_missed(settings, storyarts_redis, other_program):
+    other_program.rename("storyart:sessions:index", "session:latest")
+    assert service.missed_sessions(settings) is None
+
+
+def is_missed_in_time(settings: service.Settings) -> bool:
+    """Whether StoryArt's sessions are missed. It may not take longer than a start can wait."""
+    began = time.monotonic()
+    missed = service.missed_sessions(settings)
+    assert time.monotonic() - began < 0.5
+    return bool(missed)
+
+
+@pytest.mark.parametrize("answering", ["nobody", "silence", "another program"])
+def test_where_no_redis_answers_no_sessions_are_missed_and_a_start_does_not_wait(
+    settings, monkeypatch, other_program_port, answering
+):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        ports = {"nobody": free_port(), "silence": silent.getsockname()[1], "another program": other_program_port}
+        monkeypatch.setattr(service, "STORYARTS_REDIS", f"redis://127.0.0.1:{ports[answering]}/0")
+        assert not is_missed_in_time(settings)
+
+
+def test_a_redis_that_needs_a_password_is_not_missed_and_a_start_does_not_wait(settings, monkeypatch, own_redis):
+    made = own_redis()
+    made.tell("ZADD", "storyart:sessions:index", T, f"storyart:session:{T}")
+    monkeypatch.setattr(service, "STORYARTS_REDIS", made.url)
+    assert is_missed_in_time(settings)
+    made.tell("CONFIG", "SET", "requirepass", "a-word")
+    assert not is_missed_in_time(settings)
+
+
+@pytest.mark.parametrize(
+    ("url", "warned"),
+    [("redis://a/1", True), ("redis://a:6380/15?db=3", True), ("unix:///a/socket?db=2", True), ("redis://a/0", False),
+     ("redis://a", False), ("rediss://user:word@a:6380/", False), ("redis://a/2?db=0", False), (None, False)],
+)  # fmt: skip
+def test_check_warns_of_a_database_that_storyarts_own_server_does_not_use(settings, monkeypatch, url, warned):
+    monkeypatch.setattr(service, "STORYARTS_REDIS", f"redis://127.0.0.1:{free_port()}/0")
+    found = list(service.check_storyart(dataclasses.replace(settings, redis_url=url)))
+    advice = "its own server always uses database 0: name that one in REDIS_URL"
+    assert found == ([("WARN", "StoryArt", advice)] if warned else [])
+
+
+def test_check_shows_what_it_found_of_the_database(run_module):
+    done = run_module("check", REDIS_URL=f"redis://127.0.0.1:{free_port()}/7")
+    assert read_check(done)["StoryArt"] == "WARN"
 
 
 # ======================================================================================================
@@ -7540,7 +7794,7 @@ def test_a_time_to_live_is_read_in_its_unit(text, seconds):
     ("changed", "words"),
     [
         ({"swarmui_allow_origin": "*"}, "every page"),
-        ({"trusted_origins": ("http://localhost:3000",)}, "SWARMUI_ALLOW_ORIGIN"),
+        ({"trusted_origins": ("http://localhost:3000", "http://localhost:4000")}, "SWARMUI_ALLOW_ORIGIN"),
         ({}, None),
         ({"trusted_origins": ("http://localhost:3000",), "swarmui_allow_origin": "http://localhost:3000"}, None),
     ],
