@@ -16,8 +16,10 @@ The sections, each under a banner, each depending only on those above it:
     Stores: the interface                   what a store can do, and what is atomic
     Redis: connections and scripts          retries, the circuit breaker, the Lua scripts
     Stores: Redis                           the interface on Redis
+    Stores: Redis with both copies          StoryArt's copy of a session beside StorySwarm's
     Stores: SQLite                          the same on SQLite, in the same order
     Sessions                                pure functions of a document; the cache of their results by SHA-256
+    Bridge                                  the two copies of a session kept in step: who wins, and who looks
     Notifications                           what one is, which are valid, when a session announces one
     GPU                                     the parser (pure) and the monitor (one run at a time, cached)
     SwarmUI: the client                     what answers at its URL, whose pages it answers, what to launch
@@ -40,6 +42,7 @@ of the store, the thread pool, nvidia-smi or SwarmUI completes; the event loop s
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import ctypes
@@ -194,6 +197,12 @@ def _origin_or_all(text: str) -> str:
     return text if text == "*" else _origin(text)
 
 
+def _switch(text: str) -> bool:
+    if text.lower() not in ("on", "off"):
+        raise ValueError("on or off")
+    return text.lower() == "on"
+
+
 def _list_of(read: Callable[[str], str]) -> Callable[[str], tuple[str, ...]]:
     """Separated by commas or spaces; `none` is an empty one."""
     return lambda text: () if text.lower() == "none" else tuple(map(read, re.findall(r"[^,\s]+", text)))
@@ -236,6 +245,7 @@ class Settings:
     redis_url: str | None = _row("REDIS_URL", None, _redis_url, "the Redis to use; overrides the next two", secret=True)
     redis_host: str | None = _row("REDIS_HOST", None, _host, "the Redis to use; 127.0.0.1 when only the port is set")
     redis_port: int | None = _row("REDIS_PORT", None, _whole(1, 65535), "its port; 6379 when only the host is set")
+    bridge: bool = _row("STORYTELLER_BRIDGE", True, _switch, "on or off: keep both copies of a session in step")
     nvidia_smi: str | None = _row("NVIDIA_SMI", None, _program, "the nvidia-smi program; by default the one on PATH")
     gpu_cache_seconds: float = _row("GPU_CACHE_SECONDS", 5.0, _seconds(0), "seconds for which a GPU status is cached")
     swarmui_api_url: str = _row("SWARMUI_API_URL", "http://localhost:7801", _http_url, "where SwarmUI answers")
@@ -375,8 +385,8 @@ def parse_json(data: bytes, *, from_request: bool = False) -> Any:
             parse_int=whole,
             object_pairs_hook=unique if from_request else None,
         )
-        if re.search(rb"\\u[dD][89a-fA-F]", data):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair cannot be written back
+        if from_request and re.search(rb"\\u[dD][89a-fA-F]", data):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is not UTF-8
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
     except UnicodeEncodeError:
@@ -432,8 +442,9 @@ def bound(kept: dict[Any, Any], most: int) -> None:
         del kept[next(iter(kept))]
 
 
-def to_json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+def to_json(value: Any) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace")  # half a surrogate pair as the escape that it was
 
 
 @functools.lru_cache(maxsize=256)
@@ -976,6 +987,54 @@ class StoredSession:
     document: bytes | None  # None: its key is of another type than text
     saved: int | None = None  # ms, when this service saved it last; a later save has a later time
     announced: str | None = None  # the type of the notification that it announced last
+    marks: tuple[str, str] | None = None  # see Copies; None where there is no second copy
+    storyart_size: int | None = None  # bytes of StoryArt's copy; None where the document is that one
+
+    @functools.cached_property
+    def mark(self) -> str:
+        return mark_of(self.document)
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether both copies are as they were when they were last in step; StoryArt's by its length alone."""
+        if not self.marks or self.storyart_size is None:
+            return self.marks in (None, ("0", self.mark))
+        return (self.marks[0], self.marks[1].partition(" ")[0]) == (self.mark, str(self.storyart_size))
+
+
+def mark_of(document: bytes | None) -> str:
+    """By which a copy is known: its length and its SHA-256; "0" for none."""
+    return f"{len(document)} {hashlib.sha256(document).hexdigest()}" if document is not None else "0"
+
+
+@dataclass(frozen=True)
+class Copies:
+    """The two copies of a session, and what is known of them."""
+
+    timestamp: int
+    storyswarm: bytes | None
+    storyart: bytes | None
+    marks: tuple[str, str] = ("", "")  # of these two when they were last in step; "" before that
+    by_storyart: bool = False  # whether StoryArt has written this session
+
+    @functools.cached_property
+    def found(self) -> tuple[str, str]:
+        """The marks as they are now."""
+        return mark_of(self.storyswarm), mark_of(self.storyart)
+
+    def is_changed(self, copy: int) -> bool:
+        """Whether the first (0) or the second (1) of them is there, and was written since they were in step."""
+        return self.found[copy] not in ("0", self.marks[copy])
+
+
+@dataclass(frozen=True)
+class Change:
+    """What brings the copies in step: the documents to write, None for one that stays."""
+
+    storyswarm: bytes | None = None
+    storyart: bytes | None = None
+    by_storyart: bool = False
+    draft: Draft | None = None
 
 
 @dataclass(frozen=True)
@@ -1012,9 +1071,17 @@ class Store(Protocol):
     def newest_copy(self) -> bytes | None:
         """The copy of the newest session that StorySwarm's tools write."""
 
-    def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
+    def save(
+        self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True, storyart: bytes = b"",
+        by_storyart: bool = False,
+    ) -> bool:  # fmt: skip
         """Store a session with its TTL, and announce `draft` as announce() does. With replace=False: False, and no
-        change, when that timestamp is taken."""
+        change, when that timestamp is taken. A store with two copies stores `storyart` as StoryArt's, and whether
+        StoryArt wrote it."""
+
+    def storyarts_copy(self, timestamp: int) -> bytes | None:
+        """None where there is no second copy."""
+        return None
 
     def announce(self, session: int, draft: Draft) -> bool:
         """Note the draft's type at the session and add its notification, unless that type was noted last (False)."""
@@ -1119,21 +1186,39 @@ class RedisClient:
     def exchange(self, commands: Sequence[_Command]) -> list[Any]:
         """Send the commands, packed ones last, in one round trip. The reply to each: bytes, int, None, a list of these,
         or Unavailable in place of an error. Raises Unavailable when none comes, at once while the circuit is open."""
-        if self._fault or self._closing.is_set():
-            raise self._unavailable(self._fault or "the service is stopping")
-        try:
-            return self._exchange_now(commands)
-        except (redis.RedisError, OSError, ValueError) as error:  # ValueError: what answers is no Redis
-            reason = self._reason(error)
-            if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
-                self._open_circuit(reason)
-            raise self._unavailable(reason) from None
+        return self._call(lambda connection: self._send(connection, commands))
 
     def ask(self, *commands: _Command) -> list[Any]:
         """The same, but it raises the first error."""
         return [result_of(reply) for reply in self.exchange(commands)]
 
-    def _exchange_now(self, commands: Sequence[_Command]) -> list[Any]:
+    def transact(
+        self, keys: Sequence[str], reads: Sequence[_Command], write: Callable[[list[Any]], Sequence[_Command]]
+    ) -> list[Any] | None:
+        """Send what `write` makes of the replies to the reads, in one atomic step: the replies to that, none when there
+        is nothing to write. None when one of the keys was changed meanwhile, and nothing was written."""
+
+        def run(connection: Any) -> Any:
+            _, *replies = self._send(connection, [("WATCH", *keys), *reads])
+            commands = write(replies)
+            if not commands:
+                return self._send(connection, [("UNWATCH",)])[1:]
+            return result_of(self._send(connection, [("MULTI",), *commands, ("EXEC",)])[-1])
+
+        return cast("list[Any] | None", self._call(run))
+
+    def _call(self, run: Callable[[Any], T]) -> T:
+        if self._fault or self._closing.is_set():
+            raise self._unavailable(self._fault or "the service is stopping")
+        try:
+            return self._call_now(run)
+        except (redis.RedisError, OSError, ValueError) as error:  # ValueError: what answers is no Redis
+            reason = self.reason(error)
+            if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
+                self._open_circuit(reason)
+            raise self._unavailable(reason) from None
+
+    def _call_now(self, run: Callable[[Any], T]) -> T:
         connection = self._pool.get_connection()
         try:
             try:
@@ -1143,24 +1228,27 @@ class RedisClient:
             except (redis.ConnectionError, redis.TimeoutError):
                 self._pool.disconnect(inuse_connections=False)  # the other idle ones died with it
                 connection.connect()
-            last = [command for command in commands if isinstance(command, bytes)]  # joined: each part would wake Redis
-            packed = connection.pack_commands([command for command in commands if not isinstance(command, bytes)])
-            connection.send_packed_command([b"".join([*packed, *last])] if last else packed, check_health=False)
-            return [self._read_reply(connection) for _ in commands]
+            return run(connection)
         except BaseException:
             connection.disconnect()  # a reply that was not read would be taken for the next one
             raise
         finally:
             self._pool.release(connection)
 
+    def _send(self, connection: Any, commands: Sequence[_Command]) -> list[Any]:
+        last = [command for command in commands if isinstance(command, bytes)]  # joined: each part would wake Redis
+        packed = connection.pack_commands([command for command in commands if not isinstance(command, bytes)])
+        connection.send_packed_command([b"".join([*packed, *last])] if last else packed, check_health=False)
+        return [self._read_reply(connection) for _ in commands]
+
     def _read_reply(self, connection: Any) -> Any:
         try:
             return connection.read_response(disable_decoding=True)
         except redis.ResponseError as error:
-            return self._unavailable(self._reason(error))
+            return self._unavailable(self.reason(error))
 
     @staticmethod
-    def _reason(error: Exception) -> str:
+    def reason(error: Exception) -> str:
         """Not the error's text, which may hold the command and with it a session."""
         code = re.search(_REDIS_CODES, f"{getattr(error, 'status_code', '')} {error}")
         return code[1] if code else type(error).__name__
@@ -1182,7 +1270,8 @@ class RedisClient:
     def _probe_until_answered(self) -> None:
         while not self._closing.wait(self.PROBE_INTERVAL):
             with contextlib.suppress(Exception):  # whatever it is, the next probe may succeed
-                self._exchange_now([self.PROBE])  # an error reply is an answer: each call gets its own
+                # An error reply is an answer: each call gets its own.
+                self._call_now(lambda connection: self._send(connection, [self.PROBE]))
                 self._fault = ""
                 log.warning("store: Redis at %s answers again: the circuit is closed", self.place)
                 return
@@ -1190,9 +1279,11 @@ class RedisClient:
 
 # Each script is one atomic step. This one adds a notification; with KEYS[4] announces it at a session, unless that was
 # done last; with ARGV[5] saves the session before.
-# KEYS: 1 pending, 2 newest, 3 made; 4 session, 5 StoryArt's key for it, 6 meta; 7 index, 8 the document, under a key of
-# its own since a script needs 1 ms to take 850 KB.
-# ARGV: 1 member, 2 its time, 3 now; 4 type, "" for no notification; 5 timestamp, 6 "1" to replace.
+# KEYS: 1 pending, 2 newest, 3 made; 4 session, 5 StoryArt's key for it, 6 meta; 7 index, 8 StoryArt's index, 9 latest,
+# 10 its meta; 11 the document, with the bridge also 12 StoryArt's copy and 13 that for latest, each under a key of its
+# own since a script needs 1 ms to take or to copy 850 KB.
+# ARGV: 1 member, 2 its time, 3 now; 4 type, "" for no notification; 5 timestamp, 6 "1" to replace; 7 and 8 the marks of
+# both copies, 9 "1" if StoryArt wrote it, 10 the length of a latest that is no session.
 # It returns {"late", newest} when the time is not past the newest one that was given: the caller asks again with a
 # later one, since the member's JSON contains its time and only the caller can write that.
 _LUA_CHANGE = """
@@ -1218,10 +1309,10 @@ if not KEYS[4] then return add() end
 
 local exists, result = redis.call('EXISTS', KEYS[4], KEYS[5]) > 0, {'known'}
 if ARGV[5] and exists and ARGV[6] ~= '1' then
-  redis.call('DEL', KEYS[8])
+  redis.call('DEL', unpack(KEYS, 11))
   return {'taken'}
 end
-if ARGV[5] and redis.call('EXISTS', KEYS[8]) == 0 then return {'gone'} end
+if ARGV[5] and redis.call('EXISTS', unpack(KEYS, 11)) < #KEYS - 10 then return {'gone'} end
 if not ARGV[5] and not exists then return result end
 if ARGV[4] ~= '' and redis.call('HGET', KEYS[6], 'announced') ~= ARGV[4] then
   result = add()
@@ -1230,14 +1321,37 @@ if ARGV[4] ~= '' and redis.call('HGET', KEYS[6], 'announced') ~= ARGV[4] then
 end
 if ARGV[5] then
   local saved = math.max(ARGV[3], (redis.call('HGET', KEYS[6], 'saved') or 0) + 1)
-  redis.call('RENAME', KEYS[8], KEYS[4])
+  redis.call('RENAME', KEYS[11], KEYS[4])
   redis.call('PEXPIRE', KEYS[4], week)
   redis.call('ZADD', KEYS[7], ARGV[5], KEYS[4])
   redis.call('HSET', KEYS[6], 'saved', saved)
 end
--- The meta key lives as long as its session, which another program may have written without an end.
-local left = redis.call('PTTL', KEYS[4])
-if left == -2 then left = redis.call('PTTL', KEYS[5]) end
+if ARGV[5] and KEYS[12] then
+  redis.call('RENAME', KEYS[12], KEYS[5])
+  redis.call('PEXPIRE', KEYS[5], week)
+  redis.pcall('ZADD', KEYS[8], ARGV[5], KEYS[5])
+  redis.call('HSET', KEYS[6], 'storyswarm', ARGV[7], 'storyart', ARGV[8])
+  if ARGV[9] == '1' then redis.call('HSET', KEYS[6], 'byStoryArt', '1') end
+  local is_newest = true
+  for at = 7, 8 do
+    local top = redis.pcall('ZREVRANGE', KEYS[at], 0, 0, 'WITHSCORES')
+    is_newest = is_newest and (tonumber(top[2]) or 0) <= tonumber(ARGV[5])
+  end
+  -- One that was changed after the caller carried it over is carried over first.
+  local mark, size = redis.call('HGET', KEYS[10], 'storyswarm') or '', redis.pcall('STRLEN', KEYS[9])
+  local is_known = size == 0 or size == tonumber(string.match(mark, '^%d+')) or size == tonumber(ARGV[10])
+  if is_newest and (is_known or type(size) ~= 'number') then
+    local left = redis.call('PTTL', KEYS[9])
+    redis.call('RENAME', KEYS[13], KEYS[9])
+    if left == -1 then redis.call('PERSIST', KEYS[9]) else redis.call('PEXPIRE', KEYS[9], week) end
+    redis.call('HSET', KEYS[10], 'storyswarm', ARGV[7])
+  else
+    redis.call('DEL', KEYS[13])
+  end
+end
+-- The meta key lives as long as the longer of the copies, which another program may have written without an end.
+local left, other = redis.call('PTTL', KEYS[4]), redis.call('PTTL', KEYS[5])
+if left == -1 or other == -1 then left = -1 else left = math.max(left, other) end
 if left == -1 then redis.call('PERSIST', KEYS[6]) else redis.call('PEXPIRE', KEYS[6], left) end
 return result
 """
@@ -1255,12 +1369,42 @@ redis.call('SET', KEYS[2], '1', 'PX', 604800000)
 return 1
 """
 
-# KEYS: 1 session, 2 StoryArt's key for it, 3 index, 4 StoryArt's index. Checks again, as a save may have come between.
+# KEYS: 1 session, 2 StoryArt's key for it, 3 meta, 4 index, 5 StoryArt's index. Checks again, as a save may have come
+# between.
 _LUA_TRIM = """
 if redis.call('EXISTS', KEYS[1], KEYS[2]) == 0 then
-  redis.call('ZREM', KEYS[3], KEYS[1])
-  redis.call('ZREM', KEYS[4], KEYS[2])
+  redis.call('ZREM', KEYS[4], KEYS[1])
+  redis.call('ZREM', KEYS[5], KEYS[2])
+  redis.call('DEL', KEYS[3])
 end
+"""
+
+# Take or extend the lease; then the length of session:latest, whether this Redis was met, and the lengths of the copies
+# of the newest sessions (-1 for a key of another type), in one text: redis-py needs 1.5 us for each part of a reply.
+# KEYS: 1 index, 2 StoryArt's index, 3 latest, 4 lease, 5 met. ARGV: 1 owner, 2 its TTL, 3 how many of each, 4 ...
+# timestamps.
+_LUA_LOOK = """
+local holder = redis.call('GET', KEYS[4])
+if holder and holder ~= ARGV[1] then return '' end
+redis.call('SET', KEYS[4], ARGV[1], 'PX', ARGV[2])
+local function size(key)
+  local found = redis.pcall('STRLEN', key)
+  return type(found) == 'number' and found or -1
+end
+local found, seen = {size(KEYS[3]), redis.call('EXISTS', KEYS[5])}, {}
+local function look(timestamp)
+  if seen[timestamp] or not string.match(timestamp, '^%d+$') then return end
+  seen[timestamp] = true
+  for _, part in ipairs({timestamp, size('session:' .. timestamp), size('storyart:session:' .. timestamp)}) do
+    found[#found + 1] = part
+  end
+end
+for at = 1, 2 do
+  local newest = redis.pcall('ZREVRANGE', KEYS[at], 0, ARGV[3] - 1, 'WITHSCORES')
+  for score = 2, #newest, 2 do look(newest[score]) end
+end
+for at = 4, #ARGV do look(ARGV[at]) end
+return table.concat(found, ' ')
 """
 
 
@@ -1277,6 +1421,11 @@ class RedisStore(Store):
     INDEXES = ("storyteller:sessions", "storyart:sessions:index")
     NEWEST = "storyteller:newest"  # the newest time that a notification was given
     TOKEN = "auth:session:"
+
+    META_OF_LATEST, LEASE, MET = "storyteller:session:latest", "storyteller:bridge", "storyteller:bridge:met"
+
+    has_both_copies = False  # BridgedStore has StoryArt's copy as well
+    unreadable_latest = 0  # the length of a session:latest that is no session: a save replaces it
 
     def __init__(self, url: str, clock: Callable[[], int] = now_ms) -> None:
         self._redis = RedisClient(url)
@@ -1301,25 +1450,33 @@ class RedisStore(Store):
         return f"session:{timestamp}", f"storyart:session:{timestamp}", f"storyteller:session:{timestamp}"
 
     def read_sessions(self, timestamps: Sequence[int]) -> list[StoredSession | ApiError | None]:
+        """StorySwarm's copies, or StoryArt's where there is no other."""
         commands: list[_Command] = []
         for ours, storyarts, meta in map(self._session_keys, timestamps):
             # The meta key first: a document newer than what was announced is announced again, which changes nothing.
             # MGET would hide a key of another type.
-            commands += [("HMGET", meta, "saved", "announced"), ("GET", ours), ("GET", storyarts)]
+            commands += [("HMGET", meta, *self._META), ("GET", ours), ("STRLEN", storyarts)]
         replies = iter(self._redis.exchange(commands))
-        return [self._read_session(*parts) for parts in zip(timestamps, replies, replies, replies)]
+        found = [list(parts) for parts in zip(timestamps, replies, replies, replies)]
+        if lone := [parts for parts in found if parts[2] is None and parts[3] != 0]:
+            reads = [("GET", self._session_keys(parts[0])[1]) for parts in lone]
+            for parts, document in zip(lone, self._redis.exchange(reads)):
+                parts[2:] = document, None
+        return [self._read_session(*parts) for parts in found]
 
-    def _read_session(self, timestamp: int, meta: Any, ours: Any, storyarts: Any) -> StoredSession | ApiError | None:
-        document = storyarts if ours is None else ours
+    _META = ("saved", "announced", "storyswarm", "storyart")
+
+    def _read_session(self, timestamp: int, meta: Any, document: Any, size: Any) -> StoredSession | ApiError | None:
         if isinstance(document, ApiError):
             if "(WRONGTYPE)" not in str(document):
                 return document
             document = None
         elif document is None:
             return None
-        saved, announced = (None, None) if isinstance(meta, ApiError) else meta
-        step = announced.decode("utf-8", "replace") if announced else None
-        return StoredSession(timestamp, document, int(saved) if saved and saved.isdigit() else None, step)
+        noted = [None] * 4 if isinstance(meta, ApiError) else [one and one.decode("utf-8", "replace") for one in meta]
+        saved = int(noted[0]) if noted[0] and noted[0].isdigit() else None
+        marks = (noted[2] or "", noted[3] or "") if self.has_both_copies else None
+        return StoredSession(timestamp, document, saved, noted[1], marks, -1 if isinstance(size, ApiError) else size)
 
     def sessions(self) -> Iterator[StoredSession]:
         page, below = 100, "+inf"
@@ -1334,10 +1491,14 @@ class RedisStore(Store):
                     yield session
                     continue
                 with contextlib.suppress(Unavailable):  # a replica takes no writes: read on
-                    self._run(_LUA_TRIM, [((*self._session_keys(timestamp)[:2], *self.INDEXES), ())])
+                    self.trim(timestamp)
             if floor == -math.inf:
                 return
             below = f"({floor!r}"
+
+    def trim(self, timestamp: int) -> None:
+        """Remove a session from the indexes, if it is gone."""
+        result_of(self._run(_LUA_TRIM, [((*self._session_keys(timestamp), *self.INDEXES), ())])[0])
 
     def newest_copy(self) -> bytes | None:
         return self._get(self.LATEST)
@@ -1351,14 +1512,17 @@ class RedisStore(Store):
         """Run a script for each (keys, arguments), all in one round trip; the outcome of each."""
         return self._redis.exchange([("EVAL", script, len(keys), *keys, *arguments) for keys, arguments in calls])
 
+    def _change_call(
+        self, draft: Draft | None, at: int, keys: Sequence[str], further: Sequence[Any]
+    ) -> tuple[Sequence[str], Sequence[Any]]:
+        made = f"storyteller:made:{draft.type}:{draft.session}" if draft else "storyteller:made"
+        member = draft.member(at) if draft else b""
+        return (self.PENDING, self.NEWEST, made, *keys), (member, at, self._clock(), *further)
+
     def _change(self, drafts: Sequence[Draft | None], keys: Sequence[str] = (), *further: Any) -> list[Any]:
         """Run _LUA_CHANGE for each draft, with a time past the newest one so far; the outcome of each."""
-        now = self._clock()
-        calls = []
-        for at, draft in enumerate(drafts, max(now, self._newest_given + 1)):
-            made = f"storyteller:made:{draft.type}:{draft.session}" if draft else "storyteller:made"
-            member = draft.member(at) if draft else b""
-            calls.append(((self.PENDING, self.NEWEST, made, *keys), (member, at, now, *further)))
+        first = max(self._clock(), self._newest_given + 1)
+        calls = [self._change_call(draft, at, keys, further) for at, draft in enumerate(drafts, first)]
         outcomes = self._run(_LUA_CHANGE, calls)
         states = [None if isinstance(outcome, ApiError) else outcome[0] for outcome in outcomes]
         given = [int(outcome[-1]) for outcome, state in zip(outcomes, states) if state in (b"late", b"added")]
@@ -1369,11 +1533,24 @@ class RedisStore(Store):
                 outcomes[number] = outcome
         return outcomes
 
-    def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
-        incoming = f"storyteller:incoming:{secrets.token_hex(8)}"
-        self._redis.ask(("SET", incoming, document, "PX", 60_000))
-        keys = [*self._session_keys(timestamp), self.INDEXES[0], incoming]
-        further = (draft.type if draft else "", timestamp, int(replace))
+    def save(
+        self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True, storyart: bytes = b"",
+        by_storyart: bool = False,
+    ) -> bool:  # fmt: skip
+        name, mark = f"storyteller:incoming:{secrets.token_hex(8)}", mark_of(document) if self.has_both_copies else ""
+        marks = (mark, mark if storyart == document else mark_of(storyart))
+        documents = [document, storyart, document] if self.has_both_copies else [document]
+        incoming = {f"{name}:{number}": one for number, one in enumerate(documents)}
+        self._redis.ask(*[("SET", key, one, "PX", 60_000) for key, one in incoming.items()])
+        keys = [*self._session_keys(timestamp), *self.INDEXES, self.LATEST, self.META_OF_LATEST, *incoming]
+        further = (
+            draft.type if draft else "",
+            timestamp,
+            int(replace),
+            *marks,
+            int(by_storyart),
+            self.unreadable_latest,
+        )
         state = result_of(self._change([draft], keys, *further)[0])[0]
         if state == b"gone":
             raise Unavailable("Redis took a minute for this session: ask again.", 1)
@@ -1446,6 +1623,137 @@ class RedisStore(Store):
 
     def revoke_token(self, digest: str) -> bool:
         return self._redis.ask(("DEL", self.TOKEN + digest)) == [1]
+
+
+# ======================================================================================================
+# Stores: Redis with both copies
+# ======================================================================================================
+
+
+class BridgedStore(RedisStore):
+    """For Bridge: StoryArt's copy beside StorySwarm's, and session:latest, which is one of StorySwarm's."""
+
+    has_both_copies = True
+
+    def newest_copy(self, *, whole: bool = True) -> bytes | None:
+        """Only one that was changed since it was in step; without `whole` only one whose length was."""
+        size, mark = self._redis.exchange([("STRLEN", self.LATEST), ("HGET", self.META_OF_LATEST, "storyswarm")])
+        known = (result_of(mark) or b"").decode()
+        copy = None if not whole and str(size) == known.partition(" ")[0] else self._get(self.LATEST)
+        return None if mark_of(copy) == known else copy
+
+    def storyarts_copy(self, timestamp: int) -> bytes | None:
+        return self._get(self._session_keys(timestamp)[1])
+
+    def look(self, owner: str, ttl: int, count: int, further: Iterable[int]) -> list[int]:
+        """Take the lease, or extend it, for `ttl` ms; nothing while another has it. The length of session:latest,
+        whether note_met() was called, then for the newest `count` sessions of each index, and for `further` ones, the
+        timestamp and the lengths of both copies; -1 for the length of what is no text."""
+        keys = (*self.INDEXES, self.LATEST, self.LEASE, self.MET)
+        text = result_of(self._run(_LUA_LOOK, [(keys, (owner, ttl, count, *further))])[0])
+        return list(map(int, text.split()))
+
+    def bring_in_step(
+        self, timestamp: int, decide: Callable[[Copies], Change | None], latest: bytes | None = None
+    ) -> Copies:
+        """Write what decide() makes of both copies, in one atomic step while no other program writes them: the copies
+        that it got. `latest`: a changed session:latest, which stands for StorySwarm's. What is written lives as long as
+        what it is made from (7 days where that has no end), and never shorter than before. Raises ValueError of decide,
+        and for a copy that is no text."""
+        keys = self._session_keys(timestamp)
+        tops = [("ZREVRANGE", index, 0, 0, "WITHSCORES") for index in self.INDEXES]
+        noted = ("storyswarm", "storyart", "byStoryArt")
+        reads: list[_Command] = [("HMGET", keys[2], *noted), *tops, ("EXISTS", self.MET)]
+        reads += [("PTTL", keys[2]), *((verb, key) for key in keys[:2] for verb in ("PTTL", "GET"))]
+        watched: Sequence[str] = keys
+        if latest is not None:
+            watched = (*keys, self.LATEST, self.META_OF_LATEST)
+            reads += [("GET", self.LATEST), ("PTTL", self.LATEST), ("HGET", self.META_OF_LATEST, "storyswarm")]
+        copies, change, fault = Copies(timestamp, None, None), None, None
+
+        def write(replies: list[Any]) -> list[_Command]:
+            nonlocal copies, change, fault
+            change = None  # of an earlier attempt
+            try:
+                scores = [reply for reply in replies[1:3] if isinstance(reply, list)]
+                noted, is_met, kept, ttl, document, storyart_ttl, storyart, *of_latest = map(
+                    result_of, (replies[0], *replies[3:])
+                )
+                if of_latest and (of_latest[0] != latest or of_latest[2] == mark_of(latest).encode()):
+                    return []  # somebody else wrote it, or carried it over
+                marks = [(one or b"").decode("utf-8", "replace") for one in noted]
+                given = document if latest is None else latest
+                copies = Copies(timestamp, given, storyart, (marks[0], marks[1]), marks[2] == "1")
+                change = decide(copies)
+            except (ValueError, Unavailable) as error:
+                fault = ValueError("its key is of another type") if "(WRONGTYPE)" in str(error) else error
+                return []
+            # A copy that was written again as it was lives longer than the marks, by more than two PTTL may differ.
+            is_kept = kept == -1 or (-1 not in (ttl, storyart_ttl) and kept + 60_000 > max(ttl, storyart_ttl))
+            if change is None and latest is None and is_kept:
+                return []
+            change = change or Change(by_storyart=copies.by_storyart)
+            written = (change.storyswarm or (latest if latest != document else None), change.storyart)
+            commands: list[_Command] = []
+            for key, index, new, old, own, other in (
+                (keys[0], self.INDEXES[0], written[0], document, ttl, storyart_ttl),
+                (keys[1], self.INDEXES[1], written[1], storyart, storyart_ttl, ttl),
+            ):
+                source = of_latest[1] if of_latest else other
+                life = max(own, source if source > 0 else TTL_MS)
+                if new is not None:
+                    commands.append(("SET", key, new, *(() if own == -1 else ("PX", life))))
+                if new is not None or old is not None:
+                    commands.append(("ZADD", index, timestamp, key))
+            marks = [mark_of(new if new is not None else old) for new, old in zip(written, (document, storyart))]
+            noted = ("storyswarm", marks[0], "storyart", marks[1], "byStoryArt", int(change.by_storyart))
+            commands.append(("HSET", keys[2], *noted))
+            if latest is not None:
+                commands.append(("HSET", self.META_OF_LATEST, "storyswarm", mark_of(latest)))
+            # When the bridge first meets a Redis, the sessions that are there are old news, but for the newest.
+            is_news = is_met or timestamp >= max(float(found[1]) if found else 0 for found in scores)
+            if change.draft and not is_news:
+                change = dataclasses.replace(change, draft=None)
+            at = max(self._clock(), self._newest_given + 1)
+            kind = change.draft.type if change.draft else ""
+            made, values = self._change_call(change.draft, at, keys, (kind,))
+            return [*commands, ("EVAL", _LUA_CHANGE, len(made), *made, *values)]
+
+        for _ in range(10):
+            replies = self._redis.transact(watched, reads, write)
+            if fault:
+                raise fault
+            if replies is None:
+                continue
+            if faults := [reply for reply in replies if isinstance(reply, Exception)]:
+                raise Unavailable(f"Redis took not all of session {timestamp} ({RedisClient.reason(faults[0])}).", 1)
+            if change and change.draft and replies[-1][0] == b"late":
+                self.announce(timestamp, change.draft)
+            return copies
+        raise Unavailable(f"Session {timestamp} is written all the time: ask again.", 1)
+
+    def renew_latest(self, newest: int) -> None:
+        """Let session:latest be StorySwarm's copy of the newest session, unless it was changed or removed meanwhile."""
+        session, _, meta = self._session_keys(newest)
+        marks = self._redis.ask(("HGET", meta, "storyswarm"), ("HGET", self.META_OF_LATEST, "storyswarm"))
+        if marks[0] in (None, b"0", marks[1]):
+            return
+
+        def write(replies: list[Any]) -> list[_Command]:
+            if any(isinstance(one, ApiError) for one in replies):  # one is of another type
+                return []
+            latest, ttl, document, document_ttl = replies
+            if (latest is not None and mark_of(latest).encode() != marks[1]) or mark_of(document).encode() != marks[0]:
+                return []
+            life = () if ttl == -1 else ("PX", max(ttl, document_ttl if document_ttl > 0 else TTL_MS))
+            mark = ("HSET", self.META_OF_LATEST, "storyswarm", marks[0])
+            return [("SET", self.LATEST, document, *life), mark]
+
+        reads = [(verb, key) for key in (self.LATEST, session) for verb in ("GET", "PTTL")]
+        self._redis.transact((self.LATEST, self.META_OF_LATEST, session), reads, write)
+
+    def note_met(self) -> None:
+        self._redis.ask(("SET", self.MET, "1"))
 
 
 # ======================================================================================================
@@ -1620,7 +1928,10 @@ class SqliteStore(Store):
         " DO UPDATE SET document = ?2, saved = max(?3, saved + 1), expires = ?4 WHERE ?5"
     )
 
-    def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True) -> bool:
+    def save(
+        self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True, storyart: bytes = b"",
+        by_storyart: bool = False,
+    ) -> bool:  # fmt: skip
         def change() -> bool:
             row = (timestamp, document, self._clock(), self._clock() + TTL_MS, replace)
             is_saved = self._writer.execute(self._SAVE, row).rowcount > 0
@@ -1699,7 +2010,7 @@ class SqliteStore(Store):
 def open_store(settings: Settings) -> Store:
     """The store that the settings name. Redis is not asked yet; SQLite raises StartError."""
     if settings.redis_address:
-        return RedisStore(settings.redis_address)
+        return (BridgedStore if settings.bridge else RedisStore)(settings.redis_address)
     return SqliteStore(settings.data_dir / "storyteller.sqlite3")
 
 
@@ -1721,7 +2032,7 @@ _KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean
 _PROMPT = (str, {"prompt": str})  # StorySwarm writes a plain string, StoryArt an object
 _BEAT = {"prompts": {"cinematic": _PROMPT, "vertical": _PROMPT}, "imageDecision": {"type": str}}
 _COUNTED = {"analyzedEpisode": {"scenes": [{"beats": [_BEAT]}]}}
-_LISTED = {"analyzedEpisode": {"scenes": [{"beats": [{}]}]}, "scriptText": str}
+_LISTED: dict[str, Any] = {"analyzedEpisode": {"scenes": [{"beats": [{}]}]}}
 
 
 def _check_shape(value: Any, shape: Any, place: str = "") -> None:
@@ -1749,6 +2060,12 @@ def read_session(stored: StoredSession) -> dict[str, Any]:
     return document
 
 
+def prompt_text(prompt: Any) -> str:
+    """Empty for one that is missing or blank."""
+    text = prompt if isinstance(prompt, str) else (prompt or {}).get("prompt") or ""
+    return text if text.strip() else ""
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a session's prompts are."""
@@ -1767,9 +2084,7 @@ def progress(document: dict[str, Any]) -> Progress:
     beats = [beat for scene in scenes for beat in scene.get("beats") or ()]
     prompts = waiting = 0
     for beat in beats:
-        prompt = (beat.get("prompts") or {}).get("cinematic") or ""  # the vertical one is optional
-        text = prompt if isinstance(prompt, str) else prompt.get("prompt") or ""
-        if text.strip():
+        if prompt_text((beat.get("prompts") or {}).get("cinematic")):  # the vertical one is optional
             prompts += 1
         # An image that is reused, or none, needs no prompt: a finished session has fewer prompts than beats.
         elif (beat.get("imageDecision") or {}).get("type") not in ("REUSE_IMAGE", "NO_IMAGE"):
@@ -1781,17 +2096,22 @@ def summary(document: dict[str, Any]) -> dict[str, Any]:
     """What a list shows of a session beside its timestamp. Raises NotASession."""
     _check_shape(document, _LISTED)
     episode = document.get("analyzedEpisode") or {}
-    titles = {name: episode.get(name) for name in ("episodeNumber", "title")}
     scenes = [
-        {"sceneNumber": one.get("sceneNumber"), "title": one.get("title"), "totalBeats": len(one.get("beats") or ())}
+        {
+            "sceneNumber": one.get("sceneNumber"),
+            "title": to_text(one.get("title")),
+            "totalBeats": len(one.get("beats") or ()),
+        }
         for one in episode.get("scenes") or ()
     ]
-    return {
-        "storyUuid": document.get("storyUuid"),
-        "promptMode": document.get("promptMode"),
-        "scriptText": (document.get("scriptText") or "")[:PREVIEW_LENGTH],
-        "analyzedEpisode": {**titles, "scenes": scenes},
-    }
+    shown = {"episodeNumber": episode.get("episodeNumber"), "title": to_text(episode.get("title")), "scenes": scenes}
+    texts = {name: to_text(document.get(name)) for name in ("storyUuid", "promptMode", "scriptText")}
+    return {**texts, "scriptText": texts["scriptText"][:PREVIEW_LENGTH], "analyzedEpisode": shown}
+
+
+def to_text(value: Any) -> str:
+    """As StoryArt's page needs it, which crashes on what is no string."""
+    return value if isinstance(value, str) else "" if value is None else to_json(value).decode()
 
 
 @dataclass(frozen=True)
@@ -1826,7 +2146,7 @@ def find_facts(stored: StoredSession) -> Facts:
         summary=attempt(summary, document),
         updated=max((time for time in times if time is not None), default=None),
         waits=document.get("promptMode") == "storyswarm",
-        timestamp=int(own) if is_whole(own) else None,
+        timestamp=int(own) if is_count(own) else None,
     )
 
 
@@ -1838,25 +2158,24 @@ class Sessions:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._facts: dict[bytes, Facts] = {}  # by the document's SHA-256
+        self._facts: dict[str, Facts] = {}  # by the document's mark
         self._parsing = threading.Lock()
 
     def find_many(self, timestamps: Sequence[int]) -> list[tuple[StoredSession, Facts | None] | ApiError | None]:
         """Sessions, in one round trip. None for facts that are not cached: the caller asks facts_of()."""
         return [
-            (found, self._facts.get(self._digest(found))) if isinstance(found, StoredSession) else found
+            (found, self._facts.get(found.mark)) if isinstance(found, StoredSession) else found
             for found in self._store.read_sessions(timestamps)
         ]
 
     def facts_of(self, stored: StoredSession) -> Facts:
         """Documents that are not known are parsed one at a time, and so equal ones once."""
-        digest = self._digest(stored)
-        facts = self._facts.get(digest)
+        facts = self._facts.get(stored.mark)
         if facts is None:
             with self._parsing:
-                facts = self._facts.get(digest) or find_facts(stored)
+                facts = self._facts.get(stored.mark) or find_facts(stored)
                 if len(json.dumps(facts.summary)) <= self.LARGEST:
-                    self._facts[digest] = facts
+                    self._facts[stored.mark] = facts
                     bound(self._facts, self.KEPT)
         return facts
 
@@ -1888,9 +2207,289 @@ class Sessions:
             return newest
         return StoredSession(facts.timestamp, copy)
 
-    @staticmethod
-    def _digest(stored: StoredSession) -> bytes:
-        return b"" if stored.document is None else hashlib.sha256(stored.document).digest()
+
+# ======================================================================================================
+# Bridge
+# ======================================================================================================
+
+# StoryArt's own server knows `storyart:session:{ts}` alone and StorySwarm `session:{ts}`. The bridge keeps these two
+# copies in step, whoever writes, and speaks to each in its dialect: StoryArt fails on a prompt that is a plain string.
+SHAPES = ("cinematic", "vertical")
+_TEXTS = ("scriptText", "episodeContext", "storyUuid")  # StoryArt's page crashes where one is not a string
+
+
+def _scenes_of(document: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+    """The beats of each scene."""
+    scenes = (document.get("analyzedEpisode") or {}).get("scenes") or ()
+    return [scene.get("beats") or [] for scene in scenes]
+
+
+def pair_beats(document: Mapping[str, Any], other: Mapping[str, Any]) -> list[Any]:
+    """Pairs of each beat of a document with the same beat of another, where there is one: with the same `beatId`, if
+    that occurs once in each; otherwise at the same place, if the id there is the same or missing in both, and both have
+    as many scenes with as many beats each. A prompt must not go to a wrong beat."""
+    layouts = [_scenes_of(document), _scenes_of(other)]
+    beats, others = ([beat for scene in layout for beat in scene] for layout in layouts)
+    ids, other_ids = ([to_json(beat.get("beatId")) for beat in some] for some in (beats, others))
+    counts, other_counts = collections.Counter(ids), collections.Counter(other_ids)
+    by_id = dict(zip(other_ids, others))
+    is_alike = [len(scene) for scene in layouts[0]] == [len(scene) for scene in layouts[1]]
+    pairs = []
+    for place, (beat, id) in enumerate(zip(beats, ids)):
+        if id != b"null" and counts[id] == other_counts[id] == 1:
+            pairs.append((beat, by_id[id]))
+        elif is_alike and id == other_ids[place]:
+            pairs.append((beat, others[place]))
+    return pairs
+
+
+def to_storyart(document: dict[str, Any], timestamp: int, own: Callable[[], Mapping[str, Any] | None]) -> bool:
+    """Turn a document into StoryArt's dialect; False when there was nothing to turn. A prompt that is a string is laid
+    over what StoryArt's `own` document has for that beat and shape: its model, size and steps."""
+    before = {name: document.get(name) for name in ("timestamp", *_TEXTS)}
+    if not is_whole(before["timestamp"]) or before["timestamp"] != timestamp:
+        document["timestamp"] = timestamp
+    for name in _TEXTS:
+        document[name] = to_text(document.get(name))
+    changed = any(document[name] is not value for name, value in before.items())
+    beats = [beat for scene in _scenes_of(document) for beat in scene if "prompts" in beat]
+    strings = any(isinstance((beat["prompts"] or {}).get(shape), str) for beat in beats for shape in SHAPES)
+    found = own() if strings else None
+    known = {id(beat): other.get("prompts") or {} for beat, other in pair_beats(document, found)} if found else {}
+    for beat in beats:
+        prompts = dict(beat["prompts"] or {})
+        for shape in SHAPES:
+            if shape in prompts and not prompt_text(prompts[shape]):
+                del prompts[shape]
+            elif isinstance(prompts.get(shape), str):
+                prompts[shape] = _laid_over(prompts[shape], known.get(id(beat), {}).get(shape))
+        if prompts != beat["prompts"] or not prompts:
+            changed = True
+            beat["prompts"] = prompts
+            if not prompts:
+                del beat["prompts"]
+    return changed
+
+
+def _laid_over(prompt: Any, own: Any) -> Any:
+    if not isinstance(prompt, str):
+        return prompt
+    return {**(own if isinstance(own, dict) else {}), "prompt": prompt}
+
+
+def _take_over(document: dict[str, Any], other: Mapping[str, Any], *, wins: bool, fields: bool) -> None:
+    """Put the prompts of `other` into a document that lacks them, or all of them if `other` wins; with `fields` also
+    what else it lacks, and when it was written."""
+    for beat, other_beat in pair_beats(document, other):
+        prompts = dict(beat.get("prompts") or {})
+        for shape in SHAPES:
+            prompt = (other_beat.get("prompts") or {}).get(shape)
+            if prompt_text(prompt) and (wins or not prompt_text(prompts.get(shape))):
+                prompts[shape] = _laid_over(prompt, prompts.get(shape))
+        if prompts != (beat.get("prompts") or {}):
+            beat["prompts"] = prompts
+        if fields:
+            _fill(beat, other_beat)
+    if fields:
+        _fill(document, other)
+        document.update({name: other[name] for name in ("lastUpdated", "updatedAt") if name in other})
+
+
+def _fill(document: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for name, value in other.items():
+        if document.get(name) is None or (document[name] == "" and name in _TEXTS):
+            document[name] = value
+
+
+def read_copy(document: bytes) -> dict[str, Any]:
+    """Raises ValueError for what is no session."""
+    found: dict[str, Any] = parse_json(document)
+    _check_shape(found, {})
+    _check_shape(found, _COUNTED)
+    return found
+
+
+def decide(
+    copies: Copies, draft_of: Callable[[int, dict[str, Any]], Draft | None], *, merges: bool = False
+) -> Change | None:
+    """What brings the copies in step; None when they are. StorySwarm may have read a session before its user edited it:
+    so once StoryArt has written it (or with `merges`), StoryArt's words, beats and order stay. Raises ValueError when
+    one of them is no session: then both are left as they are."""
+    timestamp, swarm, art = copies.timestamp, copies.storyswarm, copies.storyart
+    swarm_changed, art_changed = copies.is_changed(0), copies.is_changed(1)
+    by_storyart = copies.by_storyart or art_changed
+    if not swarm_changed and not art_changed:  # one may be gone: it stays gone until the other is written anew
+        return None if copies.found == copies.marks or not any(copies.marks) else Change(by_storyart=by_storyart)
+    theirs, own = (None if document is None else read_copy(document) for document in (swarm, art))
+    carries_over = own is None or (theirs is not None and swarm_changed and not by_storyart and not merges)
+    outcome, base = cast(tuple[dict[str, Any], bytes], (theirs, swarm) if carries_over else (own, art))
+    before = to_json(outcome)
+    if theirs is not None and not carries_over:
+        _take_over(outcome, theirs, wins=swarm_changed and not art_changed, fields=swarm_changed)
+    to_storyart(outcome, timestamp, lambda: own)
+    text = to_json(outcome)
+    if text == before:
+        text = base  # byte for byte
+    swarm_text = None if carries_over else text if swarm is None else _to_storyswarm(text, swarm, timestamp)
+    return Change(swarm_text, None if text == art else text, by_storyart, draft_of(timestamp, outcome))
+
+
+def _to_storyswarm(text: bytes, swarm: bytes, timestamp: int) -> bytes | None:
+    """The document with a string for each prompt that is a string in what StorySwarm wrote; None when that says the
+    same already."""
+    document, theirs, strings = read_copy(text), read_copy(swarm), False
+    for beat, other in pair_beats(document, theirs):
+        for shape, prompt in (beat.get("prompts") or {}).items():
+            if isinstance((other.get("prompts") or {}).get(shape), str) and shape in SHAPES:
+                beat["prompts"][shape], strings = prompt_text(prompt), True
+    written = to_json(document) if strings else text
+    for one in (document, theirs):
+        to_storyart(one, timestamp, lambda: None)
+    return None if json.dumps(document, sort_keys=True) == json.dumps(theirs, sort_keys=True) else written
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A session as it was when the bridge last read it whole."""
+
+    sizes: list[int]
+    due: float  # monotonic seconds, when it is read again
+    waits: bool  # for prompts
+
+
+class Bridge:
+    """Keeps the copies in step: of a session that somebody asks for by bring(), and of all others by a thread, in one
+    service of those on a Redis, which holds a lease."""
+
+    INTERVAL, LEASE = 2.0, 6000  # seconds between two looks; ms
+    NEWEST = 100  # sessions of each index
+    # Seconds after which a copy is read whole, since another of the same length may have replaced it; 35 to 55.
+    RECHECK_WAITING, RECHECK, SPREAD = 7.0, 35.0, 20
+    LARGE = 5_000_000  # bytes: larger ones are read whole when somebody asks
+
+    def __init__(
+        self, store: BridgedStore, sessions: Sessions, draft_of: Callable[[int, dict[str, Any]], Draft | None]
+    ) -> None:
+        self._store, self._sessions, self._draft_of = store, sessions, draft_of
+        self._owner = secrets.token_hex(8)
+        self._seen: dict[int, Seen] = {}
+        self._latest = (-1, 0.0)  # the length of session:latest, and when it is read again
+        self._report = functools.lru_cache(1000)(functools.partial(log.warning, "bridge: %s: %s"))  # each once
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="bridge", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closing.set()
+        if self._thread.ident:
+            self._thread.join(2.0)
+
+    def bring(self, stored: StoredSession, *, whole: bool = False) -> StoredSession | None:
+        """The session with its copies in step; as it was where Redis takes no writes. `whole`: also where a large copy
+        was replaced by one of the same length."""
+        if whole:
+            self.bring_latest(whole=False)
+        if stored.is_in_step and not (whole and (stored.storyart_size or 0) > self.LARGE):
+            return stored
+        try:
+            self._bring_in_step(stored.timestamp)
+            return self._store.session(stored.timestamp)
+        except Unavailable as fault:
+            self._report(f"session {stored.timestamp} is not in step", str(fault))
+            return stored
+
+    def bring_latest(self, *, whole: bool = True) -> int:
+        """Carry over a session:latest that was changed, as a change of the session that its timestamp names: that
+        timestamp, or 0, also where Redis takes no writes."""
+        try:
+            return self._bring_latest(self._store.newest_copy(whole=whole))
+        except Unavailable as fault:
+            self._report("session:latest is not in step", str(fault))
+            return 0
+
+    def _bring_latest(self, copy: bytes | None) -> int:
+        self._store.unreadable_latest = 0
+        facts = self._sessions.facts_of(StoredSession(0, copy)) if copy is not None else None
+        if facts is None:
+            return 0
+        if facts.fault or facts.timestamp is None:
+            self._store.unreadable_latest = len(copy or b"")
+            self._report(
+                "session:latest is left as it is, since it is no session", facts.fault or "it has no timestamp"
+            )
+            return 0
+        before = self._bring_in_step(facts.timestamp)
+        # Both may have been changed: then neither replaces the other.
+        if not self._bring_in_step(facts.timestamp, copy, merges=bool(before and before.is_changed(0))):
+            self._store.unreadable_latest = len(copy or b"")
+        return facts.timestamp
+
+    def _bring_in_step(self, timestamp: int, latest: bytes | None = None, *, merges: bool = False) -> Copies | None:
+        try:
+            made = functools.partial(decide, draft_of=self._draft_of, merges=merges)
+            return self._store.bring_in_step(timestamp, made, latest)
+        except ValueError as fault:
+            self._report(f"session {timestamp} is left as it is, since a copy is no session", str(fault))
+            return None
+
+    def _run(self) -> None:
+        is_done = True
+        while True:
+            try:
+                is_done = self._look()
+            except ApiError as error:
+                self._report("sessions are not kept in step", str(error))
+            except Exception:
+                log.exception("bridge: sessions are not kept in step")
+            if self._closing.wait(self.INTERVAL if is_done else 0.0):
+                break
+        with contextlib.suppress(ApiError):
+            self._store.look(self._owner, 1, 1, ())  # let another service have the lease
+
+    def _look(self) -> bool:
+        """False when it took so long that the lease is to be extended before the next ones."""
+        began = time.monotonic()
+        waiting = sorted(timestamp for timestamp, seen in self._seen.items() if seen.waits)[-self.NEWEST :]
+        found = self._store.look(self._owner, self.LEASE, self.NEWEST, waiting)
+        if not found:
+            return True
+        latest, is_met, *parts = found
+        newest = 0
+        if latest != self._latest[0] or time.monotonic() >= self._latest[1]:
+            newest = self.bring_latest()
+            self._latest = (latest, time.monotonic() + self.RECHECK_WAITING)
+        sessions = {one: sizes for one, *sizes in zip(parts[::3], parts[1::3], parts[2::3])}
+        self._seen = {timestamp: seen for timestamp, seen in self._seen.items() if any(sessions.get(timestamp, ()))}
+        for timestamp, sizes in sessions.items():
+            seen = self._seen.get(timestamp)
+            if sizes == [0, 0]:
+                self._store.trim(timestamp)
+            elif seen is None or seen.sizes != sizes or time.monotonic() >= seen.due:
+                self._read(timestamp, sizes)
+                if self._closing.is_set() or time.monotonic() - began > self.INTERVAL:
+                    return False
+        if not is_met:
+            self._store.note_met()
+        newest = max([newest, *(timestamp for timestamp, sizes in sessions.items() if any(sizes))])
+        if latest < 0:
+            self._report("session:latest is left as it is, since it is no session", "its key is of another type")
+        else:
+            self._store.renew_latest(newest)
+        return True
+
+    def _read(self, timestamp: int, sizes: list[int]) -> None:
+        try:
+            copies, waits = self._bring_in_step(timestamp), False
+        except Unavailable as fault:  # the next look tries again
+            self._report("a session is not in step", str(fault))
+            return
+        if copies:
+            facts = self._sessions.facts_of(StoredSession(timestamp, copies.storyswarm or copies.storyart))
+            waits = facts.waits and not (isinstance(facts.progress, Progress) and facts.progress.ready)
+        after = self.RECHECK_WAITING if waits else self.RECHECK + timestamp % self.SPREAD
+        self._seen[timestamp] = Seen(sizes, math.inf if max(sizes) > self.LARGE else time.monotonic() + after, waits)
 
 
 # ======================================================================================================
@@ -1957,8 +2556,12 @@ def draft_notification(type: str, session_timestamp: int, **fields: Any) -> Draf
     return Draft(type, session_timestamp, member)
 
 
-def due_notification(timestamp: int, document: dict[str, Any], found: Progress) -> Draft | None:
+def due_notification(timestamp: int, document: dict[str, Any]) -> Draft | None:
     """What a session has to announce as it stands: only one that waits for StorySwarm, and that has beats."""
+    try:
+        found = progress(document)
+    except NotASession:  # it may be a script alone; prompts-status says what is wrong with it
+        return None
     if document.get("promptMode") != "storyswarm" or not found.total_beats:
         return None
     kind = "prompts_ready" if found.ready else "beats_ready"
@@ -2895,6 +3498,7 @@ class Services:
         self.settings, self.store, self.gpu, self.swarmui = settings, store, gpu, swarmui
         self.sessions, self.notifications = Sessions(store), Notifications(store)
         self.authenticator = Authenticator(settings, store)
+        self.bridge = Bridge(store, self.sessions, due_notification) if isinstance(store, BridgedStore) else None
         self.pool = ThreadPoolExecutor(POOL_THREADS, "pool")  # for what works
         self.large_bodies = ThreadPoolExecutor(1, "large-bodies")
         # Questions: types and limit; the session's timestamp; what to create; the id.
@@ -2905,10 +3509,16 @@ class Services:
 
     def close(self) -> None:
         """End the threads: what waits for one is dropped, what is at work ends within the store's own timeouts."""
+        if self.bridge:
+            self.bridge.close()
         for batcher in (self.checks, self.progress, self.creations, self.acknowledgements):
             batcher.close(timeout=0.5)
         for pool in (self.pool, self.large_bodies):
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def in_step(self, stored: StoredSession | None, *, whole: bool = False) -> StoredSession | None:
+        """A session with its copies in step, as Bridge.bring() says; itself where there is no bridge."""
+        return self.bridge.bring(stored, whole=whole) if stored and self.bridge else stored
 
     def submit(self, function: Callable[..., T], *arguments: Any, is_large: bool = False) -> Future[T]:
         """Call it in a thread of a pool, whether or not the client stays. Unavailable when none is free in time."""
@@ -3011,7 +3621,7 @@ def answer_progress(services: Services, timestamps: list[int]) -> list[Outcome]:
         if found is None or isinstance(found, ApiError):
             return found or NotFound("Session not found")
         stored, facts = found
-        if facts is None or is_announcement_due(stored, facts):
+        if facts is None or not stored.is_in_step or is_announcement_due(stored, facts):
             return services.submit(announce_progress, services, stored)
         return progress_response(stored, facts)
 
@@ -3029,10 +3639,13 @@ def is_announcement_due(stored: StoredSession, facts: Facts) -> bool:
     return facts.waits and isinstance(found, Progress) and found.ready and stored.announced != "prompts_ready"
 
 
-def announce_progress(services: Services, stored: StoredSession) -> Outcome:
+def announce_progress(services: Services, asked: StoredSession) -> Outcome:
+    stored = services.in_step(asked)
+    if stored is None:
+        return NotFound("Session not found")
     facts = services.sessions.facts_of(stored)
-    if is_announcement_due(stored, facts) and isinstance(facts.progress, Progress):
-        draft = due_notification(stored.timestamp, read_session(stored), facts.progress)
+    if is_announcement_due(stored, facts):
+        draft = due_notification(stored.timestamp, read_session(stored))
         try:
             if draft:
                 services.store.announce(stored.timestamp, draft)
@@ -3073,26 +3686,34 @@ def answer_acknowledgements(services: Services, ids: list[str]) -> list[Outcome]
     return list(map(respond, ids, services.notifications.acknowledge_own(ids)))
 
 
-def _session_response(services: Services, stored: StoredSession) -> Response:
-    """The document is sent as it is stored: to serialize it again would cost as much as to read it."""
+def _session_response(services: Services, stored: StoredSession, origin: str | None) -> Response:
+    """The document is sent as it is stored: to serialize it again would cost as much as to read it. A page gets it in
+    StoryArt's dialect."""
     document, name = stored.document or b"", services.store.name.encode()
+    for copy in (services.store.storyarts_copy(stored.timestamp), document) if origin else ():
+        with contextlib.suppress(ValueError):  # it is no session
+            value = read_copy(copy or b"")
+            document = to_json(value) if to_storyart(value, stored.timestamp, lambda: None) else copy or b""
+            break
     return Response(b'{"success":true,"data":%b,"storage":"%b"}' % (document, name))
 
 
 def session_get(services: Services, request: Request) -> Response:
-    stored = services.store.session(request.path["timestamp"])
+    stored = services.in_step(services.store.session(request.path["timestamp"]), whole=True)
     if stored is None:
         raise NotFound("Session not found")
     if fault := services.sessions.facts_of(stored).fault:
         raise ApiError(f"Session {stored.timestamp} is not a session: {fault}.")
-    return _session_response(services, stored)
+    return _session_response(services, stored, request.origin)
 
 
 def session_latest(services: Services, request: Request) -> Response:
-    stored = services.sessions.latest()
+    if services.bridge:
+        services.bridge.bring_latest()
+    stored = services.in_step(services.sessions.latest(), whole=True)
     if stored is None:
         raise NotFound("No session found")
-    return _session_response(services, stored)
+    return _session_response(services, stored, request.origin)
 
 
 def session_list(services: Services, request: Request) -> Response:
@@ -3104,11 +3725,11 @@ def session_list(services: Services, request: Request) -> Response:
 def session_save(services: Services, request: Request) -> Response:
     """Without a timestamp it gets the next free one from now: two saves at one moment are two sessions."""
     if request.body.get("timestamp") is not None:
-        return _save(services, request, int(request.body["timestamp"]))
+        return _save(services, request, int(request.body["timestamp"]), by_storyart=True)
     now = now_ms()
     for timestamp in range(now, now + 1000):
         with contextlib.suppress(Conflict):
-            return _save(services, request, timestamp, replace=False)
+            return _save(services, request, timestamp, by_storyart=True, replace=False)
     raise Unavailable("Every timestamp of this second is taken: ask again.", 1)
 
 
@@ -3116,23 +3737,34 @@ def session_put(services: Services, request: Request) -> Response:
     timestamp = request.path["timestamp"]
     if request.body.get("timestamp") not in (None, timestamp):
         raise BadRequest(f"timestamp: expected {timestamp}, as in the path, or none.")
-    return _save(services, request, timestamp)
+    return _save(services, request, timestamp, by_storyart=False)
 
 
-def _save(services: Services, request: Request, timestamp: int, *, replace: bool = True) -> Response:
+def _save(services: Services, request: Request, timestamp: int, *, by_storyart: bool, replace: bool = True) -> Response:
     """Raises Conflict when the timestamp is taken and must not be replaced."""
     document, text = request.body, request.raw_body
     if document.get("timestamp") is None:
         document = {**document, "timestamp": timestamp}
         text = to_json(document)
-    try:
-        draft = due_notification(timestamp, document, progress(document))
-    except NotASession:  # it may be a script alone; prompts-status says what is wrong with it
-        draft = None
-    if not services.store.save(timestamp, text, draft, replace=replace):
+    draft = due_notification(timestamp, document)
+    if services.bridge:
+        services.bridge.bring_latest(whole=False)
+    storyart = text
+    with contextlib.suppress(NotASession):  # what has broken beats is stored as it is
+        _check_shape(document, _COUNTED)
+        if services.bridge and to_storyart(document, timestamp, lambda: _read_storyarts(services, timestamp)):
+            storyart = to_json(document)
+    if not services.store.save(timestamp, text, draft, replace=replace, storyart=storyart, by_storyart=by_storyart):
         raise Conflict(f"Session {timestamp} exists.")
     saved = {"success": True, "message": "Session saved", "sessionKey": f"session:{timestamp}"}
     return json_response({**saved, "storage": services.store.name})
+
+
+def _read_storyarts(services: Services, timestamp: int) -> dict[str, Any] | None:
+    with contextlib.suppress(ValueError):  # it is replaced
+        copy = services.store.storyarts_copy(timestamp)
+        return read_copy(copy) if copy is not None else None
+    return None
 
 
 def caller_json(caller: Caller) -> dict[str, Any]:
@@ -3226,10 +3858,10 @@ _SESSION = _body(
 )  # fmt: skip
 _SAVED = _object(success=_FLAG, message=_TEXT, sessionKey=_TEXT, storage=_STORE)
 _WHOLE_SESSION = _object(success=_FLAG, data=_OBJECT, storage=_STORE)
-_SCENE = _object(sceneNumber=_ANY, title=_ANY, totalBeats=_COUNT)
-_EPISODE = _object(episodeNumber=_ANY, title=_ANY, scenes=_array(_SCENE))
+_SCENE = _object(sceneNumber=_ANY, title=_TEXT, totalBeats=_COUNT)
+_EPISODE = _object(episodeNumber=_ANY, title=_TEXT, scenes=_array(_SCENE))
 _SUMMARY = _object(
-    timestamp=_TIMESTAMP, storyUuid=_ANY, promptMode=_ANY, scriptText=_TEXT, analyzedEpisode=_EPISODE
+    timestamp=_TIMESTAMP, storyUuid=_TEXT, promptMode=_TEXT, scriptText=_TEXT, analyzedEpisode=_EPISODE
 )  # fmt: skip
 _PROMPTS = _object(
     promptsReady=_FLAG, sessionTimestamp=_TIMESTAMP, totalBeats=_COUNT, totalPrompts=_COUNT, lastUpdated=_TIME
@@ -3269,7 +3901,7 @@ _CHECK_QUERY: Mapping[str, Schema] = {
     "limit": _schema("integer", 100, minimum=1, maximum=1000, default=100),
     "type": _schema("string", "all", enum=[*TOTALS, "all"], default="prompts_ready"),
 }
-_LIST_QUERY: Mapping[str, Schema] = {"limit": _schema("integer", 5, minimum=1, maximum=200, default=20)}
+_LIST_QUERY: Mapping[str, Schema] = {"limit": _schema("integer", 5, minimum=1, maximum=1000, default=200)}
 
 _GPU = _object(
     **{name: _schema("integer", 8) for name in gpu_json(GpuStatus())}
@@ -3942,6 +4574,8 @@ def serve(settings: Settings) -> int:
         print(url_of(settings, port), file=running, flush=True)
         swarmui.keep_log_short()
         greet(settings, store, port, token_place)
+        if services.bridge:
+            services.bridge.start()
         log.info("server: listening on %s", url_of(settings, port))
         server.run()
     log.info("server: stopped")

@@ -16,6 +16,7 @@ import http.server
 import importlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import os
@@ -807,6 +808,7 @@ def test_what_is_not_set_has_its_default(tmp_path):
         "REDIS_URL": None,
         "REDIS_HOST": None,
         "REDIS_PORT": None,
+        "STORYTELLER_BRIDGE": True,
         "NVIDIA_SMI": None,
         "GPU_CACHE_SECONDS": 5,
         "SWARMUI_API_URL": "http://localhost:7801",
@@ -914,6 +916,7 @@ def test_an_env_file_that_cannot_be_used_is_refused_by_name(tmp_path, data, word
         "REDIS_URL": ["localhost:6379", "http://localhost", "redis://localhost:port", "redis://localhost:99999"],
         "REDIS_HOST": ["redis://localhost"],
         "REDIS_PORT": ["0", "65536", "x"],
+        "STORYTELLER_BRIDGE": ["yes", "1"],
         "GPU_CACHE_SECONDS": ["-1", "five", "nan", "inf", "86401"],
         "SWARMUI_API_URL": [
             *["localhost:7801", "ftp://localhost", "http://", "http://a b", "http://localhost:0", "http://[::1"],
@@ -1012,6 +1015,8 @@ def test_settings_that_are_printed_show_no_secret(tmp_path):
         ("REDIS_HOST", "b", "redis_address", "redis://b:6379/0"),
         ("REDIS_HOST", "::1", "redis_address", "redis://[::1]:6379/0"),
         ("REDIS_PORT", "1234", "redis_address", "redis://127.0.0.1:1234/0"),
+        ("STORYTELLER_BRIDGE", "OFF", "bridge", False),
+        ("STORYTELLER_BRIDGE", "on", "bridge", True),
     ],
 )
 def test_a_good_value_is_taken(tmp_path, name, text, field, value):
@@ -1355,7 +1360,8 @@ def plant(store, request) -> Callable[[Any, float], Any]:
 def test_a_session_comes_back_byte_for_byte_with_the_time_of_its_save(store, clock):
     document = b'{"title": "M\xc3\xbcller"} \xff'
     assert store.save(T, document, None) is True
-    assert store.session(T) == service.StoredSession(T, document, int(clock.now), None)
+    found = store.session(T)
+    assert (found.document, found.saved, found.announced) == (document, clock.now, None)
     assert store.session(T + 1) is None
 
 
@@ -1595,29 +1601,32 @@ def test_what_was_announced_is_kept_as_long_as_a_session_that_another_program_wr
     redis_store.announce(T, draft())
     kept = [other_program.pttl(own) for own in other_program.keys("storyteller:session:*")]
     assert kept == [-1] if end is None else 900_000 < kept[0] <= end
-    assert redis_store.session(T) == service.StoredSession(T, b"{}", None, PROMPTS)
+    found = redis_store.session(T)
+    assert (found.document, found.saved, found.announced) == (b"{}", None, PROMPTS)
 
 
 @pytest.mark.parametrize(
-    "written, document",
+    "written, document, trips",
     [
-        pytest.param({"storyart:session": "theirs"}, b"theirs", id="StoryArt's key"),
-        pytest.param({"session": "ours", "storyart:session": "theirs"}, b"ours", id="session: wins"),
-        pytest.param({"session": b"\xff"}, b"\xff", id="not UTF-8"),
-        pytest.param({"session": ["a", "list"]}, None, id="a key of another type"),
-        pytest.param({"session": ["a", "list"], "storyart:session": "theirs"}, None, id="which wins too"),
-        pytest.param({"storyart:session": ["a", "list"]}, None, id="StoryArt's key of another type"),
-        pytest.param({"session": "ours", "storyart:session": ["a", "list"]}, b"ours", id="of no matter"),
+        pytest.param({"session": "ours"}, b"ours", 1, id="session:"),
+        pytest.param({"storyart:session": "theirs"}, b"theirs", 2, id="StoryArt's key"),
+        pytest.param({"session": "ours", "storyart:session": "theirs"}, b"ours", 1, id="session: wins"),
+        pytest.param({"session": b"\xff"}, b"\xff", 1, id="not UTF-8"),
+        pytest.param({"session": ["a", "list"]}, None, 1, id="a key of another type"),
+        pytest.param({"session": ["a", "list"], "storyart:session": "theirs"}, None, 1, id="which wins too"),
+        pytest.param({"storyart:session": ["a", "list"]}, None, 2, id="StoryArt's key of another type"),
+        pytest.param({"session": "ours", "storyart:session": ["a", "list"]}, b"ours", 1, id="of no matter"),
     ],
 )
-def test_redis_finds_a_session_in_one_round_trip(redis_store, other_program, written, document):
+def test_redis_finds_a_session_in_one_round_trip_or_two(redis_store, other_program, written, document, trips):
     for key, value in written.items():
         put = other_program.rpush if isinstance(value, list) else other_program.set
         put(f"{key}:{T}", *(value if isinstance(value, list) else [value]))
     redis_store.ping()  # the connection is made
     reads = other_program.info("stats")["total_reads_processed"]
-    assert redis_store.session(T) == service.StoredSession(T, document, None, None)
-    assert other_program.info("stats")["total_reads_processed"] - reads == 2  # the session, and this question
+    found = redis_store.session(T)
+    assert (found.document, found.saved, found.announced) == (document, None, None)
+    assert other_program.info("stats")["total_reads_processed"] - reads == trips + 1  # the session, and this question
 
 
 def test_a_session_that_may_not_be_read_hides_no_other(own_redis):
@@ -2003,14 +2012,22 @@ def test_sqlite_ends_sessions_and_marks_after_7_days_and_removes_them(sqlite_sto
         pytest.param(b"[-1e999]", "the number -1e999 is too large", id="too small"),
         pytest.param(b'["\xff"]', "not UTF-8", id="not UTF-8"),
         pytest.param(b'["\xed\xa0\x80"]', "not UTF-8", id="a surrogate in bytes"),
-        pytest.param(rb'["\ud83d"]', "surrogate", id="half a surrogate pair"),
-        pytest.param(rb'{"\uDE00": 1}', "surrogate", id="the other half, in a key"),
         pytest.param(b"[" * 100_000, "nested too deeply", id="nested too deeply"),
     ],
 )
-def test_what_is_no_strict_json_is_refused(data, fault):
+@pytest.mark.parametrize("from_request", [True, False])
+def test_what_is_no_strict_json_is_refused(data, fault, from_request):
     with pytest.raises(ValueError, match=fault):
-        service.parse_json(data)
+        service.parse_json(data, from_request=from_request)
+
+
+@pytest.mark.parametrize(
+    "data", [pytest.param(rb'["\ud83d","\ude00 x"]', id="half"), pytest.param(rb'{"\ude00":1}', id="in a key")]
+)
+def test_half_a_surrogate_pair_is_refused_in_a_request_and_elsewhere_written_as_it_was(data):
+    with pytest.raises(ValueError, match="surrogate"):
+        service.parse_json(data, from_request=True)
+    assert service.to_json(service.parse_json(data)) == data
 
 
 @pytest.mark.parametrize(
@@ -2512,7 +2529,7 @@ def test_redis_answers_a_check_of_many_in_few_commands(redis_store, other_progra
 )
 def test_a_session_that_waits_for_storyswarm_announces_its_step(document, step):
     document = {"promptMode": "storyswarm", **document}
-    found = service.due_notification(T, document, service.progress(document))
+    found = service.due_notification(T, document)
     assert (found and (found.type, found.session)) == (step and (step, T))
 
 
@@ -2523,7 +2540,7 @@ def test_a_session_that_waits_for_storyswarm_announces_its_step(document, step):
 def test_what_a_session_announces_is_valid_whatever_else_it_holds(notifications, story, number, expected):
     document = episode(READY_BEAT, {"imageDecision": {"type": "NO_IMAGE"}}, promptMode="storyswarm", storyUuid=story)
     document["analyzedEpisode"]["episodeNumber"] = number
-    found, _ = notifications.create([service.due_notification(T, document, service.progress(document))])[0]
+    found, _ = notifications.create([service.due_notification(T, document)])[0]
     shown = json.loads(found.text)
     assert (shown["type"], shown["sessionTimestamp"], shown["totalPrompts"]) == (PROMPTS, T, 1)
     assert (shown["storyUuid"], shown["episodeNumber"]) == expected
@@ -3559,14 +3576,14 @@ def test_a_list_shows_summaries_newest_first(app):
         "scriptText": "s" * 500,
         "analyzedEpisode": {
             "episodeNumber": 2,
-            "title": None,
-            "scenes": [{"sceneNumber": None, "title": None, "totalBeats": 2}],
+            "title": "",
+            "scenes": [{"sceneNumber": None, "title": "", "totalBeats": 2}],
         },
     }
 
 
-@pytest.mark.parametrize("limit", ["0", "201", "x"])
-def test_a_lists_limit_is_1_to_200(make_app, limit):
+@pytest.mark.parametrize("limit", ["0", "1001", "x"])
+def test_a_lists_limit_is_1_to_1000(make_app, limit):
     assert "limit" in make_app().get(f"/api/v1/session/list?limit={limit}", status=400).json["error"]
 
 
@@ -4377,6 +4394,1351 @@ def test_storyarts_own_calls_work_without_a_token(start_service, nvidia_smi, swa
     )
     with urllib.request.urlopen(probe, timeout=PATIENCE) as seen:
         assert (seen.status, seen.headers["Access-Control-Allow-Origin"]) == (200, page)
+
+
+# ======================================================================================================
+# The bridge
+# ======================================================================================================
+
+# ---------------------------------------------------------------------------- what is done with two copies ----
+
+
+def story(words: str, *prompts: Any, **fields: Any) -> dict[str, Any]:
+    """A session in these words with a beat for each of `prompts`; None for one that has none yet."""
+    beats: list[dict[str, Any]] = [{"beatId": f"b{number}", "visual": words} for number in range(len(prompts))]
+    for beat, prompt in zip(beats, prompts):
+        beat.update({} if prompt is None else {"prompts": {"cinematic": prompt}})
+    whole = {"timestamp": T, "scriptText": words, "episodeContext": "{}", "storyUuid": "u-1"}
+    episode = {"episodeNumber": 2, "scenes": [{"beats": beats}]}
+    return {**whole, "promptMode": "storyswarm", "analyzedEpisode": episode, **fields}
+
+
+def spoken(words: str, *prompts: Any, **fields: Any) -> dict[str, Any]:
+    """The same in StoryArt's dialect."""
+    return story(words, *[{"prompt": one} if isinstance(one, str) else one for one in prompts], **fields)
+
+
+def in_a_beat(document: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """The same with these fields in its first beat."""
+    document["analyzedEpisode"]["scenes"][0]["beats"][0] |= fields
+    return document
+
+
+def to_bytes(document: Any) -> bytes | None:
+    return document if document is None or isinstance(document, bytes) else json.dumps(document).encode()
+
+
+def copies_of(now: Any, before: Any = None, *, by_storyart: bool = False) -> service.Copies:
+    """StorySwarm's copy and StoryArt's; `before`: as they were when they were last in step, None for never."""
+    marks = [service.mark_of(to_bytes(one)) for one in before] if before else ["", ""]
+    swarm, art = map(to_bytes, now)
+    return service.Copies(T, swarm, art, (marks[0], marks[1]), by_storyart)
+
+
+def decide(copies: service.Copies, **options: Any) -> service.Change | None:
+    return service.decide(copies, lambda timestamp, document: None, **options)
+
+
+def both(words: str, *prompts: Any, **fields: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """StorySwarm's copy and StoryArt's of one session."""
+    return story(words, *prompts, **fields), spoken(words, *prompts, **fields)
+
+
+FLUX = {"prompt": "a", "model": "flux", "steps": 20}
+IN_STEP = both("w", "a", None)
+
+# Each: both copies as they were when they were last in step, as they are now, and as they are afterwards.
+NOBODYS: dict[str, tuple[Any, Any, Any]] = {
+    "a new one of StoryArt": (None, (None, spoken("w", "a")), (spoken("w", "a"), spoken("w", "a"))),
+    "a new one of StorySwarm": (None, (story("w", "a"), None), both("w", "a")),
+    "never in step": (None, (story("read", "b", "c"), spoken("edited", "d", None)), both("edited", "d", "c")),
+    "both changed": (IN_STEP, (story("read", "b", "c"), spoken("edited", "d", None)), both("edited", "d", "c")),
+    "StoryArt's words changed": (IN_STEP, (IN_STEP[0], spoken("edited", "a", None)), both("edited", "a", None)),
+    "StoryArt's prompt changed": (IN_STEP, (IN_STEP[0], spoken("w", "b", None)), both("w", "b", None)),
+    "StoryArt saved without prompts": (IN_STEP, (IN_STEP[0], story("edited", None, None)), both("edited", "a", None)),
+    "StoryArt removed a beat": (IN_STEP, (IN_STEP[0], spoken("w", "a")), both("w", "a")),
+    "StoryArt removed a field": (both("w", mood="dark"), (story("w", mood="dark"), story("w")), both("w")),
+    "StorySwarm's changed": (IN_STEP, (story("new", "b", seed=5), IN_STEP[1]), both("new", "b", seed=5)),
+    "StorySwarm's prompt changed beside a model": (
+        both("w", FLUX), (story("w", "b"), story("w", FLUX)), (story("w", "b"), story("w", {**FLUX, "prompt": "b"})),
+    ),
+    "StorySwarm's is gone": (IN_STEP, (None, IN_STEP[1]), (None, IN_STEP[1])),
+    "StoryArt's is gone": (IN_STEP, (IN_STEP[0], None), (IN_STEP[0], None)),
+    "both are gone": (IN_STEP, (None, None), (None, None)),
+    "StorySwarm's was gone, the other is new": ((None, IN_STEP[1]), (None, story("new")), both("new")),
+    "StoryArt's was gone, the other is new": ((IN_STEP[0], None), (story("new"), None), both("new")),
+    "StorySwarm's is gone, the other is new": (IN_STEP, (None, story("new")), both("new")),
+    "StoryArt's is gone, the other is new": (IN_STEP, (story("new", "b"), None), both("new", "b")),
+}  # fmt: skip
+STORYARTS: dict[str, tuple[Any, Any, Any]] = {
+    "words stay, prompts, missing fields and times come": (
+        both("w", None, None, lastUpdated=3), (
+            story("read", "a", "b", lastUpdated=5, updatedAt="t", mood="dark"), story("w", None, None, lastUpdated=3),
+        ), both("w", "a", "b", lastUpdated=5, updatedAt="t", mood="dark"),
+    ),
+    "StorySwarm's prompt wins": (IN_STEP, (story("w", "b", None), IN_STEP[1]), both("w", "b", None)),
+    "a beat that StoryArt does not have": (IN_STEP, (story("w", "a", None, "c"), IN_STEP[1]), IN_STEP),
+    "no prompt where StoryArt has one": (
+        IN_STEP, (story("w", None, "b"), IN_STEP[1]), (story("w", {"prompt": "a"}, "b"), spoken("w", "a", "b")),
+    ),
+    "a blank prompt where StoryArt has one": (IN_STEP, (story("w", " ", None), IN_STEP[1]), IN_STEP),
+    "a prompt beside a model": (
+        both("w", FLUX), (story("w", "b"), story("w", FLUX)), (story("w", "b"), story("w", {**FLUX, "prompt": "b"})),
+    ),
+    "an object of StorySwarm wins whole": (
+        both("w", FLUX), (story("w", {"prompt": "b", "seed": 1}), story("w", FLUX)),
+        both("w", {"prompt": "b", "seed": 1}),
+    ),
+    "what StoryArt's user emptied stays empty": (
+        both("w", None, mood=""), (story("w", "a", mood="dark"), story("w", None, mood="")), both("w", "a", mood=""),
+    ),
+    "fields that a beat of StoryArt lacks": (
+        (in_a_beat(story("w", None), mood=None), in_a_beat(story("w", None), mood=None)),
+        (in_a_beat(story("read", "a"), mood="dark", seed=1), in_a_beat(story("w", None), mood=None)),
+        (in_a_beat(story("w", "a"), mood="dark", seed=1), in_a_beat(spoken("w", "a"), mood="dark", seed=1)),
+    ),
+    "what StorySwarm writes otherwise than StoryArt stays as it is": (
+        both("w", None, storyUuid=""),
+        (story("w", "a", storyUuid=None, timestamp=None), story("w", None, storyUuid="")),
+        (story("w", "a", storyUuid=None, timestamp=None), spoken("w", "a", storyUuid="")),
+    ),
+    "a text that StoryArt lacked": (
+        both("w", None, storyUuid=""), (story("w", "a"), story("w", None, storyUuid="")), both("w", "a"),
+    ),
+    "an episode that StoryArt lacked": (
+        (None, story("w", analyzedEpisode=None)), (story("read", "a"), story("w", analyzedEpisode=None)),
+        ({**story("read", "a"), "scriptText": "w"}, {**spoken("read", "a"), "scriptText": "w"}),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "before, now, after, by_storyart",
+    [
+        *(pytest.param(*case, False, id=name) for name, case in NOBODYS.items()),
+        *(pytest.param(*case, True, id=f"by StoryArt: {name}") for name, case in STORYARTS.items()),
+    ],
+)
+def test_what_brings_two_copies_in_step(before, now, after, by_storyart):
+    change = decide(copies_of(now, before, by_storyart=by_storyart))
+    written = [change.storyswarm, change.storyart]
+    assert [json.loads(new or to_bytes(old) or b"null") for new, old in zip(written, now)] == list(after)
+    # A copy that says it already is not written.
+    assert [new is not None for new in written] == [new != old for new, old in zip(after, now)]
+    outcome = [new or old for new, old in zip(written, now)]
+    assert decide(copies_of(outcome, outcome)) is None
+
+
+@pytest.mark.parametrize(
+    "before, now, by_storyart, found",
+    [
+        pytest.param(None, (None, story("w")), False, True, id="StoryArt wrote a new one"),
+        pytest.param(None, (story("w"), None), False, False, id="StorySwarm did"),
+        pytest.param(IN_STEP, (IN_STEP[0], spoken("new", "a", None)), False, True, id="StoryArt changed it"),
+        pytest.param(IN_STEP, (story("new"), IN_STEP[1]), True, True, id="once it wrote, it wrote"),
+    ],
+)
+def test_that_storyart_wrote_a_session_is_noted(before, now, by_storyart, found):
+    assert decide(copies_of(now, before, by_storyart=by_storyart)).by_storyart is found
+
+
+def test_copies_that_are_in_step_need_nothing():
+    assert decide(copies_of(IN_STEP, IN_STEP)) is None
+    assert decide(copies_of((None, IN_STEP[1]), (None, IN_STEP[1]))) is None
+    assert decide(copies_of((None, None))) is None
+
+
+def test_storyswarms_copy_that_was_changed_twice_is_merged_and_not_replaced():
+    """As session:{ts}, which was carried over a moment ago, and session:latest."""
+    now = (story("his", "a", None), spoken("hers", None, "b"))
+    change = decide(copies_of(now, (None, now[1])), merges=True)
+    assert json.loads(change.storyart) == spoken("hers", "a", "b")
+    assert json.loads(change.storyswarm) == story("hers", "a", {"prompt": "b"})
+
+
+@pytest.mark.parametrize(
+    "own, other, pairs",
+    [
+        pytest.param([["a", "b"], ["c"]], [["c"], ["b", "x", "a"]], [(0, 3), (1, 1), (2, 0)], id="one id in each"),
+        pytest.param([[None], [None]], [[None], [None]], [(0, 0), (1, 1)], id="no ids, the same places"),
+        pytest.param([[None], [None, None]], [[None, None], [None]], [], id="no ids, other scenes"),
+        pytest.param([["a", "a"], [1]], [["a", "a"], [1]], [(0, 0), (1, 1), (2, 2)], id="an id twice, the same places"),
+        pytest.param([["a", "a"]], [["a", "a", None]], [], id="an id twice, a beat more"),
+        pytest.param([["a", "b"]], [["a", "a"]], [(0, 0)], id="an id twice in one alone"),
+        pytest.param([["a", "b"]], [["b", "a"]], [(0, 1), (1, 0)], id="another order"),
+        pytest.param([["a", None]], [["b", None]], [(1, 1)], id="another id at the same place"),
+        pytest.param([[None, "a"]], [["a"], [None]], [(1, 0)], id="an id is missing once in each"),
+        pytest.param([[None]], [["a"]], [], id="an id in one alone"),
+        pytest.param([[1, "2"]], [["1", 2]], [], id="a number is no text"),
+        pytest.param([], [["a"]], [], id="no scenes"),
+    ],
+)
+def test_the_same_beat_is_found_by_its_id_or_its_place_and_never_guessed(own, other, pairs):
+    def build(scenes: Any, start: Iterator[int]) -> dict[str, Any]:
+        beats = [[{"number": next(start), **({} if id is None else {"beatId": id})} for id in ids] for ids in scenes]
+        return {"analyzedEpisode": {"scenes": [{"beats": one} for one in beats]}}
+
+    found = service.pair_beats(build(own, itertools.count()), build(other, itertools.count()))
+    assert [(beat["number"], same["number"]) for beat, same in found] == pairs
+
+
+@pytest.mark.parametrize(
+    "prompts, own, turned",
+    [
+        pytest.param({"cinematic": "b"}, None, {"cinematic": {"prompt": "b"}}, id="a string"),
+        pytest.param(
+            {"cinematic": "b"}, {"cinematic": FLUX}, {"cinematic": {**FLUX, "prompt": "b"}}, id="over its own"
+        ),
+        pytest.param({"vertical": "b"}, {"cinematic": FLUX}, {"vertical": {"prompt": "b"}}, id="not another shape's"),
+        pytest.param({"cinematic": "b"}, {"cinematic": "c"}, {"cinematic": {"prompt": "b"}}, id="its own is a string"),
+        pytest.param({"cinematic": FLUX}, {"cinematic": {"prompt": "c"}}, {"cinematic": FLUX}, id="an object stays"),
+        pytest.param({"cinematic": FLUX, "vertical": None}, None, {"cinematic": FLUX}, id="null"),
+        pytest.param({"cinematic": FLUX, "vertical": " \n"}, None, {"cinematic": FLUX}, id="blank"),
+        pytest.param({"cinematic": FLUX, "vertical": {"prompt": ""}}, None, {"cinematic": FLUX}, id="a blank object"),
+        pytest.param({"cinematic": FLUX, "vertical": {"model": "m"}}, None, {"cinematic": FLUX}, id="without prompt"),
+        pytest.param({"cinematic": None}, None, None, id="the only one"),
+        pytest.param({}, None, None, id="no prompts"),
+        pytest.param({"square": None}, None, {"square": None}, id="of another shape"),
+    ],
+)
+def test_prompts_are_objects_in_storyarts_dialect(prompts, own, turned):
+    def build(prompts: Any) -> dict[str, Any]:
+        document = story("w", None)
+        document["analyzedEpisode"]["scenes"][0]["beats"][0] |= {} if prompts is None else {"prompts": prompts}
+        return document
+
+    document = build(prompts)
+    assert service.to_storyart(document, T, lambda: build(own)) is (prompts != turned)
+    assert document == build(turned)
+
+
+@pytest.mark.parametrize(
+    "given, turned",
+    [
+        pytest.param({}, {}, id="all there"),
+        pytest.param({"timestamp": float(T)}, {}, id="a float that is whole"),
+        *(
+            pytest.param({"timestamp": one}, {"timestamp": T}, id=f"timestamp {one!r}")
+            for one in (None, 5, str(T), True)
+        ),
+        pytest.param({"scriptText": None, "storyUuid": None}, {"scriptText": "", "storyUuid": ""}, id="null"),
+        pytest.param({"episodeContext": {"a": ["ü"]}}, {"episodeContext": '{"a":["ü"]}'}, id="an object"),
+        pytest.param({"storyUuid": 5}, {"storyUuid": "5"}, id="a number"),
+        pytest.param({"promptMode": None, "other": None}, {}, id="what may be null"),
+    ],
+)
+def test_texts_and_timestamp_are_there_in_storyarts_dialect(given, turned):
+    document = story("w", **given)
+    assert service.to_storyart(document, T, lambda: None) is bool(turned)
+    assert document == story("w", **given) | turned
+
+
+def test_what_is_missing_is_added_at_the_end_in_storyarts_dialect():
+    document = {"promptMode": "storyart"}
+    assert service.to_storyart(document, T, lambda: None) is True
+    assert list(document.items()) == [
+        ("promptMode", "storyart"), ("timestamp", T), ("scriptText", ""), ("episodeContext", ""), ("storyUuid", ""),
+    ]  # fmt: skip
+
+
+RAW = (
+    rb'{ "z": 1e3, "timestamp": %d, "n": 123456789012345678901234567890, "d": 0.10, "half": "\ud83d", "u": "\u00fc",'
+    b' "scriptText": "", "episodeContext": "", "storyUuid": "", "same": 1, "a": [null, true, -0.0], "\xc3\xbc": {} }'
+    % T
+)
+
+
+def test_a_document_of_which_nothing_is_turned_stays_byte_for_byte():
+    assert decide(copies_of((RAW, None))).storyart == RAW
+    assert decide(copies_of((None, RAW))).storyswarm == RAW
+    assert decide(copies_of((None, RAW))).storyart is None
+
+
+def test_a_document_that_is_turned_keeps_order_fields_digits_and_half_a_surrogate_pair():
+    written = decide(copies_of((RAW.replace(b'"storyUuid": ""', b'"storyUuid": null'), None))).storyart
+    assert written == (
+        b'{"z":1000.0,"timestamp":%d,"n":123456789012345678901234567890,"d":0.1,"half":"\\ud83d","u":"\xc3\xbc",'
+        b'"scriptText":"","episodeContext":"","storyUuid":"","same":1,"a":[null,true,-0.0],"\xc3\xbc":{}}' % T
+    )
+
+
+NO_SESSION = [
+    pytest.param(b"", id="nothing"),
+    pytest.param(b"no JSON", id="no JSON"),
+    pytest.param(b"\xff", id="no UTF-8"),
+    pytest.param(b"[]", id="no object"),
+    pytest.param(b'{"a": NaN}', id="NaN"),
+    pytest.param(b'{"a": 1e999}', id="past a double"),
+    pytest.param(b'{"a": 1' + b"0" * 400 + b"}", id="a whole number past a double"),
+    pytest.param(b'{"analyzedEpisode": {"scenes": [5]}}', id="a scene that is none"),
+    pytest.param(b'{"analyzedEpisode": {"scenes": [{"beats": [{"prompts": {"cinematic": 5}}]}]}}', id="broken beats"),
+    pytest.param(b'{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}", id="nested too deeply"),
+]
+
+
+@pytest.mark.parametrize("junk", NO_SESSION)
+def test_a_copy_that_is_no_session_is_a_fault(junk):
+    for now in ((junk, None), (None, junk), (junk, story("w")), (story("w"), junk)):
+        with pytest.raises(ValueError):
+            decide(copies_of(now))
+
+
+# ---------------------------------------------------------------------------- both programs on one Redis ----
+
+
+class StoryArtServer:
+    """StoryArt's own server: it knows its two keys alone, and fails where the real one does."""
+
+    INDEX = "storyart:sessions:index"
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._redis = client
+
+    def save(self, document: dict[str, Any]) -> None:
+        key = f"storyart:session:{document['timestamp']}"
+        self._redis.set(key, json.dumps(document), px=WEEK)
+        self._redis.zadd(self.INDEX, {key: document["timestamp"]})
+
+    def load(self, timestamp: int = T) -> Any:
+        return json.loads(self._redis.get(f"storyart:session:{timestamp}"))
+
+    def latest(self) -> Any:
+        return json.loads(self._redis.get(self._redis.zrange(self.INDEX, -1, -1)[0]))
+
+    def make_images(self, timestamp: int = T) -> list[str]:
+        """The prompts of which it makes images. One that is a string, or null, has no `.prompt`."""
+        document = self.load(timestamp)
+        assert all(isinstance(document[name], str) for name in ("scriptText", "episodeContext", "storyUuid"))
+        beats = [beat for scene in document["analyzedEpisode"]["scenes"] for beat in scene["beats"]]
+        return [
+            prompt["prompt"].strip() for beat in beats for prompt in beat.get("prompts", {"": {"prompt": ""}}).values()
+        ]
+
+
+def by_put(app: webtest.TestApp, client: redis.Redis, document: dict[str, Any]) -> None:
+    app.put_json(f"/api/v1/session/{document['timestamp']}", document)
+
+
+def by_its_key(app: webtest.TestApp, client: redis.Redis, document: dict[str, Any]) -> None:
+    client.set(f"session:{document['timestamp']}", json.dumps(document))
+
+
+def by_latest(app: webtest.TestApp, client: redis.Redis, document: dict[str, Any]) -> None:
+    client.set("session:latest", json.dumps(document))
+
+
+DOORS = pytest.mark.parametrize("write", [by_put, by_its_key, by_latest])  # StorySwarm's
+
+
+class Bridged:
+    """An instance of the service whose bridge looks when the test says so."""
+
+    def __init__(self, store: service.RedisStore, services: service.Services) -> None:
+        self.store, self.bridge = store, services.bridge
+        self.look = self.bridge._look
+        app = service.create_app(services)
+        self.app = webtest.TestApp(app, extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"})
+
+    def announced(self) -> list[tuple[str, int]]:
+        """What was announced since the last question, which acknowledges it."""
+        found = pending(self.app, "?type=all")
+        for one in found:
+            self.app.post(f"/api/v1/notifications/{one['id']}/ack")
+        return [(one["type"], one["sessionTimestamp"]) for one in found]
+
+
+@pytest.fixture
+def make_bridged(redis_url: str, make_services: Any) -> Iterator[Callable[..., Bridged]]:
+    with contextlib.ExitStack() as stack:
+
+        def make(url: str = redis_url, **changed: Any) -> Bridged:
+            store = stack.enter_context(contextlib.closing(service.BridgedStore(url)))
+            return Bridged(store, make_services(store, **changed))
+
+        yield make
+
+
+@pytest.fixture
+def bridged(make_bridged: Callable[..., Bridged]) -> Bridged:
+    """One that knows its Redis, which is empty."""
+    made = make_bridged()
+    made.look()
+    return made
+
+
+@pytest.fixture
+def storyart(other_program: redis.Redis) -> StoryArtServer:
+    return StoryArtServer(other_program)
+
+
+def read_key(client: redis.Redis, key: Any = T) -> Any:
+    """The document of a key, of session:{ts} by its timestamp; None for no key."""
+    return json.loads(client.get(f"session:{key}") or "null")
+
+
+def replace_key(client: redis.Redis, key: str, value: Any) -> None:
+    """By a text, or by a list, which is a key of another type."""
+    client.delete(key)
+    client.rpush(key, *value) if isinstance(value, list) else client.set(key, value)
+
+
+def test_storyswarm_reads_wherever_it_reads_what_storyarts_server_saved(bridged, storyart, other_program):
+    saved = story("w", None, None)
+    storyart.save(saved)
+    bridged.look()
+    paths = [f"/api/v1/session/{T}", "/api/v1/session/latest"]
+    assert [bridged.app.get(path).json["data"] for path in paths] == [saved, saved]
+    assert [other_program.get(key) for key in (f"session:{T}", "session:latest")] == [json.dumps(saved)] * 2
+
+
+@DOORS
+def test_storyart_makes_images_of_the_prompts_that_storyswarm_wrote(bridged, storyart, other_program, write):
+    storyart.save(story("w", None, None))
+    bridged.look()
+    document = story("w", "a cat", "a dog")
+    write(bridged.app, other_program, document)
+    bridged.look()
+    assert storyart.make_images() == ["a cat", "a dog"]
+    assert [read_key(other_program), read_key(other_program, "latest")] == [
+        document,
+        document,
+    ]  # strings, as it wrote them
+
+
+@DOORS
+def test_a_session_that_storyswarm_made_is_storyarts_newest(bridged, storyart, other_program, write):
+    storyart.save(story("older", timestamp=T - 5))
+    document = story("w", "a cat")
+    write(bridged.app, other_program, document)
+    if write is by_its_key:  # it is in no index
+        bridged.app.get(f"/api/v1/session/{T}")
+    bridged.look()
+    assert storyart.latest() == spoken("w", "a cat")
+    assert [read_key(other_program), read_key(other_program, "latest")] == [document, document]
+
+
+@pytest.mark.parametrize("write", [by_its_key, by_latest])
+def test_the_users_words_stay_when_storyswarm_read_before_the_edit(bridged, storyart, other_program, write):
+    storyart.save(story("w", None))
+    bridged.look()
+    storyart.save(story("edited", None))
+    write(bridged.app, other_program, story("w", "a cat"))
+    bridged.look()
+    assert storyart.load() == spoken("edited", "a cat")
+    assert read_key(other_program)["scriptText"] == "edited"
+
+
+def test_a_put_replaces_also_an_edit_that_was_made_after_its_caller_read(bridged, storyart, other_program):
+    storyart.save(story("w", None))
+    bridged.look()
+    storyart.save(story("edited", None))
+    bridged.app.put_json(f"/api/v1/session/{T}", story("w", "a cat"))
+    bridged.look()
+    assert (storyart.load(), read_key(other_program)) == (spoken("w", "a cat"), story("w", "a cat"))
+
+
+def test_a_save_without_prompts_by_storyarts_server_loses_none(bridged, storyart, other_program):
+    bridged.app.put_json(f"/api/v1/session/{T}", story("w", "a cat", None))
+    storyart.save(story("edited", None, None))
+    bridged.look()
+    assert storyart.load() == spoken("edited", "a cat", None)
+    assert read_key(other_program) == story("edited", "a cat", None)
+
+
+@pytest.mark.parametrize("method, path", [("POST", "/api/v1/session/save"), ("PUT", f"/api/v1/session/{T}")])
+def test_a_save_replaces_both_copies_and_the_latest_at_once(bridged, storyart, other_program, method, path):
+    storyart.save(story("edited", {"prompt": "old", "model": "flux"}))
+    bridged.look()
+    document = story("w", "a cat", spoken=True)
+    bridged.app.request(path, method=method, body=to_bytes(document), content_type="application/json")
+    assert [read_key(other_program), read_key(other_program, "latest")] == [document, document]
+    assert storyart.load() == story("w", {"prompt": "a cat", "model": "flux"}, spoken=True)
+    assert storyart.latest() == storyart.load()
+    assert other_program.zscore("storyteller:sessions", f"session:{T}") == T
+
+
+@pytest.mark.parametrize(
+    "by, storyarts",
+    [pytest.param("POST", "kept", id="a save is StoryArt's"), pytest.param("PUT", "his", id="a PUT is not")],
+)
+def test_whether_a_save_was_storyarts_decides_whose_words_stay(bridged, storyart, other_program, by, storyarts):
+    path = "/api/v1/session/save" if by == "POST" else f"/api/v1/session/{T}"
+    bridged.app.request(path, method=by, body=to_bytes(story("kept", None)), content_type="application/json")
+    other_program.set(f"session:{T}", json.dumps(story("his", "a cat")))
+    bridged.look()
+    assert storyart.load() == spoken(storyarts, "a cat")
+
+
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_an_older_session_that_is_saved_leaves_the_latest(bridged, storyart, other_program, is_noticed):
+    storyart.save(story("newest"))
+    if is_noticed:
+        bridged.look()
+    before = other_program.get("session:latest")
+    bridged.app.put_json(f"/api/v1/session/{T - 1}", story("w", timestamp=T - 1))
+    assert other_program.get("session:latest") == before
+
+
+def test_a_latest_without_an_end_has_none_once_it_was_replaced(bridged, other_program):
+    bridged.app.put_json(f"/api/v1/session/{T}", story("w"))
+    assert is_a_week(other_program.pttl("session:latest"))
+    other_program.persist("session:latest")
+    bridged.app.put_json(f"/api/v1/session/{T}", story("new"))
+    assert other_program.pttl("session:latest") == -1
+
+
+def test_what_storyswarm_wrote_through_two_doors_is_both_carried_over(bridged, storyart, other_program):
+    bridged.app.put_json(f"/api/v1/session/{T}", story("w", None, None))
+    by_its_key(bridged.app, other_program, story("w", "a cat", None))
+    by_latest(bridged.app, other_program, story("w", None, "a dog"))
+    bridged.look()
+    assert storyart.make_images() == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        pytest.param(None, id="nothing"),
+        pytest.param(story("older", "a dog", timestamp=T - 1), id="an older session"),
+        pytest.param(story("of this", "a dog", None), id="the same session"),
+        pytest.param(b"no session", id="no session"),
+        pytest.param(episode({"prompts": 5}, timestamp=T - 1), id="broken beats"),
+        pytest.param([b"no text"], id="another type"),
+    ],
+)
+def test_a_save_replaces_the_latest_whatever_was_there_and_loses_no_prompt_of_an_older_session(
+    bridged, storyart, other_program, before
+):
+    if before:
+        replace_key(other_program, "session:latest", before if isinstance(before, list) else to_bytes(before))
+    bridged.app.put_json(f"/api/v1/session/{T}", story("w", None))
+    assert read_key(other_program, "latest") == story("w", None)
+    bridged.look()
+    assert storyart.load() == story("w", None)
+    if isinstance(before, dict) and before.get("scriptText") == "older":
+        assert storyart.make_images(T - 1) == ["a dog"]
+
+
+def test_a_prompt_goes_to_its_beat_wherever_that_was_moved(bridged, storyart, other_program):
+    read = story("w", None, None)
+    storyart.save(read)
+    bridged.look()
+    moved = story("w", None, None, None)
+    moved["analyzedEpisode"]["scenes"][0]["beats"] = [
+        {"beatId": "b1"}, {"beatId": "new"}, {"beatId": "b0"},
+    ]  # fmt: skip
+    storyart.save(moved)
+    other_program.set(f"session:{T}", json.dumps(story("w", "of 0", "of 1")))
+    bridged.look()
+    assert storyart.make_images() == ["of 1", "", "of 0"]
+
+
+# ------------------------------------------------------------------------------------- it is noticed ----
+
+ASKED = {
+    "GET": f"/api/v1/session/{T}",
+    "prompts-status": f"/api/v1/session/{T}/prompts-status",
+    "latest": "/api/v1/session/latest",
+}
+
+
+@pytest.mark.parametrize("path", ASKED.values(), ids=ASKED)
+def test_who_asks_for_it_gets_at_once_what_storyarts_server_wrote(make_bridged, storyart, other_program, path):
+    app = make_bridged().app
+    for words in ("w", "edited"):
+        storyart.save(story(words, None))
+        app.get(path)
+        assert read_key(other_program) == story(words, None)
+
+
+@pytest.mark.parametrize("path", ASKED.values(), ids=ASKED)
+def test_who_asks_for_it_gets_at_once_what_storyswarm_wrote(bridged, storyart, other_program, path):
+    storyart.save(story("w", None))
+    bridged.look()
+    other_program.set(f"session:{T}", json.dumps(story("w", "a cat")))
+    bridged.app.get(path)
+    assert storyart.make_images() == ["a cat"]
+
+
+def test_who_asks_for_the_latest_gets_at_once_what_storyswarm_wrote_there(make_bridged, storyart, other_program):
+    other_program.set("session:latest", json.dumps(story("w", "a cat")))
+    assert make_bridged().app.get("/api/v1/session/latest").json["data"] == story("w", "a cat")
+    assert storyart.make_images() == ["a cat"]
+
+
+@pytest.mark.parametrize("path", [ASKED["GET"], ASKED["prompts-status"]])
+def test_a_session_in_no_index_is_brought_in_step_when_somebody_asks_for_it(bridged, storyart, other_program, path):
+    other_program.set(f"session:{T}", json.dumps(story("w", "a cat")))
+    bridged.look()
+    assert other_program.exists(f"storyart:session:{T}") == 0
+    bridged.app.get(path)
+    assert storyart.latest() == spoken("w", "a cat")
+
+
+def test_what_changed_while_no_instance_ran_is_noticed_by_the_first_look(
+    bridged, make_bridged, storyart, other_program
+):
+    for number in range(3):
+        storyart.save(story("old", None, timestamp=T + number))
+    bridged.look()
+    other_program.delete(bridged.store.LEASE)
+    storyart.save(story("new", None))
+    other_program.set(f"session:{T + 1}", json.dumps(story("old", "a cat", timestamp=T + 1)))
+    other_program.set("session:latest", json.dumps(story("old", "a dog", timestamp=T + 2)))
+    make_bridged().look()
+    assert read_key(other_program) == story("new", None)
+    assert (storyart.make_images(T + 1), storyart.make_images(T + 2)) == (["a cat"], ["a dog"])
+
+
+def test_a_look_reads_the_newest_of_each_index_and_those_that_wait_for_prompts(
+    bridged, storyart, other_program, monkeypatch
+):
+    kinds = [("storyswarm", None), ("storyswarm", "a cat"), ("storyart", None), ("storyart", None)]
+    for number, (mode, prompt) in enumerate(kinds):
+        storyart.save(story("old", prompt, timestamp=T + number, promptMode=mode))
+    bridged.look()
+    monkeypatch.setattr(service.Bridge, "NEWEST", 1)
+    bridged.look()
+    for number, (mode, prompt) in enumerate(kinds):
+        storyart.save(story("changed", prompt, timestamp=T + number, promptMode=mode))
+    bridged.look()
+    found = [read_key(other_program, T + number)["scriptText"] for number in range(len(kinds))]
+    assert found == ["changed", "old", "old", "changed"]
+
+
+@pytest.mark.parametrize("waits, seconds", [(True, 10), (False, 60)])
+def test_a_copy_of_the_same_length_is_noticed_within_its_time(
+    bridged, storyart, other_program, monkeypatch, waits, seconds
+):
+    for number in range(20):  # the times are spread
+        storyart.save(spoken("old", None if waits else "a cat", timestamp=T + number))
+    bridged.look()
+    bridged.look()
+    now = time.monotonic
+    storyart.save(spoken("new", None if waits else "a cat", timestamp=T + 7))
+    bridged.look()
+    assert read_key(other_program, T + 7)["scriptText"] == "old"
+    monkeypatch.setattr(time, "monotonic", lambda: now() + seconds - service.Bridge.INTERVAL - 0.5)
+    bridged.look()
+    assert read_key(other_program, T + 7)["scriptText"] == "new"
+
+
+def test_the_latest_of_the_same_length_is_noticed_within_10_seconds(bridged, storyart, other_program, monkeypatch):
+    storyart.save(story("w", {"prompt": "cat"}))
+    bridged.look()
+    bridged.look()
+    now = time.monotonic
+    other_program.set("session:latest", other_program.get("session:latest").replace("cat", "dog"))
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 10 - service.Bridge.INTERVAL - 0.5)
+    bridged.look()
+    assert storyart.make_images() == ["dog"]
+
+
+def test_a_large_copy_of_the_same_length_is_noticed_by_who_asks_alone(bridged, storyart, other_program, monkeypatch):
+    monkeypatch.setattr(service.Bridge, "LARGE", 100)
+    storyart.save(story("old", None))
+    bridged.look()
+    bridged.look()
+    storyart.save(story("new", None))
+    now = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 3600)
+    bridged.look()
+    assert read_key(other_program)["scriptText"] == "old"
+    assert bridged.app.get(ASKED["GET"]).json["data"] == story("new", None)
+
+
+def test_nobody_has_to_poll(make_bridged, storyart, other_program, monkeypatch):
+    monkeypatch.setattr(service.Bridge, "INTERVAL", 0.01)
+    with contextlib.closing(make_bridged().bridge) as bridge:
+        bridge.start()
+        for number in range(3):
+            storyart.save(story("w", None, timestamp=T + number))
+            wait_until(lambda: read_key(other_program, T + number))  # noqa: B023
+
+
+# -------------------------------------------------------------------------------------- one of several ----
+
+
+def test_one_instance_looks_for_all(bridged, make_bridged, storyart, other_program):
+    storyart.save(story("w"))
+    make_bridged().look()
+    assert read_key(other_program) is None
+    bridged.look()
+    assert read_key(other_program) == story("w")
+
+
+def test_another_instance_looks_when_that_one_is_gone(make_bridged, storyart, other_program, monkeypatch):
+    assert service.Bridge.LEASE / 1000 + service.Bridge.INTERVAL < 10
+    monkeypatch.setattr(service.Bridge, "LEASE", 20)
+    first, second = make_bridged(), make_bridged()
+    first.look()
+    second.look()
+    storyart.save(story("w"))
+
+    def is_there() -> Any:
+        second.look()
+        return read_key(other_program)
+
+    wait_until(is_there)
+    storyart.save(story("new"))
+    monkeypatch.setattr(service.Bridge, "LEASE", 60_000)
+    second.look()
+    first.look()  # it is back, and has nothing to look for
+    assert other_program.pttl(second.store.LEASE) > 50_000
+
+
+def test_an_instance_that_ends_leaves_its_task_to_the_others_at_once(make_bridged, storyart, other_program):
+    first, second = make_bridged(), make_bridged()
+    first.bridge.start()
+    wait_until(lambda: other_program.exists(first.store.LEASE))
+    first.bridge.close()
+    assert other_program.pttl(first.store.LEASE) <= 1
+    time.sleep(0.005)
+    storyart.save(story("w"))
+    second.look()
+    assert read_key(other_program) == story("w")
+
+
+READING = {"eval", "get", "mget", "hget", "hmget", "strlen", "pttl", "exists", "zrevrange", "watch", "unwatch"}
+
+
+def test_a_session_latest_that_was_read_before_a_put_does_not_replace_it(bridged, other_program):
+    for words in ("old", "newest"):
+        by_put(bridged.app, other_program, story(words, timestamp=T + (words == "newest")))
+    other_program.set("session:latest", json.dumps(story("from latest")))
+    read = bridged.store.newest_copy()
+    by_put(bridged.app, other_program, story("put"))
+    bridged.bridge._bring_latest(read)
+    assert read_key(other_program) == story("put")
+
+
+def test_what_came_by_session_latest_lives_as_long_as_that(bridged, storyart, other_program):
+    storyart.save(story("w", None))
+    bridged.look()
+    for key in (f"session:{T}", f"storyart:session:{T}"):
+        other_program.pexpire(key, 60_000)
+    other_program.set("session:latest", json.dumps(story("w", "a cat")))
+    bridged.look()
+    assert min(other_program.pttl(f"{place}:{T}") for place in ("session", "storyart:session")) > WEEK - 60_000
+
+
+def test_a_look_that_takes_long_extends_the_lease_and_goes_on(bridged, storyart, other_program, monkeypatch):
+    monkeypatch.setattr(service.Bridge, "INTERVAL", 0.0)
+    for number in range(3):
+        storyart.save(story("w", timestamp=T + number))
+    looks = [bridged.look() for _ in range(9)]
+    assert (looks[0], looks[-1]) == (False, True)
+    assert [read_key(other_program, T + number) for number in range(3)] == [
+        story("w", timestamp=T + number) for number in range(3)
+    ]
+
+
+def test_a_session_that_cannot_be_brought_in_step_keeps_no_other_from_it(bridged, storyart, other_program, monkeypatch):
+    bring = service.BridgedStore.bring_in_step
+
+    def refuse(store: Any, timestamp: int, *arguments: Any) -> Any:
+        if timestamp == T + 1:
+            raise service.Unavailable("Session is written all the time.", 1)
+        return bring(store, timestamp, *arguments)
+
+    monkeypatch.setattr(service.BridgedStore, "bring_in_step", refuse)
+    for number in range(3):
+        storyart.save(story("w", timestamp=T + number))
+    bridged.look()
+    assert [read_key(other_program, T + number) is not None for number in range(3)] == [True, False, True]
+    monkeypatch.undo()
+    bridged.look()
+    assert read_key(other_program, T + 1) == story("w", timestamp=T + 1)
+
+
+def test_at_rest_two_instances_write_nothing_but_their_lease(make_bridged, storyart, other_program, monkeypatch):
+    monkeypatch.setattr(service.Bridge, "RECHECK_WAITING", 0)
+    monkeypatch.setattr(service.Bridge, "RECHECK", 0)
+    monkeypatch.setattr(service.Bridge, "SPREAD", 1)
+    storyart.save(story("waits", None))
+    storyart.save(story("of strings", "a cat", timestamp=T + 1))
+    storyart.save({"timestamp": T + 2, "promptMode": "storyart"})
+    storyart.save(story("both gone", None, timestamp=T + 3))
+    storyart.save(story("one gone", timestamp=T + 4))
+    other_program.set(f"session:{T + 4}", json.dumps(story("a cat", timestamp=T + 4)))
+    storyart.save(story("junk beside it", timestamp=T + 5))
+    storyart.save(story("a list beside it", timestamp=T + 6))
+    instances = [make_bridged(), make_bridged()]
+    instances[0].look()
+    other_program.delete(f"session:{T + 3}", f"storyart:session:{T + 3}", f"storyart:session:{T + 4}")
+    other_program.set(f"session:{T + 5}", "junk")
+    replace_key(other_program, f"session:{T + 6}", ["a list"])
+    other_program.set("session:latest", "junk")
+    for _ in range(3):
+        instances[0].look()
+    other_program.config_resetstat()
+    for _ in range(5):
+        for one in instances:
+            one.look()
+    calls = {name.removeprefix("cmdstat_"): row["calls"] for name, row in other_program.info("commandstats").items()}
+    assert calls.pop("set") == 5
+    assert calls.pop("hmget") > 25  # each session was read whole each time
+    assert set(calls) <= READING | {"config|resetstat", "config"}
+
+
+# ------------------------------------------------------------------------------------ who is announced ----
+
+
+def test_a_session_announces_its_steps_with_no_page_open(bridged, storyart, other_program):
+    storyart.save(story("w", None, None))
+    bridged.look()
+    assert bridged.announced() == [(BEATS, T)]
+    other_program.set(f"session:{T}", json.dumps(story("w", "a cat", None)))
+    bridged.look()
+    assert bridged.announced() == []
+    other_program.set(f"session:{T}", json.dumps(story("w", "a cat", "a dog")))
+    bridged.look()
+    assert bridged.announced() == [(PROMPTS, T)]
+    storyart.save(story("edited", None, None))
+    bridged.look()
+    assert (storyart.make_images(), bridged.announced()) == (["a cat", "a dog"], [])
+
+
+def test_prompts_are_announced_once_storyarts_copy_is_complete_and_not_before(bridged, storyart, other_program):
+    """StorySwarm's copy may be of fewer beats."""
+    storyart.save(story("w", None))
+    bridged.look()
+    storyart.save(story("w", None, None))
+    other_program.set(f"session:{T}", json.dumps(story("w", "a cat")))
+    bridged.look()
+    assert bridged.announced() == [(BEATS, T)]
+    other_program.set(f"session:{T}", json.dumps(story("w", "a cat", "a dog")))
+    bridged.app.get(ASKED["prompts-status"])
+    assert bridged.announced() == [(PROMPTS, T)]
+
+
+def test_a_step_is_announced_also_when_another_instance_gave_a_later_time_meanwhile(bridged, storyart, other_program):
+    other_program.set(service.RedisStore.NEWEST, service.now_ms() + 10_000)
+    storyart.save(story("w", None))
+    bridged.look()
+    assert bridged.announced() == [(BEATS, T)]
+
+
+@DOORS
+def test_each_step_is_announced_once_whoever_notices_it_first(make_bridged, storyart, other_program, write):
+    instances = [make_bridged(), make_bridged()]
+    instances[0].look()
+    storyart.save(story("w", None))
+    at_once(instances[0].look, *[lambda one=one: one.app.get(ASKED["prompts-status"]) for one in instances * 2])
+    assert instances[0].announced() == [(BEATS, T)]
+    write(instances[1].app, other_program, story("w", "a cat"))
+    at_once(instances[0].look, *[lambda one=one: one.app.get(ASKED["latest"]) for one in instances * 2])
+    instances[0].look()
+    assert instances[0].announced() == [(PROMPTS, T)]
+
+
+@pytest.mark.parametrize("mode", ["storyart", None])
+def test_a_session_that_does_not_wait_for_storyswarm_is_not_announced(bridged, storyart, mode):
+    storyart.save(story("w", "a cat", promptMode=mode))
+    bridged.look()
+    assert bridged.announced() == []
+
+
+def test_of_what_is_there_at_first_the_newest_sessions_step_alone_is_announced(make_bridged, storyart, other_program):
+    for number, prompt in enumerate([None, "a cat", "a cat"]):
+        storyart.save(story("w", prompt, timestamp=T + number))
+    bridged = make_bridged()
+    for _ in range(2):
+        bridged.look()
+    assert bridged.announced() == [(PROMPTS, T + 2)]
+    bridged.app.get(f"/api/v1/session/{T + 1}/prompts-status")
+    assert bridged.announced() == [(PROMPTS, T + 1)]
+    other_program.set(f"session:{T}", json.dumps(story("w", "a cat")))
+    storyart.save(story("w", None, timestamp=T - 1))
+    bridged.look()
+    assert bridged.announced() == [(PROMPTS, T), (BEATS, T - 1)]
+
+
+def test_a_redis_that_was_emptied_is_met_again(bridged, storyart, other_program):
+    storyart.save(story("w"))
+    bridged.look()
+    other_program.flushdb()
+    for timestamp in (T, T - 1):
+        storyart.save(story("w", None, timestamp=timestamp))
+        bridged.look()
+    assert bridged.announced() == [(BEATS, T), (BEATS, T - 1)]
+
+
+def test_a_redis_that_was_met_is_met_also_by_the_next_instance(bridged, make_bridged, storyart, other_program):
+    other_program.delete(bridged.store.LEASE)
+    for number in range(3):
+        storyart.save(story("w", None, timestamp=T + number))
+    second = make_bridged()
+    second.look()
+    assert sorted(second.announced()) == [(BEATS, T + number) for number in range(3)]
+
+
+# ------------------------------------------------------------------------------------- what is gone ----
+
+
+@pytest.mark.parametrize("gone", ["session", "storyart:session"])
+def test_a_copy_that_is_gone_stays_gone_until_the_other_is_written_anew(bridged, storyart, other_program, gone):
+    bridged.app.put_json(f"/api/v1/session/{T}", story("w", "a cat"))
+    bridged.look()
+    other_program.delete(f"{gone}:{T}")
+    bridged.look()
+    for path in ASKED.values():
+        bridged.app.get(path)
+    bridged.look()
+    assert other_program.exists(f"{gone}:{T}") == 0
+    if gone == "session":
+        storyart.save(spoken("new", "a dog"))
+    else:
+        by_its_key(bridged.app, other_program, story("new", "a dog"))
+    bridged.look()
+    assert (read_key(other_program)["scriptText"], storyart.load()) == ("new", spoken("new", "a dog"))
+
+
+def test_a_session_that_is_gone_in_both_leaves_the_indexes_and_is_not_brought_back(bridged, storyart, other_program):
+    for number in range(2):
+        bridged.app.put_json(f"/api/v1/session/{T + number}", story("w", timestamp=T + number))
+    bridged.look()
+    other_program.delete(f"session:{T + 1}", f"storyart:session:{T + 1}")
+    bridged.look()
+    assert other_program.zrange("storyart:sessions:index", 0, -1) == [f"storyart:session:{T}"]
+    assert other_program.zrange("storyteller:sessions", 0, -1) == [f"session:{T}"]
+    assert bridged.app.get(ASKED["latest"]).json["data"] == story("w")
+    bridged.look()
+    assert not other_program.exists(f"session:{T + 1}", f"storyart:session:{T + 1}", f"storyteller:session:{T + 1}")
+
+
+def test_a_latest_that_was_written_anew_brings_its_session_back(bridged, storyart, other_program):
+    bridged.app.put_json(f"/api/v1/session/{T}", story("w", None))
+    other_program.delete(f"session:{T}", f"storyart:session:{T}")
+    bridged.look()
+    other_program.set("session:latest", json.dumps(story("w", "a cat")))
+    bridged.look()
+    assert (storyart.make_images(), read_key(other_program)) == (["a cat"], story("w", "a cat"))
+
+
+# --------------------------------------------------------------------------------- how long copies live ----
+
+
+@pytest.mark.parametrize(
+    "swarm, art, changed, after",
+    [
+        pytest.param(None, 50, "art", (50, 50, 50), id="made of StoryArt's"),
+        pytest.param(50, None, "swarm", (50, 50, 50), id="made of StorySwarm's"),
+        pytest.param(-1, None, "swarm", (-1, WEEK // 1000, -1), id="made of one without an end"),
+        pytest.param(90, 50, "art", (90, 50, 90), id="never shorter than before"),
+        pytest.param(50, 90, "art", (90, 90, 90), id="longer"),
+        pytest.param(-1, 50, "art", (-1, 50, -1), id="without an end as before"),
+        pytest.param(50, -1, "art", (WEEK // 1000, -1, -1), id="StoryArt's without an end"),
+    ],
+)
+def test_a_copy_lives_as_long_as_the_one_it_was_made_from(bridged, other_program, swarm, art, changed, after):
+    keys = [f"session:{T}", f"storyart:session:{T}", f"storyteller:session:{T}"]
+    if swarm and art:
+        bridged.app.put_json(f"/api/v1/session/{T}", story("old"))
+    new = story("new")
+    for key, life, is_new in ((keys[0], swarm, changed == "swarm"), (keys[1], art, changed == "art")):
+        if life:
+            other_program.set(key, json.dumps(new if is_new else story("old")), ex=life if life > 0 else None)
+    bridged.bridge._bring_in_step(T)
+    assert [read_key(other_program), json.loads(other_program.get(keys[1]))] == [new, new]
+    assert [other_program.ttl(key) for key in keys] == [pytest.approx(one, abs=PATIENCE) for one in after]
+
+
+def test_the_latest_lives_as_long_as_the_newest_session_and_never_shorter_than_before(bridged, storyart, other_program):
+    storyart.save(story("w", None))
+    other_program.expire(f"storyart:session:{T}", 500)
+    bridged.look()
+    assert other_program.ttl("session:latest") == pytest.approx(500, abs=PATIENCE)
+    other_program.expire("session:latest", 900)
+    other_program.set(f"session:{T}", json.dumps(story("w", "a cat")), ex=700)
+    bridged.look()
+    assert read_key(other_program, "latest") == story("w", "a cat")
+    assert other_program.ttl("session:latest") == pytest.approx(900, abs=PATIENCE)
+
+
+@pytest.mark.parametrize("life", [None, WEEK])
+def test_what_is_known_of_a_copy_lives_as_long_as_it_also_when_it_was_written_again_as_it_was(
+    bridged, storyart, other_program, life
+):
+    storyart.save(story("w", None))
+    bridged.look()
+    other_program.pexpire(f"storyteller:session:{T}", WEEK - 3_600_000)  # an hour later
+    other_program.pexpire(f"session:{T}", 3_600_000)
+    other_program.set(f"storyart:session:{T}", json.dumps(story("w", None)), px=life)
+    bridged.bridge._bring_in_step(T)
+    left = other_program.pttl(f"storyteller:session:{T}")
+    assert left == -1 if life is None else is_a_week(left)
+
+
+def test_the_digest_of_the_latest_has_no_end(bridged, storyart, other_program):
+    bridged.app.put_json(f"/api/v1/session/{T}", story("w"))
+    assert other_program.ttl(bridged.store.META_OF_LATEST) == -1
+
+
+# --------------------------------------------------------------------------- what must not be written ----
+
+
+@pytest.mark.parametrize("key", [f"session:{T}", f"storyart:session:{T}"])
+def test_a_copy_that_was_changed_since_it_was_read_is_not_overwritten(make_bridged, storyart, other_program, key):
+    bridged, writes = make_bridged(), [story("meanwhile", {"prompt": "a dog"})]
+    storyart.save(story("w", None))
+
+    def draft_of(timestamp: int, document: dict[str, Any]) -> None:
+        if writes:
+            other_program.set(key, json.dumps(writes.pop()))
+
+    bridged.bridge._draft_of = draft_of
+    bridged.look()
+    assert storyart.make_images() == ["a dog"]
+    words = "meanwhile" if key.startswith("storyart") else "w"
+    assert (read_key(other_program)["scriptText"], storyart.load()["scriptText"]) == (words, words)
+
+
+def test_a_latest_that_was_changed_while_the_newest_was_copied_is_not_overwritten(
+    bridged, storyart, other_program, monkeypatch
+):
+    bridged.app.put_json(f"/api/v1/session/{T}", story("w", None))
+    storyart.save(story("edited", None))
+    bridged.bridge._bring_in_step(T)
+    transact = bridged.store._redis.transact
+
+    def transact_late(keys: Any, reads: Any, write: Any) -> Any:
+        def write_late(replies: Any) -> Any:
+            commands = write(replies)
+            other_program.set("session:latest", json.dumps(story("w", "a cat")))
+            return commands
+
+        return transact(keys, reads, write_late)
+
+    monkeypatch.setattr(bridged.store._redis, "transact", transact_late)
+    bridged.store.renew_latest(T)
+    assert read_key(other_program, "latest") == story("w", "a cat")
+
+
+@pytest.mark.parametrize("junk", [*NO_SESSION, pytest.param(["a", "list"], id="another type")])
+@pytest.mark.parametrize("place", ["session", "storyart:session"])
+def test_what_is_no_session_is_left_as_it_is_and_logged_once_until_it_is_replaced(
+    bridged, storyart, other_program, caplog, junk, place
+):
+    keys = {"session", "storyart:session"}
+    (other,) = keys - {place}
+    replace_key(other_program, f"{place}:{T}", junk)
+    other_program.set(f"{other}:{T}", json.dumps(spoken("w", "a cat")))
+    other_program.zadd("storyart:sessions:index", {f"storyart:session:{T}": T})
+    before = [other_program.dump(f"{key}:{T}") for key in sorted(keys)]
+    storyart.save(story("another", timestamp=T - 1))
+    for _ in range(2):
+        bridged.look()
+        bridged.app.get(ASKED["GET"], expect_errors=True)
+        bridged.app.get(ASKED["prompts-status"], expect_errors=True)
+    assert [other_program.dump(f"{key}:{T}") for key in sorted(keys)] == before
+    assert len([one for one in caplog.records if f"session {T} is left as it is" in one.getMessage()]) == 1
+    assert read_key(other_program, T - 1) == story("another", timestamp=T - 1)  # it keeps no other from being in step
+    replace_key(other_program, f"{place}:{T}", to_bytes(spoken("w", "a dog")))
+    bridged.look()
+    assert read_key(other_program) == storyart.load()
+
+
+def test_a_newest_session_of_another_type_is_no_latest_and_no_fault_of_a_look(bridged, storyart, other_program):
+    bridged.app.put_json(f"/api/v1/session/{T}", story("w"))
+    storyart.save(story("edited"))
+    bridged.app.get(ASKED["GET"])
+    replace_key(other_program, f"session:{T}", ["a", "list"])
+    bridged.look()
+    assert read_key(other_program, "latest") == story("w")
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        *NO_SESSION,
+        pytest.param(["a", "list"], id="another type"),
+        *(
+            pytest.param(json.dumps(story("w", timestamp=one)), id=f"timestamp {one!r}")
+            for one in (None, "soon", -5, 1.5, 2**70, 1e30)
+        ),
+    ],
+)
+def test_a_latest_that_is_no_session_is_left_as_it_is_and_logged_once(bridged, storyart, other_program, caplog, junk):
+    storyart.save(story("w", None))
+    replace_key(other_program, "session:latest", junk)
+    before = other_program.dump("session:latest")
+    for _ in range(2):
+        bridged.look()
+        assert bridged.app.get(ASKED["latest"]).json["data"] == story("w", None)
+    assert other_program.dump("session:latest") == before
+    assert len([one for one in caplog.records if one.getMessage().startswith("bridge: ")]) == 1
+    assert other_program.zcard("storyart:sessions:index") == 1
+
+
+def test_where_redis_takes_no_writes_reads_answer_as_ever_and_the_next_look_tries_again(
+    make_bridged, own_redis, caplog
+):
+    own = own_redis("--save", "")
+    bridged = make_bridged(own.url)
+    bridged.look()
+    with redis.Redis.from_url(own.url, protocol=2, decode_responses=True) as client:
+        StoryArtServer(client).save(story("w", "a cat"))
+        client.config_set("min-replicas-to-write", 1)
+        for path in (ASKED["GET"], ASKED["latest"]):
+            assert bridged.app.get(path).json["data"] == story("w", "a cat")
+        assert bridged.app.get(ASKED["prompts-status"]).json["promptsReady"] is True
+        with pytest.raises(service.Unavailable):
+            bridged.look()
+        client.config_set("min-replicas-to-write", 0)
+        bridged.look()
+        assert StoryArtServer(client).make_images() == ["a cat"]
+        assert read_key(client) == spoken("w", "a cat")
+
+
+def test_a_look_that_fails_is_logged_once_and_the_next_one_comes(
+    make_bridged, storyart, other_program, monkeypatch, caplog
+):
+    monkeypatch.setattr(service.Bridge, "INTERVAL", 0.01)
+    bridged, look, faults = make_bridged(), service.BridgedStore.look, [service.Unavailable("no", 1)] * 3
+
+    def look_or_fail(*given: Any) -> Any:
+        if faults:
+            raise faults.pop()
+        return look(*given)
+
+    monkeypatch.setattr(service.BridgedStore, "look", look_or_fail)
+    storyart.save(story("w"))
+    with contextlib.closing(bridged.bridge) as bridge:
+        bridge.start()
+        wait_until(lambda: read_key(other_program))
+    assert caplog.text.count("sessions are not kept in step: no") == 1
+
+
+# ----------------------------------------------------------------------------------------- by HTTP ----
+
+
+@pytest.mark.parametrize("path", [ASKED["GET"], ASKED["latest"]])
+@pytest.mark.parametrize("kind", ["sqlite", "redis", "bridged"])
+def test_a_page_gets_a_session_in_storyarts_dialect_and_another_caller_as_it_is_kept(request, make_app, kind, path):
+    app = (
+        request.getfixturevalue("bridged").app
+        if kind == "bridged"
+        else make_app(request.getfixturevalue(f"{kind}_store"))
+    )
+    kept = story("w", "a cat", " ")
+    app.put_json(f"/api/v1/session/{T}", kept)
+    assert app.get(path).json["data"] == kept
+    assert app.get(path, headers={"Origin": "http://unknown"}).json["data"] == kept
+    assert app.get(path, headers={"Origin": PAGE}).json["data"] == spoken("w", "a cat", None)
+
+
+def test_a_page_gets_storyarts_own_models_and_sizes(bridged, storyart, other_program):
+    storyart.save(story("w", FLUX))
+    bridged.look()
+    other_program.set(f"session:{T}", json.dumps(story("w", "b")))
+    assert bridged.app.get(ASKED["GET"], headers={"Origin": PAGE}).json["data"] == story("w", {**FLUX, "prompt": "b"})
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "redis", "bridged"])
+def test_a_session_of_broken_beats_is_saved_and_given_as_it_is(request, make_app, kind):
+    app = (
+        request.getfixturevalue("bridged").app
+        if kind == "bridged"
+        else make_app(request.getfixturevalue(f"{kind}_store"))
+    )
+    broken = {"timestamp": T, "scriptText": "w", "analyzedEpisode": {"scenes": [{"beats": [{"prompts": 5}]}]}}
+    app.put_json(f"/api/v1/session/{T}", broken)
+    assert app.get(ASKED["GET"]).json["data"] == broken
+    assert app.get(ASKED["GET"], headers={"Origin": PAGE}).json["data"] == broken
+
+
+def test_a_page_gets_storyswarms_copy_where_storyarts_is_no_session(bridged, other_program):
+    bridged.app.put_json(f"/api/v1/session/{T}", story("w", "a cat"))
+    other_program.set(f"storyart:session:{T}", "junk")
+    assert bridged.app.get(ASKED["GET"], headers={"Origin": PAGE}).json["data"] == spoken("w", "a cat")
+
+
+def test_without_the_bridge_only_what_is_saved_here_is_written_where_it_was(make_services, redis_url, other_program):
+    settings = service.Settings(redis_url=redis_url, bridge=False)
+    with contextlib.closing(service.open_store(settings)) as store:
+        services = make_services(store)
+        app = webtest.TestApp(service.create_app(services), extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"})
+        app.put_json(f"/api/v1/session/{T}", story("w", "a cat"))
+        keys = set(other_program.scan_iter("session:*")) | set(other_program.scan_iter("storyart:*"))
+        assert keys == {f"session:{T}"}
+        by_latest(app, other_program, story("newer", "a dog", timestamp=T + 1))
+        StoryArtServer(other_program).save(story("edited", None))
+        for path in ASKED.values():
+            app.get(path)
+        assert services.bridge is None
+        assert app.get(ASKED["GET"], headers={"Origin": PAGE}).json["data"] == spoken("w", "a cat")
+    keys = set(other_program.scan_iter("session:*")) | set(other_program.scan_iter("storyart:*"))
+    assert keys == {f"session:{T}", "session:latest", f"storyart:session:{T}", "storyart:sessions:index"}
+    assert read_key(other_program) == story("w", "a cat")
+
+
+def test_a_list_gives_texts_as_strings_and_200_unless_asked_for_more(app, store):
+    document = {"storyUuid": None, "scriptText": {"a": 1}, "analyzedEpisode": {"title": 5, "scenes": [{}]}}
+    for number in range(201):
+        store.save(T + number, to_bytes(document), None)
+    assert [app.get(f"/api/v1/session/list{query}").json["count"] for query in ("", "?limit=1000")] == [200, 201]
+    assert app.get("/api/v1/session/list?limit=1").json["sessions"][0] == {
+        "timestamp": T + 200,
+        "storyUuid": "",
+        "promptMode": "",
+        "scriptText": '{"a":1}',
+        "analyzedEpisode": {
+            "episodeNumber": None, "title": "5", "scenes": [{"sceneNumber": None, "title": "", "totalBeats": 0}],
+        },
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------- all at once, with kills ----
+
+
+@pytest.mark.slow
+def test_the_service_notices_in_3_seconds_and_another_takes_over_from_a_killed_one_in_10(
+    start_service, own_redis, tmp_path
+):
+    own = own_redis("--save", "")
+
+    def start(name: str) -> Service:
+        return start_service(REDIS_URL=own.url, STORYTELLER_DATA_DIR=str(tmp_path / name))
+
+    with redis.Redis.from_url(own.url, protocol=2, decode_responses=True) as client:
+
+        def is_noticed_within(seconds: float, words: str, act: Callable[[], Any]) -> bool:
+            StoryArtServer(client).save(story(words))
+            began = time.monotonic()
+            act()
+            wait_until(lambda: client.get(f"session:{T}") == json.dumps(story(words)))
+            return time.monotonic() - began < seconds
+
+        first = start("first")
+        wait_until(lambda: client.exists(service.RedisStore.LEASE))
+        second = start("second")
+        assert is_noticed_within(3, "by the first", lambda: None)
+        assert is_noticed_within(10, "by the second", first.process.kill)
+        second.process.kill()
+        assert is_noticed_within(10, "BY THE SECOND", lambda: start("third"))  # of the same length
+
+
+def prompt_of(timestamp: int, beat: int) -> str:
+    return f"the prompt of beat {beat} of {timestamp}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(service.WINDOWS, reason="a start takes seconds there")
+def test_two_instances_that_are_killed_keep_what_both_programs_write_at_random_in_step(
+    start_service, module_copy, own_redis, tmp_path
+):
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    chance = random.Random(seed)
+    text = module_copy.read_text("utf-8")
+    for before, after in (
+        ("INTERVAL, LEASE = 2.0, 6000", "INTERVAL, LEASE = 0.05, 300"),
+        ("RECHECK_WAITING, RECHECK, SPREAD = 7.0, 35.0, 20", "RECHECK_WAITING, RECHECK, SPREAD = 0.2, 0.3, 1"),
+    ):
+        assert text.count(before) == 1
+        text = text.replace(before, after)
+    module_copy.write_text(text, "utf-8")
+    own = own_redis("--save", "")
+    client = redis.Redis.from_url(own.url, protocol=2, decode_responses=True)
+    storyart = StoryArtServer(client)
+    sessions = [T + number for number in range(3)]
+    beats = 30
+    edits = itertools.count()
+    words: dict[int, str] = {}  # of the last edit, unless a PUT may have replaced it
+    done: dict[int, set[int]] = {timestamp: set() for timestamp in sessions}  # the beats that have a prompt
+    read = {timestamp: story("0", *[None] * beats, timestamp=timestamp) for timestamp in sessions}
+    announced: dict[tuple[str, int], set[str]] = {}
+
+    def start(number: int) -> Service:
+        return start_service(REDIS_URL=own.url, STORYTELLER_DATA_DIR=str(tmp_path / f"instance {number}"))
+
+    instances = [start(0), start(1)]
+    wait_until(lambda: client.exists(service.RedisStore.MET))
+
+    def edit(timestamp: int) -> None:
+        """A page of StoryArt saves what it holds, which may be from before StorySwarm wrote."""
+        held: list[Any] = [None] * beats
+        if chance.random() < 0.5 and client.exists(f"storyart:session:{timestamp}"):
+            (scene,) = storyart.load(timestamp)["analyzedEpisode"]["scenes"]
+            held = [beat.get("prompts", {}).get("cinematic") for beat in scene["beats"]]
+        words[timestamp] = f"{next(edits)} {'x' * 3_000}"
+        storyart.save(story(words[timestamp], *held, timestamp=timestamp))
+
+    def read_it(timestamp: int) -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            status, answer = chance.choice(instances).call("GET", f"/api/v1/session/{timestamp}")
+            read[timestamp] = answer["data"] if status == 200 else read[timestamp]
+
+    def prompt(timestamp: int) -> None:
+        """StorySwarm writes into what it read some time ago: all its prompts, and a new one."""
+        beat = chance.randrange(beats)
+        if write(timestamp, done[timestamp] | {beat}):
+            done[timestamp].add(beat)
+
+    def write(timestamp: int, written: set[int]) -> bool:
+        document = json.loads(json.dumps(read[timestamp]))
+        for number, beat in enumerate(document["analyzedEpisode"]["scenes"][0]["beats"]):
+            if number in written:
+                beat["prompts"] = {"cinematic": prompt_of(timestamp, number)}
+        door = chance.choice(["PUT", "its key", "latest"])
+        if door == "PUT":
+            words.pop(timestamp, None)
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return chance.choice(instances).call("PUT", f"/api/v1/session/{timestamp}", document)[0] == 200
+            return False
+        if door == "latest" and timestamp == sessions[-1]:
+            client.set("session:latest", json.dumps(document))
+        else:
+            client.set(f"session:{timestamp}", json.dumps(document))
+        return True
+
+    def kill(timestamp: int) -> None:
+        number = chance.randrange(2)
+        instances[number].process.kill()
+        instances[number].stop()
+        instances[number] = start(number)
+
+    def poll(timestamp: int) -> None:
+        running = chance.choice(instances)
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            _, answer = running.call("GET", "/api/v1/notifications/check?type=all")
+            for one in answer.get("notifications", ()):
+                announced.setdefault((one["type"], one["sessionTimestamp"]), set()).add(one["id"])
+                running.call("POST", f"/api/v1/notifications/{one['id']}/ack")
+
+    def are_in_step() -> bool:
+        poll(0)
+        swarms, arts = [read_key(client, one) for one in sessions], [storyart.load(one) for one in sessions]
+        for timestamp, document in zip(sessions, swarms):
+            service.to_storyart(document, timestamp, lambda: None)
+        is_final = {one["scriptText"] for one in arts} == {"final"}
+        return is_final and swarms == arts and client.get("session:latest") == client.get(f"session:{sessions[-1]}")
+
+    def made() -> list[list[str]]:
+        return [storyart.make_images(timestamp) for timestamp in sessions]
+
+    for timestamp in sessions:
+        edit(timestamp)
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        act = chance.choices([edit, read_it, prompt, poll, kill], [10, 10, 10, 5, 0.5])[0]
+        act(chance.choice(sessions))
+        time.sleep(chance.choice([0, 0, 0.005, 0.05]))
+    for timestamp in sessions:
+        assert storyart.load(timestamp)["scriptText"] == words.get(timestamp, storyart.load(timestamp)["scriptText"])
+        wait_until(lambda: read_key(client, timestamp)["scriptText"] == storyart.load(timestamp)["scriptText"])  # noqa: B023
+        storyart.save(story("final", *[None] * beats, timestamp=timestamp))
+    wait_until(are_in_step)
+    for timestamp, prompts in zip(sessions, made()):
+        assert {prompt_of(timestamp, beat) for beat in done[timestamp]} <= set(prompts)
+        read_it(timestamp)
+        assert write(timestamp, set(range(beats)))
+    complete = [[prompt_of(timestamp, beat) for beat in range(beats)] for timestamp in sessions]
+    wait_until(lambda: made() == complete and are_in_step())
+    wait_until(lambda: poll(0) or len([kind for kind, _ in announced if kind == PROMPTS]) == len(sessions))
+    assert {kind: len(ids) for kind, ids in announced.items()} == dict.fromkeys(announced, 1)
+    client.close()
 
 
 # ======================================================================================================
