@@ -50,7 +50,7 @@ import redis  # noqa: E402
 import test_storyteller_automation as tests  # noqa: E402
 
 API = "/api/v1"
-STORES = ("Redis", "embedded")
+STORES, ALONE = ("Redis", "embedded"), "Redis without the bridge"
 
 if not sys.platform.startswith("linux"):
     sys.exit("This bench needs what only Linux has (/proc, wrk, strace): run it on Linux.")
@@ -315,9 +315,9 @@ Request = tuple[str, str, bytes | None]  # method, path, body
 STAMP = 1_738_195_200_000  # the timestamp of the first session
 
 
-def session_text(timestamp: int = STAMP, size: int = 850_000, beats: int = 249) -> bytes:
+def session_text(timestamp: int = STAMP, size: int = 850_000, beats: int = 249, prompts: int = 124) -> bytes:
     """A session in the shape of a real episode, half of whose prompts are still missing, as a client sends it."""
-    document = {"timestamp": timestamp, **tests.make_session(beats=beats, prompts=beats // 2, size=size)}
+    document = {"timestamp": timestamp, **tests.make_session(beats=beats, prompts=prompts, size=size)}
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -341,6 +341,8 @@ GPU_STATUS = Load(f"{API}/gpu/status")
 CHECK = Load(f"{API}/notifications/check")
 PROMPTS_STATUS = Load(f"{API}/session/{STAMP}/prompts-status")
 SESSION = Load(f"{API}/session/{STAMP}")
+SAVE_STRINGS: Request = ("PUT", f"{API}/session/{STAMP}", session_text())
+SAVE: Request = ("POST", f"{API}/session/save", session_text(prompts=0))
 LIST_20 = Load(f"{API}/session/list?limit=20")
 
 # `number` grows by a million from run to run, so that no run repeats what another one made.
@@ -543,14 +545,17 @@ class Bench:
     def start(
         self, store: str = "Redis", database: int = 0, data: Path | None = None, command: Any = (), **settings: str
     ) -> Server:
-        """A new service, started as users start it. `store`: Redis or embedded; `data`: its folder; `command`: what
-        starts it instead, or the peer."""
+        """A new service, started as users start it. `store`: Redis, ALONE or embedded; `data`: its folder; `command`:
+        what starts it instead, or the peer."""
         port = tests.free_port()
         environment = {**self._environment, "STORYTELLER_PORT": str(port), "UVICORN_PORT": str(port)}
         environment["STORYTELLER_DATA_DIR"] = str(data or self.folder / f"data-{port}")
         environment["SWARMUI_API_URL"] = f"http://localhost:{tests.free_port()}"
-        if store == "Redis":
-            environment["REDIS_URL"] = self.redis_url(database)
+        if store.startswith("Redis"):
+            environment |= {
+                "REDIS_URL": self.redis_url(database),
+                "STORYTELLER_BRIDGE": ("off", "on")[store == "Redis"],
+            }
         command = command or [sys.executable, self.module]
         name = "peer" if "uvicorn" in command else "service"
         return Server(name, command, {**environment, **settings}, self.folder, port)
@@ -701,8 +706,10 @@ def create_100(service: Server) -> None:
 
 
 def save_sessions(service: Server, count: int = 1, **shape: int) -> None:
+    """The first five wait for prompts."""
     with service.client() as client:
         for timestamp in range(STAMP, STAMP + count):
+            shape["prompts"] = 124 if timestamp < STAMP + 5 else 240
             client.ask("PUT", f"{API}/session/{timestamp}", session_text(timestamp, **shape))
 
 
@@ -731,14 +738,27 @@ def queues(bench: Bench, store: str) -> tuple[Race, Race, float]:
             return checks, writes, p99_of_checks(many, 100)
 
 
+def rate(call: Callable[[], Any]) -> float:
+    """Calls a second."""
+    return 1 / statistics.median(timeit.repeat(call, number=1, repeat=10))
+
+
+def beside_no_bridge(bench: Bench, request: Request) -> Race:
+    """One client's calls that concern a session of 850 KB, beside those of a service whose bridge is off."""
+    bench.flush()
+    with contextlib.ExitStack() as stack:
+        services = [bench.start("Redis"), bench.start(ALONE, 1)]
+        clients = [stack.enter_context(stack.enter_context(service).client()) for service in services]
+        for client in clients:
+            client.ask(*SAVE_STRINGS)
+        return race(bench, *(lambda client=client: rate(lambda: client.ask(*request)) for client in clients))
+
+
 def beside_reading(bench: Bench, load: Load, count: int, size: int) -> Race:
-    """GETs by one client that concern `count` unchanged sessions, beside reading their documents from Redis and
-    hashing them: what a response that is always fresh costs at least."""
+    """GETs by one client of `count` unchanged sessions, beside reading and hashing their documents: the least that a
+    response costs that is always fresh."""
     bench.flush()
     keys = [f"session:{STAMP + number}" for number in range(count)]
-
-    def rate(call: Callable[[], Any]) -> float:
-        return 1 / statistics.median(timeit.repeat(call, number=1, repeat=10))
 
     def read() -> list[bytes]:
         return [hashlib.sha256(document).digest() for document in bench.redis.tell("MGET", *keys)]
@@ -790,8 +810,7 @@ def latency(bench: Bench, store: str, busy: bool = False) -> float:
 def latency_beside_slow_gpu(bench: Bench) -> float:
     """The p99 of checks while 60 clients wait for an nvidia-smi that takes 3 s."""
     bench.flush()
-    slow = bench.write_nvidia_smi("slow-nvidia-smi", 3)
-    settings = {"NVIDIA_SMI": str(slow), "GPU_CACHE_SECONDS": "0"}
+    settings = {"NVIDIA_SMI": str(bench.write_nvidia_smi("slow-nvidia-smi", 3)), "GPU_CACHE_SECONDS": "0"}
     with bench.start(**settings) as service, meanwhile(service, GPU_STATUS.sample, clients=60):
         return p99_of_checks(service, 100)
 
@@ -810,9 +829,9 @@ def beside_idle(bench: Bench) -> Race:
 
 
 @cache
-def waiting_starts(bench: Bench) -> tuple[Race, float, float]:
+def waiting_starts(bench: Bench) -> tuple[Race, float]:
     """400 calls wait for a SwarmUI that never answers: checks beside those of a service without them; how many threads
-    the last 300 calls added; how many calls were answered all the same."""
+    the last 300 calls added."""
     bench.flush()
     with contextlib.ExitStack() as stack:
         leash = stack.enter_context(contextlib.closing(tests.Leash()))
@@ -826,7 +845,9 @@ def waiting_starts(bench: Bench) -> tuple[Race, float, float]:
                 threads = service.status("Threads")
             client.begin("POST", f"{API}/swarmui/start")
         found = race_loads(bench, service, bench.service(), CHECK)
-        return found, service.status("Threads") - threads, sum(client.is_readable() for client in clients)
+        if answered := sum(client.is_readable() for client in clients):
+            raise BenchError(f"{answered} of the 400 calls were answered")
+        return found, service.status("Threads") - threads
 
 
 def start_time(bench: Bench) -> float:
@@ -846,13 +867,15 @@ def idle_memory(bench: Bench, store: str) -> float:
         return service.megabytes()
 
 
-def idle_cpu(bench: Bench, store: str) -> float:
-    """Percent of a core during 20 s without a request."""
+def idle_cpu(bench: Bench, store: str, sessions: int = 0) -> float:
+    """Percent of a core during 20 s without a request, or longer beside sessions of 850 KB, 5 of which wait."""
+    bench.flush()
     with bench.start(store) as service:
-        time.sleep(2)
+        save_sessions(service, sessions)
+        time.sleep(2 + sessions / 10)  # they are parsed once, by which the bridge knows those that wait
         before = service.cpu_seconds()
-        time.sleep(20)
-        return (service.cpu_seconds() - before) / 20 * 100
+        time.sleep(20 + sessions / 2)
+        return (service.cpu_seconds() - before) / (20 + sessions / 2) * 100
 
 
 def memory_growth(bench: Bench) -> float:
@@ -909,7 +932,7 @@ ROWS = (
     *peer_rows("check, 100 pending", CHECK, {1: 3, 8: 3}, quick=[8], prepare=create_100),
     *peer_rows("prompts-status, 850 KB", PROMPTS_STATUS, {1: 1.1, 8: 2.5}, quick=[1, 8], prepare=save_sessions),
     *peer_rows("GET of an 850 KB session", SESSION, {4: 1.0}, quick=[4], prepare=save_sessions),
-    *peer_rows("save of an 850 KB session", save_load(session_text()), {4: 0.9}, quick=[4]),
+    *peer_rows("save of an 850 KB session, no bridge", save_load(session_text()), {4: 0.9}, quick=[4], store=ALONE),
     *peer_rows("create and ack, Redis", CREATE_AND_ACKNOWLEDGE, {1: 1.0, 8: 1.0}, quick=[1, 8]),
     *peer_rows("create and ack, embedded", CREATE_AND_ACKNOWLEDGE, {4: 0.7}, quick=[4], store="embedded"),
     *rows("check, 100,000 pending", "100 pending", lambda *which: queues(*which)[0], 0.7),
@@ -925,11 +948,14 @@ ROWS = (
     Row("check, 400 idle connections", "without them", beside_idle, 0.6),
     Row("check, 400 waiting calls of swarmui/start", "without them", lambda bench: waiting_starts(bench)[0], 0.6),
     Row("threads for 300 more of these", "", lambda bench: waiting_starts(bench)[1], 4, "threads"),
-    Row("answered of these 400", "", lambda bench: waiting_starts(bench)[2], 0, "calls"),
     Row("process start to the first 200", "", start_time, 0.4, "s", quick=True),
     *rows("memory, idle", "", idle_memory, 50, "MB", quick=STORES),
     Row("memory growth, 50,000th to 200,000th request", "", memory_growth, 5, "MB"),
     *rows("CPU, idle", "", idle_cpu, 0.2, "% of a core"),
+    Row("CPU, the bridge, 100 sessions of 850 KB", "", lambda bench: idle_cpu(bench, "Redis", 100), 1.0, "% of a core"),
+    Row("save of 850 KB, the bridge", "off", lambda bench: beside_no_bridge(bench, SAVE), 1 / 1.7),
+    Row("PUT of strings, the bridge", "off", lambda bench: beside_no_bridge(bench, SAVE_STRINGS), 1 / 3),
+    Row("prompts-status, the bridge", "off", lambda bench: beside_no_bridge(bench, PROMPTS_STATUS.sample), 1 / 1.5),
 )
 
 
