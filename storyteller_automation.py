@@ -3185,7 +3185,7 @@ class Authenticator:
             if caller:
                 return caller
             advice = "A token is needed: send the header Authorization: Bearer <token>."
-            # No other origin is repeated anywhere, and none that the settings could not trust.
+            # Only an origin that the settings could trust is repeated, here and in _note().
             if re.fullmatch(LOCAL_ORIGIN, origin) and is_from_this_pc(environ):
                 if origin not in self._noted:
                     if not may_wait:
@@ -4655,10 +4655,9 @@ def missed_sessions(settings: Settings) -> str | None:
 
 def check_storyart(settings: Settings) -> Iterator[Check]:
     """Whether StoryArt's own server has another store."""
-    url, missed = settings.redis_address, missed_sessions(settings)
-    if missed:
+    if missed := missed_sessions(settings):
         yield "WARN", "StoryArt", missed
-    if url and redis.connection.parse_url(url).get("db"):
+    if (url := settings.redis_address) and redis.connection.parse_url(url).get("db"):
         yield "WARN", "StoryArt", "its own server always uses database 0: name that one in REDIS_URL"
 
 
