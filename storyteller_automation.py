@@ -1654,12 +1654,13 @@ class BridgedStore(RedisStore):
         return list(map(int, text.split()))
 
     def bring_in_step(
-        self, timestamp: int, decide: Callable[[Copies], Change | None], latest: bytes | None = None
-    ) -> Copies:
+        self, timestamp: int, decide: Callable[[Copies], Change | None], latest: bytes | None = None, *,
+        replaces: bool = True,
+    ) -> Copies:  # fmt: skip
         """Write what decide() makes of both copies, in one atomic step while no other program writes them: the copies
-        that it got. `latest`: a changed session:latest, which stands for StorySwarm's. What is written lives as long as
-        what it is made from (7 days where that has no end), and never shorter than before. Raises ValueError of decide,
-        and for a copy that is no text."""
+        that it got. `latest`: a changed session:latest; it stands for StorySwarm's if it `replaces` that. What is
+        written lives as long as what it is made from (7 days where that has no end), and never shorter than before.
+        Raises ValueError of decide, and for a copy that is no text."""
         keys = self._session_keys(timestamp)
         tops = [("ZREVRANGE", index, 0, 0, "WITHSCORES") for index in self.INDEXES]
         noted = ("storyswarm", "storyart", "byStoryArt")
@@ -1682,7 +1683,7 @@ class BridgedStore(RedisStore):
                 if of_latest and (of_latest[0] != latest or of_latest[2] == mark_of(latest).encode()):
                     return []  # somebody else wrote it, or carried it over
                 marks = [(one or b"").decode("utf-8", "replace") for one in noted]
-                given = document if latest is None else latest
+                given = latest if latest is not None and replaces else document
                 copies = Copies(timestamp, given, storyart, (marks[0], marks[1]), marks[2] == "1")
                 change = decide(copies)
             except (ValueError, Unavailable) as error:
@@ -1693,7 +1694,7 @@ class BridgedStore(RedisStore):
             if change is None and latest is None and is_kept:
                 return []
             change = change or Change(by_storyart=copies.by_storyart)
-            written = (change.storyswarm or (latest if latest != document else None), change.storyart)
+            written = (change.storyswarm or (given if given != document else None), change.storyart)
             commands: list[_Command] = []
             for key, index, new, old, own, other in (
                 (keys[0], self.INDEXES[0], written[0], document, ttl, storyart_ttl),
@@ -2310,19 +2311,19 @@ def read_copy(document: bytes) -> dict[str, Any]:
 
 
 def decide(
-    copies: Copies, draft_of: Callable[[int, dict[str, Any]], Draft | None], *, merges: bool = False
+    copies: Copies, draft_of: Callable[[int, dict[str, Any]], Draft | None], *, latest: bytes | None = None
 ) -> Change | None:
     """What brings the copies in step; None when they are. StorySwarm may have read a session before its user edited it:
-    so once StoryArt has written it (or with `merges`), StoryArt's words, beats and order stay. Raises ValueError when
-    one of them is no session: then both are left as they are."""
+    so once StoryArt has written it, StoryArt's words, beats and order stay. They stay also where `latest` is a second
+    copy of StorySwarm's. Raises ValueError when one of them is no session: then both are left as they are."""
     timestamp, swarm, art = copies.timestamp, copies.storyswarm, copies.storyart
-    swarm_changed, art_changed = copies.is_changed(0), copies.is_changed(1)
+    swarm_changed, art_changed = copies.is_changed(0) or latest not in (None, swarm), copies.is_changed(1)
     by_storyart = copies.by_storyart or art_changed
     if not swarm_changed and not art_changed:  # one may be gone: it stays gone until the other is written anew
         return None if copies.found == copies.marks or not any(copies.marks) else Change(by_storyart=by_storyart)
-    theirs, own = (None if document is None else read_copy(document) for document in (swarm, art))
-    carries_over = own is None or (theirs is not None and swarm_changed and not by_storyart and not merges)
-    outcome, base = cast(tuple[dict[str, Any], bytes], (theirs, swarm) if carries_over else (own, art))
+    theirs, own = (None if document is None else read_copy(document) for document in (latest or swarm, art))
+    carries_over = own is None or (theirs is not None and swarm_changed and not by_storyart and not latest)
+    outcome, base = cast(tuple[dict[str, Any], bytes], (theirs, latest or swarm) if carries_over else (own, art))
     before = to_json(outcome)
     if theirs is not None and not carries_over:
         _take_over(outcome, theirs, wins=swarm_changed and not art_changed, fields=swarm_changed)
@@ -2331,6 +2332,8 @@ def decide(
     if text == before:
         text = base  # byte for byte
     swarm_text = None if carries_over else text if swarm is None else _to_storyswarm(text, swarm, timestamp)
+    if swarm_text and latest:
+        swarm_text = _to_storyswarm(swarm_text, latest, timestamp) or latest
     return Change(swarm_text, None if text == art else text, by_storyart, draft_of(timestamp, outcome))
 
 
@@ -2428,15 +2431,15 @@ class Bridge:
 
     def _bring_in_step(self, timestamp: int, latest: bytes | None = None, *, merges: bool = False) -> Copies | None:
         try:
-            made = functools.partial(decide, draft_of=self._draft_of, merges=merges)
-            return self._store.bring_in_step(timestamp, made, latest)
+            made = functools.partial(decide, draft_of=self._draft_of, latest=latest if merges else None)
+            return self._store.bring_in_step(timestamp, made, latest, replaces=not merges)
         except ValueError as fault:
             self._report(f"session {timestamp} is left as it is, since a copy is no session", str(fault))
             return None
 
     def _run(self) -> None:
-        is_done = True
         while True:
+            is_done = True
             try:
                 is_done = self._look()
             except ApiError as error:

@@ -4548,12 +4548,20 @@ def test_copies_that_are_in_step_need_nothing():
     assert decide(copies_of((None, None))) is None
 
 
-def test_storyswarms_copy_that_was_changed_twice_is_merged_and_not_replaced():
+@pytest.mark.parametrize(
+    "now, latest, after",
+    [
+        pytest.param(both("w", "a", "b"), story("new", None, "c"), both("w", "a", "c"), id="another prompt wins"),
+        pytest.param(both("w", "a"), story("older", None), both("w", "a"), id="nothing in it is new"),
+        pytest.param(both("w", "a", None), story("w", "a", "c"), both("w", "a", "c"), id="a further prompt"),
+    ],
+)
+def test_a_latest_beside_a_changed_copy_replaces_neither(now, latest, after):
     """As session:{ts}, which was carried over a moment ago, and session:latest."""
-    now = (story("his", "a", None), spoken("hers", None, "b"))
-    change = decide(copies_of(now, (None, now[1])), merges=True)
-    assert json.loads(change.storyart) == spoken("hers", "a", "b")
-    assert json.loads(change.storyswarm) == story("hers", "a", {"prompt": "b"})
+    change = decide(copies_of(now, now), latest=to_bytes(latest))
+    written = [change.storyswarm, change.storyart]
+    assert [json.loads(new or to_bytes(old)) for new, old in zip(written, now)] == list(after)
+    assert [new is not None for new in written] == [new != old for new, old in zip(after, now)]
 
 
 @pytest.mark.parametrize(
@@ -4893,6 +4901,17 @@ def test_what_storyswarm_wrote_through_two_doors_is_both_carried_over(bridged, s
     by_latest(bridged.app, other_program, story("w", None, "a dog"))
     bridged.look()
     assert storyart.make_images() == ["a cat", "a dog"]
+    assert read_key(other_program) == story("w", "a cat", "a dog")  # its strings as strings
+
+
+def test_a_latest_that_is_older_than_its_session_changes_nothing(make_bridged, storyart, other_program):
+    """As StorySwarm's tools may have left both before there was a bridge."""
+    by_its_key(None, other_program, story("w", "a cat"))
+    by_latest(None, other_program, story("older", None))
+    before = other_program.get(f"session:{T}")
+    make_bridged().look()
+    assert storyart.load() == spoken("w", "a cat")
+    assert [other_program.get(f"session:{key}") for key in (T, "latest")] == [before, before]
 
 
 @pytest.mark.parametrize(
@@ -5136,10 +5155,10 @@ def test_a_look_that_takes_long_extends_the_lease_and_goes_on(bridged, storyart,
 def test_a_session_that_cannot_be_brought_in_step_keeps_no_other_from_it(bridged, storyart, other_program, monkeypatch):
     bring = service.BridgedStore.bring_in_step
 
-    def refuse(store: Any, timestamp: int, *arguments: Any) -> Any:
+    def refuse(store: Any, timestamp: int, *arguments: Any, **options: Any) -> Any:
         if timestamp == T + 1:
             raise service.Unavailable("Session is written all the time.", 1)
-        return bring(store, timestamp, *arguments)
+        return bring(store, timestamp, *arguments, **options)
 
     monkeypatch.setattr(service.BridgedStore, "bring_in_step", refuse)
     for number in range(3):
@@ -5489,6 +5508,21 @@ def test_where_redis_takes_no_writes_reads_answer_as_ever_and_the_next_look_trie
         bridged.look()
         assert StoryArtServer(client).make_images() == ["a cat"]
         assert read_key(client) == spoken("w", "a cat")
+
+
+def test_only_a_look_that_is_not_done_is_followed_by_the_next_at_once(bridged, monkeypatch):
+    pauses, outcomes = [], [False, service.Unavailable("no", 1), ValueError("no"), True]
+
+    def look() -> bool:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(bridged.bridge, "_look", look)
+    monkeypatch.setattr(bridged.bridge._closing, "wait", lambda pause: pauses.append(pause) or not outcomes)
+    bridged.bridge._run()
+    assert pauses == [0, *[service.Bridge.INTERVAL] * 3]
 
 
 def test_a_look_that_fails_is_logged_once_and_the_next_one_comes(
