@@ -1686,6 +1686,9 @@ class BridgedStore(RedisStore):
                 given = latest if latest is not None and replaces else document
                 copies = Copies(timestamp, given, storyart, (marks[0], marks[1]), marks[2] == "1")
                 change = decide(copies)
+            except RecursionError:  # it was read, and cannot be written
+                fault = ValueError("nested too deeply")
+                return []
             except (ValueError, Unavailable) as error:
                 fault = ValueError("its key is of another type") if "(WRONGTYPE)" in str(error) else error
                 return []
