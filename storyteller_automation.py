@@ -3753,13 +3753,13 @@ def _save(services: Services, request: Request, timestamp: int, *, by_storyart: 
         document = {**document, "timestamp": timestamp}
         text = to_json(document)
     draft = due_notification(timestamp, document)
+    storyart = text
     if services.bridge:
         services.bridge.bring_latest(whole=False)
-    storyart = text
-    with contextlib.suppress(NotASession):  # what has broken beats is stored as it is
-        _check_shape(document, _COUNTED)
-        if services.bridge and to_storyart(document, timestamp, lambda: _read_storyarts(services, timestamp)):
-            storyart = to_json(document)
+        with contextlib.suppress(NotASession):  # what has broken beats is stored as it is
+            _check_shape(document, _COUNTED)
+            if to_storyart(document, timestamp, lambda: _read_storyarts(services, timestamp)):
+                storyart = to_json(document)
     if not services.store.save(timestamp, text, draft, replace=replace, storyart=storyart, by_storyart=by_storyart):
         raise Conflict(f"Session {timestamp} exists.")
     saved = {"success": True, "message": "Session saved", "sessionKey": f"session:{timestamp}"}
@@ -4342,7 +4342,7 @@ class Channel(waitress.channel.HTTPChannel):
     def readable(self) -> bool:
         """As waitress's, in half its time; also where a client's leaving is to be noticed, so nothing is kept of it."""
         if self.requests:
-            return bool(self.exchange and self.exchange.is_cancellable and not self.requests[1:])
+            return len(self.requests) == 1 and self.exchange is not None and self.exchange.is_cancellable
         return not (self.total_outbufs_len or self.close_when_flushed or self.will_close)
 
     def service(self) -> None:
