@@ -1670,7 +1670,8 @@ class BridgedStore(RedisStore):
         if latest is not None:
             watched = (*keys, self.LATEST, self.META_OF_LATEST)
             reads += [("GET", self.LATEST), ("PTTL", self.LATEST), ("HGET", self.META_OF_LATEST, "storyswarm")]
-        copies, change, fault = Copies(timestamp, None, None), None, None
+        copies, change = Copies(timestamp, None, None), None
+        fault: Exception | None = None
 
         def write(replies: list[Any]) -> list[_Command]:
             nonlocal copies, change, fault
