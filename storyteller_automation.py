@@ -2396,8 +2396,6 @@ class Bridge:
     def bring(self, stored: StoredSession, *, whole: bool = False) -> StoredSession | None:
         """The session with its copies in step; as it was where Redis takes no writes. `whole`: also where a large copy
         was replaced by one of the same length."""
-        if whole:
-            self.bring_latest(whole=False)
         if stored.is_in_step and not (whole and (stored.storyart_size or 0) > self.LARGE):
             return stored
         try:
@@ -3523,6 +3521,11 @@ class Services:
         for pool in (self.pool, self.large_bodies):
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def carry_latest(self, *, whole: bool = False) -> None:
+        """Before sessions are read: carry over a session:latest that was changed, as Bridge.bring_latest() says."""
+        if self.bridge:
+            self.bridge.bring_latest(whole=whole)
+
     def in_step(self, stored: StoredSession | None, *, whole: bool = False) -> StoredSession | None:
         """A session with its copies in step, as Bridge.bring() says; itself where there is no bridge."""
         return self.bridge.bring(stored, whole=whole) if stored and self.bridge else stored
@@ -3706,6 +3709,7 @@ def _session_response(services: Services, stored: StoredSession, origin: str | N
 
 
 def session_get(services: Services, request: Request) -> Response:
+    services.carry_latest()
     stored = services.in_step(services.store.session(request.path["timestamp"]), whole=True)
     if stored is None:
         raise NotFound("Session not found")
@@ -3715,8 +3719,7 @@ def session_get(services: Services, request: Request) -> Response:
 
 
 def session_latest(services: Services, request: Request) -> Response:
-    if services.bridge:
-        services.bridge.bring_latest()
+    services.carry_latest(whole=True)
     stored = services.in_step(services.sessions.latest(), whole=True)
     if stored is None:
         raise NotFound("No session found")
@@ -3755,8 +3758,8 @@ def _save(services: Services, request: Request, timestamp: int, *, by_storyart: 
         text = to_json(document)
     draft = due_notification(timestamp, document)
     storyart = text
+    services.carry_latest()
     if services.bridge:
-        services.bridge.bring_latest(whole=False)
         with contextlib.suppress(NotASession):  # what has broken beats is stored as it is
             _check_shape(document, _COUNTED)
             if to_storyart(document, timestamp, lambda: _read_storyarts(services, timestamp)):

@@ -4961,6 +4961,16 @@ ASKED = {
 }
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["a known session", "a new session"])
+@pytest.mark.parametrize("asked", ["GET", "latest"])
+def test_who_gets_a_session_gets_at_once_what_came_by_session_latest(bridged, storyart, other_program, asked, known):
+    if known:
+        storyart.save(story("w", None))
+        bridged.look()
+    by_latest(bridged.app, other_program, story("w", "a cat"))
+    assert bridged.app.get(ASKED[asked]).json["data"] == story("w", "a cat")
+
+
 @pytest.mark.parametrize("path", ASKED.values(), ids=ASKED)
 def test_who_asks_for_it_gets_at_once_what_storyarts_server_wrote(make_bridged, storyart, other_program, path):
     app = make_bridged().app
