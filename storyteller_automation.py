@@ -1422,7 +1422,8 @@ class RedisStore(Store):
     NEWEST = "storyteller:newest"  # the newest time that a notification was given
     TOKEN = "auth:session:"
 
-    META_OF_LATEST, LEASE, MET = "storyteller:session:latest", "storyteller:bridge", "storyteller:bridge:met"
+    META_OF_LATEST = "storyteller:session:latest"
+    _META = ("saved", "announced", "storyswarm", "storyart")  # what is read of the meta key of a session
 
     has_both_copies = False  # BridgedStore has StoryArt's copy as well
     unreadable_latest = 0  # the length of a session:latest that is no session: a save replaces it
@@ -1463,8 +1464,6 @@ class RedisStore(Store):
             for parts, document in zip(lone, self._redis.exchange(reads)):
                 parts[2:] = document, None
         return [self._read_session(*parts) for parts in found]
-
-    _META = ("saved", "announced", "storyswarm", "storyart")
 
     def _read_session(self, timestamp: int, meta: Any, document: Any, size: Any) -> StoredSession | ApiError | None:
         if isinstance(document, ApiError):
@@ -1634,6 +1633,7 @@ class BridgedStore(RedisStore):
     """For Bridge: StoryArt's copy beside StorySwarm's, and session:latest, which is one of StorySwarm's."""
 
     has_both_copies = True
+    LEASE, MET = "storyteller:bridge", "storyteller:bridge:met"
 
     def newest_copy(self, *, whole: bool = True) -> bytes | None:
         """Only one that was changed since it was in step; without `whole` only one whose length was."""
@@ -1710,7 +1710,7 @@ class BridgedStore(RedisStore):
                     commands.append(("SET", key, new, *(() if own == -1 else ("PX", life))))
                 if new is not None or old is not None:
                     commands.append(("ZADD", index, timestamp, key))
-            marks = [mark_of(new if new is not None else old) for new, old in zip(written, (document, storyart))]
+            marks = [mark if new is None else mark_of(new) for new, mark in zip(written, copies.found)]
             noted = ("storyswarm", marks[0], "storyart", marks[1], "byStoryArt", int(change.by_storyart))
             commands.append(("HSET", keys[2], *noted))
             if latest is not None:
@@ -1738,7 +1738,7 @@ class BridgedStore(RedisStore):
         raise Unavailable(f"Session {timestamp} is written all the time: ask again.", 1)
 
     def renew_latest(self, newest: int) -> None:
-        """Let session:latest be StorySwarm's copy of the newest session, unless it was changed or removed meanwhile."""
+        """Let session:latest be StorySwarm's copy of the newest session, unless another program changed it."""
         session, _, meta = self._session_keys(newest)
         marks = self._redis.ask(("HGET", meta, "storyswarm"), ("HGET", self.META_OF_LATEST, "storyswarm"))
         if marks[0] in (None, b"0", marks[1]):
@@ -2309,7 +2309,6 @@ def _fill(document: dict[str, Any], other: Mapping[str, Any]) -> None:
 def read_copy(document: bytes) -> dict[str, Any]:
     """Raises ValueError for what is no session."""
     found: dict[str, Any] = parse_json(document)
-    _check_shape(found, {})
     _check_shape(found, _COUNTED)
     return found
 
@@ -2357,7 +2356,7 @@ def _to_storyswarm(text: bytes, swarm: bytes, timestamp: int) -> bytes | None:
 
 @dataclass(frozen=True)
 class Seen:
-    """A session as it was when the bridge last read it whole."""
+    """A session that the bridge read whole, and the lengths of its copies as the look before had them."""
 
     sizes: list[int]
     due: float  # monotonic seconds, when it is read again
@@ -3771,9 +3770,8 @@ def _save(services: Services, request: Request, timestamp: int, *, by_storyart: 
 
 
 def _read_storyarts(services: Services, timestamp: int) -> dict[str, Any] | None:
-    with contextlib.suppress(ValueError):  # it is replaced
-        copy = services.store.storyarts_copy(timestamp)
-        return read_copy(copy) if copy is not None else None
+    with contextlib.suppress(ValueError):  # there is none, or it is no session: it is replaced
+        return read_copy(services.store.storyarts_copy(timestamp) or b"")
     return None
 
 
@@ -4655,10 +4653,12 @@ def run_checks(arguments: Mapping[str, str | None]) -> Iterator[Check]:
 
 def missed_sessions(settings: Settings) -> str | None:
     """A warning that StoryArt's sessions are in Redis and not in the embedded store. It takes 0.4 s at most."""
+    if settings.redis_address:
+        return None
     limits: dict[str, Any] = {"socket_connect_timeout": 0.2, "socket_timeout": 0.2}  # from_url() does not retry
     client = redis.Redis.from_url(STORYARTS_REDIS, protocol=2, driver_info=None, **limits)
     with contextlib.suppress(redis.RedisError, OSError, ValueError), client:  # ValueError: what answers is no Redis
-        if settings.redis_address is None and client.exists(RedisStore.INDEXES[1]):
+        if client.exists(RedisStore.INDEXES[1]):
             return f"StoryArt's sessions are in Redis, which is not used here: set REDIS_URL={STORYARTS_REDIS}"
     return None
 

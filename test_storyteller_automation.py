@@ -5662,7 +5662,7 @@ def test_the_service_notices_in_3_seconds_and_another_takes_over_from_a_killed_o
             return time.monotonic() - began < seconds
 
         first = start("first")
-        wait_until(lambda: client.exists(service.RedisStore.LEASE))
+        wait_until(lambda: client.exists(service.BridgedStore.LEASE))
         second = start("second")
         assert is_noticed_within(3, "by the first", lambda: None)
         assert is_noticed_within(10, "by the second", first.process.kill)
@@ -5705,7 +5705,7 @@ def test_two_instances_that_are_killed_keep_what_both_programs_write_at_random_i
         return start_service(REDIS_URL=own.url, STORYTELLER_DATA_DIR=str(tmp_path / f"instance {number}"))
 
     instances = [start(0), start(1)]
-    wait_until(lambda: client.exists(service.RedisStore.MET))
+    wait_until(lambda: client.exists(service.BridgedStore.MET))
 
     def edit(timestamp: int) -> None:
         """A page of StoryArt saves what it holds, which may be from before StorySwarm wrote."""

@@ -315,8 +315,9 @@ Request = tuple[str, str, bytes | None]  # method, path, body
 STAMP = 1_738_195_200_000  # the timestamp of the first session
 
 
-def session_text(timestamp: int = STAMP, size: int = 850_000, beats: int = 249, prompts: int = 124) -> bytes:
-    """A session in the shape of a real episode, half of whose prompts are still missing, as a client sends it."""
+def session_text(timestamp: int = STAMP, size: int = 850_000, beats: int = 249, prompts: int | None = None) -> bytes:
+    """A session in the shape of a real episode, as a client sends it. By default half of its prompts are missing."""
+    prompts = beats // 2 if prompts is None else prompts
     document = {"timestamp": timestamp, **tests.make_session(beats=beats, prompts=prompts, size=size)}
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
@@ -705,11 +706,9 @@ def create_100(service: Server) -> None:
             client.ask("POST", f"{API}/notifications", (NEW_NOTIFICATION % (STAMP + number)).encode())
 
 
-def save_sessions(service: Server, count: int = 1, **shape: int) -> None:
-    """The first five wait for prompts."""
+def save_sessions(service: Server, count: int = 1, first: int = STAMP, **shape: int) -> None:
     with service.client() as client:
-        for timestamp in range(STAMP, STAMP + count):
-            shape["prompts"] = 124 if timestamp < STAMP + 5 else 240
+        for timestamp in range(first, first + count):
             client.ask("PUT", f"{API}/session/{timestamp}", session_text(timestamp, **shape))
 
 
@@ -868,10 +867,11 @@ def idle_memory(bench: Bench, store: str) -> float:
 
 
 def idle_cpu(bench: Bench, store: str, sessions: int = 0) -> float:
-    """Percent of a core during 20 s without a request, or longer beside sessions of 850 KB, 5 of which wait."""
+    """Percent of a core during 20 s without a request, or longer beside sessions of 850 KB, a 20th of which wait."""
     bench.flush()
     with bench.start(store) as service:
-        save_sessions(service, sessions)
+        save_sessions(service, sessions // 20)
+        save_sessions(service, sessions - sessions // 20, STAMP + sessions // 20, prompts=249)
         time.sleep(2 + sessions / 10)  # they are parsed once, by which the bridge knows those that wait
         before = service.cpu_seconds()
         time.sleep(20 + sessions / 2)
