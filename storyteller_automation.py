@@ -320,12 +320,16 @@ def load_settings(given: Mapping[str, str | None], environ: Mapping[str, str], f
 
 
 class ApiError(Exception):
-    """A response other than 2xx: a sentence for the caller, its status, and when to retry (seconds)."""
+    """A response other than 2xx: a sentence for the caller, its status, and when to retry (seconds). From a store also
+    why it refused what it was asked ("" where it gave no answer), and what its operator can do."""
 
     status = 500
 
-    def __init__(self, message: str, retry_after: float | None = None) -> None:
+    def __init__(
+        self, message: str, retry_after: float | None = None, *, refusal: str = "", advice: str = ""
+    ) -> None:  # fmt: skip
         super().__init__(message)
+        self.refusal, self.advice = refusal, advice
         self.retry_after = None if retry_after is None else max(1, math.ceil(retry_after))
 
 
@@ -464,6 +468,8 @@ REFUSAL_IS_SLOW = WINDOWS  # it retries a refused connection for about 2 s, and 
 # No route or no such address, as ::1 where there is no IPv6; WinSock has numbers of its own.
 _NOT_HERE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, 10047, 10049, 10051, 10065}
 
+_DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # of the disk, of the user's part of it
+
 LAUNCH_SCRIPTS = ("launch-windows.bat", "launch-linux.sh", "launch-macos.sh")
 LAUNCH_SCRIPT = {"win32": LAUNCH_SCRIPTS[0], "darwin": LAUNCH_SCRIPTS[2]}.get(sys.platform, LAUNCH_SCRIPTS[1])
 
@@ -558,6 +564,18 @@ def open_log(path: Path) -> int:
     if sys.platform == "win32":
         return _open_windows(str(path), access=0x0004 | 0x0010_0000, creation=4)  # FILE_APPEND_DATA, OPEN_ALWAYS
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another program keeps this one from opening or reading a file, as programs can on Windows alone."""
+    if sys.platform == "win32":
+        try:
+            os.close(_open_windows(str(path), access=0xC000_0000, creation=3))  # GENERIC_READ and WRITE, OPEN_EXISTING
+            with open(path, "rb") as file:
+                file.read(100)
+        except OSError as error:
+            return error.winerror in (None, 32, 33)  # a part that is locked; sharing violation, lock violation
+    return False
 
 
 def lock_file(path: Path) -> TextIO | None:
@@ -832,21 +850,47 @@ class LogFile(logging.handlers.RotatingFileHandler):
             super().doRollover()
 
 
+def say(text: str) -> None:
+    """For the person at the console; the log has it too."""
+    log.info("server: %s", " ".join(text.split()), extra={"console": text})
+
+
+def start_console() -> Callable[[], None]:
+    """Print there what say() gets, and warnings, in a thread: a console whose text is selected blocks its writer, as
+    does a full pipe. What it cannot take is dropped. The result ends the thread, or leaves it after 0.5 s."""
+    records: queue.Queue[logging.LogRecord | None] = queue.Queue(1000)
+
+    def write() -> None:
+        while record := records.get():
+            stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+                print(getattr(record, "console", record.message), file=stream, flush=True)
+
+    def end() -> None:
+        with contextlib.suppress(queue.Full):
+            records.put_nowait(None)
+        thread.join(0.5)
+
+    thread = threading.Thread(target=write, name="console", daemon=True)
+    thread.start()
+    handler = logging.handlers.QueueHandler(records)
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or hasattr(record, "console"))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("waitress").setLevel(logging.ERROR)  # it warns of what the sweep handles
+    logging.raiseExceptions = False  # a log that cannot be written must not disturb the service
+    return end
+
+
 def start_logging(path: Path, settings: Settings) -> None:
-    """Log to the file, and warnings to the console too. Raises StartError."""
+    """Log to the file, too. Raises StartError."""
     try:
         file = LogFile(path, maxBytes=LOG_LIMIT, backupCount=LOGS_KEPT, encoding="utf-8")
     except OSError as error:
         raise StartError(f"The log {path} cannot be written ({error.strerror}): fix or remove it.") from None
     file.setFormatter(LogFormatter(as_json=settings.log_format.lower() == "json"))
-    # A console blocks who writes to it while its text is selected: so a thread does, and what is too much is dropped.
-    console: queue.Queue[Any] = queue.Queue(1000)
-    logging.handlers.QueueListener(console, logging.StreamHandler()).start()
-    warnings = logging.handlers.QueueHandler(console)
-    warnings.setLevel(logging.WARNING)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(message)s", handlers=[file, warnings], force=True)
-    logging.getLogger("waitress").setLevel(logging.ERROR)  # it warns of what the sweep handles
-    logging.raiseExceptions = False  # a log that cannot be written must not disturb the service
+    file.setLevel(settings.log_level.upper())
+    logging.getLogger().addHandler(file)
+    logging.getLogger().setLevel(min(file.level, logging.INFO))
 
 
 def shorten_log(path: Path) -> None:
@@ -971,12 +1015,58 @@ class Batcher(Generic[Q, T]):
 # ======================================================================================================
 
 Snapshot = tuple[list[bytes], bool]  # pending members; whether an id is marked
+AHEAD_MS = 3_600_000  # a kept time further ahead of the clock was made when that was wrong, and is not followed
 TTL_MS = 7 * 24 * 3600 * 1000  # of sessions, pending notifications and marks of acknowledgement: 7 days
 OWN_MEMBER = b'{"id":"%b",'  # how a member begins that this service wrote
 
 
 def now_ms() -> int:
     return time.time_ns() // 1_000_000
+
+
+def next_time(kept: int, now: int) -> int:
+    """Now, or the ms after a kept time that is not past; unless that was kept while the clock was wrong."""
+    if kept <= now + AHEAD_MS:
+        return max(now, kept + 1)
+    ahead = "store: a time in it is %.1f h ahead of this PC's clock, and is not followed: check the clock"
+    log.warning(ahead, (kept - now) / 3_600_000)
+    return now
+
+
+class Writes:
+    """Whether a store takes writes, as the last one showed: reads may go on where they are refused."""
+
+    INTERVAL = 5.0  # seconds between two tries while they are refused
+
+    def __init__(self, place: str) -> None:
+        self.refusal = ""  # why the last write was refused
+        self._place = place
+        self._lock = threading.Lock()
+
+    def note(self, refusal: str = "") -> None:
+        """The outcome of a write, "" for a good one. A change is logged once."""
+        with self._lock:
+            before, self.refusal = self.refusal, refusal
+        if refusal and not before:
+            log.warning("store: %s refuses writes (%s): they get 503 until it takes them again", self._place, refusal)
+        elif before and not refusal:
+            log.warning("store: %s takes writes again", self._place)
+
+    def check(self) -> None:
+        """Raise Unavailable while writes are refused."""
+        if self.refusal:
+            raise Unavailable(f"{self._place} refuses writes ({self.refusal}).", 5)
+
+    def watch(self, attempt: Callable[[], None], closing: threading.Event) -> None:
+        """Try a write until the store answers, and again while it refuses them, until `closing` is set."""
+        is_known = False
+        while not closing.is_set():
+            if self.refusal or not is_known:
+                with contextlib.suppress(Unavailable):
+                    attempt()
+                    is_known = True
+                is_known = is_known or bool(self.refusal)
+            closing.wait(self.INTERVAL)
 
 
 @dataclass(frozen=True)
@@ -1053,8 +1143,13 @@ class Store(Protocol):
 
     name: str
     place: str  # for people; without a password
+    writes: Writes
 
-    def ping(self) -> None: ...
+    def ping(self) -> None:
+        """Read something. Raises Unavailable also while writes are refused."""
+
+    def try_write(self) -> None:
+        """Write as a save does, and leave nothing; `writes` has the outcome, too."""
 
     def close(self) -> None:
         """End every connection and thread. The store is not used afterwards."""
@@ -1124,29 +1219,78 @@ class Store(Protocol):
 
 _Command = Sequence[bytes | str | int] | bytes  # bytes: packed
 
-_REDIS_CODES = r"\b(READONLY|OOM|MISCONF|BUSY|NOPERM|NOAUTH|WRONGPASS|LOADING|MASTERDOWN|WRONGTYPE)\b"
+# What is wrong with a Redis, by its words, redis-py's or the system's; and what to do. Those words are not repeated, as
+# they may contain the command and with it a session.
+_START_REDIS = "start it, or correct REDIS_URL, or REDIS_HOST and REDIS_PORT"
+_REDIS_FAULTS = (
+    (r"WRONGPASS|AUTH <password> called without", "it refuses the password", "correct user and password in REDIS_URL"),
+    ("NOAUTH", "NOAUTH, it wants a password", "add it: REDIS_URL=redis://:PASSWORD@HOST:PORT/0"),
+    ("DB index is out of range|invalid DB index", "it has no database of that number", "let REDIS_URL end in /0"),
+    ("CERTIFICATE_VERIFY", "its TLS certificate is not trusted", "add ?ssl_ca_certs=FILE or its name in REDIS_URL"),
+    (r"\[SSL|handshake", "it does not answer in TLS", "begin REDIS_URL with redis://"),
+    ("READONLY", "READONLY, it is a replica", "name the Redis that it follows in REDIS_URL"),
+    ("MASTERDOWN", "MASTERDOWN, it is a replica", "name the Redis that it follows in REDIS_URL"),
+    ("OOM", "OOM, its memory is full", "free its memory, or raise its maxmemory"),
+    ("MISCONF", "MISCONF, it cannot save to its disk", "free space there, and see its own log"),
+    ("NOREPLICAS", "NOREPLICAS, it has too few replicas", "start them, or set its min-replicas-to-write to 0"),
+    ("NOPERM|The user executing", "NOPERM, its user may not do that", "allow it all keys and commands in its ACL"),
+    ("CROSSSLOT|MOVED|CLUSTERDOWN", "it is a cluster", "use a Redis that is none"),
+    ("LOADING", "LOADING, it is reading its data", "wait until it has"),
+    ("BUSY", "BUSY, it is running a script", "wait, or end that by SCRIPT KILL"),
+    ("WRONGTYPE", "WRONGTYPE, a key is of another type", "remove that key"),
+    ("ERR", "ERR, it refuses the command", "use Redis 5 or later, and see its own log"),
+    ("[Tt]imeout|took too long", "no response in time", "start it, or restart it"),
+    (r"rror (-\d+|1100\d) connecting", "its name is not known", "correct it in REDIS_URL"),
+    (r"rror (61|111|10061) connecting", "nobody listens there", _START_REDIS),
+    ("", "the connection failed", _START_REDIS),
+)  # fmt: skip
 
 
-class _Connection(redis.connection.AbstractConnection):
-    """A lookup of a name has no timeout of its own: it runs in a thread, which is not waited for if it is late."""
+class _Connection(redis.Connection):
+    """Tries each address of a name for its share of the time, since some may be silent. The lookup has no timeout of
+    its own: it runs in a thread, which is not waited for if it is late."""
+
+    host: str
+    socket_connect_timeout: float
 
     def connect(self) -> None:
-        if self.is_connected:
-            return
-        host = getattr(self, "host", "::")  # a Unix socket has none
-        if not is_address(host):
+        if not self.is_connected:
+            # A new connection needs no health check.
+            self.next_health_check = int(time.monotonic()) + self.health_check_interval
+            super().connect()
 
-            def look_up() -> None:
-                with contextlib.suppress(OSError, UnicodeError):  # connect() fails in the same way
-                    socket.getaddrinfo(host, None)
+    def _connect(self) -> Any:
+        """For connect(), which has no public way to choose an address. TLS is laid over it, and needs the name."""
+        name, seconds, first = self.host, self.socket_connect_timeout, None
+        deadline = time.monotonic() + seconds
+        addresses = [name] if is_address(name) else self._look_up(name)
+        for number, address in enumerate(addresses):
+            self.host = address
+            self.socket_connect_timeout = max(0.01, deadline - time.monotonic()) / (len(addresses) - number)
+            try:
+                return super()._connect()
+            except OSError as fault:
+                first = first or fault
+            finally:
+                self.host, self.socket_connect_timeout = name, seconds
+        raise first or OSError("its name has no address")
 
-            lookup = threading.Thread(target=look_up, name="redis-lookup", daemon=True)
-            lookup.start()
-            lookup.join(self.socket_connect_timeout)
-            if lookup.is_alive():
-                raise redis.TimeoutError("the lookup of its name took too long")
-        self.next_health_check = int(time.monotonic()) + self.health_check_interval  # a new connection needs none
-        super().connect()
+    def _look_up(self, name: str) -> list[str]:
+        """127.0.0.1 first: where nothing listens on ::1, Windows takes 2 s to refuse."""
+        found: Future[list[str]] = Future()
+
+        def look_up() -> list[str]:
+            rows = socket.getaddrinfo(name, self.port, type=socket.SOCK_STREAM)
+            return sorted({str(row[4][0]): None for row in rows}, key=lambda address: address != "127.0.0.1")
+
+        threading.Thread(target=settle_by, args=(found, look_up), name="redis-lookup", daemon=True).start()
+        try:
+            return found.result(self.socket_connect_timeout * 0.8)
+        except concurrent.futures.TimeoutError:
+            raise TimeoutError("the lookup of its name took too long") from None
+
+
+class _TlsConnection(redis.SSLConnection, _Connection): ...
 
 
 class RedisClient:
@@ -1160,13 +1304,14 @@ class RedisClient:
 
     def __init__(self, url: str) -> None:
         given = redis.connection.parse_url(url)
-        base = given.pop("connection_class", redis.Connection)
+        kinds = {redis.SSLConnection: _TlsConnection}
+        kind = given.pop("connection_class", _Connection)
         # The URL says where Redis is and who we are. How it is called is for us to say.
         where = {name: value for name, value in given.items() if re.match("(host|port|path|db|user|pass|ssl)", name)}
         place = where.get("path") or f"{where.get('host', 'localhost')}:{where.get('port', 6379)}"
         self.place = f"{place}, database {where.get('db', 0)}"
         self._pool = redis.ConnectionPool(
-            connection_class=type("Connection", (_Connection, base), {}),
+            connection_class=kinds.get(kind, kind),
             max_connections=1000,  # the callers' threads are the limit
             protocol=2,  # Redis 5 refuses HELLO 3
             driver_info=None,  # CLIENT SETINFO costs two round trips
@@ -1176,7 +1321,7 @@ class RedisClient:
             **where,
         )
         self._lock = threading.Lock()
-        self._fault = ""  # why the circuit is open; "" while it is closed
+        self._fault: Exception | None = None  # why the circuit is open; None while it is closed
         self._closing = threading.Event()
 
     def close(self) -> None:
@@ -1208,15 +1353,16 @@ class RedisClient:
         return cast("list[Any] | None", self._call(run))
 
     def _call(self, run: Callable[[Any], T]) -> T:
-        if self._fault or self._closing.is_set():
-            raise self._unavailable(self._fault or "the service is stopping")
+        if self._closing.is_set():
+            raise Unavailable("The service is stopping.", 5)
+        if self._fault:
+            raise self.unavailable(self._fault)
         try:
             return self._call_now(run)
         except (redis.RedisError, OSError, ValueError) as error:  # ValueError: what answers is no Redis
-            reason = self.reason(error)
             if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
-                self._open_circuit(reason)
-            raise self._unavailable(reason) from None
+                self._open_circuit(error)
+            raise self.unavailable(error) from None
 
     def _call_now(self, run: Callable[[Any], T]) -> T:
         connection = self._pool.get_connection()
@@ -1245,26 +1391,29 @@ class RedisClient:
         try:
             return connection.read_response(disable_decoding=True)
         except redis.ResponseError as error:
-            return self._unavailable(self.reason(error))
+            return self.unavailable(error, is_refusal=True)
 
     @staticmethod
-    def reason(error: Exception) -> str:
-        """Not the error's text, which may hold the command and with it a session."""
-        code = re.search(_REDIS_CODES, f"{getattr(error, 'status_code', '')} {error}")
-        return code[1] if code else type(error).__name__
+    def _fault_of(error: Exception) -> tuple[str, str]:
+        """What is wrong, and what to do."""
+        text = f"{getattr(error, 'status_code', '')} {error} {error.__context__}"
+        return next((wrong, advice) for pattern, wrong, advice in _REDIS_FAULTS if re.search(pattern, text))
 
-    def _unavailable(self, reason: str) -> ApiError:
-        return Unavailable(f"Redis at {self.place} does not answer as it should ({reason}).", 1)
+    def unavailable(self, error: Exception, *, is_refusal: bool = False) -> ApiError:
+        wrong, advice = self._fault_of(error)
+        message = f"Redis at {self.place} does not answer as it should ({wrong})."
+        return Unavailable(message, 1, refusal=wrong if is_refusal else "", advice=advice)
 
-    def _open_circuit(self, reason: str) -> None:
+    def _open_circuit(self, fault: Exception) -> None:
         """Let calls fail at once until a probe is answered, or close() was called."""
         with self._lock:
             if self._fault or self._closing.is_set():
                 return
             with contextlib.suppress(RuntimeError):  # without a thread to close it again, it stays closed
                 threading.Thread(target=self._probe_until_answered, name="redis-probe", daemon=True).start()
-                self._fault = reason
-        log.warning("store: Redis at %s does not answer (%s): the circuit is open", self.place, reason)
+                self._fault = fault
+        wrong, _ = self._fault_of(fault)
+        log.warning("store: Redis at %s does not answer (%s): the circuit is open", self.place, wrong)
         self._pool.disconnect(inuse_connections=False)
 
     def _probe_until_answered(self) -> None:
@@ -1272,7 +1421,7 @@ class RedisClient:
             with contextlib.suppress(Exception):  # whatever it is, the next probe may succeed
                 # An error reply is an answer: each call gets its own.
                 self._call_now(lambda connection: self._send(connection, [self.PROBE]))
-                self._fault = ""
+                self._fault = None
                 log.warning("store: Redis at %s answers again: the circuit is closed", self.place)
                 return
 
@@ -1284,43 +1433,51 @@ class RedisClient:
 # own since a script needs 1 ms to take or to copy 850 KB.
 # ARGV: 1 member, 2 its time, 3 now; 4 type, "" for no notification; 5 timestamp, 6 "1" to replace; 7 and 8 the marks of
 # both copies, 9 "1" if StoryArt wrote it, 10 the length of a latest that is no session.
-# It returns {"late", newest} when the time is not past the newest one that was given: the caller asks again with a
-# later one, since the member's JSON contains its time and only the caller can write that.
+# It returns first a kept time that it did not follow, or 0. Then "late" and the newest time, if ARGV[2] is not later:
+# the caller asks again with a later one, since the member's JSON contains its time and only the caller can write that.
 _LUA_CHANGE = """
-local week = 604800000
+local week, ahead = 604800000, 0
+local function reply(...) return {ahead, ...} end
+local function after(kept)  -- the next time after one that was kept, unless the clock was wrong then
+  kept = tonumber(kept) or 0
+  if kept <= ARGV[3] + 3600000 then return kept + 1 end
+  ahead = kept
+  return 0
+end
 local function add()
   local before = redis.call('GET', KEYS[3])
   if before then
     local score = redis.call('ZSCORE', KEYS[1], before)
     local id = string.match(before, '^{"id":"([^"]+)"')
     if score and tonumber(score) > ARGV[3] - week and redis.call('EXISTS', 'notifications:ack:' .. id) == 0 then
-      return {'pending', before, score}
+      return reply('pending', before, score)
     end
   end
   local newest = redis.call('GET', KEYS[2])
-  if newest and tonumber(newest) >= tonumber(ARGV[2]) then return {'late', newest} end
+  if newest and after(newest) > tonumber(ARGV[2]) then return reply('late', newest) end
   redis.call('SET', KEYS[2], ARGV[2], 'PX', week)
   redis.call('SET', KEYS[3], ARGV[1], 'PX', week)
   redis.call('ZADD', KEYS[1], ARGV[2], ARGV[1])
   redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[3] - week)
-  return {'added', ARGV[1], ARGV[2]}
+  return reply('added', ARGV[1], ARGV[2])
 end
 if not KEYS[4] then return add() end
 
-local exists, result = redis.call('EXISTS', KEYS[4], KEYS[5]) > 0, {'known'}
+local exists, result = redis.call('EXISTS', KEYS[4], KEYS[5]) > 0, reply('known')
 if ARGV[5] and exists and ARGV[6] ~= '1' then
   redis.call('DEL', unpack(KEYS, 11))
-  return {'taken'}
+  return reply('taken')
 end
-if ARGV[5] and redis.call('EXISTS', unpack(KEYS, 11)) < #KEYS - 10 then return {'gone'} end
+if ARGV[5] and redis.call('EXISTS', unpack(KEYS, 11)) < #KEYS - 10 then return reply('gone') end
 if not ARGV[5] and not exists then return result end
 if ARGV[4] ~= '' and redis.call('HGET', KEYS[6], 'announced') ~= ARGV[4] then
   result = add()
-  if result[1] == 'late' then return result end
+  if result[2] == 'late' then return result end
   redis.call('HSET', KEYS[6], 'announced', ARGV[4])
 end
 if ARGV[5] then
-  local saved = math.max(ARGV[3], (redis.call('HGET', KEYS[6], 'saved') or 0) + 1)
+  local saved = math.max(ARGV[3], after(redis.call('HGET', KEYS[6], 'saved')))
+  result[1] = ahead
   redis.call('RENAME', KEYS[11], KEYS[4])
   redis.call('PEXPIRE', KEYS[4], week)
   redis.call('ZADD', KEYS[7], ARGV[5], KEYS[4])
@@ -1379,6 +1536,12 @@ if redis.call('EXISTS', KEYS[1], KEYS[2]) == 0 then
 end
 """
 
+# What a save writes, as far as Redis may refuse it; nothing is left. KEYS: one of each kind.
+_LUA_TRY = """
+for _, key in ipairs(KEYS) do redis.call('SET', key, 'x', 'PX', 1000) end
+return redis.call('DEL', unpack(KEYS))
+"""
+
 # Take or extend the lease; then the length of session:latest, whether this Redis was met, and the lengths of the copies
 # of the newest sessions (-1 for a key of another type), in one text: redis-py needs 1.5 us for each part of a reply.
 # KEYS: 1 index, 2 StoryArt's index, 3 latest, 4 lease, 5 met. ARGV: 1 owner, 2 its TTL, 3 how many of each, 4 ...
@@ -1431,6 +1594,7 @@ class RedisStore(Store):
     def __init__(self, url: str, clock: Callable[[], int] = now_ms) -> None:
         self._redis = RedisClient(url)
         self.place = self._redis.place
+        self.writes = Writes(f"Redis at {self.place}")
         self._clock = clock
         self._newest_given = 0  # ms; others may have given later ones
         # To pack 100 words takes 0.1 ms, and the ids of two polls are mostly the same.
@@ -1441,6 +1605,12 @@ class RedisStore(Store):
 
     def ping(self) -> None:
         self._redis.ask(RedisClient.PROBE)
+        self.writes.check()
+
+    def try_write(self) -> None:
+        keys = [f"{key}:try" for key in (*self._session_keys(0), "storyteller:incoming", self.PENDING, *self.INDEXES)]
+        result_of(self._run(_LUA_TRY, [(keys, ())])[0])
+        self.writes.note()
 
     def close(self) -> None:
         self._redis.close()
@@ -1467,7 +1637,7 @@ class RedisStore(Store):
 
     def _read_session(self, timestamp: int, meta: Any, document: Any, size: Any) -> StoredSession | ApiError | None:
         if isinstance(document, ApiError):
-            if "(WRONGTYPE)" not in str(document):
+            if "WRONGTYPE" not in document.refusal:
                 return document
             document = None
         elif document is None:
@@ -1509,7 +1679,15 @@ class RedisStore(Store):
 
     def _run(self, script: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
         """Run a script for each (keys, arguments), all in one round trip; the outcome of each."""
-        return self._redis.exchange([("EVAL", script, len(keys), *keys, *arguments) for keys, arguments in calls])
+        return self._write(*[("EVAL", script, len(keys), *keys, *arguments) for keys, arguments in calls])
+
+    def _write(self, *commands: _Command) -> list[Any]:
+        """The outcomes of commands that write. A key of another type is the fault of that key alone."""
+        outcomes = self._redis.exchange(commands)
+        for outcome in outcomes:
+            if isinstance(outcome, ApiError) and outcome.refusal and "WRONGTYPE" not in outcome.refusal:
+                self.writes.note(outcome.refusal)
+        return outcomes
 
     def _change_call(
         self, draft: Draft | None, at: int, keys: Sequence[str], further: Sequence[Any]
@@ -1520,12 +1698,16 @@ class RedisStore(Store):
 
     def _change(self, drafts: Sequence[Draft | None], keys: Sequence[str] = (), *further: Any) -> list[Any]:
         """Run _LUA_CHANGE for each draft, with a time past the newest one so far; the outcome of each."""
-        first = max(self._clock(), self._newest_given + 1)
+        first = next_time(self._newest_given, self._clock())
         calls = [self._change_call(draft, at, keys, further) for at, draft in enumerate(drafts, first)]
         outcomes = self._run(_LUA_CHANGE, calls)
+        ahead = max(0 if isinstance(outcome, ApiError) else outcome.pop(0) for outcome in outcomes)
+        next_time(ahead, first)  # for its warning
         states = [None if isinstance(outcome, ApiError) else outcome[0] for outcome in outcomes]
         given = [int(outcome[-1]) for outcome, state in zip(outcomes, states) if state in (b"late", b"added")]
-        self._newest_given = max([self._newest_given, *given])
+        self._newest_given = max([first - 1, *given])
+        if b"added" in states:
+            self.writes.note()
         late = [number for number, state in enumerate(states) if state == b"late"]
         if late:  # another instance was faster
             for number, outcome in zip(late, self._change([drafts[number] for number in late], keys, *further)):
@@ -1540,7 +1722,8 @@ class RedisStore(Store):
         marks = (mark, mark if storyart == document else mark_of(storyart))
         documents = [document, storyart, document] if self.has_both_copies else [document]
         incoming = {f"{name}:{number}": one for number, one in enumerate(documents)}
-        self._redis.ask(*[("SET", key, one, "PX", 60_000) for key, one in incoming.items()])
+        for outcome in self._write(*[("SET", key, one, "PX", 60_000) for key, one in incoming.items()]):
+            result_of(outcome)
         keys = [*self._session_keys(timestamp), *self.INDEXES, self.LATEST, self.META_OF_LATEST, *incoming]
         further = (
             draft.type if draft else "",
@@ -1553,6 +1736,7 @@ class RedisStore(Store):
         state = result_of(self._change([draft], keys, *further)[0])[0]
         if state == b"gone":
             raise Unavailable("Redis took a minute for this session: ask again.", 1)
+        self.writes.note()
         return bool(state != b"taken")
 
     def announce(self, session: int, draft: Draft) -> bool:
@@ -1606,7 +1790,7 @@ class RedisStore(Store):
         return [outcome if isinstance(outcome, ApiError) else outcome == 1 for outcome in outcomes]
 
     def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
-        self._redis.ask(("SET", self.TOKEN + digest, record, "PX", ttl))
+        result_of(self._write(("SET", self.TOKEN + digest, record, "PX", ttl))[0])
 
     def token(self, digest: str) -> bytes | None:
         return self._get(self.TOKEN + digest)
@@ -1621,7 +1805,7 @@ class RedisStore(Store):
         return [(digest, record) for digest in digests if (record := self.token(digest)) is not None]
 
     def revoke_token(self, digest: str) -> bool:
-        return self._redis.ask(("DEL", self.TOKEN + digest)) == [1]
+        return bool(result_of(self._write(("DEL", self.TOKEN + digest))[0]))
 
 
 # ======================================================================================================
@@ -1691,7 +1875,7 @@ class BridgedStore(RedisStore):
                 fault = ValueError("nested too deeply")
                 return []
             except (ValueError, Unavailable) as error:
-                fault = ValueError("its key is of another type") if "(WRONGTYPE)" in str(error) else error
+                fault = ValueError("its key is of another type") if "WRONGTYPE" in str(error) else error
                 return []
             # A copy that was written again as it was lives longer than the marks, by more than two PTTL may differ.
             is_kept = kept == -1 or (-1 not in (ttl, storyart_ttl) and kept + 60_000 > max(ttl, storyart_ttl))
@@ -1719,7 +1903,7 @@ class BridgedStore(RedisStore):
             is_news = is_met or timestamp >= max(float(found[1]) if found else 0 for found in scores)
             if change.draft and not is_news:
                 change = dataclasses.replace(change, draft=None)
-            at = max(self._clock(), self._newest_given + 1)
+            at = next_time(self._newest_given, self._clock())
             kind = change.draft.type if change.draft else ""
             made, values = self._change_call(change.draft, at, keys, (kind,))
             return [*commands, ("EVAL", _LUA_CHANGE, len(made), *made, *values)]
@@ -1731,8 +1915,8 @@ class BridgedStore(RedisStore):
             if replies is None:
                 continue
             if faults := [reply for reply in replies if isinstance(reply, Exception)]:
-                raise Unavailable(f"Redis took not all of session {timestamp} ({RedisClient.reason(faults[0])}).", 1)
-            if change and change.draft and replies[-1][0] == b"late":
+                raise self._redis.unavailable(faults[0], is_refusal=True)
+            if change and change.draft and replies[-1][1] == b"late":
                 self.announce(timestamp, change.draft)
             return copies
         raise Unavailable(f"Session {timestamp} is written all the time: ask again.", 1)
@@ -1785,37 +1969,64 @@ CREATE INDEX token_expires ON token (expires);
 )
 
 
+# What is wrong with the file, by SQLite's words, and what to do.
+_SQLITE_FAULTS = (
+    ("locked", "it is locked by another program", "end what uses it, like a backup or a virus scan"),
+    ("is full", "the disk is full", "free space on it"),
+    ("malformed|not a database", "it is damaged", "stop the service, then move it away, or repair it"),
+    ("already exists", "it is another program's", "set STORYTELLER_DATA_DIR to another folder"),
+    ("readonly", "it is read-only", "let this user write it"),
+    ("", "it cannot be used", "see that this user may read and write it"),
+)
+
+
 class SqliteStore(Store):
     """One file in WAL mode: reads go on during a write, and what was committed survives a killed process."""
 
     name = "sqlite"
     WAIT = 3.0  # seconds that a write waits for others, threads and processes
 
-    def __init__(self, path: Path, clock: Callable[[], int] = now_ms) -> None:
+    def __init__(self, path: Path, clock: Callable[[], int] = now_ms, patience: float | None = None) -> None:
+        """A file that another program locks is tried for `patience` seconds, by default WAIT. Raises StartError."""
         self.place = str(path)
+        self.writes = Writes(f"the store {path}")
         self._clock = clock
         self._damaged = False  # seen at run time: the file is "malformed"
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()  # as many as threads that read at once
         self._closed = False
-        try:
-            self._writer = self._connect()
-            with contextlib.ExitStack() as on_failure:
-                on_failure.callback(self._writer.close)  # on Windows nobody could move the file away meanwhile
-                self._prepare()
-                on_failure.pop_all()
-        except (sqlite3.Error, Unavailable) as error:
-            raise StartError(f"The store {path} cannot be used ({error}): move it away, or repair it.") from None
+        self._open(self.WAIT if patience is None else patience)
         self._writes = Batcher(self._commit, "sqlite-writes")  # from here on its thread alone uses the writer
 
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(self.place, timeout=self.WAIT, isolation_level=None, check_same_thread=False)
 
+    def _open(self, patience: float) -> None:
+        deadline, is_told = time.monotonic() + patience, False
+        while True:
+            try:
+                self._writer = self._connect()
+                with contextlib.ExitStack() as on_failure:
+                    on_failure.callback(self._writer.close)  # on Windows nobody could move the file away meanwhile
+                    self._prepare()
+                    on_failure.pop_all()
+                return
+            except sqlite3.Error as error:
+                wrong, advice = self._fault_of(error)
+                if "locked" not in wrong or time.monotonic() > deadline:
+                    raise StartError(f"The store {self.place} cannot be used ({wrong}: {error}): {advice}.") from None
+                if not is_told:
+                    log.warning("store: %s cannot be used yet (%s): trying for %g s", self.place, wrong, patience)
+                is_told = True
+            time.sleep(0.1)
+
     def _prepare(self) -> None:
+        self._writer.execute("PRAGMA busy_timeout = 100")
         self._writer.execute("PRAGMA synchronous = FULL")
         damage = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
         if damage != "ok":
             raise StartError(f"The store {self.place} is damaged ({damage}): move it away, or repair it.")
-        with self._transaction(self.WAIT):
+        with self._writer:
+            self._writer.execute("BEGIN IMMEDIATE")
             version = self._writer.execute("PRAGMA user_version").fetchone()[0]
             if version > len(_SCHEMA_STEPS):
                 raise StartError(f"The store {self.place} was made by a newer version: start that one.")
@@ -1824,13 +2035,20 @@ class SqliteStore(Store):
             self._writer.execute(f"PRAGMA user_version = {len(_SCHEMA_STEPS)}")
         self._writer.execute("PRAGMA journal_mode = WAL")  # writes to the file: not before it is known to be ours
 
+    def _fault_of(self, error: sqlite3.Error) -> tuple[str, str]:
+        """What is wrong, and what to do."""
+        text = f"{error}{' locked' * is_locked(Path(self.place))}"
+        return next((wrong, advice) for pattern, wrong, advice in _SQLITE_FAULTS if re.search(pattern, text))
+
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
             self._damaged = self._damaged or "malformed" in str(error)
-            raise Unavailable(f"The store {self.place} does not answer as it should ({error}).", 1) from None
+            wrong, advice = self._fault_of(error)
+            message = f"The store {self.place} does not answer as it should ({wrong}: {error})."
+            raise Unavailable(message, 1, refusal=f"{wrong}: {error}", advice=advice) from None
 
     def _read(self, query: str, *values: object) -> list[Any]:
         """The rows, read by a connection that no other thread uses meanwhile."""
@@ -1851,10 +2069,17 @@ class SqliteStore(Store):
     @contextlib.contextmanager
     def _transaction(self, wait: float) -> Iterator[None]:
         """It waits at most so many seconds for another process, commits at the end, or rolls back."""
-        with self._errors(), self._writer:
-            self._writer.execute(f"PRAGMA busy_timeout = {max(0.0, wait) * 1000:.0f}")
-            self._writer.execute("BEGIN IMMEDIATE")
-            yield
+        before = self._writer.total_changes
+        try:
+            with self._errors(), self._writer:
+                self._writer.execute(f"PRAGMA busy_timeout = {max(0.0, wait) * 1000:.0f}")
+                self._writer.execute("BEGIN IMMEDIATE")
+                yield
+        except Unavailable as fault:
+            self.writes.note(fault.refusal)
+            raise
+        if self._writer.total_changes > before:
+            self.writes.note()
 
     def _write(self, change: Callable[[], T]) -> T:
         """What the change returns, once it is durable."""
@@ -1897,6 +2122,12 @@ class SqliteStore(Store):
         if self._damaged:
             raise Unavailable(f"The store {self.place} is damaged: stop the service, and move the file away.", 60)
         self._read("SELECT time FROM newest")
+        self.writes.check()
+
+    def try_write(self) -> None:
+        row = "INSERT OR REPLACE INTO session (timestamp, document, saved, expires) VALUES (-1, zeroblob(250000), 0, 0)"
+        self._write(lambda: self._writer.execute(row))
+        self._write(lambda: None)  # which deletes it, since it has expired
 
     def close(self) -> None:
         self._closed = True
@@ -1930,7 +2161,7 @@ class SqliteStore(Store):
 
     _SAVE = (
         "INSERT INTO session (timestamp, document, saved, expires) VALUES (?1, ?2, ?3, ?4) ON CONFLICT (timestamp)"
-        " DO UPDATE SET document = ?2, saved = max(?3, saved + 1), expires = ?4 WHERE ?5"
+        " DO UPDATE SET document = ?2, saved = ?3, expires = ?4 WHERE ?5"
     )
 
     def save(
@@ -1938,7 +2169,9 @@ class SqliteStore(Store):
         by_storyart: bool = False,
     ) -> bool:  # fmt: skip
         def change() -> bool:
-            row = (timestamp, document, self._clock(), self._clock() + TTL_MS, replace)
+            now, before = self._clock(), "SELECT saved FROM session WHERE timestamp = ?"
+            (kept,) = self._writer.execute(before, (timestamp,)).fetchone() or (0,)
+            row = (timestamp, document, next_time(kept, now), now + TTL_MS, replace)
             is_saved = self._writer.execute(self._SAVE, row).rowcount > 0
             if is_saved and draft:
                 self._announce(timestamp, draft)
@@ -1962,8 +2195,8 @@ class SqliteStore(Store):
         made = f"{draft.type}:{draft.session}"
         if row := self._writer.execute("SELECT member, time FROM pending WHERE made = ?", (made,)).fetchone():
             return *row, False
-        self._writer.execute("UPDATE newest SET time = max(time + 1, ?)", (self._clock(),))
-        (at,) = self._writer.execute("SELECT time FROM newest").fetchone()
+        at = next_time(self._writer.execute("SELECT time FROM newest").fetchone()[0], self._clock())
+        self._writer.execute("UPDATE newest SET time = ?", (at,))
         member = draft.member(at)
         self._writer.execute("INSERT INTO pending (member, time, made) VALUES (?, ?, ?)", (member, at, made))
         return member, at, True
@@ -2012,11 +2245,11 @@ class SqliteStore(Store):
         return self._write(lambda: self._writer.execute("DELETE FROM token WHERE digest = ?", (digest,)).rowcount > 0)
 
 
-def open_store(settings: Settings) -> Store:
-    """The store that the settings name. Redis is not asked yet; SQLite raises StartError."""
+def open_store(settings: Settings, patience: float | None = None) -> Store:
+    """The store that the settings name. Redis is not asked yet; SQLite raises StartError, as SqliteStore says."""
     if settings.redis_address:
         return (BridgedStore if settings.bridge else RedisStore)(settings.redis_address)
-    return SqliteStore(settings.data_dir / "storyteller.sqlite3")
+    return SqliteStore(settings.data_dir / "storyteller.sqlite3", patience=patience)
 
 
 # ======================================================================================================
@@ -3167,7 +3400,8 @@ def read_token(digest: str, record: bytes) -> Caller | None:
 class Authenticator:
     """Identifies callers by their token, or by the trusted page that they are."""
 
-    TTL = 5.0  # seconds that a session token is good for without asking the store again
+    # Seconds that a session token is good for after the store confirmed it: without asking again; while that is away.
+    TTL, TTL_AWAY = 5.0, 60.0
     ENTRIES = 1000  # of each dictionary; an entry takes less than 1 KB
 
     def __init__(self, settings: Settings, store: Store, clock: Clock = time.monotonic, wall: Clock = now_ms) -> None:
@@ -3175,7 +3409,7 @@ class Authenticator:
         self._api_token = (settings.api_token or "").encode("ascii")
         self._owner = Caller("api-token", PERMISSIONS)
         self._lock = threading.Lock()
-        self._cache: dict[str, tuple[float, Caller]] = {}  # digest -> when the store was asked
+        self._cache: dict[str, tuple[float, Caller]] = {}  # digest -> when the store confirmed it
         self._revoked: dict[str, None] = {}  # digests revoked here: also against a look-up in progress
         self._failures: dict[str, list[float]] = {}  # address -> when it sent wrong tokens
         self._noted: dict[str, None] = {}  # origins that _note() was given in this run
@@ -3243,15 +3477,14 @@ class Authenticator:
 
     def _look_up(self, digest: str) -> Caller | None:
         at = self._clock()
-        _, before = self._cache.get(digest, (at, None))
+        confirmed, before = self._cache.get(digest, (at, None))
         try:
             record = self._store.token(digest)
         except Unavailable:
-            if before is None:
+            if before is None or at - confirmed >= self.TTL_AWAY:
                 raise
-            caller: Caller | None = before  # still good while the store does not answer
-        else:
-            caller = read_token(digest, record) if record is not None else None
+            return before if self._is_good(before) else None
+        caller = read_token(digest, record) if record is not None else None
         with self._lock:
             self._cache.pop(digest, None)
             if caller:
@@ -3511,8 +3744,18 @@ class Services:
         self.creations = Batcher[Draft, Outcome](functools.partial(answer_creations, self), "creations")
         self.acknowledgements = Batcher[str, Outcome](functools.partial(answer_acknowledgements, self), "acknowledge")
 
+        self._closing = threading.Event()
+
+    def start(self) -> None:
+        """Begin with what is done without a request."""
+        watched = (self.store.try_write, self._closing)
+        threading.Thread(target=self.store.writes.watch, args=watched, name="store-writes", daemon=True).start()
+        if self.bridge:
+            self.bridge.start()
+
     def close(self) -> None:
         """End the threads: what waits for one is dropped, what is at work ends within the store's own timeouts."""
+        self._closing.set()
         if self.bridge:
             self.bridge.close()
         for batcher in (self.checks, self.progress, self.creations, self.acknowledgements):
@@ -4448,9 +4691,10 @@ class Dispatcher:
 
 
 class Server:
-    """The event loop. stop() lets requests in flight be answered (waitress would drop them); `on_stop` comes before."""
+    """The event loop. stop() lets requests in flight be answered (waitress would drop them); before, `on_stop` gets
+    their number."""
 
-    def __init__(self, app: bottle.Bottle, sockets: Sequence[socket.socket], on_stop: Callable[[], None]) -> None:
+    def __init__(self, app: bottle.Bottle, sockets: Sequence[socket.socket], on_stop: Callable[[int], None]) -> None:
         self._dispatcher = Dispatcher(app, sockets)
         self._on_stop = on_stop
         self._grace: float | None = None
@@ -4475,7 +4719,7 @@ class Server:
         for _ in range(100):  # requests that were sent before may still be in the backlog
             self._turn(0.0)
         self._dispatcher.stop_listening()
-        self._on_stop()
+        self._on_stop(sum(any(one.state()) for one in self._channels()))
         deadline = time.monotonic() + self._grace
         while time.monotonic() < deadline and any(any(one.state()) for one in self._channels()):
             self._turn(0.05)
@@ -4523,8 +4767,11 @@ def prepare_data_dir(path: Path) -> None:
     """Create the folder, and test that it can be written. Raises StartError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(250_000))
     except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise StartError(f"The disk of the data folder {path} is full: free space on it.") from None
         fault = f"The data folder {path} cannot be written ({error.strerror})"
         raise StartError(f"{fault}: set STORYTELLER_DATA_DIR to one that can.") from None
 
@@ -4554,6 +4801,7 @@ def serve(settings: Settings) -> int:
     start_logging(settings.data_dir / "storyteller.log", settings)
     token_place = "STORYTELLER_API_TOKEN" if settings.api_token else str(token_path(settings))
     settings = dataclasses.replace(settings, api_token=own_token(settings))
+    patience = 30.0  # seconds for another program, like a backup, to unlock the store
     stopping, ended = threading.Event(), threading.Event()
     children: set[int] = set()
 
@@ -4561,13 +4809,19 @@ def serve(settings: Settings) -> int:
         return query_gpus(find_nvidia_smi(settings), children)
 
     with (
-        contextlib.closing(open_store(settings)) as store,
+        contextlib.closing(open_store(settings, patience)) as store,
         contextlib.closing(GpuMonitor(query, settings.gpu_cache_seconds, cancel=lambda: end_children(children))) as gpu,
         contextlib.closing(SwarmUILauncher(settings)) as swarmui,
         contextlib.closing(Services(settings, store, gpu, swarmui)) as services,
     ):
         sockets = open_sockets(settings.host, settings.port)
-        server = Server(create_app(services), sockets, on_stop=swarmui.close)
+
+        def on_stop(requests: int) -> None:
+            waits = f": waiting for {requests} request{'s' * (requests > 1)}; Ctrl+C again ends it at once"
+            say(f"Stopping{waits * (requests > 0)}.")
+            swarmui.close()
+
+        server = Server(create_app(services), sockets, on_stop)
 
         def stop(grace: float) -> None:
             if stopping.is_set():  # a second signal ends it at once
@@ -4582,11 +4836,9 @@ def serve(settings: Settings) -> int:
         print(url_of(settings, port), file=running, flush=True)
         swarmui.keep_log_short()
         greet(settings, store, port, token_place)
-        if services.bridge:
-            services.bridge.start()
-        log.info("server: listening on %s", url_of(settings, port))
+        services.start()
         server.run()
-    log.info("server: stopped")
+    say("Stopped.")
     running.close()
     ended.set()
     del handler
@@ -4605,9 +4857,9 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
         "API token": f"in {token_place}",
         "log": str(settings.data_dir / "storyteller.log"),
     }
-    print("StoryTeller automation service. Ctrl+C stops it.")
+    say("StoryTeller automation service. Ctrl+C stops it.")
     for name, text in rows.items():
-        print(f"  {name:<11} {text}", flush=True)
+        say(f"  {name:<11} {text}")
     if settings.host.lower() != "localhost" and not is_loopback(settings.host):
         log.warning("server: the network traffic is not encrypted: set STORYTELLER_HOST=localhost if you can")
     if missed := missed_sessions(settings):
@@ -4690,12 +4942,12 @@ def check_store(settings: Settings) -> Check:
             own_token(settings)
         with contextlib.closing(open_store(settings)) as store:
             store.ping()
+            store.try_write()
             return "OK", "store", f"{store.name}, {store.place}"
     except StartError as error:
         return "FAIL", "store", str(error)
     except Unavailable as error:
-        advice = "Start it, or remove REDIS_URL, REDIS_HOST and REDIS_PORT for the embedded one."
-        return "FAIL", "store", f"{error} {advice}"
+        return "FAIL", "store", f"{str(error).rstrip('.')}: {error.advice or 'try again'}."
 
 
 def check_swarmui_path(settings: Settings) -> Check:
@@ -4781,17 +5033,33 @@ def list_tokens(store: Store, revoked: str | None) -> int:
     return 1
 
 
+def run_service(arguments: Mapping[str, str | None]) -> int:
+    """serve(), with its exit code. All that it says goes through the log."""
+    try:
+        return serve(load_settings(arguments, os.environ))
+    except StartError as error:
+        log.error("server: %s", error, extra={"console": str(error)})
+        return 2
+    except KeyboardInterrupt:
+        return 0
+    except Exception:
+        log.exception("server: it failed")
+        return 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0; 1 when a check failed or no token was revoked; 2 when the service cannot start."""
     prepare_console()
     given = vars(make_parser().parse_args(argv))
     if given["data_dir"]:  # relative to the current folder, since a person typed it there
         given["data_dir"] = os.path.abspath(given["data_dir"])
+    if given["command"] == "serve":
+        end_console = start_console()
+        code = run_service(given)
+        end_console()
+        os._exit(code)  # Python's own end would wait for a console that takes no output
     try:
-        if given["command"] == "check":
-            return check(given)
-        settings = load_settings(given, os.environ)
-        return token_command(settings, given) if given["command"] == "token" else serve(settings)
+        return check(given) if given["command"] == "check" else token_command(load_settings(given, os.environ), given)
     except (StartError, Unavailable) as error:
         print(error, file=sys.stderr)
         return 2

@@ -627,7 +627,7 @@ class Serving:
     def __init__(self, app: Any) -> None:
         sockets = service.open_sockets("127.0.0.1", 0)
         self.port = sockets[0].getsockname()[1]
-        self.server = service.Server(app, sockets, on_stop=lambda: None)
+        self.server = service.Server(app, sockets, on_stop=lambda requests: None)
         self.thread = threading.Thread(target=self.server.run, name="server")
         self.thread.start()
 
@@ -1403,11 +1403,34 @@ def test_one_of_ours_is_acknowledged_by_its_time_and_id(store, clock, plant):
 def test_times_grow_even_when_the_clock_goes_back(store, clock):
     began = int(clock.now)
     times = []
-    for number, step in enumerate([0, 0, -3_600_000, 3_600_001]):
+    for number, step in enumerate([0, 0, -3_000_000, 3_000_001]):
         clock.now += step
         times.append(add(store, draft(session=T + number))[1])
     assert times == [began, began + 1, began + 2, began + 3]
     assert [one["sessionTimestamp"] for one in members_of(store)] == [T, T + 1, T + 2, T + 3]
+
+
+def test_a_time_that_was_kept_while_the_clock_was_wrong_is_not_followed(store, twin, clock, caplog):
+    now = clock.now
+    clock.now += 365 * 24 * 3_600_000
+    store.save(T, b"{}", None)
+    add(store, draft())
+    clock.now = now
+    for own in (store, twin):
+        own.save(T, b"{}", None)
+        assert now <= own.session(T).saved < now + 10
+    assert add(twin, draft(session=T + 1))[1] == now
+    assert add(store, draft(session=T + 2))[1] == now + 1
+    assert "8760.0 h ahead of this PC's clock" in caplog.text
+
+
+def test_a_try_to_write_leaves_nothing(store, request):
+    if request.node.callspec.params["store"] == "redis":
+        rows = request.getfixturevalue("other_program").keys
+    else:
+        rows = functools.partial(store._read, "SELECT timestamp FROM session")
+    store.try_write()
+    assert rows() == []
 
 
 def test_no_time_is_given_twice_by_two_instances_at_once(store, twin):
@@ -1742,6 +1765,100 @@ def test_a_redis_that_is_silent_is_unavailable():
             store.ping()
 
 
+@pytest.fixture
+def silent_addresses(monkeypatch) -> Iterator[Callable[[int, list[str]], None]]:
+    """Gives localhost these addresses and 127.0.0.1; nobody answers at any but this, whose port is given."""
+    look_up = socket.getaddrinfo
+    with contextlib.ExitStack() as stack:
+
+        def make(port: int, silent: list[str]) -> None:
+            for address in silent:
+                family = socket.AF_INET6 if ":" in address else socket.AF_INET
+                listener = stack.enter_context(socket.socket(family))
+                listener.bind((address, port))
+                listener.listen(0)
+                for _ in range(4):  # its backlog is full: from then on nobody answers
+                    client = stack.enter_context(socket.socket(family))
+                    client.setblocking(False)
+                    client.connect_ex((address, port))
+
+            def resolve(host: str, *arguments: Any, **options: Any) -> list[Any]:
+                hosts = [*silent, "127.0.0.1"] if host == "localhost" else [host]
+                return [row for one in hosts for row in look_up(one, *arguments, **options)]
+
+            monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+        yield make
+
+
+@pytest.mark.skipif(service.WINDOWS, reason="Windows refuses where the backlog is full")
+def test_a_silent_address_of_a_name_does_not_use_up_the_time_of_the_others(redis_url, silent_addresses, monkeypatch):
+    known = redis.connection.parse_url(redis_url)
+    port = known["port"]
+    monkeypatch.setattr(service, "is_address", lambda host: host != "localhost")
+    monkeypatch.setattr(service.RedisClient, "CONNECT_TIMEOUT", 0.3)
+    silent_addresses(port, ["127.0.0.2", "127.0.0.3", "127.0.0.4"])
+    with contextlib.closing(service.RedisStore(f"redis://localhost:{port}/{known.get('db', 0)}")) as store:
+        store.ping()
+
+
+def test_of_localhost_127_0_0_1_is_the_first(own_redis, silent_addresses, monkeypatch):
+    own = own_redis("--save", "")
+    monkeypatch.setattr(service.RedisClient, "CONNECT_TIMEOUT", 100.0)
+    silent_addresses(own.port, ["127.0.0.2"])
+    with contextlib.closing(service.RedisStore(f"redis://localhost:{own.port}")) as store:
+        store.ping()
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
+    """Makes a certificate for a name, and its key."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not installed here, so TLS was not tested")
+
+    def make(name: str) -> tuple[Path, Path]:
+        paths = tmp_path / f"{name}.crt", tmp_path / f"{name}.key"
+        subject = ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"]
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
+        subprocess.run([*command, "-out", paths[0], "-keyout", paths[1]], check=True, capture_output=True)
+        return paths
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "fault"), [("localhost", None), ("another", "certificate is not trusted")])
+def test_tls_checks_the_certificate_against_the_name(own_redis, certificate, name, fault):
+    file, key = certificate(name)
+    port = free_port()
+    tls = ["--tls-port", str(port), "--tls-cert-file", file, "--tls-key-file", key, "--tls-auth-clients", "no"]
+    own_redis("--save", "", "--tls-ca-cert-file", str(file), *map(str, tls))
+    refused = pytest.raises(service.Unavailable, match=fault) if fault else contextlib.nullcontext()
+    url = f"rediss://localhost:{port}/0?ssl_ca_certs={file}"
+    with contextlib.closing(service.RedisStore(url)) as store, refused:
+        store.ping()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "given", "path", "wrong", "advice"),
+    [
+        ("redis", "", "/0", "it wants a password", "redis://:PASSWORD@"),
+        ("redis", ":pass-word@", "/0", "it refuses the password", "correct user and password"),
+        ("redis", "me:pass-word@", "/0", "it refuses the password", "correct user and password"),
+        ("redis", ":right@", "/99", "no database of that number", "end in /0"),
+        ("rediss", ":right@", "/0", "does not answer in TLS", "begin REDIS_URL with redis://"),
+    ],
+)
+def test_what_is_wrong_with_redis_is_told_with_what_to_do(own_redis, settings, scheme, given, path, wrong, advice):
+    own = own_redis("--save", "")
+    own.tell("CONFIG", "SET", "requirepass", "right")
+    url = f"{scheme}://{given}127.0.0.1:{own.port}{path}"
+    level, _, text = service.check_store(dataclasses.replace(settings, redis_url=url))
+    assert (level, wrong in text, advice in text) == ("FAIL", True, True)
+    assert not re.search(r"pass-word|right|Error\b", text)
+    with contextlib.closing(service.RedisStore(url)) as store, pytest.raises(service.Unavailable, match=wrong):
+        store.ping()
+
+
 @pytest.mark.parametrize("verb", ["save", "announce", "add", "pending", "snapshot", "acknowledge", "acknowledge_own"])
 def test_a_pending_key_of_another_type_is_unavailable_and_nothing_is_saved(redis_store, other_program, verb):
     other_program.set("notifications:pending", "no sorted set")
@@ -1846,7 +1963,7 @@ def make_database(path: Path, *statements: str) -> None:
         pytest.param(lambda path: make_database(path, "PRAGMA user_version = 99"), "newer version", id="newer"),
         pytest.param(lambda path: path.write_bytes(b"no database " * 500), "not a database", id="no database"),
         pytest.param(lambda path: path.mkdir(), "cannot be used", id="a folder"),
-        pytest.param(lambda path: make_database(path, "CREATE TABLE session (x)"), "session", id="somebody else's"),
+        pytest.param(lambda path: make_database(path, "CREATE TABLE session (x)"), "another program's", id="another's"),
     ],
 )
 def test_a_file_that_cannot_be_the_store_stops_the_start_in_one_sentence(tmp_path, connections, make, words):
@@ -1858,12 +1975,47 @@ def test_a_file_that_cannot_be_the_store_stops_the_start_in_one_sentence(tmp_pat
     assert all(map(is_closed, connections))
 
 
-def test_a_store_that_another_process_holds_stops_the_start_too(sqlite_store, monkeypatch):
-    monkeypatch.setattr(service.SqliteStore, "WAIT", 0.01)
-    with contextlib.closing(sqlite3.connect(sqlite_store.place, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(service.StartError, match="locked"):
-            service.SqliteStore(Path(sqlite_store.place))
+@pytest.fixture
+def lock_store(tmp_path: Path) -> Iterator[Callable[[Path], Callable[[], None]]]:
+    """Locks a store as another program does, on Windows also as one that reads it; gives what unlocks it."""
+    with contextlib.ExitStack() as stack:
+
+        def lock(path: Path) -> Callable[[], None]:
+            other = stack.enter_context(contextlib.closing(sqlite3.connect(path, isolation_level=None)))
+            other.execute("BEGIN EXCLUSIVE")
+            return other.rollback
+
+        yield lock
+
+
+def test_a_store_that_another_program_locks_is_waited_for(tmp_path, lock_store, caplog):
+    path = tmp_path / "store.sqlite3"
+    unlock = lock_store(path)
+    with ThreadPoolExecutor(1) as pool:
+        opening = pool.submit(service.SqliteStore, path, patience=PATIENCE)
+        wait_until(lambda: "locked by another program" in caplog.text)
+        assert not opening.done()
+        unlock()
+        opening.result(PATIENCE).close()
+    assert len(caplog.records) == 1
+
+
+def test_a_store_that_stays_locked_stops_the_start_and_is_not_called_damaged(tmp_path, lock_store):
+    path = tmp_path / "store.sqlite3"
+    lock_store(path)
+    with pytest.raises(service.StartError, match="is locked by another program") as raised:
+        service.SqliteStore(path, patience=0.01)
+    assert not re.search("damaged|move", str(raised.value))
+
+
+@pytest.mark.skipif(not service.WINDOWS, reason="elsewhere no program keeps another from reading a file")
+def test_a_file_that_a_program_opened_for_itself_alone_is_called_locked(tmp_path):
+    path = tmp_path / "store.sqlite3"
+    service.SqliteStore(path).close()
+    handle = service._checked("kernel32.CreateFileW", "PSNNPNNP", str(path), 0x8000_0000, 0, None, 3, 0x80, None)
+    with pytest.raises(service.StartError, match="is locked by another program"):
+        service.SqliteStore(path, patience=0.01)
+    service._win32("kernel32.CloseHandle", "NP", handle)
 
 
 def test_while_another_process_writes_reads_go_on_and_writes_are_unavailable(tmp_path, monkeypatch):
@@ -3826,19 +3978,37 @@ def test_a_revocation_takes_effect_against_a_look_up_under_way(authenticator, sq
             identify(authenticator, token)
 
 
-def test_while_the_store_is_silent_known_callers_go_on_and_others_are_503(authenticator, settings, sqlite_store, clock):
-    token, _ = service.issue_token(sqlite_store, "a", ["gpu:read"], 3600, clock())
-    identify(authenticator, token)
-
+@pytest.fixture
+def store_away(sqlite_store) -> Callable[[], None]:
     def fail(digest: str) -> None:
         raise service.Unavailable("away")
 
-    sqlite_store.token = fail
-    authenticator.seconds.now += 60
-    assert identify(authenticator, token).subject == "a"
-    assert identify(authenticator, settings.api_token).subject == "api-token"
+    return lambda: setattr(sqlite_store, "token", fail)
+
+
+def test_while_the_store_is_away_a_token_is_good_for_a_minute(authenticator, settings, sqlite_store, clock, store_away):
+    token, _ = service.issue_token(sqlite_store, "a", ["gpu:read"], 3600, clock())
+    identify(authenticator, token)
+    store_away()
+    for _ in range(2):  # a use does not make it longer
+        authenticator.seconds.now += 29.9
+        assert identify(authenticator, token).subject == "a"
+    authenticator.seconds.now += 0.3
     with pytest.raises(service.Unavailable):
-        identify(authenticator, "another")
+        identify(authenticator, token)
+    assert identify(authenticator, settings.api_token).subject == "api-token"
+
+
+def test_a_token_that_was_revoked_is_not_good_again_when_the_store_goes_away(
+    authenticator, sqlite_store, clock, store_away
+):
+    token, caller = service.issue_token(sqlite_store, "a", ["gpu:read"], 3600, clock())
+    identify(authenticator, token)
+    sqlite_store.revoke_token(caller.digest)  # as the command does
+    authenticator.seconds.now += 60
+    store_away()
+    with pytest.raises(service.Unavailable):
+        identify(authenticator, token)
 
 
 def test_many_wrong_tokens_from_one_address_are_refused_for_a_while(authenticator, settings):
@@ -6699,12 +6869,47 @@ def test_what_redis_refuses_is_a_503_in_time_and_the_rest_goes_on(make_redis_app
     try:
         assert_refused(app, refused)
         assert_good(app, [call for call in READS if call not in refused])
-        assert ask(app, "GET", "/health")[0].status_int == (200 if refused is WRITES else 503)
+        assert ask(app, "GET", "/health")[0].status_int == 503
         assert ask(app, "GET", "/api/v1/gpu/status")[1] < 0.5
     finally:
         mend(own)
     assert seconds_until_good(app, ALL) < RETURN_BOUND + (1.0 if fault in ("LOADING", "killed") else 0.0)
     assert HIDDEN not in caplog.text
+
+
+WRITE_FAULTS = {name: steps[:2] for name, steps in OWN_FAULTS.items() if steps[2] is WRITES} | {
+    "NOREPLICAS": (
+        lambda own: own.tell("CONFIG", "SET", "min-replicas-to-write", 1),
+        lambda own: own.tell("CONFIG", "SET", "min-replicas-to-write", 0),
+    ),
+    "NOPERM for some keys": (
+        lambda own: own.tell("ACL", "SETUSER", "default", "resetkeys", "%R~*", "~storyteller:*"),
+        lambda own: own.tell("ACL", "SETUSER", "default", "allkeys"),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", WRITE_FAULTS)
+def test_that_writes_are_refused_is_told_once_with_the_reason_and_once_when_it_is_over(
+    make_services, own_redis, monkeypatch, settings, caplog, fault
+):
+    fail, mend = WRITE_FAULTS[fault]
+    own = own_redis("--save", "")
+    monkeypatch.setattr(service.Writes, "INTERVAL", 0.02)
+    with contextlib.closing(service.RedisStore(own.url)) as store:
+        services = make_services(store)
+        health = functools.partial(service.health, services, None)
+        fail(own)
+        level, _, text = service.check_store(dataclasses.replace(settings, redis_url=own.url))
+        assert (level, fault.split()[0] in text) == ("FAIL", True), text
+        caplog.clear()
+        services.start()  # nobody writes but the service itself
+        wait_until(lambda: health().status == 503)
+        mend(own)
+        wait_until(lambda: health().status == 200)
+        assert own.tell("KEYS", "*") == []
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [fault.split()[0] in told[0], "takes writes again" in told[1], len(told)] == [True, True, 2]
 
 
 def test_an_announcement_that_cannot_be_written_comes_at_a_later_poll(make_redis_app, own_redis):
@@ -7123,6 +7328,21 @@ def fill(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("stored", [False, True], ids=["at the first start", "with a store"])
+@pytest.mark.parametrize("command", [["serve"], ["check"], ["token", "--subject", "a", "--permission", "gpu:read"]])
+def test_each_command_says_that_the_disk_is_full_and_where(run_module, start_service, small_disk, command, stored):
+    disk = small_disk(4 << 20)
+    if stored:
+        running = start_service(STORYTELLER_DATA_DIR=str(disk))
+        assert running.call("PUT", "/api/v1/session/1", SESSION)[0] == 200
+        running.stop()
+    fill(disk)
+    done = run_module(*command, STORYTELLER_DATA_DIR=str(disk))
+    assert done.returncode == (1 if command == ["check"] else 2)
+    assert f"The disk of the data folder {disk} is full: free space on it." in done.stdout + done.stderr
+    assert not re.search("move|STORYTELLER_API_TOKEN", done.stdout + done.stderr)
+
+
 def test_on_a_full_disk_reads_go_on_and_writes_once_there_is_room(start_service, small_disk):
     disk = small_disk(4 << 20)
     running = start_service(STORYTELLER_DATA_DIR=str(disk))
@@ -7138,8 +7358,10 @@ def test_on_a_full_disk_reads_go_on_and_writes_once_there_is_room(start_service,
     )
     assert running.call("GET", "/api/v1/session/2")[0] == 404
     assert running.call("GET", "/api/v1/notifications/check")[0] == 200
+    assert running.call("GET", "/health") == (503, {"status": "degraded", "store": "sqlite"})
     filler.unlink()
     assert running.call("PUT", "/api/v1/session/2", make_session(size=700_000))[0] == 200
+    assert running.call("GET", "/health")[0] == 200
 
 
 def test_a_full_temporary_folder_holds_up_no_session_of_8_mib(serving, make_app, small_disk, monkeypatch):
@@ -7180,7 +7402,7 @@ def make_damaged(path: Path) -> None:
     [
         pytest.param(lambda path: make_database(path, "PRAGMA user_version = 99"), "newer version", id="newer"),
         pytest.param(lambda path: path.write_bytes(b"no database " * 500), "not a database", id="no database"),
-        pytest.param(lambda path: make_database(path, "CREATE TABLE session (x)"), "session", id="somebody else's"),
+        pytest.param(lambda path: make_database(path, "CREATE TABLE session (x)"), "another program's", id="another's"),
         pytest.param(make_damaged, "damaged|malformed", id="damaged"),
     ],
 )
@@ -7246,7 +7468,7 @@ def test_notifications_keep_their_order_when_the_clock_is_set(request, start_ser
     store = {"REDIS_URL": request.getfixturevalue("redis_url")} if kind == "redis" else {}
     running = start_service(**store, **variables)
     made = []
-    for number, seconds in enumerate([0, HOUR, 0, -HOUR]):
+    for number, seconds in enumerate([0, HOUR // 2, 0, 60 - HOUR // 2]):
         move(seconds)
         body = {**NOTIFICATION, "sessionTimestamp": number, "totalPrompts": 1}
         status, answer = running.call("POST", "/api/v1/notifications", body)
@@ -8084,7 +8306,7 @@ def test_a_signal_ends_it_with_code_0(start_service, kind):
 def has_ended_in_order(folder: Path) -> bool:
     """The store was closed (its log is gone then), and the log tells of the end."""
     data = folder / "data"
-    told = (data / "storyteller.log").read_text("utf-8").endswith("server: stopped\n")
+    told = (data / "storyteller.log").read_text("utf-8").endswith("server: Stopped.\n")
     return told and not (data / "storyteller.sqlite3-wal").exists()
 
 
@@ -8285,6 +8507,51 @@ def test_a_console_that_takes_no_output_stops_no_poll(start_service, redis_url, 
         other_program.zadd("notifications:pending", {f"no JSON {number} {'x' * 1000}": service.now_ms()})
     assert running.call("GET", "/api/v1/notifications/check?limit=1000") == (200, {"notifications": []})
     assert running.call("GET", "/api/v1/notifications/check") == (200, {"notifications": []})
+
+
+def start_without_a_reader(module: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], int]:
+    """The service with a console that takes no output, and the port that it wrote into its folder."""
+    _, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    process = subprocess.Popen([sys.executable, str(module)], env=environment, stdout=writer, stderr=writer)
+    os.close(writer)
+    running = module.parent / "data" / "running"
+    wait_until(lambda: running.exists() and "http" in running.read_text())
+    return process, int(running.read_text().rsplit(":", 1)[1])
+
+
+@pytest.mark.skipif(service.WINDOWS, reason="a pipe is filled up without waiting on the other systems alone")
+def test_with_a_console_that_takes_no_output_it_starts_serves_and_ends(module_copy, clean_environment):
+    given = {"STORYTELLER_API_TOKEN": TOKEN, "STORYTELLER_PORT": "0"}
+    process, port = start_without_a_reader(module_copy, {**clean_environment, **given})
+    check = urllib.request.Request(f"http://127.0.0.1:{port}/api/v1/notifications/check", headers=BEARER)
+    assert urllib.request.urlopen(check, timeout=PATIENCE).status == 200
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 0
+    log = (module_copy.parent / "data" / "storyteller.log").read_text("utf-8")
+    assert "server: address http://" in log
+    assert log.endswith("server: Stopped.\n")
+
+
+def test_ctrl_c_is_answered_on_the_console(stopping):
+    stopping.tell()
+    wait_until(lambda: "Stopping: waiting for 1 request; Ctrl+C again ends it at once." in stopping.running.printed)
+    stopping.release()
+    stopping.running.process.wait(PATIENCE)
+    stopping.running.stop()
+    assert stopping.running.printed.endswith(f"Stopped.{os.linesep}")
+
+
+def test_ctrl_c_with_no_request_in_flight_says_just_that(start_service):
+    running = start_service()
+    running.press_ctrl_c()
+    running.process.wait(PATIENCE)
+    running.stop()
+    assert running.printed.splitlines()[-2:] == ["Stopping.", "Stopped."]
 
 
 def test_help_names_every_setting(run_module):
