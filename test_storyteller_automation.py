@@ -1766,48 +1766,51 @@ def test_a_redis_that_is_silent_is_unavailable():
 
 
 @pytest.fixture
-def silent_addresses(monkeypatch) -> Iterator[Callable[[int, list[str]], None]]:
-    """Gives localhost these addresses and 127.0.0.1; nobody answers at any but this, whose port is given."""
+def name_addresses(monkeypatch) -> Callable[[list[str]], None]:
+    """Gives localhost these addresses."""
     look_up = socket.getaddrinfo
+
+    def name(addresses: list[str]) -> None:
+        def resolve(host: str, *arguments: Any, **options: Any) -> list[Any]:
+            hosts = addresses if host == "localhost" else [host]
+            return [row for one in hosts for row in look_up(one, *arguments, **options)]
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+    return name
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="127.0.0.2 is this PC on Linux, and a full backlog silent"
+)
+def test_a_silent_address_of_a_name_does_not_use_up_the_time_of_the_others(own_redis, name_addresses, monkeypatch):
+    own, silent = own_redis("--save", ""), [f"127.0.0.{number}" for number in range(2, 10)]
+    monkeypatch.setattr(service.RedisClient, "CONNECT_TIMEOUT", 0.4)
     with contextlib.ExitStack() as stack:
-
-        def make(port: int, silent: list[str]) -> None:
-            for address in silent:
-                family = socket.AF_INET6 if ":" in address else socket.AF_INET
-                listener = stack.enter_context(socket.socket(family))
-                listener.bind((address, port))
-                listener.listen(0)
-                for _ in range(4):  # its backlog is full: from then on nobody answers
-                    client = stack.enter_context(socket.socket(family))
-                    client.setblocking(False)
-                    client.connect_ex((address, port))
-
-            def resolve(host: str, *arguments: Any, **options: Any) -> list[Any]:
-                hosts = [*silent, "127.0.0.1"] if host == "localhost" else [host]
-                return [row for one in hosts for row in look_up(one, *arguments, **options)]
-
-            monkeypatch.setattr(socket, "getaddrinfo", resolve)
-
-        yield make
+        for address in silent:
+            stack.enter_context(socket.create_server((address, own.port), backlog=0))
+            for _ in range(4):
+                client = stack.enter_context(socket.socket())
+                client.setblocking(False)
+                client.connect_ex((address, own.port))
+        name_addresses([*silent, "127.0.0.10"])
+        own.tell("CONFIG", "SET", "bind", "127.0.0.1 127.0.0.10")
+        began = time.monotonic()
+        with contextlib.closing(service.RedisStore(f"redis://localhost:{own.port}")) as store:
+            store.ping()
+    assert time.monotonic() - began < 0.4 * len(silent) / 2
 
 
-@pytest.mark.skipif(service.WINDOWS, reason="Windows refuses where the backlog is full")
-def test_a_silent_address_of_a_name_does_not_use_up_the_time_of_the_others(redis_url, silent_addresses, monkeypatch):
-    known = redis.connection.parse_url(redis_url)
-    port = known["port"]
-    monkeypatch.setattr(service, "is_address", lambda host: host != "localhost")
-    monkeypatch.setattr(service.RedisClient, "CONNECT_TIMEOUT", 0.3)
-    silent_addresses(port, ["127.0.0.2", "127.0.0.3", "127.0.0.4"])
-    with contextlib.closing(service.RedisStore(f"redis://localhost:{port}/{known.get('db', 0)}")) as store:
-        store.ping()
-
-
-def test_of_localhost_127_0_0_1_is_the_first(own_redis, silent_addresses, monkeypatch):
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="127.0.0.2 is this PC on Linux")
+def test_of_localhost_127_0_0_1_is_the_first(own_redis, name_addresses):
     own = own_redis("--save", "")
-    monkeypatch.setattr(service.RedisClient, "CONNECT_TIMEOUT", 100.0)
-    silent_addresses(own.port, ["127.0.0.2"])
-    with contextlib.closing(service.RedisStore(f"redis://localhost:{own.port}")) as store:
-        store.ping()
+    with socket.create_server(("127.0.0.2", own.port)) as other:
+        name_addresses(["127.0.0.2", "127.0.0.1"])
+        with contextlib.closing(service.RedisStore(f"redis://localhost:{own.port}")) as store:
+            store.ping()
+        other.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody came
+            other.accept()
 
 
 @pytest.fixture
