@@ -534,6 +534,21 @@ def nvidia_smi_places() -> list[str]:
     return [rf"{system}\System32\nvidia-smi.exe", rf"{programs}\NVIDIA Corporation\NVSMI\nvidia-smi.exe"]
 
 
+def system_memory() -> tuple[int, int] | None:
+    """The PC's memory, used and total, in MiB; None where it cannot be read, as on macOS."""
+    try:
+        if sys.platform == "win32":
+            status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX, which begins with its size
+            _checked("kernel32.GlobalMemoryStatusEx", "NP", status)
+            total, available = status[1] >> 20, status[2] >> 20
+        else:
+            rows = dict(re.findall(r"(?m)^(\w+): +([0-9]+) kB$", Path("/proc/meminfo").read_text()))
+            total, available = int(rows["MemTotal"]) >> 10, int(rows["MemAvailable"]) >> 10
+    except (OSError, KeyError):
+        return None
+    return total - available, total
+
+
 def write_private(path: Path, text: str, *, replace: bool = False) -> None:
     """Create `path`, readable by its owner only and whole or not at all. Raises FileExistsError unless `replace`."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
@@ -2675,6 +2690,7 @@ GPU_QUERY = (
 )
 PID_QUERY = ("--query-compute-apps=pid", "--format=csv,noheader")
 _NUMBER = re.compile(r"\s*[0-9]{1,12}(\.[0-9]{1,6})?\s*")  # not [N/A], [Not Supported], [GPU is lost] or nothing
+_NO_MEMORY = re.compile(r"\s*\[?(N/A|Not Supported)\]?\s*")  # of its own; not one that is lost, or may not be read
 
 
 @dataclass(frozen=True)
@@ -2701,13 +2717,18 @@ def _on_one_line(*texts: str) -> str:
     return " ".join(" ".join(texts).split())[:300]
 
 
-def parse_gpus(output: str, errors: str = "", code: int = 0) -> GpuStatus:
+def parse_gpus(output: str, errors: str = "", code: int = 0, memory: tuple[int, int] | None = None) -> GpuStatus:
     """What GPU_QUERY printed to stdout and stderr, and its exit code. Each line of five cells whose last is a number
     is a GPU's; a driver or a GPU in trouble adds sentences on either stream. A GPU without readable total memory is
-    not counted."""
+    not counted. Where none has memory of its own (GB10), `memory` is counted once: the system's, used and total, in
+    MiB."""
     lines = [line.split(",") for line in output.splitlines()]
     rows = [cells for cells in lines if len(cells) == 5 and _NUMBER.fullmatch(cells[4])]
     gpus = [cells for cells in rows if _NUMBER.fullmatch(cells[2])]
+    if not gpus and memory:
+        gpus = [cells for cells in rows if _NO_MEMORY.fullmatch(cells[2]) and _NUMBER.fullmatch(cells[3])]
+    else:
+        memory = None
     if not gpus or has_crashed(code):
         words = _on_one_line(output, errors)
         if "no devices were found" in (output + errors).lower():
@@ -2716,12 +2737,13 @@ def parse_gpus(output: str, errors: str = "", code: int = 0) -> GpuStatus:
         return _failed(f"nvidia-smi {fault}: {words or 'it printed nothing'}")
     numbers = [[float(cell) if _NUMBER.fullmatch(cell) else 0 for cell in cells] for cells in gpus]
     utilization, used, total, temperature, _ = zip(*numbers)
+    memory_used, memory_total = memory or (sum(used), sum(total))
     return GpuStatus(
         available=True,
         gpu_count=len(gpus),
         utilization=int(sum(utilization) / len(gpus) + 0.5),
-        memory_used=int(sum(used) + 0.5),
-        memory_total=int(sum(total) + 0.5),
+        memory_used=int(memory_used + 0.5),
+        memory_total=int(memory_total + 0.5),
         temperature=int(max(temperature) + 0.5),
         remarks=_on_one_line(*(",".join(cells) for cells in lines if cells not in rows), errors),
     )
@@ -2747,7 +2769,7 @@ def query_gpus(settings: Settings, running: set[int]) -> GpuStatus:
             bounded_child([program, *GPU_QUERY], running) as gpu,
             bounded_child([program, *PID_QUERY], running) as pids,
         ):
-            status = parse_gpus(*read_output(gpu, timeout), gpu.returncode)
+            status = parse_gpus(*read_output(gpu, timeout), gpu.returncode, system_memory())
             if status.available:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     listed, _ = read_output(pids, max(0.0, deadline - time.monotonic()))

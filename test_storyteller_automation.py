@@ -2561,6 +2561,19 @@ RECORDED = [
     pytest.param("[N/A], 11125, 81559, 53, 1\n", (1, 0, 11125, 81559, 53), id="H100, partitioned"),
     pytest.param("10, 1, 100, 40, 2\n13, 2, 200, 60, 2\n", (2, 12, 3, 300, 60), id="two GPUs, mean with halves up"),
     pytest.param("1, 1, 1, 1, 3\n0, 1, 1, 9, 3\n0, 1, 1, 4, 3\n", (3, 0, 3, 3, 9), id="three GPUs, mean below half"),
+    pytest.param("5, [N/A], [N/A], 44, 1\n", (1, 5, 500, 120_000, 44), id="GB10, whose memory is the system's"),
+    pytest.param("N/A, 7, N/A, 44, 1\n", (1, 0, 500, 120_000, 44), id="with readable memory in use"),
+    pytest.param(
+        "4, [N/A], [Not Supported], 44, 2\n9, [N/A], [Not Supported], 50, 2\n",
+        (2, 7, 500, 120_000, 50),
+        id="two that share the system's memory",
+    ),
+    pytest.param(
+        "5, [N/A], [N/A], 44, 3\n1, 1, [GPU is lost], 90, 3\n90, 0, [N/A], [N/A], 3\n",
+        (1, 5, 500, 120_000, 44),
+        id="beside one that is lost, and one without a temperature",
+    ),
+    pytest.param("9, 0, [N/A], 99, 2\n8, 819, 8192, 45, 2\n", (1, 8, 819, 8192, 45), id="beside one that has its own"),
 ]
 UNREADABLE = ["[N/A]", "N/A", "[Not Supported]", "[Unknown Error]", "[Insufficient Permissions]", "[GPU is lost]",
               "[GPU requires reset]", "", "nan", "inf", "-5"]  # fmt: skip
@@ -2568,7 +2581,7 @@ UNREADABLE = ["[N/A]", "N/A", "[Not Supported]", "[Unknown Error]", "[Insufficie
 
 @pytest.mark.parametrize(("printed", "expected"), RECORDED)
 def test_recorded_output_is_read(printed, expected):
-    status = service.parse_gpus(printed)
+    status = service.parse_gpus(printed, memory=(500, 120_000))
     assert (
         status.gpu_count,
         status.utilization,
@@ -2594,12 +2607,23 @@ def test_a_gpu_whose_total_memory_is_no_number_is_not_counted(cell):
 @pytest.mark.parametrize(
     "printed",
     ["", " \n\n", "8, 819, 8192, 45\n", "8, 819, 8192, 45, 1, 7\n", "8, 819, 8192, 45, GPU is lost\n",
-     "8, 819, [N/A], 45, 1\n"],
+     "8, 819, [N/A], [N/A], 1\n", *(f"8, 819, {cell}, 45, 1\n" for cell in UNREADABLE[3:])],
 )  # fmt: skip
 def test_output_that_names_no_gpu_is_a_fault(printed):
-    status = service.parse_gpus(printed)
+    status = service.parse_gpus(printed, memory=(500, 120_000))
     assert (status.available, status.failed) == (False, True)
     assert "nvidia-smi" in status.error
+
+
+def test_a_gpu_without_memory_of_its_own_is_a_fault_where_the_systems_is_not_known():
+    assert service.parse_gpus("5, [N/A], [N/A], 44, 1\n", memory=None).failed
+
+
+def test_the_systems_memory_is_told_in_mib():
+    used, total = service.system_memory() or (0, 0)
+    assert (0 < used < total) == (sys.platform != "darwin")
+    if sys.platform == "linux":
+        assert total == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
 
 
 @pytest.fixture
@@ -2699,6 +2723,12 @@ def test_a_gpu_that_can_be_read_counts_whatever_else_nvidia_smi_says(make_app, n
     assert answers == [{**service.gpu_json(service.parse_gpus(GOOD["print"])), "processCount": 2}] * 2
     logged = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert logged == [f"gpu: nvidia-smi works, but says: {remarks.strip()}"] * bool(remarks)
+
+
+def test_a_gpu_without_memory_of_its_own_is_ready_by_the_systems(make_app, nvidia_smi, monkeypatch):
+    monkeypatch.setattr(service, "system_memory", lambda: (500, 120_000))
+    answer = make_app(nvidia_smi=nvidia_smi({"print": "5, [N/A], [N/A], 44, 1\n"}, {})).get("/api/v1/gpu/status").json
+    assert (answer["available"], answer["memoryUsed"], answer["memoryTotal"]) == (True, 500, 120_000)
 
 
 def test_remarks_that_differ_each_time_are_logged_to_a_limit(make_monitor, monkeypatch, caplog):
