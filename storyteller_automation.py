@@ -247,6 +247,7 @@ class Settings:
     redis_port: int | None = _row("REDIS_PORT", None, _whole(1, 65535), "its port; 6379 when only the host is set")
     bridge: bool = _row("STORYTELLER_BRIDGE", True, _switch, "on or off: keep both copies of a session in step")
     nvidia_smi: str | None = _row("NVIDIA_SMI", None, _program, "the nvidia-smi program; by default the one on PATH")
+    nvidia_smi_timeout: float = _row("NVIDIA_SMI_TIMEOUT", 5.0, _seconds(0.001), "seconds that nvidia-smi may take")
     gpu_cache_seconds: float = _row("GPU_CACHE_SECONDS", 5.0, _seconds(0), "seconds for which a GPU status is cached")
     swarmui_api_url: str = _row("SWARMUI_API_URL", "http://localhost:7801", _http_url, "where SwarmUI answers")
     swarmui_path: Path | None = _row("SWARMUI_PATH", None, _path, "SwarmUI's folder, launch script or executable")
@@ -539,6 +540,21 @@ def nvidia_smi_places() -> list[str]:
     return [rf"{system}\System32\nvidia-smi.exe", rf"{programs}\NVIDIA Corporation\NVSMI\nvidia-smi.exe"]
 
 
+def system_memory() -> tuple[int, int] | None:
+    """The PC's memory, used and total, in MiB; None where it cannot be read, as on macOS."""
+    try:
+        if sys.platform == "win32":
+            status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX, which begins with its size
+            _checked("kernel32.GlobalMemoryStatusEx", "NP", status)
+            total, available = status[1] >> 20, status[2] >> 20
+        else:
+            rows = dict(re.findall(r"(?m)^(\w+): +([0-9]+) kB$", Path("/proc/meminfo").read_text()))
+            total, available = int(rows["MemTotal"]) >> 10, int(rows["MemAvailable"]) >> 10
+    except (OSError, KeyError):
+        return None
+    return total - available, total
+
+
 def write_private(path: Path, text: str, *, replace: bool = False) -> None:
     """Create `path`, readable by its owner only and whole or not at all. Raises FileExistsError unless `replace`."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
@@ -760,6 +776,11 @@ def read_output(child: subprocess.Popen[bytes], timeout: float) -> tuple[str, st
         if reader.is_alive():
             raise subprocess.TimeoutExpired(child.args, timeout)
     return found["stdout"].decode("utf-8", "replace"), found["stderr"].decode("utf-8", "replace")
+
+
+def has_crashed(code: int) -> bool:
+    """Whether an exit code says that the system ended the program: by a signal, on Windows with an NTSTATUS error."""
+    return code >= 0xC000_0000 if WINDOWS else code < 0
 
 
 def launch_detached(program: Path, arguments: Sequence[str], folder: Path, output: Path) -> subprocess.Popen[bytes]:
@@ -2901,8 +2922,8 @@ GPU_QUERY = (
     "--format=csv,noheader,nounits",
 )
 PID_QUERY = ("--query-compute-apps=pid", "--format=csv,noheader")
-NVIDIA_SMI_TIMEOUT = 5.0  # seconds; it takes 20 to 100 ms, seconds with many GPUs, minutes after a driver fault
 _NUMBER = re.compile(r"\s*[0-9]{1,12}(\.[0-9]{1,6})?\s*")  # not [N/A], [Not Supported], [GPU is lost] or nothing
+_NO_MEMORY = re.compile(r"\s*\[?(N/A|Not Supported)\]?\s*")  # of its own; not one that is lost, or may not be read
 
 
 @dataclass(frozen=True)
@@ -2918,69 +2939,79 @@ class GpuStatus:
     process_count: int = 0
     error: str | None = None
     failed: bool = False  # nvidia-smi gave no usable output
+    remarks: str = ""  # what nvidia-smi printed beside GPUs that can be used
 
 
 def _failed(error: str) -> GpuStatus:
     return GpuStatus(error=error, failed=True)
 
 
-def _message_of(*outputs: str) -> str:
-    """nvidia-smi's own message, on one line. It reports driver trouble on stdout, so stdout comes first."""
-    return next((" ".join(text.split())[:300] for text in outputs if text.strip()), "it printed nothing")
+def _on_one_line(*texts: str) -> str:
+    return " ".join(" ".join(texts).split())[:300]
 
 
-def parse_gpus(output: str) -> GpuStatus:
-    """The output of GPU_QUERY, a line for each GPU. A GPU without readable total memory is not counted."""
-    rows = [[_NUMBER.fullmatch(cell) for cell in line.split(",")] for line in output.splitlines() if line.strip()]
-    if not rows:
-        return _failed("nvidia-smi printed nothing")
-    if any(len(row) != 5 for row in rows):
-        return _failed(f"nvidia-smi printed a line that cannot be read: {_message_of(output)}")
-    gpus = [[float(cell[0]) if cell else 0 for cell in row] for row in rows if row[2]]
-    if not gpus:
-        return _failed(f"nvidia-smi names no GPU with readable memory: {_message_of(output)}")
-    utilization, used, total, temperature, _ = zip(*gpus)
+def parse_gpus(output: str, errors: str = "", code: int = 0, memory: tuple[int, int] | None = None) -> GpuStatus:
+    """What GPU_QUERY printed to stdout and stderr, and its exit code. Each line of five cells whose last is a number
+    is a GPU's; a driver or a GPU in trouble adds sentences on either stream. A GPU without readable total memory is
+    not counted. Where none has memory of its own (GB10), `memory` is counted once: the system's, used and total, in
+    MiB."""
+    lines = [line.split(",") for line in output.splitlines()]
+    rows = [cells for cells in lines if len(cells) == 5 and _NUMBER.fullmatch(cells[4])]
+    gpus = [cells for cells in rows if _NUMBER.fullmatch(cells[2])]
+    if not gpus and memory:
+        gpus = [cells for cells in rows if _NO_MEMORY.fullmatch(cells[2]) and _NUMBER.fullmatch(cells[3])]
+    else:
+        memory = None
+    if not gpus or has_crashed(code):
+        words = _on_one_line(output, errors)
+        if "no devices were found" in (output + errors).lower():
+            return GpuStatus(error=words)
+        fault = f"failed (exit code {code})" if code else "names no GPU with readable memory"
+        return _failed(f"nvidia-smi {fault}: {words or 'it printed nothing'}")
+    numbers = [[float(cell) if _NUMBER.fullmatch(cell) else 0 for cell in cells] for cells in gpus]
+    utilization, used, total, temperature, _ = zip(*numbers)
+    memory_used, memory_total = memory or (sum(used), sum(total))
     return GpuStatus(
         available=True,
         gpu_count=len(gpus),
         utilization=int(sum(utilization) / len(gpus) + 0.5),
-        memory_used=int(sum(used) + 0.5),
-        memory_total=int(sum(total) + 0.5),
+        memory_used=int(memory_used + 0.5),
+        memory_total=int(memory_total + 0.5),
         temperature=int(max(temperature) + 0.5),
+        remarks=_on_one_line(*(",".join(cells) for cells in lines if cells not in rows), errors),
     )
 
 
-def find_nvidia_smi(settings: Settings) -> str | None:
-    """The program to run; None when there is none."""
-    programs = [settings.nvidia_smi] if settings.nvidia_smi else ["nvidia-smi", *nvidia_smi_places()]
-    return next(filter(None, map(shutil.which, programs)), None)
+def find_nvidia_smi(settings: Settings) -> tuple[str | None, str]:
+    """The program to run, None when there is none, and what to do in that case."""
+    if given := settings.nvidia_smi:
+        return shutil.which(given), f"NVIDIA_SMI is {given}, which cannot be run: correct that setting, or remove it"
+    places = map(shutil.which, ["nvidia-smi", *nvidia_smi_places()])
+    return next(filter(None, places), None), "install NVIDIA's driver, or set NVIDIA_SMI"
 
 
-def query_gpus(program: str | None, running: set[int], timeout: float = NVIDIA_SMI_TIMEOUT) -> GpuStatus:
+def query_gpus(settings: Settings, running: set[int]) -> GpuStatus:
     """Run both queries at the same time, as bounded children in `running`. Failures are in the status."""
+    program, advice = find_nvidia_smi(settings)
     if not program:
-        return _failed("nvidia-smi not found or GPU not available: install NVIDIA's driver, or set NVIDIA_SMI")
+        return _failed(f"nvidia-smi not found or GPU not available: {advice}")
+    timeout = settings.nvidia_smi_timeout
     deadline = time.monotonic() + timeout
     try:
         with (
             bounded_child([program, *GPU_QUERY], running) as gpu,
             bounded_child([program, *PID_QUERY], running) as pids,
         ):
-            outputs = read_output(gpu, timeout)
-            if any("no devices were found" in text.lower() for text in outputs):
-                return GpuStatus(error=_message_of(*outputs))
-            if gpu.returncode != 0:
-                return _failed(f"nvidia-smi failed (exit code {gpu.returncode}): {_message_of(*outputs)}")
-            status = parse_gpus(outputs[0])
+            status = parse_gpus(*read_output(gpu, timeout), gpu.returncode, system_memory())
             if status.available:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     listed, _ = read_output(pids, max(0.0, deadline - time.monotonic()))
-                    if pids.returncode == 0:  # a process on two GPUs is listed twice
+                    if not has_crashed(pids.returncode):  # a process on two GPUs is listed twice
                         distinct = set(re.findall(r"(?m)^\s*([0-9]+)\s*$", listed))
                         return dataclasses.replace(status, process_count=len(distinct))
             return status
     except subprocess.TimeoutExpired:
-        return _failed(f"nvidia-smi did not answer within {timeout:g} s")
+        return _failed(f"nvidia-smi did not answer within {timeout:g} s: if it is only slow, raise NVIDIA_SMI_TIMEOUT")
     except (OSError, RuntimeError) as error:  # RuntimeError: no further thread can be started
         return _failed(f"nvidia-smi cannot be run ({getattr(error, 'strerror', None) or error}): {program}")
 
@@ -2988,11 +3019,14 @@ def query_gpus(program: str | None, running: set[int], timeout: float = NVIDIA_S
 class GpuMonitor:
     """The status, cached for `ttl` seconds, good or bad. Who asks during a run shares the next. `cancel` ends a run."""
 
+    LOGGED = 100  # remarks of nvidia-smi, each once
+
     def __init__(
         self, query: Callable[[], GpuStatus], ttl: float, clock: Clock = time.monotonic, cancel: Any = lambda: None
     ) -> None:
         self._query, self._ttl, self._clock, self._cancel = query, ttl, clock, cancel
         self._cached: tuple[GpuStatus, float] | None = None  # and when its run ended
+        self._remarks: set[str] = set()  # that are logged
         self._closed = False
         self._batcher: Batcher[None, GpuStatus] = Batcher(self._answer, "gpu")
 
@@ -3016,6 +3050,9 @@ class GpuMonitor:
         if status is None:
             status = self._query()
             self._cached = status, self._clock()
+            if status.remarks and status.remarks not in self._remarks and len(self._remarks) < self.LOGGED:
+                self._remarks.add(status.remarks)
+                log.warning("gpu: nvidia-smi works, but says: %s", status.remarks)
         return [status] * len(questions)
 
 
@@ -4804,10 +4841,7 @@ def serve(settings: Settings) -> int:
     patience = 30.0  # seconds for another program, like a backup, to unlock the store
     stopping, ended = threading.Event(), threading.Event()
     children: set[int] = set()
-
-    def query() -> GpuStatus:
-        return query_gpus(find_nvidia_smi(settings), children)
-
+    query = functools.partial(query_gpus, settings, children)
     with (
         contextlib.closing(open_store(settings, patience)) as store,
         contextlib.closing(GpuMonitor(query, settings.gpu_cache_seconds, cancel=lambda: end_children(children))) as gpu,
@@ -4849,10 +4883,11 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
     """Print what a person at the console needs, but never the token."""
     prepare_console(f"StoryTeller automation, port {port}")
     level, _, program = check_swarmui_path(settings)
+    nvidia_smi, advice = find_nvidia_smi(settings)
     rows = {
         "address": url_of(settings, port),
         "store": f"{store.name}, {store.place}",
-        "nvidia-smi": find_nvidia_smi(settings) or "not found: install NVIDIA's driver, or set NVIDIA_SMI",
+        "nvidia-smi": nvidia_smi or f"not found: {advice}",
         "SwarmUI": program if level == "OK" else f"cannot be launched: {program}",
         "API token": f"in {token_place}",
         "log": str(settings.data_dir / "storyteller.log"),
@@ -4893,9 +4928,9 @@ def run_checks(arguments: Mapping[str, str | None]) -> Iterator[Check]:
     yield "OK", "settings", f"read from arguments, environment and {env_file if env_file.exists() else 'no .env file'}"
     yield check_store(settings)
     yield from check_storyart(settings)
-    status = query_gpus(find_nvidia_smi(settings), set())
-    good = f"{status.gpu_count} GPU(s), {status.memory_total} MiB"
-    yield "OK" if status.available else "WARN", "nvidia-smi", status.error or good
+    status = query_gpus(settings, set())
+    good = f"{status.gpu_count} GPU(s), {status.memory_total} MiB" + (status.remarks and f"; it says: {status.remarks}")
+    yield "OK" if status.available and not status.remarks else "WARN", "nvidia-smi", status.error or good
     yield check_swarmui_path(settings)
     found = probe(settings)
     yield "OK" if found.ready else "WARN", "SwarmUI", found.message

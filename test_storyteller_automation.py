@@ -65,8 +65,8 @@ def hold_leash(port, **report):
     threading.Thread(target=lambda: (leash.recv(1), os._exit(0)), daemon=True).start()
 """
 
-# nvidia-smi: answers each query as `plan` says: {"gpus": {"print", "exit", "hang", "after": a file that must be there
-# before}, "processes": {...}}.
+# nvidia-smi: answers each query as `plan` says: {"gpus": {"print", "stderr", "exit", "crash", "hang", "after": a file
+# that must be there before}, "processes": {...}}.
 NVIDIA_SMI = """
 query = "gpus" if sys.argv[1].startswith("--query-gpu=") else "processes"
 wanted = {
@@ -89,6 +89,8 @@ if act.get("hang"):
     # A child of its own, as a hung one has: it must not be left behind either.
     child = plan["leash_code"] + "hold_leash(int(sys.argv[1])); threading.Event().wait()"
     subprocess.Popen([sys.executable, "-c", child, str(plan["leash"])]).wait()
+if act.get("crash"):
+    os._exit(0xC0000005 - 2**32) if sys.platform == "win32" else os.kill(os.getpid(), 9)
 sys.exit(act.get("exit", 0))
 """
 
@@ -596,7 +598,7 @@ def make_services(settings: service.Settings) -> Iterator[Callable[..., service.
             if store is None:
                 path = settings.data_dir / f"app-{len(list(settings.data_dir.iterdir()))}.sqlite3"
                 store = stack.enter_context(contextlib.closing(service.SqliteStore(path)))
-            gpu = service.GpuMonitor(lambda: service.query_gpus(service.find_nvidia_smi(given), set()), 0)
+            gpu = service.GpuMonitor(lambda: service.query_gpus(given, set()), 0)
             stack.callback(gpu.close)
             swarmui = stack.enter_context(contextlib.closing(service.SwarmUILauncher(given)))
             return stack.enter_context(contextlib.closing(service.Services(given, store, gpu, swarmui)))
@@ -810,6 +812,7 @@ def test_what_is_not_set_has_its_default(tmp_path):
         "REDIS_PORT": None,
         "STORYTELLER_BRIDGE": True,
         "NVIDIA_SMI": None,
+        "NVIDIA_SMI_TIMEOUT": 5,
         "GPU_CACHE_SECONDS": 5,
         "SWARMUI_API_URL": "http://localhost:7801",
         "SWARMUI_PATH": None,
@@ -917,6 +920,7 @@ def test_an_env_file_that_cannot_be_used_is_refused_by_name(tmp_path, data, word
         "REDIS_HOST": ["redis://localhost"],
         "REDIS_PORT": ["0", "65536", "x"],
         "STORYTELLER_BRIDGE": ["yes", "1"],
+        "NVIDIA_SMI_TIMEOUT": ["0", "-1", "x", "86401"],
         "GPU_CACHE_SECONDS": ["-1", "five", "nan", "inf", "86401"],
         "SWARMUI_API_URL": [
             *["localhost:7801", "ftp://localhost", "http://", "http://a b", "http://localhost:0", "http://[::1"],
@@ -2712,6 +2716,19 @@ RECORDED = [
     pytest.param("[N/A], 11125, 81559, 53, 1\n", (1, 0, 11125, 81559, 53), id="H100, partitioned"),
     pytest.param("10, 1, 100, 40, 2\n13, 2, 200, 60, 2\n", (2, 12, 3, 300, 60), id="two GPUs, mean with halves up"),
     pytest.param("1, 1, 1, 1, 3\n0, 1, 1, 9, 3\n0, 1, 1, 4, 3\n", (3, 0, 3, 3, 9), id="three GPUs, mean below half"),
+    pytest.param("5, [N/A], [N/A], 44, 1\n", (1, 5, 500, 120_000, 44), id="GB10, whose memory is the system's"),
+    pytest.param("N/A, 7, N/A, 44, 1\n", (1, 0, 500, 120_000, 44), id="with readable memory in use"),
+    pytest.param(
+        "4, [N/A], [Not Supported], 44, 2\n9, [N/A], [Not Supported], 50, 2\n",
+        (2, 7, 500, 120_000, 50),
+        id="two that share the system's memory",
+    ),
+    pytest.param(
+        "5, [N/A], [N/A], 44, 3\n1, 1, [GPU is lost], 90, 3\n90, 0, [N/A], [N/A], 3\n",
+        (1, 5, 500, 120_000, 44),
+        id="beside one that is lost, and one without a temperature",
+    ),
+    pytest.param("9, 0, [N/A], 99, 2\n8, 819, 8192, 45, 2\n", (1, 8, 819, 8192, 45), id="beside one that has its own"),
 ]
 UNREADABLE = ["[N/A]", "N/A", "[Not Supported]", "[Unknown Error]", "[Insufficient Permissions]", "[GPU is lost]",
               "[GPU requires reset]", "", "nan", "inf", "-5"]  # fmt: skip
@@ -2719,7 +2736,7 @@ UNREADABLE = ["[N/A]", "N/A", "[Not Supported]", "[Unknown Error]", "[Insufficie
 
 @pytest.mark.parametrize(("printed", "expected"), RECORDED)
 def test_recorded_output_is_read(printed, expected):
-    status = service.parse_gpus(printed)
+    status = service.parse_gpus(printed, memory=(500, 120_000))
     assert (
         status.gpu_count,
         status.utilization,
@@ -2744,13 +2761,24 @@ def test_a_gpu_whose_total_memory_is_no_number_is_not_counted(cell):
 
 @pytest.mark.parametrize(
     "printed",
-    ["", " \n\n", "8, 819, 8192, 45\n", "8, 819, 8192, 45, 1, 7\n", "8, 819, 8192, 45, 1\nGPU is lost\n",
-     "8, 819, [N/A], 45, 1\n"],
+    ["", " \n\n", "8, 819, 8192, 45\n", "8, 819, 8192, 45, 1, 7\n", "8, 819, 8192, 45, GPU is lost\n",
+     "8, 819, [N/A], [N/A], 1\n", *(f"8, 819, {cell}, 45, 1\n" for cell in UNREADABLE[3:])],
 )  # fmt: skip
 def test_output_that_names_no_gpu_is_a_fault(printed):
-    status = service.parse_gpus(printed)
+    status = service.parse_gpus(printed, memory=(500, 120_000))
     assert (status.available, status.failed) == (False, True)
     assert "nvidia-smi" in status.error
+
+
+def test_a_gpu_without_memory_of_its_own_is_a_fault_where_the_systems_is_not_known():
+    assert service.parse_gpus("5, [N/A], [N/A], 44, 1\n", memory=None).failed
+
+
+def test_the_systems_memory_is_told_in_mib():
+    used, total = service.system_memory() or (0, 0)
+    assert (0 < used < total) == (sys.platform != "darwin")
+    if sys.platform == "linux":
+        assert total == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
 
 
 @pytest.fixture
@@ -2771,6 +2799,11 @@ def nvidia_smi(tmp_path, leash):
 
 
 GOOD = {"print": "8, 819, 8192, 45, 1\n"}
+
+
+def run_queries(program: str, timeout: float = PATIENCE, running: set[int] | None = None) -> service.GpuStatus:
+    settings = service.Settings(nvidia_smi=program, nvidia_smi_timeout=timeout)
+    return service.query_gpus(settings, set() if running is None else running)
 
 
 def test_the_status_has_exactly_the_keys_asked_for(make_app, nvidia_smi):
@@ -2817,23 +2850,76 @@ def test_the_status_has_exactly_the_keys_asked_for(make_app, nvidia_smi):
         ({"print": "8, 819\n"}, 500, "8, 819"),
     ],
 )
-def test_nvidia_smis_trouble_is_told_in_its_own_words(make_app, nvidia_smi, gpus, status, error):
+def test_nvidia_smis_trouble_is_told_in_its_own_words(make_app, nvidia_smi, tmp_path, gpus, status, error):
     answer = make_app(nvidia_smi=nvidia_smi(gpus, {"print": "41\n"})).get("/api/v1/gpu/status", status=status)
     assert error in answer.json["error"]
     assert answer.json == {**service.gpu_json(service.GpuStatus()), "error": answer.json["error"]}
+    assert (tmp_path / "runs").read_text().split().count("gpus") == 1
 
 
-def test_a_missing_nvidia_smi_is_a_500_that_says_what_to_do(make_app, tmp_path):
+CORRUPT = "WARNING: infoROM is corrupted at gpu 0000:01:00.0\n"
+LOST = "Unable to determine the device handle for GPU 0000:02:00.0: GPU is lost.\n"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "remarks"),
+    [
+        pytest.param({"print": GOOD["print"] + CORRUPT, "exit": 14}, CORRUPT, id="after"),
+        pytest.param({"print": f"\n{LOST}\n{GOOD['print']}", "exit": 15}, LOST, id="before"),
+        pytest.param({**GOOD, "stderr": CORRUPT, "exit": 14}, CORRUPT, id="on stderr"),
+        pytest.param({**GOOD, "exit": 255}, "", id="an exit code alone"),
+        pytest.param({**GOOD, "stderr": "No devices were found\n"}, "No devices were found", id="no devices"),
+    ],
+)
+def test_a_gpu_that_can_be_read_counts_whatever_else_nvidia_smi_says(make_app, nvidia_smi, caplog, gpus, remarks):
+    processes = {**gpus, "print": f"{CORRUPT}41\n42\n"}
+    app = make_app(nvidia_smi=nvidia_smi(gpus, processes))
+    answers = [app.get("/api/v1/gpu/status").json for _ in range(2)]
+    assert answers == [{**service.gpu_json(service.parse_gpus(GOOD["print"])), "processCount": 2}] * 2
+    logged = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert logged == [f"gpu: nvidia-smi works, but says: {remarks.strip()}"] * bool(remarks)
+
+
+def test_a_gpu_without_memory_of_its_own_is_ready_by_the_systems(make_app, nvidia_smi, monkeypatch):
+    monkeypatch.setattr(service, "system_memory", lambda: (500, 120_000))
+    answer = make_app(nvidia_smi=nvidia_smi({"print": "5, [N/A], [N/A], 44, 1\n"}, {})).get("/api/v1/gpu/status").json
+    assert (answer["available"], answer["memoryUsed"], answer["memoryTotal"]) == (True, 500, 120_000)
+
+
+def test_remarks_that_differ_each_time_are_logged_to_a_limit(make_monitor, monkeypatch, caplog):
+    monkeypatch.setattr(service.GpuMonitor, "LOGGED", 2)
+    remarks = iter("abacbd")
+    monitor = make_monitor(lambda: service.GpuStatus(available=True, remarks=next(remarks)), 0)
+    for _ in range(6):
+        status_of(monitor)
+    assert [record.getMessage()[-1] for record in caplog.records] == ["a", "b"]
+
+
+def test_a_row_of_an_nvidia_smi_that_crashed_does_not_count(nvidia_smi):
+    status = run_queries(nvidia_smi({**GOOD, "stderr": "stack smashed\n", "crash": True}, {"print": "41\n"}))
+    assert status.failed
+    assert status.error.endswith(": 8, 819, 8192, 45, 1 stack smashed")
+
+
+def test_a_missing_nvidia_smi_is_a_500_that_names_what_was_set(make_app, tmp_path):
     answer = make_app(nvidia_smi=str(tmp_path / "nowhere")).get("/api/v1/gpu/status", status=500)
     assert "nvidia-smi not found or GPU not available" in answer.json["error"]
-    assert "NVIDIA_SMI" in answer.json["error"]
+    assert f"NVIDIA_SMI is {tmp_path / 'nowhere'}, which cannot be run" in answer.json["error"]
+    assert "install" not in answer.json["error"]
+
+
+def test_where_nothing_is_set_a_missing_nvidia_smi_is_to_be_installed(make_app, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(service, "nvidia_smi_places", list)
+    answer = make_app(nvidia_smi=None).get("/api/v1/gpu/status", status=500)
+    assert answer.json["error"].endswith(": install NVIDIA's driver, or set NVIDIA_SMI")
 
 
 def test_a_program_that_cannot_be_run_is_a_fault(tmp_path):
     program = tmp_path / "broken.exe"
     program.write_bytes(b"\x7fnot a program")
     program.chmod(0o755)
-    status = service.query_gpus(str(program), set())
+    status = run_queries(str(program))
     assert status.failed
     assert "cannot be run" in status.error or "exit code" in status.error
 
@@ -2846,32 +2932,33 @@ def test_a_program_that_cannot_be_run_is_a_fault(tmp_path):
         ({"print": "7\n[N/A]\n"}, 1),
         ({"print": ""}, 0),
         ({"print": "[Insufficient Permissions]\n"}, 0),
-        ({"print": "5\n", "exit": 9}, 0),
+        ({"print": "5\n", "exit": 9}, 1),
+        ({"print": "5\n", "crash": True}, 0),
     ],
 )
 def test_processes_are_counted_by_distinct_pid_where_they_can_be_listed(nvidia_smi, processes, count):
-    status = service.query_gpus(nvidia_smi(GOOD, processes), set())
+    status = run_queries(nvidia_smi(GOOD, processes))
     assert (status.available, status.process_count) == (True, count)
 
 
 def test_a_process_query_that_hangs_counts_none_and_is_ended_with_its_child(nvidia_smi, leash):
     program = nvidia_smi(GOOD, {"hang": True})
-    status = service.query_gpus(program, set(), timeout=6 if service.WINDOWS else 1.5)
+    status = run_queries(program, 6 if service.WINDOWS else 1.5)
     assert (status.available, status.process_count) == (True, 0)
     assert leash.next().has_ended()
 
 
 def test_an_nvidia_smi_that_prints_without_end_is_a_fault(tmp_path):
     program = write_program(tmp_path / "nvidia-smi", "while True: sys.stdout.write('8, 819, 8192, 45, 1' * 1000)", {})
-    status = service.query_gpus(str(program), set(), timeout=3 if service.WINDOWS else 1)
+    status = run_queries(str(program), 3 if service.WINDOWS else 1)
     assert status.failed
 
 
 def test_an_nvidia_smi_that_hangs_is_ended_with_its_child(nvidia_smi, leash):
     program = nvidia_smi({"hang": True}, {"print": "41\n"})
-    status = service.query_gpus(program, set(), timeout=6 if service.WINDOWS else 1.5)
+    status = run_queries(program, 6 if service.WINDOWS else 1.5)
     assert status.failed
-    assert "did not answer within" in status.error
+    assert re.search(r"did not answer within (1\.5|6) s: .*NVIDIA_SMI_TIMEOUT", status.error)
     assert leash.next().has_ended()
 
 
@@ -2887,7 +2974,7 @@ def test_an_nvidia_smi_past_all_killing_holds_nobody_up(nvidia_smi, leash, monke
     else:
         monkeypatch.setattr(service, "end_children", lambda running: None)
     program = nvidia_smi({"hang": True}, {"print": "41\n"})
-    status = service.query_gpus(program, set(), timeout=6 if service.WINDOWS else 1.5)
+    status = run_queries(program, 6 if service.WINDOWS else 1.5)
     assert "did not answer within" in status.error
     assert leash.next().is_alive()
     leash.close()
@@ -2900,7 +2987,7 @@ def test_both_queries_run_at_the_same_time(nvidia_smi, leash, tmp_path):
     plan = {"gpus": GOOD, "processes": {"print": "41\n"}, "runs": str(tmp_path / "runs")}
     code = NVIDIA_SMI.replace("sys.stdout.write(act.get", wait + "sys.stdout.write(act.get", 1)
     program = write_program(tmp_path / "both", code, plan)
-    assert service.query_gpus(str(program), set(), timeout=PATIENCE).process_count == 1
+    assert run_queries(str(program)).process_count == 1
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -2908,10 +2995,10 @@ def test_a_thread_that_cannot_be_started_costs_one_run_alone(nvidia_smi, monkeyp
     program = nvidia_smi(GOOD, {"print": "41\n"})
     running: set[int] = set()
     fail_to_start_thread(monkeypatch, number)
-    status = service.query_gpus(program, running)
+    status = run_queries(program, running=running)
     assert status.failed
     assert "can't start new thread" in status.error
-    assert service.query_gpus(program, running, timeout=PATIENCE).process_count == 1
+    assert run_queries(program, running=running).process_count == 1
     assert running == set()
 
 
@@ -6521,8 +6608,10 @@ def test_a_connection_that_is_idle_for_too_long_is_ended(serving, make_app, monk
 def test_near_the_limit_of_connections_the_oldest_idle_ones_go_first(
     start_service, change_module, nvidia_smi, tmp_path
 ):
-    change_module(CONNECTIONS=20, NVIDIA_SMI_TIMEOUT=PATIENCE)
-    running = start_service(NVIDIA_SMI=nvidia_smi({**GOOD, "after": str(tmp_path / "release")}, {}))
+    change_module(CONNECTIONS=20)
+    running = start_service(
+        NVIDIA_SMI=nvidia_smi({**GOOD, "after": str(tmp_path / "release")}, {}), NVIDIA_SMI_TIMEOUT=str(PATIENCE)
+    )
     with contextlib.ExitStack() as stack:
         at_work = stack.enter_context(send_request(running.port, request_of("GET", "/api/v1/gpu/status")))
         wait_until((tmp_path / "runs").exists)
@@ -7821,8 +7910,10 @@ class Stopping:
 @pytest.fixture
 def stopping(start_service, change_module, nvidia_smi, tmp_path) -> Iterator[Stopping]:
     """With a grace that no machine is too slow for."""
-    change_module(GRACE=PATIENCE, NVIDIA_SMI_TIMEOUT=PATIENCE)
-    running = start_service(NVIDIA_SMI=nvidia_smi({**GOOD, "after": str(tmp_path / "release")}, {}))
+    change_module(GRACE=PATIENCE)
+    running = start_service(
+        NVIDIA_SMI=nvidia_smi({**GOOD, "after": str(tmp_path / "release")}, {}), NVIDIA_SMI_TIMEOUT=str(PATIENCE)
+    )
     with ThreadPoolExecutor(1) as pool:
         yield Stopping(running, pool, tmp_path / "release", tmp_path / "runs")
 
@@ -7944,8 +8035,8 @@ def test_told_to_stop_it_answers_a_start_in_the_middle_of_a_probe(start_service,
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
 def test_an_nvidia_smi_that_runs_ends_with_the_service(start_service, change_module, nvidia_smi, leash, twice):
     """Told twice it ends at once, with code 1."""
-    change_module(GRACE=3600.0 if twice else 0.2, NVIDIA_SMI_TIMEOUT=3600.0)
-    running = start_service(NVIDIA_SMI=nvidia_smi({"hang": True}, {}))
+    change_module(GRACE=3600.0 if twice else 0.2)
+    running = start_service(NVIDIA_SMI=nvidia_smi({"hang": True}, {}), NVIDIA_SMI_TIMEOUT="3600")
     with send_request(running.port, request_of("GET", "/api/v1/gpu/status")):
         held = leash.next()
         running.press_ctrl_c()
@@ -8434,7 +8525,7 @@ def test_start_up_prints_what_a_person_needs(start_service, module_copy, tmp_pat
 
 def test_start_up_says_what_was_not_found(start_service, tmp_path):
     printed = start_service(NVIDIA_SMI=str(tmp_path / "none"), SWARMUI_PATH=str(tmp_path / "nowhere")).printed
-    assert "nvidia-smi  not found" in printed
+    assert f"nvidia-smi  not found: NVIDIA_SMI is {tmp_path / 'none'}, " in printed
     assert "SwarmUI     cannot be launched: SWARMUI_PATH" in printed
 
 
@@ -8679,10 +8770,16 @@ def test_check_is_content_with_a_pc_where_all_is_well(run_module, leash, redis_u
     started.wait(PATIENCE)
 
 
-def test_check_warns_of_what_is_not_there_yet(run_module):
+def test_check_warns_of_what_is_not_there_yet(run_module, module_copy):
     done = run_module("check")
     warned = dict.fromkeys(["nvidia-smi", "SWARMUI_PATH", "SwarmUI"], "WARN")
     assert (read_check(done), done.returncode) == (dict.fromkeys(CHECKED, "OK") | warned, 0)
+    assert f"NVIDIA_SMI is {module_copy / 'none'}, " in done.stdout
+
+
+def test_check_warns_of_what_nvidia_smi_says_beside_its_gpus(run_module, nvidia_smi):
+    done = run_module("check", NVIDIA_SMI=nvidia_smi({**GOOD, "stderr": CORRUPT, "exit": 14}, {}))
+    assert f"WARN nvidia-smi: 1 GPU(s), 8192 MiB; it says: {CORRUPT}" in done.stdout
 
 
 @pytest.mark.parametrize(
