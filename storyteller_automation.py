@@ -674,12 +674,15 @@ def keep_freed_memory() -> None:
                 ctypes.CDLL(None).mallopt(option, size)
 
 
-def prepare_console(title: str | None = None) -> None:
-    """Print what the code page lacks as an escape, as UnicodeEncodeError would end the service; name the window."""
+def prepare_console() -> None:
+    """Print what the code page lacks as an escape, as UnicodeEncodeError would end the service."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if sys.platform == "win32" and title:
+
+
+def name_window(title: str) -> None:
+    if sys.platform == "win32":
         _win32("kernel32.SetConsoleTitleW", "NS", title)
 
 
@@ -4881,7 +4884,7 @@ def serve(settings: Settings) -> int:
 
 def greet(settings: Settings, store: Store, port: int, token_place: str) -> None:
     """Print what a person at the console needs, but never the token."""
-    prepare_console(f"StoryTeller automation, port {port}")
+    name_window(f"StoryTeller automation, port {port}")
     level, _, program = check_swarmui_path(settings)
     nvidia_smi, advice = find_nvidia_smi(settings)
     rows = {

@@ -1285,7 +1285,8 @@ def test_a_port_is_free_again_at_once_when_a_connection_was_open():
 @pytest.mark.parametrize("page", ["cp1252", "cp437"])
 @pytest.mark.parametrize("without", ["", "sys.stderr = None; "], ids=["a console", "a stream that is not there"])
 def test_what_the_code_page_lacks_is_printed_as_an_escape(clean_environment, page, without):
-    code = f"import sys, storyteller_automation as it; {without}it.prepare_console('a title'); print('\\u2192 \\xfc')"
+    begin = f"import sys, storyteller_automation as it; {without}it.prepare_console(); it.name_window('a title')"
+    code = f"{begin}; print('\\u2192 \\xfc')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=HERE, capture_output=True, timeout=PATIENCE,
         env={**clean_environment, "PYTHONIOENCODING": page},
