@@ -385,12 +385,8 @@ def parse_json(data: bytes, *, from_request: bool = False) -> Any:
             parse_int=whole,
             object_pairs_hook=unique if from_request else None,
         )
-        if from_request and re.search(rb"\\u[dD][89a-fA-F]", data):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is not UTF-8
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
-    except UnicodeEncodeError:
-        raise ValueError("half a surrogate pair in a string") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at character {error.pos})") from None
     except RecursionError:
@@ -835,7 +831,7 @@ class LogFile(logging.handlers.RotatingFileHandler):
 def start_logging(path: Path, settings: Settings) -> None:
     """Log to the file, and warnings to the console too. Raises StartError."""
     try:
-        file = LogFile(path, maxBytes=LOG_LIMIT, backupCount=LOGS_KEPT, encoding="utf-8")
+        file = LogFile(path, maxBytes=LOG_LIMIT, backupCount=LOGS_KEPT, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise StartError(f"The log {path} cannot be written ({error.strerror}): fix or remove it.") from None
     file.setFormatter(LogFormatter(as_json=settings.log_format.lower() == "json"))
