@@ -356,6 +356,7 @@ Unavailable = _error("Unavailable", 503)  # the store does not answer, or the se
 
 MAX_DEPTH = 100  # levels of a request's body; json cannot write what is nested much deeper
 LARGEST = 2**53  # JavaScript does not represent every larger whole number
+SECONDS = 10**11  # a time below this is in seconds, as Python's time.time() gives it: in ms it would be in March 1973
 
 
 def parse_json(data: bytes, *, from_request: bool = False) -> Any:
@@ -390,12 +391,8 @@ def parse_json(data: bytes, *, from_request: bool = False) -> Any:
             parse_int=whole,
             object_pairs_hook=unique if from_request else None,
         )
-        if from_request and re.search(rb"\\u[dD][89a-fA-F]", data):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is not UTF-8
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
-    except UnicodeEncodeError:
-        raise ValueError("half a surrogate pair in a string") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at character {error.pos})") from None
     except RecursionError:
@@ -416,14 +413,25 @@ def iso_time(ms: int) -> str:
     return moment.isoformat(timespec="milliseconds" if ms % 1000 else "seconds").replace("+00:00", "Z")
 
 
+def from_digits(value: Any) -> Any:
+    """The number that text of digits stands for; any other value as it is."""
+    return int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,16}", value) else value
+
+
+def in_ms(time: float) -> float:
+    """The ms of a time in ms or in seconds."""
+    return round(time * 1000, 3) if time < SECONDS else time
+
+
 def read_time(value: object) -> int | None:
-    """Milliseconds of an ISO 8601 string (UTC by default) or of a number of milliseconds; None for anything else."""
+    """Milliseconds of an ISO 8601 string (UTC by default) or of a number as for in_ms(); None for anything else."""
+    value = from_digits(value)
     try:
         if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d", value):
             moment = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", value))
             ms = round((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() * 1000)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            ms = int(value)
+            ms = int(in_ms(value))
         else:
             return None
         iso_time(ms)
@@ -437,8 +445,11 @@ def is_whole(value: object) -> TypeGuard[int | float]:
     return value.is_integer() if isinstance(value, float) else isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_count(value: object) -> bool:
-    return is_whole(value) and 0 <= value <= LARGEST
+def read_count(value: object, *, is_time: bool = False) -> int | None:
+    """A whole number from 0 to LARGEST that another program wrote, perhaps as text; None for anything else. Of a time
+    the fraction of a ms is dropped."""
+    value = math.floor(value) if isinstance(value, float) and is_time else from_digits(value)
+    return int(value) if is_whole(value) and 0 <= value <= LARGEST else None
 
 
 def bound(kept: dict[Any, Any], most: int) -> None:
@@ -908,7 +919,7 @@ def start_console() -> Callable[[], None]:
 def start_logging(path: Path, settings: Settings) -> None:
     """Log to the file, too. Raises StartError."""
     try:
-        file = LogFile(path, maxBytes=LOG_LIMIT, backupCount=LOGS_KEPT, encoding="utf-8")
+        file = LogFile(path, maxBytes=LOG_LIMIT, backupCount=LOGS_KEPT, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise StartError(f"The log {path} cannot be written ({error.strerror}): fix or remove it.") from None
     file.setFormatter(LogFormatter(as_json=settings.log_format.lower() == "json"))
@@ -1038,10 +1049,11 @@ class Batcher(Generic[Q, T]):
 # Stores: the interface
 # ======================================================================================================
 
-Snapshot = tuple[list[bytes], bool]  # pending members; whether an id is marked
+Snapshot = tuple[list[bytes], bool, int]  # pending members; whether an id is marked; how many members there are beside
 AHEAD_MS = 3_600_000  # a kept time further ahead of the clock was made when that was wrong, and is not followed
 TTL_MS = 7 * 24 * 3600 * 1000  # of sessions, pending notifications and marks of acknowledgement: 7 days
 OWN_MEMBER = b'{"id":"%b",'  # how a member begins that this service wrote
+OWN_ID = "notif_([0-9]{1,14})_[0-9a-f]{16}"  # its id, which holds its time
 
 
 def now_ms() -> int:
@@ -1210,10 +1222,15 @@ class Store(Protocol):
         session is pending: that one, and False."""
 
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
-        """Members within their TTL with their times, oldest first, read about `page` at a time."""
+        """Members within their TTL with their times, oldest first, read about `page` at a time. Another program may
+        have scored its own in seconds: these come before all others, since their scores are lower."""
 
     def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
         """The oldest `count` of them, and whether one of `ids` is marked, in one round trip."""
+
+    def expired(self) -> Iterator[bytes]:
+        """Members of other programs past their TTL, which stay."""
+        return iter(())
 
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
         """Those of `ids` that are marked."""
@@ -1460,7 +1477,7 @@ class RedisClient:
 # It returns first a kept time that it did not follow, or 0. Then "late" and the newest time, if ARGV[2] is not later:
 # the caller asks again with a later one, since the member's JSON contains its time and only the caller can write that.
 _LUA_CHANGE = """
-local week, ahead = 604800000, 0
+local week, ahead, own = 604800000, 0, '^{"id":"notif_[0-9]+_' .. string.rep('[0-9a-f]', 16) .. '",'
 local function reply(...) return {ahead, ...} end
 local function after(kept)  -- the next time after one that was kept, unless the clock was wrong then
   kept = tonumber(kept) or 0
@@ -1482,7 +1499,12 @@ local function add()
   redis.call('SET', KEYS[2], ARGV[2], 'PX', week)
   redis.call('SET', KEYS[3], ARGV[1], 'PX', week)
   redis.call('ZADD', KEYS[1], ARGV[2], ARGV[1])
-  redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[3] - week)
+  -- Of what is past its TTL only what this service made is removed. The clock picks a page: there may be many others.
+  local low, high = 100000000000, ARGV[3] - week
+  local page = ARGV[3] % math.max(1, math.ceil(redis.call('ZCOUNT', KEYS[1], low, high) / 1000))
+  for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], low, high, 'LIMIT', page * 1000, 1000)) do
+    if string.match(member, own) then redis.call('ZREM', KEYS[1], member) end
+  end
   return reply('added', ARGV[1], ARGV[2])
 end
 if not KEYS[4] then return add() end
@@ -1516,11 +1538,11 @@ if ARGV[5] and KEYS[12] then
   local is_newest = true
   for at = 7, 8 do
     local top = redis.pcall('ZREVRANGE', KEYS[at], 0, 0, 'WITHSCORES')
-    is_newest = is_newest and (tonumber(top[2]) or 0) <= tonumber(ARGV[5])
+    is_newest = is_newest and math.floor(tonumber(top[2]) or 0) <= tonumber(ARGV[5])
   end
   -- One that was changed after the caller carried it over is carried over first.
   local mark, size = redis.call('HGET', KEYS[10], 'storyswarm') or '', redis.pcall('STRLEN', KEYS[9])
-  local is_known = size == 0 or size == tonumber(string.match(mark, '^%d+')) or size == tonumber(ARGV[10])
+  local is_known = size == 0 or size == tonumber(string.match(mark, '^[0-9]+')) or size == tonumber(ARGV[10])
   if is_newest and (is_known or type(size) ~= 'number') then
     local left = redis.call('PTTL', KEYS[9])
     redis.call('RENAME', KEYS[13], KEYS[9])
@@ -1579,8 +1601,9 @@ local function size(key)
   return type(found) == 'number' and found or -1
 end
 local found, seen = {size(KEYS[3]), redis.call('EXISTS', KEYS[5])}, {}
-local function look(timestamp)
-  if seen[timestamp] or not string.match(timestamp, '^%d+$') then return end
+local function look(score)
+  local timestamp = string.match(score, '^([0-9]+)%.?[0-9]*$')
+  if not timestamp or seen[timestamp] then return end
   seen[timestamp] = true
   for _, part in ipairs({timestamp, size('session:' .. timestamp), size('storyart:session:' .. timestamp)}) do
     found[#found + 1] = part
@@ -1672,14 +1695,15 @@ class RedisStore(Store):
         return StoredSession(timestamp, document, saved, noted[1], marks, -1 if isinstance(size, ApiError) else size)
 
     def sessions(self) -> Iterator[StoredSession]:
-        page, below = 100, "+inf"
+        page, below, last = 100, "+inf", None
         while True:
             read = [("ZREVRANGEBYSCORE", key, below, "-inf", "WITHSCORES", "LIMIT", 0, page) for key in self.INDEXES]
             found = [[float(score) for score in values[1::2]] for values in self._redis.ask(*read)]
             # A full page says nothing of what lies below its last score: go no further down than that.
             floor = max((scores[-1] for scores in found if len(scores) == page), default=-math.inf)
             scores = {score for some in found for score in some if score >= floor and math.isfinite(score)}
-            for timestamp in sorted(map(int, scores), reverse=True):
+            for timestamp in sorted({int(score) for score in scores} - {last}, reverse=True):
+                last = timestamp  # the next page may hold it with another fraction of a ms
                 if session := self.session(timestamp):
                     yield session
                     continue
@@ -1728,7 +1752,7 @@ class RedisStore(Store):
         ahead = max(0 if isinstance(outcome, ApiError) else outcome.pop(0) for outcome in outcomes)
         next_time(ahead, first)  # for its warning
         states = [None if isinstance(outcome, ApiError) else outcome[0] for outcome in outcomes]
-        given = [int(outcome[-1]) for outcome, state in zip(outcomes, states) if state in (b"late", b"added")]
+        given = [int(float(outcome[-1])) for outcome, state in zip(outcomes, states) if state in (b"late", b"added")]
         self._newest_given = max([first - 1, *given])
         if b"added" in states:
             self.writes.note()
@@ -1774,9 +1798,18 @@ class RedisStore(Store):
         ]
 
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
-        lowest: str | int = self._oldest()
+        for scores in self._scores()[1::2]:
+            yield from ((member, in_ms(score)) for member, score in self._between(*scores, page))
+
+    def _scores(self) -> list[tuple[str, str]]:
+        """Those past the TTL and those within it, in seconds, then in ms: Redis itself skips what is too old."""
+        ms = self._clock() - TTL_MS
+        return [("-inf", f"{ms / 1000}"), (f"({ms / 1000}", f"({SECONDS}"), (f"{SECONDS}", f"{ms}"), (f"({ms}", "+inf")]
+
+    def _between(self, lowest: str, highest: str, page: int) -> Iterator[tuple[bytes, float]]:
+        """Members with such scores, oldest first, read about `page` at a time."""
         while True:
-            rows = self._select(lowest, "+inf", page)
+            rows = self._select(lowest, highest, page)
             if len(rows) < page:
                 yield from rows
                 return
@@ -1786,18 +1819,21 @@ class RedisStore(Store):
             yield from self._select(repr(last), repr(last), -1)
             lowest = f"({last!r}"
 
-    def _oldest(self) -> int:
-        """The lowest score within the TTL."""
-        return self._clock() - TTL_MS + 1
-
-    def _select(self, lowest: str | int, highest: str, count: int) -> list[tuple[bytes, float]]:
+    def _select(self, lowest: str, highest: str, count: int) -> list[tuple[bytes, float]]:
         (values,) = self._redis.ask(("ZRANGEBYSCORE", self.PENDING, lowest, highest, "WITHSCORES", "LIMIT", 0, count))
         return list(zip(values[::2], map(float, values[1::2])))
 
     def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
-        members = ("ZRANGEBYSCORE", self.PENDING, self._oldest(), "+inf", "LIMIT", 0, count)
-        found, *marked = self._redis.ask(members, *([self._are_marked(tuple(ids))] if ids else []))
-        return found, any(marked)
+        members = [("ZRANGEBYSCORE", self.PENDING, *scores, "LIMIT", 0, count) for scores in self._scores()[1::2]]
+        marks = [self._are_marked(tuple(ids))] if ids else []
+        in_seconds, others, total, *marked = self._redis.ask(*members, ("ZCARD", self.PENDING), *marks)
+        found = (in_seconds + others)[:count]
+        return found, any(marked), total - len(found)
+
+    def expired(self) -> Iterator[bytes]:
+        own = re.compile(OWN_MEMBER % OWN_ID.encode())
+        for scores in self._scores()[::2]:
+            yield from (member for member, _ in self._between(*scores, 100) if not own.match(member))
 
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
         if not ids or self._redis.ask(self._are_marked(tuple(ids))) == [0]:
@@ -1808,7 +1844,7 @@ class RedisStore(Store):
         return bool(result_of(self._run(_LUA_ACKNOWLEDGE, [((self.PENDING, self.MARK + id), (1, 0, "", *members))])[0]))
 
     def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
-        oldest = self._oldest()
+        oldest = self._clock() - TTL_MS + 1
         calls = [((self.PENDING, self.MARK + id), (max(at, oldest), at, OWN_MEMBER % id.encode())) for id, at in ids]
         outcomes = self._run(_LUA_ACKNOWLEDGE, calls)
         return [outcome if isinstance(outcome, ApiError) else outcome == 1 for outcome in outcomes]
@@ -1923,8 +1959,8 @@ class BridgedStore(RedisStore):
             commands.append(("HSET", keys[2], *noted))
             if latest is not None:
                 commands.append(("HSET", self.META_OF_LATEST, "storyswarm", mark_of(latest)))
-            # When the bridge first meets a Redis, the sessions that are there are old news, but for the newest.
-            is_news = is_met or timestamp >= max(float(found[1]) if found else 0 for found in scores)
+            # When the bridge first meets a Redis, all is old news but the newest session (a score may have a fraction).
+            is_news = is_met or timestamp > max(float(found[1]) if found else 0 for found in scores) - 1
             if change.draft and not is_news:
                 change = dataclasses.replace(change, draft=None)
             at = next_time(self._newest_given, self._clock())
@@ -2235,7 +2271,7 @@ class SqliteStore(Store):
 
     def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
         rows = self._read(self._PENDING, self._clock() - TTL_MS, b"\xff", count)
-        return [member for member, _ in rows], False  # no other program writes here: what is marked is not pending
+        return [member for member, _ in rows], False, 0  # no other program writes here: what is marked is not pending
 
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
         return set()
@@ -2360,13 +2396,14 @@ def summary(document: dict[str, Any]) -> dict[str, Any]:
     episode = document.get("analyzedEpisode") or {}
     scenes = [
         {
-            "sceneNumber": one.get("sceneNumber"),
+            "sceneNumber": from_digits(one.get("sceneNumber")),
             "title": to_text(one.get("title")),
             "totalBeats": len(one.get("beats") or ()),
         }
         for one in episode.get("scenes") or ()
     ]
-    shown = {"episodeNumber": episode.get("episodeNumber"), "title": to_text(episode.get("title")), "scenes": scenes}
+    number = from_digits(episode.get("episodeNumber"))
+    shown = {"episodeNumber": number, "title": to_text(episode.get("title")), "scenes": scenes}
     texts = {name: to_text(document.get(name)) for name in ("storyUuid", "promptMode", "scriptText")}
     return {**texts, "scriptText": texts["scriptText"][:PREVIEW_LENGTH], "analyzedEpisode": shown}
 
@@ -2401,14 +2438,13 @@ def find_facts(stored: StoredSession) -> Facts:
     if isinstance(document, str):
         return Facts(document, document, document)
     times = [read_time(document.get(name)) for name in ("lastUpdated", "updatedAt")]
-    own: Any = document.get("timestamp")
     return Facts(
         fault=None,
         progress=attempt(progress, document),
         summary=attempt(summary, document),
         updated=max((time for time in times if time is not None), default=None),
         waits=document.get("promptMode") == "storyswarm",
-        timestamp=int(own) if is_count(own) else None,
+        timestamp=read_count(document.get("timestamp"), is_time=True),  # never seconds: it is the session's name
     )
 
 
@@ -2421,6 +2457,7 @@ class Sessions:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._facts: dict[str, Facts] = {}  # by the document's mark
+        self._report = functools.lru_cache(1000)(functools.partial(log.warning, "sessions: %s is left out: %s"))  # once
         self._parsing = threading.Lock()
 
     def find_many(self, timestamps: Sequence[int]) -> list[tuple[StoredSession, Facts | None] | ApiError | None]:
@@ -2442,11 +2479,11 @@ class Sessions:
         return facts
 
     def listed(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Timestamps and summaries, newest first. What is no session is left out and logged."""
+        """Timestamps and summaries, newest first. What is no session is left out and logged once."""
         for stored in self._store.sessions():
             shown = self.facts_of(stored).summary
             if isinstance(shown, str):
-                log.warning("sessions: session %d is left out: %s", stored.timestamp, shown)
+                self._report(f"session {stored.timestamp}", shown)
             else:
                 yield stored.timestamp, shown
 
@@ -2458,13 +2495,13 @@ class Sessions:
             if fault is None:
                 newest = stored
                 break
-            log.warning("sessions: session %d is left out: %s", stored.timestamp, fault)
+            self._report(f"session {stored.timestamp}", fault)
         copy = self._store.newest_copy()
         if copy is None:
             return newest
         facts = self.facts_of(StoredSession(0, copy))
-        if facts.fault:
-            log.warning("sessions: the copy of the newest session is left out: %s", facts.fault)
+        if facts.timestamp is None:
+            self._report("the copy of the newest session", facts.fault or "it has no timestamp")
         if facts.timestamp is None or (newest and facts.timestamp <= newest.timestamp):
             return newest
         return StoredSession(facts.timestamp, copy)
@@ -2760,6 +2797,9 @@ class Bridge:
 # Each type's own total, by which a member of it is valid and which `check` shows.
 TOTALS = {"prompts_ready": "totalPrompts", "beats_ready": "totalBeats"}
 ID_PATTERN = r"[^\x00-\x1f\x7f-\x9f/\\]{1,200}"  # of anybody's id: it is put into a path, unescaped
+# What does not come back whole: browsers (WHATWG URL) end the path at # and ?, resolve . and .., and send U+FFFD for
+# half a surrogate pair; this service decodes %41.
+NOT_WHOLE = re.compile(r"[#?\ud800-\udfff]|%[0-9A-Fa-f]{2}|^\.\.?$")
 
 
 class Notification(NamedTuple):
@@ -2768,7 +2808,8 @@ class Notification(NamedTuple):
     id: str
     type: str
     text: bytes  # the JSON that callers get, made once: an answer of 100 is a join
-    acknowledged: bool
+    is_shown: bool  # else it is acknowledged by its own word, or a page could not acknowledge it
+    fault: str = ""  # what is wrong with it
 
 
 def read_member(member: bytes, time: float | None) -> Notification:
@@ -2777,32 +2818,34 @@ def read_member(member: bytes, time: float | None) -> Notification:
     value = parse_json(member)
     if not isinstance(value, dict):
         raise ValueError("not an object")
-    kind, id, timestamp = value.get("type"), value.get("id"), value.get("timestamp")
+    kind, id, timestamp, episode = (value.get(name) for name in ("type", "id", "timestamp", "episodeNumber"))
     if not isinstance(id, str) or not re.fullmatch(ID_PATTERN, id):
-        raise ValueError("no id, or one that does not fit into a path")
+        raise ValueError(f"its id {id!r:.250} does not fit into a path")
     if not isinstance(kind, str) or kind not in TOTALS:
         raise ValueError("no known type")
-    for name in ("sessionTimestamp", TOTALS[kind]):
-        if not is_count(value.get(name)):
-            raise ValueError(f"{name} is not a whole number")
-    if not isinstance(timestamp, str) or read_time(timestamp) is None:
+    session, total = read_count(value.get("sessionTimestamp"), is_time=True), read_count(value.get(TOTALS[kind]))
+    if session is None or total is None:
+        raise ValueError(f"{'sessionTimestamp' if session is None else TOTALS[kind]} is not a whole number")
+    if (ms := read_time(timestamp)) is None:
         if time is None:
             raise LookupError
-        timestamp = iso_time(int(time))
+        ms, timestamp = int(time), None
     shown = {
         "id": id,
         "type": kind,
-        "sessionTimestamp": int(value["sessionTimestamp"]),
-        **_story_fields(value.get("storyUuid"), value.get("episodeNumber")),
-        TOTALS[kind]: int(value[TOTALS[kind]]),
-        "timestamp": timestamp,
+        "sessionTimestamp": session,
+        **_story_fields(value.get("storyUuid"), episode),
+        TOTALS[kind]: total,
+        "timestamp": timestamp if "T" in str(timestamp) else iso_time(ms),
     }
-    return Notification(id, kind, to_json(shown), value.get("acknowledged") is True)
+    fault = "its episodeNumber is not a whole number" if episode is not None and read_count(episode) is None else ""
+    if is_cut := NOT_WHOLE.search(id):
+        fault = f"its id {id!r:.250} does not come back whole from a path"
+    return Notification(id, kind, to_json(shown), value.get("acknowledged") is not True and not is_cut, fault)
 
 
-def _story_fields(uuid: object, episode: Any) -> dict[str, Any]:
-    number = int(episode) if is_count(episode) else 0
-    return {"storyUuid": uuid if isinstance(uuid, str) else "", "episodeNumber": number}
+def _story_fields(uuid: object, episode: object) -> dict[str, Any]:
+    return {"storyUuid": uuid if isinstance(uuid, str) else "", "episodeNumber": read_count(episode) or 0}
 
 
 def draft_notification(type: str, session_timestamp: int, **fields: Any) -> Draft:
@@ -2840,6 +2883,7 @@ class Notifications:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._reported: set[bytes] = set()  # by SHA-256
+        self._left = 0  # members that the last snapshot did not hold
         self._cached = functools.lru_cache(maxsize=self.CACHED)(self._parse)
         # The last snapshot, which is mostly the next one: members, what they are, their ids.
         self._last: tuple[list[bytes], list[Notification], list[str]] = [], [], []
@@ -2861,7 +2905,11 @@ class Notifications:
         """The same for several (types, limit), all from one snapshot. None for a query that has to read further."""
         count = max(self.SMALLEST_SNAPSHOT, *(limit for _, limit in queries))
         last, found, ids = self._last
-        pending, is_marked = self._store.snapshot(count, ids)
+        pending, is_marked, left = self._store.snapshot(count, ids)
+        if left not in (0, self._left) and len(self._reported) < self.REPORTED:
+            for member in itertools.islice(self._store.expired(), self.REPORTED):
+                self._report("it is older than 7 days", member)
+        self._left = left
         if pending != last or is_marked:
             try:
                 found = list(self._read((member, None) for member in pending))
@@ -2892,28 +2940,34 @@ class Notifications:
 
     def acknowledge_own(self, ids: Sequence[str]) -> list[bool | ApiError]:
         """The same for ids that were made here, which hold their time: no search. False for any other."""
-        times = [re.fullmatch(r"notif_([0-9]{1,14})_[0-9a-f]{16}", id) for id in ids]
+        times = [re.fullmatch(OWN_ID, id) for id in ids]
         ours = [(found[0], int(found[1])) for found in times if found]
         outcomes = iter(self._store.acknowledge_own(ours) if ours else ())
         return [next(outcomes) if found else False for found in times]
 
     def _read(self, rows: Iterable[tuple[bytes, float | None]]) -> Iterator[Notification]:
-        """The valid ones that are not acknowledged by their own word. The others stay where they are."""
+        """The valid ones that are to be shown. The others stay where they are."""
         for member, at in rows:
             found = self._cached(member, at) if len(member) <= self.LARGEST else self._parse(member, at)
-            if found is not None and not found.acknowledged:
+            if found is not None and found.is_shown:
                 yield found
 
     def _parse(self, member: bytes, time: float | None) -> Notification | None:
-        """None for an invalid one, which is logged once."""
+        """None for an invalid one. What is wrong with a member is logged once."""
         try:
-            return read_member(member, time)
+            found = read_member(member, time)
         except (ValueError, OverflowError) as fault:
-            digest = hashlib.sha256(member).digest()
-            if len(self._reported) < self.REPORTED and digest not in self._reported:
-                self._reported.add(digest)
-                log.warning("notifications: a pending member is left out (%s): %.200r", fault, member)
+            self._report(str(fault), member)
             return None
+        if found.fault:
+            self._report(found.fault, member)
+        return found
+
+    def _report(self, fault: str, member: bytes) -> None:
+        digest = hashlib.sha256(member).digest()
+        if len(self._reported) < self.REPORTED and digest not in self._reported:
+            self._reported.add(digest)
+            log.warning("notifications: a pending member, or a part of it, is left out (%s): %.200r", fault, member)
 
 
 # ======================================================================================================

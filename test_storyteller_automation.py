@@ -1556,8 +1556,8 @@ def test_a_snapshot_is_the_oldest_members_within_their_ttl(store, clock, plant):
         plant(b"%d" % number, clock.now + number // 2)
     plant(b"over", clock.now - WEEK)
     members = [b"%d" % number for number in range(5)]
-    assert store.snapshot(3, ["an-id"]) == (members[:3], False)
-    assert store.snapshot(100, []) == (members, False)
+    assert store.snapshot(3, ["an-id"])[:2] == (members[:3], False)
+    assert store.snapshot(100, [])[:2] == (members, False)
 
 
 def test_a_draft_that_fails_takes_no_other_with_it(store, request):
@@ -1717,6 +1717,13 @@ def test_odd_members_of_an_index_hide_no_session(redis_store, other_program):
     assert [one.timestamp for one in redis_store.sessions()] == [T]
 
 
+def test_a_score_with_half_a_ms_lists_its_session_once_also_beyond_a_page(redis_store, other_program):
+    for number in range(101):
+        redis_store.save(T + number, b"{}", None)
+        other_program.zadd("storyart:sessions:index", {f"storyart:session:{T + number}": T + number + 0.5})
+    assert [one.timestamp for one in redis_store.sessions()] == list(range(T + 100, T - 1, -1))
+
+
 def test_the_copy_of_the_newest_session_is_the_one_that_storyswarms_tools_keep(redis_store, other_program):
     assert redis_store.newest_copy() is None
     other_program.set("session:latest", '{"timestamp": 5}')
@@ -1732,7 +1739,52 @@ def test_a_mark_that_another_program_made_counts(redis_store, other_program):
     assert redis_store.acknowledged(["pending"]) == set()
     assert redis_store.acknowledged(["pending", "marked"]) == {"marked"}
     assert redis_store.acknowledge("marked", []) is True
-    assert redis_store.snapshot(1, ["pending", "marked"]) == ([], True)
+    assert redis_store.snapshot(1, ["pending", "marked"]) == ([], True, 0)
+
+
+@pytest.mark.parametrize("page", [1, 2, 100])
+def test_a_score_in_seconds_is_a_time_as_well(redis_store, other_program, clock, page):
+    other_program.zadd(
+        "notifications:pending",
+        {"s": clock.now / 1000, "t": clock.now / 1000 + 5.0009, "ms": clock.now - 9, "n": clock.now},
+    )
+    assert [(member, int(at - clock.now)) for member, at in redis_store.pending(page)] == [
+        (b"s", 0), (b"t", 5000), (b"ms", -9), (b"n", 0),
+    ]  # fmt: skip
+    assert redis_store.snapshot(3, []) == ([b"s", b"t", b"ms"], False, 1)
+
+
+OWN = b'{"id":"notif_%d_0123456789abcdef","type":"prompts_ready"}'
+OTHERS = [b'{"id": "notif_%d_0123456789abcdef"}' % T, b'{"id":"notif_%d_0123"}' % T, b"theirs"]
+
+
+@pytest.mark.parametrize("per_second", [1, 1000], ids=["in seconds", "in ms"])
+def test_of_what_is_older_than_7_days_only_what_was_made_here_is_removed(redis_store, other_program, clock, per_second):
+    old, live = clock.now - WEEK, clock.now - WEEK + 1
+    others = {**dict.fromkeys(OTHERS, old * per_second / 1000), "live": live * per_second / 1000}
+    ours = {OWN % T: old, OWN % (T + 1): old - 99_000, OWN % (T + 2): live}
+    other_program.zadd("notifications:pending", {**others, **ours})
+    assert sorted(redis_store.expired()) == sorted(OTHERS)
+    add(redis_store, draft())
+    left = {member.encode() for member in other_program.zrange("notifications:pending", 0, -1)}
+    assert left >= {*OTHERS, b"live", OWN % (T + 2)} and not left & {OWN % T, OWN % (T + 1)}
+    assert len(left) == 6
+
+
+def test_what_was_made_here_is_removed_in_the_end_from_among_many_old_ones(redis_store, other_program, clock):
+    old = {f"theirs{number}": clock.now - WEEK - number for number in range(2500)}
+    other_program.zadd("notifications:pending", {**old, OWN % T: clock.now - WEEK - 1999.5})
+    for number in range(3):
+        clock.now += 1
+        add(redis_store, draft(session=T + number))
+    assert other_program.zcard("notifications:pending") == 2503
+
+
+def test_no_script_formats_a_number_or_has_a_pattern_that_looks_like_it():
+    """In Redis for Windows 5 string.format('%d', ms) goes through 32 bits."""
+    scripts = {name: text for name, text in vars(service).items() if name.startswith("_LUA_")}
+    assert len(scripts) >= 4
+    assert [name for name, text in scripts.items() if "%d" in text or "format" in text] == []
 
 
 VERBS = {
@@ -1746,6 +1798,7 @@ VERBS = {
     "add": lambda store: add(store, draft()),
     "pending": lambda store: list(store.pending(100)),
     "snapshot": lambda store: store.snapshot(100, ["an-id"]),
+    "expired": lambda store: list(store.expired()),
     "acknowledged": lambda store: store.acknowledged(["an-id"]),
     "acknowledge": lambda store: store.acknowledge("an-id", [b"a member"]),
     "acknowledge_own": lambda store: service.result_of(store.acknowledge_own([("an-id", service.now_ms())])[0]),
@@ -2181,13 +2234,12 @@ def test_what_is_no_strict_json_is_refused(data, fault, from_request):
         service.parse_json(data, from_request=from_request)
 
 
+@pytest.mark.parametrize("from_request", [True, False])
 @pytest.mark.parametrize(
     "data", [pytest.param(rb'["\ud83d","\ude00 x"]', id="half"), pytest.param(rb'{"\ude00":1}', id="in a key")]
 )
-def test_half_a_surrogate_pair_is_refused_in_a_request_and_elsewhere_written_as_it_was(data):
-    with pytest.raises(ValueError, match="surrogate"):
-        service.parse_json(data, from_request=True)
-    assert service.to_json(service.parse_json(data)) == data
+def test_half_a_surrogate_pair_is_json_and_is_written_as_it_was(data, from_request):
+    assert service.to_json(service.parse_json(data, from_request=from_request)) == data
 
 
 @pytest.mark.parametrize(
@@ -2212,11 +2264,17 @@ def test_a_time_is_written_in_utc_with_z_and_read_back(ms, text):
         pytest.param("2025-01-30T00:00:00", T, id="without a zone: UTC"),
         pytest.param(T, T, id="ms"),
         pytest.param(T + 0.5, T, id="parts of a ms"),
-        *((value, None) for value in (None, True, "", "soon", "2025-13-01", [T], {}, 1e300, -1e300, 10**400)),
+        pytest.param(str(T), T, id="ms as text"),
+        pytest.param(T // 1000, T, id="seconds"),
+        pytest.param(T / 1000 + 0.1239, T + 123, id="parts of a second"),
+        pytest.param(str(T // 1000), T, id="seconds as text"),
+        pytest.param(10**11 - 1, 10**14 - 1000, id="the last second"),
+        pytest.param(10**11, 10**11, id="the first ms"),
+        *((value, None) for value in (None, True, "", "soon", "2025-13-01", "1e3", [T], {}, 1e300, -1e308, 10**400)),
         pytest.param("0001-01-01T00:00:00+14:00", None, id="before year 1"),
     ],
 )
-def test_a_time_is_read_from_iso_8601_or_from_ms_and_from_nothing_else(value, ms):
+def test_a_time_is_read_from_iso_8601_or_from_ms_or_seconds_and_from_nothing_else(value, ms):
     assert service.read_time(value) == ms
 
 
@@ -2320,6 +2378,7 @@ def test_what_is_no_document_is_no_session(document, fault):
         pytest.param(T + 9, {"lastUpdated": T + 1}, T + 9, id="the save is"),
         pytest.param(None, {"lastUpdated": T - 8}, T - 8, id="older than its timestamp"),
         pytest.param(None, {"lastUpdated": "soon", "updatedAt": [1]}, T, id="no times"),
+        pytest.param(None, {"lastUpdated": T / 1000 + 0.5}, T + 500, id="in seconds"),
     ],
 )
 def test_last_updated_is_the_newest_that_is_known(saved, document, ms):
@@ -2353,23 +2412,38 @@ def test_the_latest_session_is_the_newest_that_can_be_read_and_the_others_are_lo
     assert [str(T + number) in caplog.text for number in range(4)] == [False, False, True, True]
 
 
+def test_a_session_that_is_left_out_of_every_list_is_logged_once(app, store, caplog):
+    store.save(T, b"[]", None)
+    for _ in range(3):
+        assert app.get("/api/v1/session/list").json["count"] == 0
+    assert len([record for record in caplog.records if str(T) in record.getMessage()]) == 1
+
+
 @pytest.mark.parametrize(
     "copy, newest",
     [
         pytest.param(b'{"timestamp": %d}' % (T + 1), T + 1, id="newer"),
         pytest.param(b'{"timestamp": %d.0}' % (T + 1), T + 1, id="newer, as a float"),
+        pytest.param(b'{"timestamp": "%d"}' % (T + 1), T + 1, id="newer, as text"),
+        pytest.param(b'{"timestamp": %d.5}' % (T + 1), T + 1, id="newer, with half a ms"),
         pytest.param(b'{"timestamp": %d}' % T, T, id="of the newest"),
+        pytest.param(b'{"timestamp": %d}' % ((T + 1000) // 1000), T, id="a name that looks like seconds"),
         pytest.param(b'{"timestamp": %d}' % (T - 1), T, id="older"),
         pytest.param(b'{"timestamp": "soon"}', T, id="without a timestamp"),
         pytest.param(b"no JSON", T, id="no JSON"),
         pytest.param(b"[]", T, id="no object"),
     ],
 )
-def test_the_latest_session_is_a_newer_copy_that_storyswarms_tools_keep(redis_store, other_program, copy, newest):
+def test_the_latest_session_is_a_newer_copy_that_storyswarms_tools_keep(
+    redis_store, other_program, caplog, copy, newest
+):
     redis_store.save(T, b'{"saved": "here"}', None)
     other_program.set("session:latest", copy)
-    found = service.Sessions(redis_store).latest()
-    assert (found.timestamp, found.document) == (newest, b'{"saved": "here"}' if newest == T else copy)
+    sessions = service.Sessions(redis_store)
+    for _ in range(2):
+        found = sessions.latest()
+        assert (found.timestamp, found.document) == (newest, b'{"saved": "here"}' if newest == T else copy)
+    assert len(caplog.records) == (b"soon" in copy or b"timestamp" not in copy)  # once
 
 
 def parse_count(monkeypatch) -> list[int]:
@@ -2469,7 +2543,18 @@ def without(name: str) -> dict[str, Any]:
         pytest.param(
             {**MEMBER, "storyUuid": "u", "episodeNumber": 3}, {"storyUuid": "u", "episodeNumber": 3}, id="all"
         ),
-        pytest.param({**MEMBER, "storyUuid": 5, "episodeNumber": "3"}, {}, id="the rest of wrong types"),
+        pytest.param({**MEMBER, "storyUuid": 5, "episodeNumber": "three"}, {}, id="the rest of wrong types"),
+        pytest.param({**MEMBER, "sessionTimestamp": T + 0.5}, {}, id="half a ms"),
+        pytest.param(
+            {**MEMBER, "sessionTimestamp": str(T), "totalPrompts": "007", "episodeNumber": "3"},
+            {"totalPrompts": 7, "episodeNumber": 3},
+            id="digits as text",
+        ),
+        pytest.param({**MEMBER, "sessionTimestamp": 1738195200}, {"sessionTimestamp": 1738195200}, id="a short name"),
+        pytest.param({**MEMBER, "timestamp": 1738195201.5}, {"timestamp": "2025-01-30T00:00:01.500Z"}, id="in seconds"),
+        pytest.param(
+            {**MEMBER, "timestamp": str(T + 1000)}, {"timestamp": "2025-01-30T00:00:01Z"}, id="in ms, as text"
+        ),
         pytest.param({**MEMBER, "storyUuid": None, "episodeNumber": 1.5, "totalBeats": "x"}, {}, id="and others"),
         pytest.param({**MEMBER, "timestamp": None}, {}, id="a null timestamp"),
         pytest.param({**MEMBER, "timestamp": "soon"}, {}, id="a timestamp that is none"),
@@ -2496,9 +2581,12 @@ INVALID = [
     pytest.param(without("type"), id="no type"),
     *(pytest.param({**MEMBER, "type": type}, id=f"type {type!r}") for type in ("images_ready", None, ["x"])),
     pytest.param(without("sessionTimestamp"), id="no session"),
-    *(pytest.param({**MEMBER, "sessionTimestamp": ts}, id=f"session {ts!r}") for ts in ("5", 1.5, True, None, -1)),
+    *(pytest.param({**MEMBER, "sessionTimestamp": ts}, id=f"session {ts!r}") for ts in ("x", "1.5", True, None, -0.5)),
     pytest.param({**without("totalPrompts"), "totalBeats": 5}, id="the other type's total"),
-    *(pytest.param({**MEMBER, "totalPrompts": total}, id=f"total {total!r}") for total in ("5", 1.5, True, None, -1)),
+    *(
+        pytest.param({**MEMBER, "totalPrompts": total}, id=f"total {total!r}")
+        for total in ("x", "4.0", "-1", "\u0663", 1.5, True, None, -1)
+    ),
 ]
 
 
@@ -2510,6 +2598,43 @@ def test_an_invalid_member_is_skipped_logged_once_and_left_in_place(store, notif
         assert check(notifications) == ["theirs"]
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["notifications"]
     assert len(list(store.pending(100))) == 2
+
+
+@pytest.mark.parametrize("number", ["three", 1.5, True, -1])
+def test_an_episode_number_that_is_none_is_left_out_and_logged_once(notifications, clock, plant, caplog, number):
+    plant({**MEMBER, "episodeNumber": number}, clock.now)
+    for _ in range(2):
+        (found,) = notifications.check([PROMPTS], 100)
+        assert json.loads(found.text)["episodeNumber"] == 0
+        assert notifications.check_many([((PROMPTS,), 1)]) == [[found]]
+    assert len([record for record in caplog.records if "episodeNumber" in record.getMessage()]) == 1
+
+
+CUT = ["ep2#3", "a?b", "#", "?", "%41", "a%2fb", "%2e", ".", "..", "100%25", "\ud83d", "a\ude00b"]
+WHOLE = ["%", "100%", "a%4", "%zz", "...", ".a", " a ", "a b", "ü😀", "a+b&c=d;e:f@g,h", "\"<>^`{|}~[]'*", "%é1"]
+
+
+@pytest.mark.parametrize("id", CUT)
+def test_an_id_that_does_not_come_back_whole_is_not_shown_and_logged_once_with_it(
+    store, notifications, clock, plant, caplog, id
+):
+    plant({**MEMBER, "storyUuid": "u" * 300, "id": id}, clock.now)
+    plant({**MEMBER, "storyUuid": "u" * 3000, "id": "theirs"}, clock.now + 1)
+    for _ in range(2):
+        assert check(notifications) == ["theirs"]
+        assert [one.id for one in notifications.check_many([((PROMPTS,), 100)])[0]] == ["theirs"]
+    assert [repr(id) in record.getMessage() for record in caplog.records] == [True]
+    assert len(members_of(store)) == 2
+
+
+@pytest.mark.parametrize("id", [*WHOLE, *(id for id in CUT if id not in (".", "..") and id.isprintable())])
+def test_an_id_is_acknowledged_by_its_escaped_path_and_is_shown_where_an_unescaped_one_does_it(app, clock, plant, id):
+    plant({**MEMBER, "id": id}, clock.now)
+    assert [one["id"] for one in pending(app)] == [id] * (id in WHOLE)
+    whole = "".join(part if part in "%" else urllib.parse.quote(part) for part in re.split("(%)", id))
+    path = whole if id in WHOLE else urllib.parse.quote(id, safe="")
+    assert app.post(f"/api/v1/notifications/{path}/ack").json["notificationId"] == id
+    assert pending(app) == []
 
 
 def test_a_time_beyond_all_calendars_is_invalid_as_well(notifications, plant):
@@ -2554,6 +2679,68 @@ def test_checks_of_one_moment_have_the_answers_of_each_alone(notifications, cloc
     for _ in range(2):
         assert notifications.check_many(queries) == [*alone[:3], None, alone[4]]  # None: 100 members hold no 100 of it
         assert notifications.check_many([*queries, ((PROMPTS,), 1000)]) == [*alone, alone[3]]
+
+
+def test_one_scored_in_seconds_is_shown_with_its_time_and_acknowledged(make_app, redis_store, other_program, clock):
+    app = make_app(redis_store)
+    for number in range(1, 4):
+        member = json.dumps({**MEMBER, "id": f"n{number}"})
+        other_program.zadd("notifications:pending", {member: clock.now / 1000 + number})
+    made = make_pending(app)
+    times = [service.iso_time(int(clock.now) + 1000 * number) for number in range(1, 4)]
+    for query in ("", "?type=all&limit=1000"):
+        assert [one["timestamp"] for one in pending(app, query)[:3]] == times
+        assert [one["id"] for one in pending(app, query)] == ["n1", "n2", "n3", made]
+    assert [one.id for one in service.Notifications(redis_store).check([PROMPTS], 2)] == ["n1", "n2"]  # which pages
+    for number in range(1, 4):
+        assert app.post(f"/api/v1/notifications/n{number}/ack").json["success"] is True
+    assert [one["id"] for one in pending(app)] == [made]
+
+
+@pytest.mark.parametrize("per_second", [1, 1000], ids=["in seconds", "in ms"])
+def test_one_of_another_program_older_than_7_days_is_left_and_logged_once(
+    make_app, redis_store, other_program, clock, caplog, per_second
+):
+    app = make_app(redis_store)
+    made = make_pending(app)
+    assert len(pending(app)) == 1
+    for number in range(2):
+        member = json.dumps({**MEMBER, "id": f"n{number}"})
+        other_program.zadd("notifications:pending", {member: (clock.now - WEEK - number) * per_second / 1000})
+    for _ in range(3):
+        assert [one["id"] for one in pending(app)] == [made]
+        make_pending(app, sessionTimestamp=T + 1)
+        app.post(f"/api/v1/notifications/{pending(app)[1]['id']}/ack")
+    logged = [record.getMessage() for record in caplog.records if "older than 7 days" in record.getMessage()]
+    assert sorted(re.findall('"(n.)"', " ".join(logged))) == ["n0", "n1"]
+    assert other_program.zcard("notifications:pending") == 3
+    app.post("/api/v1/notifications/n0/ack", status=404)
+
+
+def test_one_that_gets_older_than_7_days_is_logged_too(redis_store, other_program, clock, caplog):
+    notifications = service.Notifications(redis_store)
+    other_program.zadd("notifications:pending", {json.dumps(MEMBER): clock.now})
+    assert len(notifications.check_many([((PROMPTS,), 5)])[0]) == 1
+    clock.now += WEEK
+    for _ in range(2):
+        assert notifications.check_many([((PROMPTS,), 5)]) == [[]]
+    assert ["older than 7 days" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_many_old_ones_hide_none_and_are_not_read_by_each_check(redis_store, other_program, clock, caplog):
+    notifications = service.Notifications(redis_store)
+    old = {f"{number:0100}": clock.now - WEEK - number for number in range(5000)}
+    other_program.zadd("notifications:pending", {**old, json.dumps(MEMBER): clock.now})
+
+    def cost() -> int:
+        before = other_program.info("stats")["total_net_output_bytes"]
+        assert [one.id for one in notifications.check_many([((PROMPTS,), 100)])[0]] == ["theirs"]
+        return other_program.info("stats")["total_net_output_bytes"] - before
+
+    assert cost() > 100_000  # to log them
+    assert len(caplog.records) == 1000
+    assert max(cost(), cost()) < 20_000  # the most of it is that of INFO
+    assert len(notifications._reported) == 1000
 
 
 def test_a_check_of_those_that_did_not_change_parses_none_and_asks_redis_once(redis_store, other_program, monkeypatch):
@@ -2695,7 +2882,7 @@ def test_a_session_that_waits_for_storyswarm_announces_its_step(document, step):
 
 @pytest.mark.parametrize(
     "story, number, expected",
-    [("u", 2, ("u", 2)), ("u", 2.0, ("u", 2)), (None, None, ("", 0)), (5, "2", ("", 0)), ([], 1.5, ("", 0))],
+    [("u", 2, ("u", 2)), ("u", 2.0, ("u", 2)), (None, None, ("", 0)), (5, "2", ("", 2)), ([], 1.5, ("", 0))],
 )
 def test_what_a_session_announces_is_valid_whatever_else_it_holds(notifications, story, number, expected):
     document = episode(READY_BEAT, {"imageDecision": {"type": "NO_IMAGE"}}, promptMode="storyswarm", storyUuid=story)
@@ -3781,7 +3968,6 @@ BAD_SESSIONS = [
     pytest.param(b'{"scriptText": "x", "a": 1e999}', "too large", id="1e999"),
     pytest.param(b'{"scriptText": "x", "a": 1' + b"0" * 400 + b"}", "too large", id="400 digits"),
     pytest.param(b'{"scriptText": "x", "a": 1' + b"0" * 5000 + b"}", "too large", id="5000 digits"),
-    pytest.param(rb'{"scriptText": "\ud800"}', "surrogate", id="half a surrogate pair"),
     pytest.param(b'{"scriptText": "x", "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "deeply", id="too deep"),
     pytest.param(b"{}", "scriptText or analyzedEpisode", id="neither text nor episode"),
     pytest.param(b'{"scriptText": null}', "scriptText or analyzedEpisode", id="null is absent"),
@@ -5551,6 +5737,28 @@ def test_of_what_is_there_at_first_the_newest_sessions_step_alone_is_announced(m
     assert bridged.announced() == [(PROMPTS, T), (BEATS, T - 1)]
 
 
+def test_an_index_with_half_a_ms_in_its_scores_is_looked_at_and_its_newest_is_saved_and_announced(
+    make_bridged, storyart, other_program
+):
+    storyart.save(story("w", "a cat"))
+    other_program.zadd(storyart.INDEX, {f"storyart:session:{T}": T + 0.5})
+    bridged = make_bridged()
+    bridged.look()
+    assert bridged.announced() == [(PROMPTS, T)]
+    assert read_key(other_program) == spoken("w", "a cat")
+    other_program.zadd(storyart.INDEX, {"another member": T + 0.5})
+    by_put(bridged.app, other_program, story("v", "a cat"))
+    assert read_key(other_program, "latest") == story("v", "a cat")
+
+
+@pytest.mark.parametrize("named", [str(T), T + 0.5], ids=["as text", "with half a ms"])
+def test_a_latest_whose_timestamp_is_not_quite_a_number_is_carried_over(bridged, storyart, other_program, named):
+    by_latest(bridged.app, other_program, story("w", "a cat", timestamp=named))
+    bridged.look()
+    assert storyart.load() == spoken("w", "a cat")
+    assert bridged.announced() == [(PROMPTS, T)]
+
+
 def test_a_redis_that_was_emptied_is_met_again(bridged, storyart, other_program):
     storyart.save(story("w"))
     bridged.look()
@@ -5752,7 +5960,7 @@ def test_a_newest_session_of_another_type_is_no_latest_and_no_fault_of_a_look(br
         pytest.param(["a", "list"], id="another type"),
         *(
             pytest.param(json.dumps(story("w", timestamp=one)), id=f"timestamp {one!r}")
-            for one in (None, "soon", -5, 1.5, 2**70, 1e30)
+            for one in (None, "soon", "1.5", -5, 2**70, 1e30)
         ),
     ],
 )
@@ -5885,8 +6093,52 @@ def test_without_the_bridge_only_what_is_saved_here_is_written_where_it_was(make
     assert read_key(other_program) == story("w", "a cat")
 
 
-def test_a_list_gives_texts_as_strings_and_200_unless_asked_for_more(app, store):
-    document = {"storyUuid": None, "scriptText": {"a": 1}, "analyzedEpisode": {"title": 5, "scenes": [{}]}}
+HALF = (
+    rb'{"timestamp":%d,"scriptText":"\ud83d.","storyUuid":"\ude00u","promptMode":"storyswarm","\udfff":1,"analyzedEpisode":'
+    rb'{"title":"\ud83d.","scenes":[{"title":"\ud83d.","beats":[{"beatId":"\ud83d.","prompts":{"cinematic":"\ud83d."}}]}]}}'
+    % T
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"), [("sqlite", "POST"), ("redis", "PUT"), ("redis", "SET"), ("bridged", "POST"), ("bridged", "SET")]
+)
+def test_a_session_with_halves_of_surrogate_pairs_is_like_any_other(request, make_app, kind, way):
+    """JSON.stringify writes such a half when a text was cut in the middle of an emoji."""
+    app = (
+        request.getfixturevalue("bridged").app
+        if kind == "bridged"
+        else make_app(request.getfixturevalue(f"{kind}_store"))
+    )
+    if way == "SET":
+        client = request.getfixturevalue("other_program")
+        client.set(f"session:{T}", HALF)
+        client.zadd("storyteller:sessions", {f"session:{T}": T})
+    else:
+        path = "/api/v1/session/save" if way == "POST" else ASKED["GET"]
+        app.request(path, method=way, body=HALF, content_type="application/json")
+    assert app.get(f"{ASKED['GET']}/prompts-status").json["totalPrompts"] == 1
+    for path in (ASKED["GET"], ASKED["latest"]):
+        assert HALF in app.get(path).body
+        assert rb'"cinematic":{"prompt":"\ud83d."}' in app.get(path, headers={"Origin": PAGE}).body
+    listed = app.get("/api/v1/session/list").body
+    assert listed.count(rb'"\ud83d."') == 3 and rb'"\ude00u"' in listed
+    answer = app.get("/api/v1/notifications/check")
+    assert rb'"storyUuid":"\ude00u"' in answer.body
+    app.post(f"/api/v1/notifications/{answer.json['notifications'][0]['id']}/ack")
+
+
+def test_a_notification_with_half_a_surrogate_pair_is_like_any_other(app):
+    body = json.dumps({**NOTIFICATION, "totalPrompts": 1, "storyUuid": "\ud83d"}).encode()
+    made = app.request("/api/v1/notifications", method="POST", body=body, content_type="application/json", status=201)
+    assert rb'"storyUuid":"\ud83d"' in made.body
+    assert pending(app) == [made.json]
+
+
+def test_a_list_gives_texts_as_strings_digits_as_numbers_and_200_unless_asked_for_more(app, store):
+    scenes = [{}, {"sceneNumber": "2"}, {"sceneNumber": "2b"}]
+    episode = {"title": 5, "episodeNumber": "3", "scenes": scenes}
+    document = {"storyUuid": None, "scriptText": {"a": 1}, "analyzedEpisode": episode}
     for number in range(201):
         store.save(T + number, to_bytes(document), None)
     assert [app.get(f"/api/v1/session/list{query}").json["count"] for query in ("", "?limit=1000")] == [200, 201]
@@ -5896,9 +6148,11 @@ def test_a_list_gives_texts_as_strings_and_200_unless_asked_for_more(app, store)
         "promptMode": "",
         "scriptText": '{"a":1}',
         "analyzedEpisode": {
-            "episodeNumber": None, "title": "5", "scenes": [{"sceneNumber": None, "title": "", "totalBeats": 0}],
+            "episodeNumber": 3,
+            "title": "5",
+            "scenes": [{"sceneNumber": number, "title": "", "totalBeats": 0} for number in (None, 2, "2b")],
         },
-    }  # fmt: skip
+    }
 
 
 # ------------------------------------------------------------------------------- all at once, with kills ----
@@ -8171,6 +8425,20 @@ def test_a_traceback_is_part_of_its_json_line():
     line = service.LogFormatter(as_json=True).format(record)
     assert "\n" not in line
     assert "RuntimeError: unforeseen" in json.loads(line)["traceback"]
+
+
+@pytest.mark.parametrize("kind", ["text", "json"])
+def test_half_a_surrogate_pair_is_an_escape_in_the_log(tmp_path, kind):
+    code = """if True:
+        import sys, pathlib, storyteller_automation as service
+        service.start_logging(pathlib.Path(sys.argv[1]), service.Settings(log_format=sys.argv[2]))
+        service.log.info("half \\ud83d of it")
+        """
+    folder = Path(service.__file__).parent
+    subprocess.run([sys.executable, "-c", code, tmp_path / "log", kind], cwd=folder, timeout=PATIENCE, check=True)
+    (line,) = (tmp_path / "log").read_text("utf-8").splitlines()
+    assert r"half \ud83d of it" in line
+    assert kind == "text" or json.loads(line)["message"] == "half \ud83d of it"
 
 
 @pytest.mark.parametrize("kind", ["text", "json"])
