@@ -7687,7 +7687,7 @@ def test_each_command_says_that_the_disk_is_full_and_where(run_module, start_ser
     done = run_module(*command, STORYTELLER_DATA_DIR=str(disk))
     assert done.returncode == (1 if command == ["check"] else 2)
     assert f"The disk of the data folder {disk} is full: free space on it." in done.stdout + done.stderr
-    assert not re.search("move|STORYTELLER_API_TOKEN", done.stdout + done.stderr)
+    assert not re.search(r"\bmove\b|STORYTELLER_API_TOKEN", done.stdout + done.stderr)
 
 
 def test_on_a_full_disk_reads_go_on_and_writes_once_there_is_room(start_service, small_disk):
