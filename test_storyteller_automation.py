@@ -9334,6 +9334,31 @@ def test_a_set_up_that_fails_waits_for_a_key_too(fresh_batch):
     assert "Press any key" in done.stdout
 
 
+# ------------------------------------------------------------------------- started without them ----
+
+
+@pytest.fixture
+def without_packages(module_copy: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Python beside the module, where none of the packages is."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-S", *arguments]
+        return subprocess.run(command, cwd=module_copy.parent, capture_output=True, text=True, timeout=PATIENCE)
+
+    return run
+
+
+def test_the_module_without_its_packages_names_the_start_scripts(without_packages):
+    done = without_packages("storyteller_automation.py", "check")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "The package bottle is missing: start the service by run.sh (on Windows: run.bat).\n"
+
+
+def test_who_imports_the_module_without_its_packages_gets_the_exception(without_packages):
+    done = without_packages("-c", "import storyteller_automation")
+    assert "ModuleNotFoundError: No module named 'bottle'" in done.stderr
+
+
 # ---------------------------------------------------------------------------------------- token ----
 
 
