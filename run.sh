@@ -13,8 +13,7 @@ while [ -h "$script" ]; do
     case $target in /*) script=$target ;; *) script=$(dirname -- "$script")/$target ;; esac
 done
 here=$(CDPATH='' cd -- "$(dirname -- "$script")" && pwd -P)
-venv=$here/.venv
-stamp=$venv/installed.txt
+venv=$here/.venv stamp=$here/.venv/installed.txt
 
 fail() {
     echo "run.sh: $1" >&2
@@ -39,7 +38,8 @@ end = f"{sys.version!a}\n{sys.base_prefix!a}\n{hashlib.sha256(wanted).hexdigest(
 if command == "read":
     text = open(stamp, encoding="utf-8").read()
     paths = [line.split(" ", 1)[1] for line in text.split("\n")[:-3]]
-    print("ready" if text == "".join(f"{os.path.getsize(path)} {path}\n" for path in paths) + end else "")
+    now = "".join(f"{os.path.getsize(path)} {path}\n" for path in paths) + end
+    print("ready" if text == now and sys.prefix != sys.base_prefix else "")
 else:
     import csv, importlib.metadata, re
     for name in re.findall(r"(?m)^([\w-]+)==", wanted.decode()):
