@@ -43,7 +43,7 @@ goto end
 :try
 if defined python exit /b
 rem The Store's stub exits 9009, after a hint that would mislead. With "call", python may be a batch file.
-call %* -c "import sys; sys.exit(3 if sys.version_info < (3, 10) else 0)" >nul 2>nul
+call %* -I -c "import sys; sys.exit(3 if sys.version_info < (3, 10) else 0)" >nul 2>nul
 if %errorlevel% equ 3 set "old=1"
 if %errorlevel% equ 0 set "python=%*"
 exit /b
@@ -57,26 +57,17 @@ if not %code% equ 0 goto end
 
 :start
 if "%~1" == "test" goto test
-if defined PYTHONHOME goto start_plain
 rem By a goto to nowhere cmd leaves this file, so it has nothing to go on with when Python has ended, and
 rem does not ask "Terminate batch job (Y/N)?" after Ctrl+C. The exit code is Python's.
 if defined keep_open goto start_in_window
-endlocal & goto #nowhere 2>nul || title %COMSPEC% & "%venv_python%" "%here%storyteller_automation.py" %*
+endlocal & goto #nowhere 2>nul || title %COMSPEC% & "%venv_python%" -I "%here%storyteller_automation.py" %*
 :start_in_window
-endlocal & goto #nowhere 2>nul || title %COMSPEC% & "%venv_python%" "%here%storyteller_automation.py" %* || (echo The service ended with an error, see above. & pause)
-
-:start_plain
-rem PYTHONHOME would send the venv's Python to another one's library, and is to be gone in here only.
-set "PYTHONHOME="
-"%venv_python%" "%here%storyteller_automation.py" %*
-set "code=%errorlevel%"
-goto end
+endlocal & goto #nowhere 2>nul || title %COMSPEC% & "%venv_python%" -I "%here%storyteller_automation.py" %* || (echo The service ended with an error, see above. & pause)
 
 :test
-set "PYTHONHOME="
 pushd "%here%"
 rem "-m pytest" less the word "test", which cannot be cut from the arguments here without harm to quotes.
-"%venv_python%" -c "import sys, pytest; sys.exit(pytest.main(['test_storyteller_automation.py'] + sys.argv[2:]))" %*
+"%venv_python%" -I -c "import sys, pytest; sys.exit(pytest.main(['test_storyteller_automation.py'] + sys.argv[2:]))" %*
 set "code=%errorlevel%"
 popd
 
@@ -86,40 +77,59 @@ exit /b %code%
 """
 import hashlib, msvcrt, os, subprocess, sys, time
 
-here = os.path.dirname(os.path.abspath(__file__))
-os.chdir(here)
-requirements, stamp = "requirements.txt", r".venv\installed.txt"
-venv_python = [r".venv\Scripts\python.exe", "-I"]  # -I: what PYTHONPATH holds does not count as installed
+os.chdir(os.path.dirname(os.path.abspath(__file__)))
+requirements, venv, stamp = "requirements.txt", os.path.abspath(".venv"), r".venv\installed.txt"
+venv_python = [os.path.join(venv, r"Scripts\python.exe"), "-I", "-X", "utf8"]
+DISK_FULL = ("[Errno 28]", "[WinError 112]", "No usable temporary directory")
 
 
 def wanted():
     with open(requirements, "rb") as file:
-        return [hashlib.sha256(file.read()).hexdigest(), ascii(sys.version), ascii(sys.base_prefix)]
+        return [ascii(sys.version), ascii(sys.base_prefix), hashlib.sha256(file.read()).hexdigest()]
 
 
-def check():  # by the venv's Python: 0 all is installed, 3 for other requirements, 4 by another Python or in part
+def check():  # by the venv's Python: 0 if all is there that the stamp lists; imports nothing of it
+    with open(stamp, encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    paths = [line.split(" ", 1)[1] for line in lines[:-3]]
+    return int(lines != [f"{os.path.getsize(os.path.join(sys.prefix, path))} {path}" for path in paths] + wanted())
+
+
+def finish():  # by the venv's Python: the stamp lists the files that importing the packages takes, as long as in their wheels
+    import csv, importlib.metadata, re
+    for name in re.findall(r"(?m)^([\w-]+)==", open(requirements, encoding="utf-8").read()):
+        importlib.import_module(name.replace("-", "_"))
+    imported = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    with open(stamp, "w", encoding="utf-8") as file:
+        for package in importlib.metadata.distributions():
+            for name, _, size in csv.reader(package.read_text("RECORD").splitlines()):
+                if str(package.locate_file(name)) in imported:
+                    file.write(f"{size} {os.path.relpath(package.locate_file(name), sys.prefix)}\n")
+        file.write("\n".join(wanted()))
+    return check()
+
+
+def run(*commands):  # one after another, until one fails: its exit code, and what it printed
     try:
-        with open(stamp, encoding="ascii") as file:
-            installed = file.read().splitlines()
-    except (OSError, ValueError):
-        installed = []
-    return 0 if installed == wanted() else 3 if installed[1:] == wanted()[1:] else 4
-
-
-def finish():  # by the venv's Python
-    with open(stamp, "w", encoding="ascii") as file:
-        file.write("\n".join(wanted()) + "\n")
-
-
-def run(*command, **options):
-    try:
-        return subprocess.call(command, **options)
-    except OSError:
-        return -1
+        for command in commands:
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
+            if done.returncode != 0:
+                break
+    except OSError as error:
+        return -1, str(error)
+    return done.returncode, done.stdout
 
 
 def say(text):
     print("run.bat:", text, file=sys.stderr, flush=True)
+
+
+def stop(sentence, reason):  # which is an error, or what a program printed
+    if any(word in str(reason) for word in DISK_FULL):
+        sentence = f"the disk is full: make room on the disk that holds {venv}, then start run.bat again."
+    elif isinstance(reason, str):
+        print(reason.rstrip(), file=sys.stderr)
+    sys.exit("run.bat: " + sentence)
 
 
 def lock():  # Windows takes it back from a process that ends, however it ends
@@ -132,27 +142,37 @@ def lock():  # Windows takes it back from a process that ends, however it ends
             if second == 0:
                 say("waiting for another start to finish its set-up, 10 minutes at most ...")
         time.sleep(1)
+    sys.exit("run.bat: another start has been at its set-up for 10 minutes: close its window, then start run.bat again.")
 
 
 def set_up():
     try:
         held = lock()
-    except OSError:
-        sys.exit("run.bat: this folder cannot be written to: move it to one of your own, then start run.bat again.")
-    if not held:
-        sys.exit("run.bat: another start has been at its set-up for 10 minutes: close its window, then start run.bat again.")
-    state = run(*venv_python, "-x", __file__, "check", stderr=subprocess.DEVNULL)
-    if state == 0:
+    except OSError as error:
+        stop("this folder cannot be written to: move it to one of your own, then start run.bat again.", error)
+    if run([*venv_python, "-x", __file__, "check"])[0] == 0:
         return 0  # the start that was waited for has done it
     if os.path.exists(stamp):
         os.remove(stamp)  # until all is installed
-    first = "" if os.path.exists(".venv") else "First start: "
+    first = "" if os.path.exists(venv) else "First start: "
     say(first + "setting up Python packages, this takes about a minute ...")
-    if state != 3 and run(sys.executable, "-I", "-m", "venv", "--clear", ".venv") != 0:
-        sys.exit("run.bat: Python could not make the folder .venv (see above): close what uses it, delete it, then start run.bat again.")
-    if run(*venv_python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "-r", requirements) != 0:
-        sys.exit("run.bat: pip could not install the packages (see above): check the internet connection, then start run.bat again.")
-    return run(*venv_python, "-x", __file__, "finish")
+    # Into .venv, whatever PIP_* and pip.ini say of where to (the first: of PIP_PYTHON); where from is theirs to say.
+    os.environ.update(_PIP_RUNNING_IN_SUBPROCESS="1", PIP_PYTHON_VERSION="", PIP_PLATFORM="", PIP_IMPLEMENTATION="", PIP_ABI="")
+    os.environ.update(PIP_DRY_RUN="0", PIP_NO_DEPS="0", TMPDIR=venv)
+    where = ["--no-user", "--target=", "--prefix", venv, "--root", os.path.splitdrive(venv)[0] + "\\"]
+    pip = [*venv_python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", *where, "-r", requirements]
+    install = [pip, [*venv_python, "-x", __file__, "finish"]]
+    code, output = run(*install)  # which completes what is there
+    if code != 0 and not any(word in output for word in (*DISK_FULL, "No matching distribution", "ConnectionPool(")):
+        # pip itself or what it left cannot be used: anew, in two steps, since venv hides what ensurepip prints.
+        make = [sys.executable, *venv_python[1:], "-m", "venv", "--clear", "--without-pip", venv]
+        code, output = run(make, [*venv_python, "-m", "ensurepip", "--default-pip"])
+        if code != 0:
+            stop("Python could not make the folder .venv (see above): close what uses it, delete it, then start run.bat again.", output)
+        code, output = run(*install)
+    if code != 0:
+        stop("pip could not install the packages (see above): check the internet connection, then start run.bat again.", output)
+    return 0
 
 
 try:

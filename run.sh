@@ -13,95 +13,115 @@ while [ -h "$script" ]; do
     case $target in /*) script=$target ;; *) script=$(dirname -- "$script")/$target ;; esac
 done
 here=$(CDPATH='' cd -- "$(dirname -- "$script")" && pwd -P)
-venv=$here/.venv
-stamp=$venv/installed.txt
-lock=$here/.venv.lock
-unset PYTHONHOME # one that is meant for another Python would break ours
+venv=$here/.venv stamp=$here/.venv/installed.txt
 
 fail() {
     echo "run.sh: $1" >&2
     exit 1
 }
 
-# Written last of all: says for which requirements.txt, and for which Python, the last install was finished.
+# All that a set-up writes is on the disk of .venv, pip's temporary files too.
+stop_if_full() {
+    case $output in *"[Errno 28]"* | *"No space left"* | *"quota exceeded"* | *"No usable temporary directory"*)
+        fail "The disk is full: make room on the disk that holds $venv, then try again." ;;
+    esac
+}
+
+# The stamp is written last of all, once the packages were imported: the length of each file that this took, as its wheel
+# had it; for which Python and which requirements.txt. Each start compares it with what is there, and imports nothing.
 stamp_code='
-import hashlib, pathlib, sys
-digest = hashlib.sha256(pathlib.Path(sys.argv[1]).read_bytes()).hexdigest()
-wanted = f"{digest}\n{sys.version}\n{sys.base_prefix}\n"
-stamp = pathlib.Path(sys.argv[2])
-if sys.argv[3] == "write":
-    stamp.write_text(wanted, encoding="utf-8")
-elif not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
-    sys.exit(1)
+import hashlib, os, sys
+command, requirements, stamp = sys.argv[1:]
+os.chdir(sys.prefix)
+wanted = open(requirements, "rb").read()
+end = f"{sys.version!a}\n{sys.base_prefix!a}\n{hashlib.sha256(wanted).hexdigest()}"
+if command == "read":
+    text = open(stamp, encoding="utf-8").read()
+    paths = [line.split(" ", 1)[1] for line in text.split("\n")[:-3]]
+    now = "".join(f"{os.path.getsize(path)} {path}\n" for path in paths) + end
+    print("ready" if text == now and sys.prefix != sys.base_prefix else "")
+else:
+    import csv, importlib.metadata, re
+    for name in re.findall(r"(?m)^([\w-]+)==", wanted.decode()):
+        importlib.import_module(name.replace("-", "_"))
+    imported = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    with open(stamp, "w", encoding="utf-8") as file:
+        for package in importlib.metadata.distributions():
+            for name, _, size in csv.reader(package.read_text("RECORD").splitlines()):
+                if str(package.locate_file(name)) in imported:
+                    file.write(f"{size} {os.path.relpath(package.locate_file(name), sys.prefix)}\n")
+        file.write(end)
 '
 
+# By its word, not its exit code: sh takes an empty file for a script that succeeds.
 is_ready() {
-    [ -x "$venv/bin/python" ] && "$venv/bin/python" -c "$stamp_code" "$here/requirements.txt" "$stamp" read 2>/dev/null
+    [ "$("$venv/bin/python" -I -c "$stamp_code" read "$here/requirements.txt" "$stamp" 2>/dev/null)" = ready ]
 }
 
 find_python() {
     found=
     for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do
         command -v "$name" >/dev/null 2>&1 || continue
-        "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && return
+        "$name" -I -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && return
         found=yes
     done
     [ -z "$found" ] || fail "Python is older than 3.10: install a newer one (on Debian and Ubuntu: sudo apt install python3)."
     fail "Python is missing: install Python 3.10 or newer (on Debian and Ubuntu: sudo apt install python3 python3-venv)."
 }
 
-# One set-up at a time. The lock is a folder, since making one is atomic everywhere; it holds its owner's number.
+# One set-up at a time. The lock on the folder is that of file 9, so it ends with this shell and what it started.
 take_lock() {
-    waited=0
-    until mkdir "$lock" 2>/dev/null; do
-        [ -w "$here" ] || fail "The folder $here cannot be written: move the files to one that can."
-        owner=$(cat "$lock/owner" 2>/dev/null || true)
-        # No owner yet, or one that is at work, is waited for; what a killed set-up left is removed.
-        if { [ -n "$owner" ] && ! kill -0 "$owner" 2>/dev/null; } || { [ -z "$owner" ] && [ $waited -ge 5 ]; }; then
-            rm -rf "$lock"
-            continue
-        fi
-        [ $waited -gt 0 ] || echo "Another start is setting up: waiting for it." >&2
-        [ $waited -lt 600 ] || fail "Another start has been setting up for 10 minutes: end it, then try again."
-        sleep 1
-        waited=$((waited + 1))
-    done
-    trap 'rm -rf "$lock"' EXIT
-    trap 'exit 130' INT TERM HUP
-    echo $$ >"$lock/owner"
+    [ -w "$here" ] || fail "The folder $here cannot be written: move the files to one that can."
+    "$name" -I -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null && return
+    echo "Another start is setting up: waiting for it." >&2
+    "$name" -I -c 'import fcntl, signal; signal.alarm(600); fcntl.flock(9, fcntl.LOCK_EX)' 2>/dev/null ||
+        [ $? -lt 128 ] || fail "Another start has been setting up for 10 minutes: end it, then try again."
+}
+
+# Into .venv, whatever PIP_* and pip.conf say of where to (the first variable: of PIP_PYTHON); where from is theirs to say.
+install() {
+    echo "Setting up: installing the packages of requirements.txt, which takes up to a minute." >&2
+    output=$(
+        export _PIP_RUNNING_IN_SUBPROCESS=1 PIP_PYTHON_VERSION= PIP_PLATFORM= PIP_IMPLEMENTATION= PIP_ABI= PIP_DRY_RUN=0 PIP_NO_DEPS=0
+        "$venv/bin/python" -I -m pip install --disable-pip-version-check --quiet --no-user --target= --prefix "$venv" \
+            --root / -r "$here/requirements.txt" 2>&1 &&
+            "$venv/bin/python" -I -c "$stamp_code" write "$here/requirements.txt" "$stamp" 2>&1
+    ) && is_ready && return
+    stop_if_full
+    case ${1-}$output in anew* | *"No matching distribution"* | *"ConnectionPool("*) # pip works, the internet does not
+        printf '%s\n' "$output" >&2
+        fail "The packages could not be installed: see above, check the internet connection, then try again." ;;
+    *) return 1 ;;
+    esac
 }
 
 set_up() {
     find_python
     take_lock
-    if is_ready; then # another start did it meanwhile
-        return
-    fi
+    ! is_ready || return 0 # another start did it meanwhile
     rm -f "$stamp" || fail "The folder $venv cannot be written: give it to your user, or remove it."
-    wanted=$("$name" -c 'import sys; print(sys.version, sys.base_prefix)')
-    if [ "$("$venv/bin/python" -c 'import sys, pip; print(sys.version, sys.base_prefix)' 2>/dev/null)" != "$wanted" ]; then
-        echo "Setting up: making .venv with Python $("$name" -c 'import platform; print(platform.python_version())')." >&2
-        output=$("$name" -m venv --clear "$venv" 2>&1) || {
-            case $output in
-            *ensurepip* | *"No module named venv"*) fail "Python's venv is missing: install it (on Debian and Ubuntu: sudo apt install python3-venv)." ;;
-            *) fail "Python's venv could not make $venv: $output" ;;
-            esac
-        }
-    fi
-    echo "Setting up: installing the packages of requirements.txt, which takes up to a minute." >&2
-    "$venv/bin/python" -m pip install --disable-pip-version-check --quiet -r "$here/requirements.txt" ||
-        fail "The packages could not be installed: see above, check the internet connection, then try again."
-    "$venv/bin/python" -c "$stamp_code" "$here/requirements.txt" "$stamp" write
+    export TMPDIR="$venv"
+    # What is there is completed. Where that fails, it is made anew, in two steps: venv hides what ensurepip says.
+    "$venv/bin/python" -I -c 'import pip' 2>/dev/null && install && return
+    echo "Setting up: making .venv with Python $("$name" -I -c 'import platform; print(platform.python_version())')." >&2
+    output=$("$name" -I -m venv --clear --without-pip "$venv" 2>&1 && "$venv/bin/python" -I -m ensurepip --default-pip 2>&1) || {
+        stop_if_full
+        case $output in
+        *"No module named ensurepip"* | *"No module named venv"*) fail "Python's venv is missing: install it (on Debian and Ubuntu: sudo apt install python3-venv)." ;;
+        *) fail "Python's venv could not make $venv: $output" ;;
+        esac
+    }
+    install anew
 }
 
 if ! is_ready; then
-    (set_up) # in a shell of its own, whose end gives the lock back
+    (set_up) 9<"$here" # in a shell of its own, whose end gives the lock back
 fi
 
 # The venv is not activated: SwarmUI would inherit it.
 if [ "${1-}" = test ]; then
     shift
     cd -- "$here"
-    exec "$venv/bin/python" -m pytest "$@"
+    exec "$venv/bin/python" -I -m pytest "$@"
 fi
-exec "$venv/bin/python" "$here/storyteller_automation.py" "$@"
+exec "$venv/bin/python" -I "$here/storyteller_automation.py" "$@"

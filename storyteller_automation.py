@@ -84,14 +84,20 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import IO, Any, Generic, NamedTuple, NoReturn, Protocol, TextIO, TypeGuard, TypeVar, cast
 
-import bottle
-import redis
-import waitress.channel
-import waitress.parser
-import waitress.server
-import waitress.task
-import waitress.trigger
-import waitress.wasyncore
+try:
+    import bottle
+    import redis
+    import waitress.channel
+    import waitress.parser
+    import waitress.server
+    import waitress.task
+    import waitress.trigger
+    import waitress.wasyncore
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"The package {error.name} is missing: start the service by run.sh (on Windows: run.bat).", file=sys.stderr)
+    sys.exit(2)
 
 Q = TypeVar("Q")
 R = TypeVar("R")

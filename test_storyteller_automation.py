@@ -50,6 +50,10 @@ TOKEN = "a-token-for-tests-0123456789"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 PATIENCE = 30.0  # seconds until a wait for a real process counts as failed; never reached by a test that passes
 
+# What the tests start is as free of these as the tests are, which run with -I.
+for name in [name for name in os.environ if name.startswith("PYTHON")]:
+    del os.environ[name]
+
 # ======================================================================================================
 # Stand-ins
 # ======================================================================================================
@@ -9175,17 +9179,74 @@ def test_check_shows_what_it_found_of_the_database(run_module):
 STARTED = """
 import json, os, sys
 told = {"arguments": sys.argv[1:], "folder": os.getcwd(), "prefix": sys.prefix, "pid": os.getpid()}
+told["isolated"] = bool(sys.flags.isolated)
 print(json.dumps({**told, "environment": dict(os.environ)}))
 sys.exit(int(sys.argv[1]) if sys.argv[1:2] and sys.argv[1].isdigit() else 0)
 """
 
-# pip, once the real one was seen to work: fails for what it cannot find.
-PIP = "import sys; __name__ != '__main__' or sys.exit('no-such-package' in open(sys.argv[-1]).read())"
+# What its requirements.txt asks for, and the code of that package, which needs another one.
+REQUIREMENTS, PACKAGE = "tiny==1\n", "import little\n"
+PARTS = ("tiny.py", "tiny-1.dist-info", "little.py", "little-1.dist-info")
+
+# pip, once the real one was seen to work: everything is installed already, but what it cannot find.
+NO_ROOM = "ERROR: Could not install packages due to an OSError: [WinError 112] There is not enough space on the disk"
+NO_SUCH_PACKAGE = "ERROR: No matching distribution found for no-such-package==1"
+PIP = f"""
+import sys
+if __name__ == "__main__" and "no-such-package" in open(sys.argv[-1]).read():
+    sys.exit({NO_SUCH_PACKAGE!r})
+"""
+
+# A venv's python, once the real ensurepip was seen to work.
+VENV_PYTHON = """#!/bin/sh
+case "$*" in *"-m ensurepip"*) exit ;; esac
+exec "${0%/*}/python3" "$@"
+"""
 
 # It runs the question that it is asked as a Python 3.9 would.
-OLD_PYTHON = f'exec "{sys.executable}" -c "import sys; sys.version_info = (3, 9, 25); $2"'
+OLD_PYTHON = f'exec "{sys.executable}" -c "import sys; sys.version_info = (3, 9, 25); $3"'
 
-ENSUREPIP = "The virtual environment was not created successfully because ensurepip is not available."
+# A program that tells that it runs, and does nothing more.
+HANG = "hold_leash(plan['leash'])\nthreading.Event().wait()"
+
+NO_ENSUREPIP = 'mkdir "$last" "$last/bin"; cp "${0%/*}/no-ensurepip" "$last/bin/python"; exit'
+
+
+def write_wheel(folder: Path, name: str, code: str, needs: str = "") -> None:
+    """A wheel of version 1 of a package of one file, with further lines of its METADATA."""
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
+        wheel.writestr(f"{name}.py", code)
+        wheel.writestr(f"{name}-1.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n{needs}")
+        wheel.writestr(f"{name}-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}-1.dist-info/RECORD", f"{name}.py,,{len(code)}\n")
+
+
+def write_wheels(folder: Path) -> None:
+    """Those of what REQUIREMENTS ask for."""
+    write_wheel(folder, "tiny", PACKAGE, "Requires-Dist: little\n")
+    write_wheel(folder, "little", "")
+
+
+def of_another_tool(folder: Path) -> dict[str, str]:
+    """What tells Python and pip, by the environment, to use or to install into other folders than .venv."""
+    (folder / "pipeline").mkdir()
+    for name in ("csv", "encodings", "ensurepip", "hashlib", "pip", "pytest", "redis", "subprocess", "tiny", "venv"):
+        (folder / "pipeline" / f"{name}.py").write_text("raise SystemExit('not this one')\n")
+    return {
+        "PYTHONPATH": str(folder / "pipeline"), "PYTHONHOME": str(folder / "gone"),
+        "PIP_TARGET": str(folder / "target"), "PIP_PREFIX": str(folder / "prefix"), "PIP_ROOT": str(folder / "root"),
+        "PIP_USER": "1", "PIP_DRY_RUN": "1", "PIP_NO_DEPS": "1", "PIP_PYTHON": sys._base_executable,
+    }  # fmt: skip
+
+
+def write_pip_settings(path: Path, variables: dict[str, str]) -> dict[str, str]:
+    """What the PIP_* of `variables` say, as a file; the variables with that instead."""
+    lines = [
+        f"{name[4:].lower().replace('_', '-')} = {value}\n" for name, value in variables.items() if name[:4] == "PIP_"
+    ]
+    path.write_text("[global]\n" + "".join(lines))
+    return {name: value for name, value in variables.items() if name[:4] != "PIP_"} | {"PIP_CONFIG_FILE": str(path)}
 
 
 class Project:
@@ -9205,13 +9266,18 @@ class Project:
         self.programs.mkdir()
         shutil.copy(HERE / "run.sh", self.script)
         (self.folder / "storyteller_automation.py").write_text(STARTED)
-        (self.folder / "pytest.py").write_text(STARTED)  # `python -m pytest` finds it before any other
-        self.requirements.write_text("# none\n")
-        for name in ("cat", "cp", "dirname", "mkdir", "readlink", "rm"):
+        self.requirements.write_text(REQUIREMENTS)
+        write_wheels(self.outside / "wheels")
+        for name in ("cp", "dirname", "mkdir", "readlink", "rm"):
             (self.programs / name).symlink_to(shutil.which(name))
-        self.program("sleep", f"exec {shutil.which('sleep')} 0.01")
-        copy = f'echo >>"{self._made}"; rm -rf "$4"; exec cp -R "{finished}" "$4"'
-        self.program("python3", f'if [ "$2" = venv ]; then {copy}; fi' if finished else "", then=sys.executable)
+        clear = 'case "$*" in *--clear*) rm -rf "$last" ;; esac'
+        copy = f'echo >>"{self._made}"; {clear}; cp -R "{finished}" "$last"; rm "$last/installed.txt"; exit'
+        self.python3(copy if finished else "")
+
+    def python3(self, making: str) -> None:
+        """The Python on its PATH; runs `making` where it is to make a venv, in the folder $last."""
+        case = f'case "$*" in *"-m venv"*) for last; do :; done; {making} ;; esac'
+        self.program("python3", case if making else "", then=sys.executable)
 
     def program(self, name: str, lines: str, then: str = "") -> None:
         """A program on its PATH, which at its end becomes another."""
@@ -9221,10 +9287,10 @@ class Project:
 
     def start(self, *arguments: str, script: Path | None = None, **environment: str) -> subprocess.Popen[str]:
         kept = {name: value for name, value in os.environ.items() if name in ("HOME", "TMPDIR", "LANG")}
-        offline = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
+        offline = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": str(self.outside / "wheels")}
         return subprocess.Popen(
             [str(script or self.script), *arguments], cwd=self.outside, encoding="utf-8",
-            env={**kept, **offline, "PATH": str(self.programs), **environment},
+            env={**kept, **offline, "PATH": str(self.programs), **environment}, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
@@ -9270,6 +9336,12 @@ def finished_venv(first_start: tuple[Path, Any], tmp_path_factory: pytest.TempPa
     shutil.copytree(first_start[0], copy, symlinks=True, ignore=ignored)
     packages = next(copy.glob("lib/*/site-packages"))
     (packages / "pip.py").write_text(PIP)
+    (packages / "pytest.py").write_text(STARTED)
+    for name in ("python", "python3"):
+        (copy / "bin" / name).unlink()
+    (copy / "bin" / "python").write_text(VENV_PYTHON)
+    (copy / "bin" / "python").chmod(0o755)
+    (copy / "bin" / "python3").symlink_to(sys._base_executable)
     return copy
 
 
@@ -9303,7 +9375,7 @@ def test_a_second_start_needs_neither_python_nor_pip(started):
 
 
 def test_changed_requirements_are_installed_once(started):
-    started.requirements.write_text("# others\n")
+    started.requirements.write_text(REQUIREMENTS * 2)
     assert ["installing" in started.run().stderr for _ in range(2)] == [True, False]
     assert started.venvs_made() == 0
 
@@ -9312,22 +9384,40 @@ def test_an_install_that_fails_says_so_and_is_done_again(started):
     started.requirements.write_text("no-such-package==1\n")
     for _ in range(2):
         done = started.run()
-        assert (done.returncode, len(complaints(done))) == (1, 1)
-        assert "The packages could not be installed: see above, check the internet connection" in done.stderr
-    started.requirements.write_text("# none\n")
+        pips, ours = complaints(done)
+        assert (done.returncode, pips) == (1, NO_SUCH_PACKAGE)
+        assert ours.startswith("run.sh: The packages could not be installed: see above, check the internet connection")
+    started.requirements.write_text(REQUIREMENTS)
     assert "installing" in started.run().stderr
+    assert started.venvs_made() == 0  # what the internet lacks, a new venv would lack as well
 
 
-def cut_off(*patterns: str) -> Callable[[Project], None]:
-    """The install never came to its end, nor to what is at `patterns`."""
+def gone(*patterns: str, stamp: bool = False) -> Callable[[Project], None]:
+    """What is at `patterns` in .venv is not there; with `stamp`, although a set-up was finished."""
 
     def damage(project: Project) -> None:
-        project.stamp.unlink()
+        if not stamp:
+            project.stamp.unlink()
         for pattern in patterns:
             found = next(project.venv.glob(pattern))
             shutil.rmtree(found) if found.is_dir() else found.unlink()
 
     return damage
+
+
+def cut_short(pattern: str, size: int = 0, stamp: bool = False) -> Callable[[Project], None]:
+    """The file at `pattern` in .venv ends after `size` bytes."""
+
+    def damage(project: Project) -> None:
+        gone(stamp=stamp)(project)
+        os.truncate(next(project.venv.glob(pattern)), size)
+
+    return damage
+
+
+def lose_pip_before_an_update(project: Project) -> None:
+    gone("lib/*/site-packages/pip.py", stamp=True)(project)
+    project.requirements.write_text(REQUIREMENTS * 2)
 
 
 def upgrade_in_place(project: Project) -> None:
@@ -9348,10 +9438,18 @@ def remove_base_python(project: Project) -> None:
 @pytest.mark.parametrize(
     ("damage", "venvs"),
     [
-        pytest.param(cut_off(), 0, id="install cut off"),
-        pytest.param(lambda project: project.stamp.write_text(""), 0, id="its last step cut off"),
-        pytest.param(cut_off("bin"), 1, id="venv cut off"),
-        pytest.param(cut_off("lib/*/site-packages/pip.py"), 1, id="venv cut off before pip"),
+        pytest.param(gone(), 0, id="install cut off"),
+        pytest.param(cut_short("installed.txt", 5, stamp=True), 0, id="its last step cut off"),
+        pytest.param(gone("bin"), 1, id="venv cut off"),
+        pytest.param(gone("lib/*/site-packages/pip.py"), 1, id="venv cut off before pip"),
+        pytest.param(gone("lib/*/site-packages/tiny.py"), 1, id="package cut off"),
+        pytest.param(cut_short("lib/*/site-packages/tiny.py"), 1, id="file cut off"),
+        pytest.param(gone("lib/*/site-packages/tiny.py", stamp=True), 1, id="package lost"),
+        pytest.param(cut_short("lib/*/site-packages/tiny.py", stamp=True), 1, id="file lost"),
+        pytest.param(gone("lib", stamp=True), 1, id="all packages lost"),
+        pytest.param(gone("pyvenv.cfg", stamp=True), 1, id="settings of the venv lost"),
+        pytest.param(cut_short("bin/python", stamp=True), 1, id="python lost"),
+        pytest.param(lose_pip_before_an_update, 1, id="pip lost before an update"),
         pytest.param(upgrade_in_place, 0, id="Python upgraded in place"),
         pytest.param(upgrade_to_the_next, 1, id="Python upgraded to the next"),
         pytest.param(remove_base_python, 1, id="Python moved away"),
@@ -9361,8 +9459,50 @@ def test_a_start_mends_what_was_cut_off_or_outgrown(started, damage, venvs):
     damage(started)
     done = started.run()
     assert (done.returncode, started.venvs_made()) == (0, venvs)
-    assert "installing" in done.stderr
-    assert len(started.run().stdout.splitlines()) == 1
+    assert ["installing" in one.stderr for one in (done, started.run())] == [True, False]
+
+
+def test_a_start_looks_for_the_packages_without_importing_them(started):
+    package = next(started.venv.glob("lib/*/site-packages/tiny.py"))
+    package.write_text("1 / 0".ljust(len(PACKAGE)))
+    assert told(started.run())["prefix"] == str(started.venv)
+
+
+def test_nothing_of_another_tools_python_is_run(fresh):
+    others = of_another_tool(fresh.outside)
+    first, second, tests = fresh.run(**others), fresh.run(**others), fresh.run("test", **others)
+    assert [told(one)["isolated"] for one in (first, second, tests)] == [True] * 3
+    assert told(first)["environment"].items() >= others.items()  # SwarmUI may be that tool
+
+
+@pytest.mark.parametrize("place", ["the environment", "its file"])
+def test_pip_installs_into_the_venv_wherever_it_is_told_to(first_start, tmp_path, place):
+    project = Project(tmp_path)
+    shutil.copytree(first_start[0], project.venv, symlinks=True)
+    gone(*[f"lib/*/site-packages/{name}" for name in PARTS])(project)
+    others = of_another_tool(tmp_path)
+    if place == "its file":
+        others = write_pip_settings(tmp_path / "pip.conf", others)
+    there = {one.name for one in tmp_path.iterdir()}
+    assert told(project.run(**others))["prefix"] == str(project.venv)
+    assert next(project.venv.glob("lib/*/site-packages/tiny.py")).read_text() == PACKAGE
+    assert {one.name for one in tmp_path.iterdir()} == there
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [300 << 10, 6 << 20, 90 << 20], ids=["venv", "ensurepip", "pip"])
+def test_a_set_up_that_fills_the_disk_says_so_and_goes_on_once_there_is_room(small_disk, size):
+    disk = small_disk(size)
+    project = Project(disk)
+    write_wheel(project.outside / "wheels", "huge", "#" * 70_000_000)
+    project.requirements.write_text("huge==1\n")
+    done = project.run()
+    assert done.returncode == 1
+    assert complaints(done) == [
+        f"run.sh: The disk is full: make room on the disk that holds {project.venv}, then try again."
+    ]
+    subprocess.run(["mount", "-o", "remount,size=300m", str(disk)], check=True)
+    assert told(project.run())["prefix"] == str(project.venv)
 
 
 @pytest.mark.parametrize(
@@ -9370,17 +9510,18 @@ def test_a_start_mends_what_was_cut_off_or_outgrown(started, damage, venvs):
     [
         pytest.param(None, "Python is missing: install Python 3.10 or newer", id="no Python"),
         pytest.param(OLD_PYTHON, "Python is older than 3.10: install a newer one", id="an old Python"),
-        pytest.param(f"echo {ENSUREPIP}; exit 1", "install it .*python3-venv", id="no ensurepip"),
+        pytest.param(NO_ENSUREPIP, "install it .*python3-venv", id="no ensurepip"),
         pytest.param("echo No module named venv >&2; exit 1", "install it .*python3-venv", id="no venv module"),
     ],
 )
 def test_what_is_missing_is_said_in_one_sentence_and_a_later_start_works(fresh, python3, advice):
     usual = (fresh.programs / "python3").read_text()
     (fresh.programs / "python3").unlink()
+    fresh.program("no-ensurepip", "echo No module named ensurepip >&2; exit 1")
     if python3 == OLD_PYTHON:
         fresh.program("python3", python3)
     elif python3:
-        fresh.program("python3", f'if [ "$2" = venv ]; then mkdir "$4"; {python3}; fi', then=sys.executable)
+        fresh.python3(python3)
     done = fresh.run()
     assert done.returncode == 1
     (complaint,) = complaints(done)
@@ -9409,9 +9550,9 @@ def test_the_service_takes_the_scripts_place(started):
 
 
 def test_the_venv_is_not_activated(started):
-    environment = told(started.run(PYTHONHOME=str(started.outside)))["environment"]
+    environment = told(started.run())["environment"]
     assert environment["PATH"] == str(started.programs)
-    assert {"VIRTUAL_ENV", "PYTHONHOME"} & environment.keys() == set()
+    assert "VIRTUAL_ENV" not in environment
 
 
 def test_it_is_found_through_a_link(started):
@@ -9435,24 +9576,16 @@ def test_two_first_starts_at_once_set_up_once(fresh):
     assert fresh.venvs_made() == 1
 
 
-def test_a_lock_that_is_given_back_at_that_moment_is_taken(fresh):
-    """Held when a start asks for it, gone when it looks at who holds it."""
-    asked = fresh.outside / "asked"
-    (fresh.programs / "mkdir").unlink()
-    fresh.program("mkdir", f'[ -e "{asked}" ] || {{ echo >"{asked}"; exit 1; }}', then=shutil.which("mkdir"))
+def test_a_set_up_that_was_killed_holds_up_no_later_one(fresh, leash):
+    usual = (fresh.programs / "python3").read_text()
+    hanging = write_program(fresh.outside / "hanging", HANG, {"leash": leash.port})
+    fresh.python3(f'mkdir "$last"; exec "{hanging}"')
+    with fresh.start() as process:
+        held = leash.next()
+        os.killpg(process.pid, signal.SIGKILL)
+        assert held.has_ended()
+    fresh.program("python3", usual)
     assert told(fresh.run())["prefix"] == str(fresh.venv)
-
-
-@pytest.mark.parametrize("owner", ["a number", "", None], ids=["", "as it wrote", "before it wrote"])
-def test_what_a_killed_set_up_left_holds_up_no_later_one(fresh, owner):
-    lock = fresh.folder / ".venv.lock"
-    lock.mkdir()
-    if owner is not None:
-        ended = subprocess.Popen([sys.executable, "-c", ""])
-        ended.wait(PATIENCE)
-        (lock / "owner").write_text(owner and f"{ended.pid}\n")
-    assert fresh.run().returncode == 0
-    assert not lock.exists()
 
 
 # ======================================================================================================
@@ -9461,16 +9594,23 @@ def test_what_a_killed_set_up_left_holds_up_no_later_one(fresh, owner):
 
 # The Python on the PATH: it answers the question that it is asked as a Python of `version`, and sets up with the real
 # one; but where there is a finished venv it makes one by copying that, and keeps count (or hangs in the middle of it),
-# and its pip fails for what it cannot find.
+# and its pip has all installed already, but what it cannot find or has no room for.
 PYTHON_BAT = """
 import json, os, shutil, subprocess, sys
 plan = json.loads({plan!r})
-call = subprocess.call
+real_run = subprocess.run
 def stand_in(command, **options):
-    if not plan["finished"] or not {{"venv", "pip"}} & set(command):
-        return call(command, **options)
+    if not plan["finished"] or not {{"venv", "ensurepip", "pip"}} & set(command):
+        return real_run(command, **options)
     if "pip" in command:
-        return int("no-such-package" in open(command[-1]).read())
+        wanted = open(command[-1]).read()
+        for name, words in plan["pip"].items():
+            if name in wanted:
+                return subprocess.CompletedProcess(command, 1, words + "\\n")
+    if "venv" in command:
+        make_venv()
+    return subprocess.CompletedProcess(command, 0, "")
+def make_venv():
     with open(plan["made"], "a") as made:
         made.write(".")
     if plan["leash"]:
@@ -9480,13 +9620,12 @@ def stand_in(command, **options):
         threading.Event().wait()
     shutil.rmtree(".venv", ignore_errors=True)
     shutil.copytree(plan["finished"], ".venv", ignore=shutil.ignore_patterns("installed.txt"))
-    return 0
-subprocess.call = stand_in
+subprocess.run = stand_in
 if sys.argv[1] == "-3":  # it is called as py
     del sys.argv[1]
-if sys.argv[1] == "-c":
+if sys.argv[2] == "-c":
     sys.version_info = tuple(plan["version"])
-    code = sys.argv[2]
+    code = sys.argv[3]
 else:
     sys.argv = sys.argv[3:]  # less -I -x
     __file__ = os.path.abspath(sys.argv[0])
@@ -9495,7 +9634,7 @@ exec(code)
 """
 
 # By variables, since cmd reads a batch file in its code page.
-PYTHON = '@"%REAL_PYTHON%" "%PROGRAMS%\\python.py" %*\r\n'
+PYTHON = '@"%REAL_PYTHON%" -I "%PROGRAMS%\\python.py" %*\r\n'
 STORE_STUB = (
     "@echo Python was not found; run without arguments to install from the Microsoft Store.\r\n@exit /b 9009\r\n"
 )
@@ -9519,13 +9658,14 @@ class BatchProject:
         self.programs.mkdir()
         shutil.copy(HERE / "run.bat", self.script)
         (self.folder / "storyteller_automation.py").write_text(STARTED)
-        (self.folder / "pytest.py").write_text(f"def main(arguments):\n    exec({STARTED!r})")
-        self.requirements.write_text("# none\n")
+        self.requirements.write_text(REQUIREMENTS)
+        write_wheels(self.outside / "wheels")
         self.set_python()
 
     def set_python(self, version: tuple[int, ...] = tuple(sys.version_info[:3]), leash: int = 0) -> None:
         plan = {"finished": str(self._finished or ""), "made": str(self._made), "version": version}
         plan |= {"leash": leash, "leash_code": LEASH}
+        plan["pip"] = {"no-such-package": NO_SUCH_PACKAGE, "no-room": NO_ROOM}
         (self.programs / "python.py").write_text(PYTHON_BAT.format(plan=json.dumps(plan)), encoding="utf-8")
         self.set_python_bat(PYTHON)
 
@@ -9540,7 +9680,7 @@ class BatchProject:
         others = ("PYTHON", "PIP", "VIRTUAL", "SESSIONNAME")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
         system = rf"{os.environ['SYSTEMROOT']}\System32"
-        offline = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
+        offline = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": str(self.outside / "wheels")}
         python = {"REAL_PYTHON": sys._base_executable, "PROGRAMS": str(self.programs)}
         return subprocess.Popen(
             f'cmd /d /s /c "{words}"', cwd=self.outside, encoding="utf-8", errors="replace",
@@ -9572,7 +9712,9 @@ def first_batch_start(
 def finished_batch_venv(first_batch_start: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That venv without pip, so that copying takes no time."""
     copy = tmp_path_factory.mktemp("finished") / "venv"
-    return shutil.copytree(first_batch_start[0], copy, ignore=shutil.ignore_patterns("pip*", "setuptools*"))
+    shutil.copytree(first_batch_start[0], copy, ignore=shutil.ignore_patterns("pip*", "setuptools*"))
+    (copy / "Lib" / "site-packages" / "pytest.py").write_text(f"def main(arguments):\n    exec({STARTED!r})")
+    return copy
 
 
 @pytest.fixture
@@ -9607,7 +9749,7 @@ def test_a_second_start_on_windows_needs_neither_python_nor_pip(started_batch):
 
 
 def test_changed_requirements_are_installed_once_on_windows(started_batch):
-    started_batch.requirements.write_text("# others\n")
+    started_batch.requirements.write_text(REQUIREMENTS * 2)
     assert [started_batch.run().stderr for _ in range(2)] == [SETTING_UP, ""]
     assert started_batch.venvs_made() == 0
 
@@ -9617,12 +9759,21 @@ def test_an_install_that_fails_on_windows_says_so_and_is_done_again(started_batc
     for _ in range(2):
         done = started_batch.run()
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.removeprefix(SETTING_UP).startswith(
-            "run.bat: pip could not install the packages (see above)"
-        )
-    started_batch.requirements.write_text("# none\n")
+        pips, ours = done.stderr.removeprefix(SETTING_UP).splitlines()
+        assert pips == NO_SUCH_PACKAGE
+        assert ours.startswith("run.bat: pip could not install the packages (see above)")
+    started_batch.requirements.write_text(REQUIREMENTS)
     done = started_batch.run()
     assert (done.returncode, done.stderr) == (0, SETTING_UP)
+    assert started_batch.venvs_made() == 0  # what the internet lacks, a new venv would lack as well
+
+
+def test_a_set_up_on_windows_that_fills_the_disk_says_so(started_batch):
+    started_batch.requirements.write_text("no-room==1\n")
+    done = started_batch.run()
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{SETTING_UP}run.bat: the disk is full: make room on the disk that holds C:")
+    assert done.stderr.endswith(".venv, then start run.bat again.\n")
 
 
 def move_base_python(project: BatchProject) -> None:
@@ -9633,10 +9784,15 @@ def move_base_python(project: BatchProject) -> None:
 @pytest.mark.parametrize(
     ("damage", "venvs"),
     [
-        pytest.param(lambda project: project.stamp.unlink(), 1, id="install cut off"),
-        pytest.param(lambda project: project.stamp.write_bytes(b"\xff"), 1, id="its last step cut off"),
-        pytest.param(lambda project: shutil.rmtree(project.venv / "Scripts"), 1, id="venv cut off"),
-        pytest.param(upgrade_in_place, 1, id="Python upgraded"),
+        pytest.param(gone(), 0, id="install cut off"),
+        pytest.param(lambda project: project.stamp.write_bytes(b"\xff"), 0, id="its last step cut off"),
+        pytest.param(gone("Scripts"), 1, id="venv cut off"),
+        pytest.param(gone("Lib/site-packages/tiny.py"), 1, id="package cut off"),
+        pytest.param(cut_short("Lib/site-packages/tiny.py"), 1, id="file cut off"),
+        pytest.param(gone("Lib/site-packages/tiny.py", stamp=True), 1, id="package lost"),
+        pytest.param(cut_short("Lib/site-packages/tiny.py", stamp=True), 1, id="file lost"),
+        pytest.param(cut_short("Scripts/python.exe", stamp=True), 1, id="python lost"),
+        pytest.param(upgrade_in_place, 0, id="Python upgraded"),
         pytest.param(move_base_python, 1, id="Python moved away"),
     ],
 )
@@ -9691,10 +9847,30 @@ def test_a_folder_that_cannot_be_written_is_said_in_one_sentence(fresh_batch):
 
 
 def test_arguments_exit_code_and_folder_are_passed_through_by_windows_too(started_batch):
-    done = started_batch.run("7", "two words", "", "*", "a&b", "^(c)", "100%", "!d!", PYTHONHOME=r"C:\gone")
+    done = started_batch.run("7", "two words", "", "*", "a&b", "^(c)", "100%", "!d!")
     assert (done.returncode, told(done)["arguments"]) == (7, ["7", "two words", "", "*", "a&b", "^(c)", "100%", "!d!"])
     assert Path(told(done)["folder"]).samefile(started_batch.outside)
-    assert {"VIRTUAL_ENV", "PYTHONHOME"} & told(done)["environment"].keys() == set()
+    assert "VIRTUAL_ENV" not in told(done)["environment"]
+
+
+def test_on_windows_too_nothing_of_another_tools_python_is_run(fresh_batch):
+    others = of_another_tool(fresh_batch.outside)
+    first, second, tests = fresh_batch.run(**others), fresh_batch.run(**others), fresh_batch.run("test", **others)
+    assert [json.loads(one.stdout)["isolated"] for one in (first, second, tests)] == [True] * 3
+    assert json.loads(first.stdout)["environment"].items() >= others.items()  # SwarmUI may be that tool
+
+
+@pytest.mark.slow
+def test_on_windows_too_pip_installs_into_the_venv_wherever_it_is_told_to(first_batch_start, tmp_path):
+    project = BatchProject(tmp_path)
+    shutil.copytree(first_batch_start[0], project.venv)
+    gone(*[f"Lib/site-packages/{name}" for name in PARTS])(project)
+    others = of_another_tool(tmp_path)
+    there = {one.name for one in tmp_path.iterdir()}
+    done = project.run(**others)
+    assert (done.returncode, done.stderr) == (0, SETTING_UP)
+    assert (project.venv / "Lib" / "site-packages" / "tiny.py").read_text() == PACKAGE
+    assert {one.name for one in tmp_path.iterdir()} == there
 
 
 def test_the_argument_test_runs_pytest_beside_it_on_windows_too(started_batch):
@@ -9781,7 +9957,7 @@ def test_it_serves_without_console_and_streams(module_copy, clean_environment):
     """As pythonw starts it: sys.stdout and sys.stderr are None."""
     port = free_port()
     given = {"STORYTELLER_PORT": str(port)}
-    command = [str(Path(sys.executable).with_name("pythonw.exe")), str(module_copy)]
+    command = [str(Path(sys.executable).with_name("pythonw.exe")), "-I", str(module_copy)]
     process = subprocess.Popen(command, env={**clean_environment, **given}, creationflags=subprocess.DETACHED_PROCESS)
     try:
         wait_until(lambda: can_connect(port))
@@ -9800,6 +9976,31 @@ def test_a_set_up_that_fails_waits_for_a_key_too(fresh_batch):
     assert done.returncode == 1
     assert "run.bat ended with an error, see above." in done.stdout
     assert "Press any key" in done.stdout
+
+
+# ------------------------------------------------------------------------- started without them ----
+
+
+@pytest.fixture
+def without_packages(module_copy: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Python beside the module, where none of the packages is."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-S", *arguments]
+        return subprocess.run(command, cwd=module_copy.parent, capture_output=True, text=True, timeout=PATIENCE)
+
+    return run
+
+
+def test_the_module_without_its_packages_names_the_start_scripts(without_packages):
+    done = without_packages("storyteller_automation.py", "check")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "The package bottle is missing: start the service by run.sh (on Windows: run.bat).\n"
+
+
+def test_who_imports_the_module_without_its_packages_gets_the_exception(without_packages):
+    done = without_packages("-c", "import storyteller_automation")
+    assert "ModuleNotFoundError: No module named 'bottle'" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------- token ----

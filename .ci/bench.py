@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Measures the service beside what most people would have written for the same routes, the peer.
 
-    .venv/bin/python .ci/bench.py                 every row; about 14 minutes on 2 cores
-    .venv/bin/python .ci/bench.py --quick         the short rows, once each, under a minute; no target counts
-    .venv/bin/python .ci/bench.py --only check    the rows whose name matches
+    .venv/bin/python -I .ci/bench.py                 every row; about 14 minutes on 2 cores
+    .venv/bin/python -I .ci/bench.py --quick         the short rows, once each, under a minute; no target counts
+    .venv/bin/python -I .ci/bench.py --only check    the rows whose name matches
 
 Run it by the Python of .venv, as users start the service. Prints a table in Markdown; exit code 1 when a target is
 missed by more than a tenth, 2 when something could not be measured. Rates are those of 4 connections where a row names
@@ -557,7 +557,7 @@ class Bench:
                 "REDIS_URL": self.redis_url(database),
                 "STORYTELLER_BRIDGE": ("off", "on")[store == "Redis"],
             }
-        command = command or [sys.executable, self.module]
+        command = command or [sys.executable, "-I", self.module]
         name = "peer" if "uvicorn" in command else "service"
         return Server(name, command, {**environment, **settings}, self.folder, port)
 
@@ -788,7 +788,7 @@ def shared_fsync(bench: Bench) -> Race:
     need_program("strace")
     command = ["strace", "-f", "--seccomp-bpf", "-qq", "-o", "/dev/null", "-e", "trace=fsync,fdatasync"]
     command += ["-e", "inject=fsync,fdatasync:delay_enter=10000"]
-    with bench.start("embedded", command=[*command, sys.executable, bench.module]) as service:
+    with bench.start("embedded", command=[*command, sys.executable, "-I", bench.module]) as service:
         found = race(bench, *(lambda many=many: bench.wrk(service, CREATE_AND_ACKNOWLEDGE, many) for many in (16, 1)))
     if found.other > 100:
         raise BenchError("strace delayed no fsync: one writer alone made more than 100 a second")
