@@ -57,12 +57,15 @@ if not %code% equ 0 goto end
 
 :start
 if "%~1" == "test" goto test
+rem As a module, whose bytecode is kept: compiling a script leaves 13 MB in the memory of the service.
+set "begin=import sys; sys.path.insert(0, sys.argv.pop(1)); import storyteller_automation as it; sys.exit(it.main())"
+set run="%venv_python%" -I -X "pycache_prefix=%here%.venv\bytecode" -c "%begin%" "%here%."
 rem By a goto to nowhere cmd leaves this file, so it has nothing to go on with when Python has ended, and
 rem does not ask "Terminate batch job (Y/N)?" after Ctrl+C. The exit code is Python's.
 if defined keep_open goto start_in_window
-endlocal & goto #nowhere 2>nul || title %COMSPEC% & "%venv_python%" -I "%here%storyteller_automation.py" %*
+endlocal & goto #nowhere 2>nul || title %COMSPEC% & %run% %*
 :start_in_window
-endlocal & goto #nowhere 2>nul || title %COMSPEC% & "%venv_python%" -I "%here%storyteller_automation.py" %* || (echo The service ended with an error, see above. & pause)
+endlocal & goto #nowhere 2>nul || title %COMSPEC% & %run% %* || (echo The service ended with an error, see above. & pause)
 
 :test
 pushd "%here%"
