@@ -529,8 +529,11 @@ class Bench:
         self._stack = stack
         self._shared: dict[str, Server] = {}
         self._runs = itertools.count(1)
-        # A copy in a folder of its own, so that no .env of this machine is read.
-        self.module = Path(shutil.copy(ROOT / "storyteller_automation.py", folder))
+        # A copy in a folder of its own, so that no .env of this machine is read, started as run.sh does.
+        shutil.copy(ROOT / "storyteller_automation.py", folder)
+        begin = re.search("begin='(.*)'", (ROOT / "run.sh").read_text())[1]
+        self.command = [sys.executable, "-I", "-X", f"pycache_prefix={folder / 'bytecode'}", "-c", begin, folder]
+        subprocess.run([*self.command, "--help"], check=True, stdout=subprocess.DEVNULL)  # which keeps the bytecode
         ours = {field.metadata["name"] for field in fields(tests.service.Settings)}
         self._environment = {name: value for name, value in os.environ.items() if name not in ours}
         nvidia_smi = self.write_nvidia_smi("nvidia-smi")
@@ -557,7 +560,7 @@ class Bench:
                 "REDIS_URL": self.redis_url(database),
                 "STORYTELLER_BRIDGE": ("off", "on")[store == "Redis"],
             }
-        command = command or [sys.executable, "-I", self.module]
+        command = command or self.command
         name = "peer" if "uvicorn" in command else "service"
         return Server(name, command, {**environment, **settings}, self.folder, port)
 
@@ -788,7 +791,7 @@ def shared_fsync(bench: Bench) -> Race:
     need_program("strace")
     command = ["strace", "-f", "--seccomp-bpf", "-qq", "-o", "/dev/null", "-e", "trace=fsync,fdatasync"]
     command += ["-e", "inject=fsync,fdatasync:delay_enter=10000"]
-    with bench.start("embedded", command=[*command, sys.executable, "-I", bench.module]) as service:
+    with bench.start("embedded", command=[*command, *bench.command]) as service:
         found = race(bench, *(lambda many=many: bench.wrk(service, CREATE_AND_ACKNOWLEDGE, many) for many in (16, 1)))
     if found.other > 100:
         raise BenchError("strace delayed no fsync: one writer alone made more than 100 a second")
