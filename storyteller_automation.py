@@ -747,7 +747,8 @@ def read_output(child: subprocess.Popen[bytes], timeout: float) -> tuple[str, st
 def launch_detached(program: Path, arguments: Sequence[str], folder: Path, output: Path) -> subprocess.Popen[bytes]:
     """Start a program that outlives this one, its output appended to a file. Raises OSError or ValueError."""
     words = [str(program), *arguments]
-    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("STORYTELLER_")}
+    secret = re.compile(r"(?i)STORYTELLER_|REDIS_|SWARMUI_TOKEN\Z")
+    environment = {name: value for name, value in os.environ.items() if not secret.match(name)}
     with open(open_log(output), "ab") as log_file:
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log_file, "stderr": log_file}
         options |= {"cwd": folder, "env": environment}
@@ -850,15 +851,17 @@ def start_logging(path: Path, settings: Settings) -> None:
 
 
 def shorten_log(path: Path) -> None:
-    """Copy a log above LOG_LIMIT and empty it: SwarmUI has it open and outlives this service, so it cannot be moved.
-    Lines written between the two steps are lost."""
+    """Copy the end of a log above LOG_LIMIT and empty it: SwarmUI has it open and outlives this service, so it cannot
+    be moved. Lines written between the two steps are lost."""
     try:
         if not path.exists() or path.stat().st_size <= LOG_LIMIT:
             return
         for number in range(LOGS_KEPT - 1, 0, -1):
             with contextlib.suppress(FileNotFoundError, PermissionError):  # Windows moves no file that is open
                 os.replace(f"{path}.{number}", f"{path}.{number + 1}")
-        shutil.copyfile(path, f"{path}.1")
+        with open(path, "rb") as file, open(f"{path}.1", "wb") as copy:
+            file.seek(-LOG_LIMIT, os.SEEK_END)
+            copy.write(file.read(LOG_LIMIT))
         os.truncate(path, 0)
     except OSError as error:
         log.warning("swarmui: %s cannot be shortened (%s)", path, error.strerror)

@@ -1168,14 +1168,16 @@ print("to stdout", flush=True); print("to stderr", file=sys.stderr, flush=True)
 
 def test_a_launched_program_gets_no_setting_of_ours_no_input_and_a_group_of_its_own(tmp_path, monkeypatch, leash):
     monkeypatch.setenv("STORYTELLER_API_TOKEN", TOKEN)
-    monkeypatch.setenv("STORYTELLER_ANYTHING", "else")
+    for name in ("STORYTELLER_ANYTHING", "REDIS_URL", "REDIS_HOST", "SWARMUI_TOKEN"):
+        monkeypatch.setenv(name, "else")
     monkeypatch.setenv("SWARMUI_KEPT", "as it is")
     program = write_program(tmp_path / "a program", LAUNCHED, {"leash": leash.port})
     folder = tmp_path / "a folder"
     folder.mkdir()
     service.launch_detached(program, ["--a", "b c", '"', "$HOME"], folder, tmp_path / "log").wait(PATIENCE)
     report = leash.next().report
-    assert [name for name in report["environment"] if name.upper().startswith("STORYTELLER_")] == []
+    ours = ("STORYTELLER_", "REDIS_", "SWARMUI_TOKEN")
+    assert [name for name in report["environment"] if name.upper().startswith(ours)] == []
     assert report["environment"]["SWARMUI_KEPT"] == "as it is"
     assert report["arguments"] == ["--a", "b c", '"', "$HOME"]
     assert Path(report["folder"]).samefile(folder)
@@ -7541,7 +7543,14 @@ def test_swarmuis_log_is_rotated_while_it_goes_on_writing(tmp_path, leash, monke
     assert [one.name for one in older] == ["swarmui.log.1", "swarmui.log.2", "swarmui.log.3"]
     numbers = [number for one in [*reversed(older), path] for number in numbers_in(one)]
     assert numbers == sorted(set(numbers))  # none twice, none out of order
-    assert all(one.stat().st_size > 20_000 for one in older)
+    assert all(one.stat().st_size == 20_000 for one in older)
+
+
+def test_of_a_log_of_any_size_its_end_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "LOG_LIMIT", 1000)
+    (tmp_path / "log").write_text("a" * 5000 + "b" * 999 + "c")
+    service.shorten_log(tmp_path / "log")
+    assert (tmp_path / "log.1").read_text() == "b" * 999 + "c"
 
 
 def test_swarmuis_log_is_shortened_while_somebody_reads_the_older_ones(tmp_path, monkeypatch):
@@ -7552,7 +7561,7 @@ def test_swarmuis_log_is_shortened_while_somebody_reads_the_older_ones(tmp_path,
             path.write_text(letter * 1001)
             service.shorten_log(path)
             assert path.stat().st_size == 0
-            assert (tmp_path / "swarmui.log.1").read_text() == letter * 1001
+            assert (tmp_path / "swarmui.log.1").read_text() == letter * 1000
             for older in tmp_path.glob("swarmui.log.*"):
                 readers.enter_context(open(older))
 
@@ -7572,7 +7581,7 @@ def test_swarmuis_log_is_looked_at_before_a_launch(make_launcher, settings, swar
     (settings.data_dir / "swarmui.log").write_bytes(b"of the last run\n" * 2000)
     launcher = make_launcher(swarmui_path=swarmui_folder(exit=1))
     assert "of the last run" not in failure(launcher)
-    assert (settings.data_dir / "swarmui.log.1").stat().st_size == 32_000
+    assert (settings.data_dir / "swarmui.log.1").stat().st_size == 20_000
 
 
 # ------------------------------------------------------------------------------------ shutting down ----
