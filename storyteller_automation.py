@@ -122,11 +122,18 @@ def _matching(pattern: str, expected: str) -> Callable[[str], str]:
     return read
 
 
-_host = _matching(r"[A-Za-z0-9._:%-]{1,253}", "a host name or an IP address")
 _token = _matching(r"[!-+\--~]{16,1024}", "16 to 1024 printable ASCII characters without spaces or commas")
 _cookie = _matching(r"[!#-+\--:<-\[\]-~]{1,4096}", r'printable ASCII without spaces and without any of ",;\ in it')
 _log_level = _matching("(?i)debug|info|warning|error", "debug, info, warning or error")
 _log_format = _matching("(?i)text|json", "text or json")
+
+
+def _host(text: str) -> str:
+    with contextlib.suppress(ValueError):
+        name = re.fullmatch(r"[A-Za-z0-9._-]{1,253}", text)
+        if name or (re.fullmatch(r"[A-Za-z0-9:.%]+", text) and ipaddress.IPv6Address(text)):
+            return text
+    raise ValueError("a host name or an IP address, without a port")
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
@@ -152,28 +159,32 @@ def _path(text: str) -> Path:
     """Relative to this module: a relative path in .env must mean one folder, wherever the start came from."""
     with contextlib.suppress(RuntimeError, UnicodeError):
         path = HERE / Path(text).expanduser()
-        if b"\0" not in os.fsencode(path):
+        if b"\0" not in os.fsencode(path) and len(path.parts) < 400:  # mkdir() calls itself for each
             return path
     raise ValueError("a path")
 
 
 def _program(text: str) -> str:
     """A bare name is looked up on PATH; anything with a folder in it is a path."""
-    return text if os.path.basename(text) == text else str(_path(text))
+    path = _path(text)
+    return text if os.path.basename(text) == text else str(path)
 
 
 def _redis_url(text: str) -> str:
-    with contextlib.suppress(ValueError, TypeError, AttributeError):
-        if re.fullmatch(r"unix://.*|rediss?://[^/]*(/[0-9]*)?(\?.*)?", text):  # redis-py reads another path as 0
+    # redis-py takes no host for localhost and another path for database 0, and leaves out what follows a #.
+    form = r"unix://[^#]+|rediss?://([^/?#]*@)?[^/?#@:][^/?#@]*(/[0-9]*)?(\?(?!.*\b(host|port)=)[^#]*)?"
+    with contextlib.suppress(ValueError, TypeError, AttributeError, redis.RedisError):
+        if re.fullmatch(form, text) and ("ssl_certfile=" in text or "ssl_keyfile=" not in text):
             redis.ConnectionPool.from_url(text).make_connection()  # does not connect, but refuses an unknown option
             return text
-    raise ValueError("redis://[user:password@]host[:port][/database]")
+    raise ValueError("redis://[user:password@]host[:port][/database]; write # as %23 in a password, / as %2F, ? as %3F")
 
 
 def _http_url(text: str) -> str:
     with contextlib.suppress(ValueError):  # of a port out of range, too
         url = urllib.parse.urlsplit(text)
-        good = url.scheme in ("http", "https") and url.hostname and url.port != 0 and url.username is None
+        good = url.scheme in ("http", "https") and url.port != 0 and url.username is None
+        good = good and bool((url.hostname or "").encode("idna"))  # as the lookup will, which raises for a..b
         if good and not re.search(r"[^!-~]|[?#]", text):
             return text.rstrip("/")
     raise ValueError("http://host[:port] or https://host[:port], without user, query or fragment")
@@ -265,7 +276,7 @@ class Settings:
         """The URL of the Redis to use; None means the embedded store."""
         if self.redis_url or not (self.redis_host or self.redis_port):
             return self.redis_url
-        host = self.redis_host or "127.0.0.1"
+        host = (self.redis_host or "127.0.0.1").replace("%", "%25")
         return f"redis://{f'[{host}]' if ':' in host else host}:{self.redis_port or 6379}/0"
 
     @property
@@ -288,7 +299,7 @@ def read_env_file(path: Path) -> dict[str, str]:
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if not line or line.startswith("#"):
             continue
-        found = re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(?:(['\"])(.*)\2|(.*))", line)
+        found = re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(?:(['\"])((?:(?!\2).)*)\2|(.*))", line)
         if not found:
             raise StartError(f"{path}, line {number}: expected KEY=VALUE, or a comment that begins with #.")
         values[found[1]] = found[3] if found[2] else found[4]
@@ -2934,11 +2945,11 @@ def find_swarmui(settings: Settings) -> Path:
     program = settings.swarmui_path
     if program is None:
         raise LaunchError("SWARMUI_PATH is not set: set it to SwarmUI's folder")
-    if not program.exists():
+    if not os.path.exists(program):  # Path.exists() raises for a name that is too long
         raise LaunchError(f"SWARMUI_PATH {program} does not exist: set it to SwarmUI's folder")
-    if program.is_dir():
+    if os.path.isdir(program):
         program /= LAUNCH_SCRIPT
-        if not program.is_file():
+        if not os.path.isfile(program):
             raise LaunchError(f"SWARMUI_PATH {program.parent} has no {LAUNCH_SCRIPT}: set it to SwarmUI's folder")
     return program
 
@@ -4535,7 +4546,10 @@ def prepare_data_dir(path: Path) -> None:
 def own_data_dir(settings: Settings) -> TextIO:
     """Lock the data folder for this process: the open lock file. Raises StartError when another service uses it."""
     path = settings.data_dir / "running"
-    file = lock_file(path)
+    try:
+        file = lock_file(path)
+    except OSError as error:
+        raise StartError(f"{path} cannot be written ({error.strerror}): fix or remove it.") from None
     if file is None:
         where = path.read_text(encoding="utf-8").strip() or "an address that it has not written down yet"
         fault = f"The data folder {settings.data_dir} is in use by the service at {where}"
@@ -4788,9 +4802,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0; 1 when a check failed or no token was revoked; 2 when the service cannot start."""
     prepare_console()
     given = vars(make_parser().parse_args(argv))
-    if given["data_dir"]:  # relative to the current folder, since a person typed it there
-        given["data_dir"] = os.path.abspath(given["data_dir"])
     try:
+        if given["data_dir"]:  # relative to the current folder, since a person typed it there
+            try:
+                given["data_dir"] = os.path.abspath(given["data_dir"])
+            except FileNotFoundError:
+                raise StartError("The current folder, where --data-dir begins, was deleted: change to one.") from None
         if given["command"] == "check":
             return check(given)
         settings = load_settings(given, os.environ)

@@ -868,6 +868,9 @@ def test_the_only_trusted_origin_is_also_the_one_that_swarmui_answers(tmp_path, 
         pytest.param('A="1\'\nB=\'\nC=--x "y z"', {"A": "\"1'", "B": "'", "C": '--x "y z"'}, id="no pair of quotes"),
         pytest.param(r'A="C:\new\table"', {"A": r"C:\new\table"}, id="backslashes are literal"),
         pytest.param("A=b=c", {"A": "b=c"}, id="an equals sign in the value"),
+        pytest.param(
+            "A=\"--a\" \"b c\"\nB='a' 'b'", {"A": '"--a" "b c"', "B": "'a' 'b'"}, id="quotes around two words"
+        ),
         pytest.param("A=1\nA=2", {"A": "2"}, id="the last of two"),
         pytest.param("", {}, id="an empty file"),
     ],
@@ -898,7 +901,7 @@ def test_an_env_file_that_cannot_be_used_is_refused_by_name(tmp_path, data, word
 @pytest.mark.parametrize(
     ("name", "values"),
     {
-        "STORYTELLER_HOST": ["local host", "http://localhost", "[::1]", "a/b"],
+        "STORYTELLER_HOST": ["local host", "http://localhost", "[::1]", "a/b", "a:80", "127.0.0.1:80", "a:b:c", "a%41"],
         "STORYTELLER_PORT": ["65536", "-1", "80.0", "http", " 80", "1e3"],
         "STORYTELLER_API_TOKEN": ["fifteen-letters", "sixteen letters here", "sixteen-lettérs!", "x" * 1025],
         "STORYTELLER_DATA_DIR": ["a\0b"],
@@ -913,14 +916,38 @@ def test_an_env_file_that_cannot_be_used_is_refused_by_name(tmp_path, data, word
         "STORYTELLER_TOKEN_FAILURES": ["0", "x"],
         "STORYTELLER_LOG_LEVEL": ["loud"],
         "STORYTELLER_LOG_FORMAT": ["xml"],
-        "REDIS_URL": ["localhost:6379", "http://localhost", "redis://localhost:port", "redis://localhost:99999"],
-        "REDIS_HOST": ["redis://localhost"],
+        "REDIS_URL": [
+            *[
+                "localhost:6379",
+                "http://localhost",
+                "redis://localhost:port",
+                "redis://localhost:99999",
+                "redis://[::1",
+            ],
+            *[
+                "redis://:#prod42@127.0.0.1:6391/0",
+                "redis://:42#prod@a",
+                "redis://a#b",
+                "rediss://a/0#b",
+                "unix:///a#b",
+            ],
+            *["redis://", "redis:///0", "rediss://:6379/0", "redis://user:word@", "redis://:12?b@a", "redis://?host=a"],
+            *["unix://", "redis://a?port=99999", "redis://a?protocol=9", "rediss://a?ssl_cert_reqs=x"],
+            "rediss://a?ssl_keyfile=x",
+        ],
+        "REDIS_HOST": ["redis://localhost", "127.0.0.1:6379", "a:b:c", "[::1]", "[::1", "::1%", ":", "a%41"],
         "REDIS_PORT": ["0", "65536", "x"],
         "STORYTELLER_BRIDGE": ["yes", "1"],
         "GPU_CACHE_SECONDS": ["-1", "five", "nan", "inf", "86401"],
         "SWARMUI_API_URL": [
             *["localhost:7801", "ftp://localhost", "http://", "http://a b", "http://localhost:0", "http://[::1"],
-            *["http://localhost:99999", "http://user:word@localhost", "http://localhost/?a", "http://localhost/#a"],
+            *[
+                "http://localhost:99999",
+                "http://a..b",
+                "http://user:word@localhost",
+                "http://localhost/?a",
+                "http://localhost/#a",
+            ],
         ],
         "SWARMUI_PATH": ["a\0b"],
         "SWARMUI_TOKEN": ["a b", "a;b", "a,b", 'a"b', "a\\b", "é"],
@@ -978,13 +1005,21 @@ def test_the_home_of_nobody(tmp_path):
     [
         ("STORYTELLER_API_TOKEN", "too-short"),
         ("REDIS_URL", "redis://:pass-word@localhost:port"),
+        ("REDIS_URL", "redis://:#prod42@127.0.0.1:6391/0"),
         ("SWARMUI_TOKEN", "not a cookie"),
     ],
 )
 def test_the_refusal_of_a_secret_does_not_show_it(tmp_path, name, value):
     with pytest.raises(service.StartError) as refused:
         service.load_settings({}, {name: value}, tmp_path / ".env")
-    assert value not in str(refused.value)
+    assert not re.search("short|pass-word|prod42|6391|a cookie", str(refused.value))
+
+
+def test_the_refusal_of_a_redis_url_says_how_to_write_what_ends_a_host(tmp_path):
+    with pytest.raises(service.StartError, match="write # as %23 in a password"):
+        read_settings(tmp_path, REDIS_URL="redis://:#prod42@127.0.0.1:6391/0")
+    written = read_settings(tmp_path, REDIS_URL="redis://:%23prod42@127.0.0.1:6391/0").redis_address
+    assert redis.connection.parse_url(written)["password"] == "#prod42"
 
 
 def test_settings_that_are_printed_show_no_secret(tmp_path):
@@ -1014,6 +1049,7 @@ def test_settings_that_are_printed_show_no_secret(tmp_path):
         ("REDIS_URL", "rediss://:word@b:1/2", "redis_address", "rediss://:word@b:1/2"),
         ("REDIS_HOST", "b", "redis_address", "redis://b:6379/0"),
         ("REDIS_HOST", "::1", "redis_address", "redis://[::1]:6379/0"),
+        ("REDIS_HOST", "fe80::1%12", "redis_address", "redis://[fe80::1%2512]:6379/0"),
         ("REDIS_PORT", "1234", "redis_address", "redis://127.0.0.1:1234/0"),
         ("STORYTELLER_BRIDGE", "OFF", "bridge", False),
         ("STORYTELLER_BRIDGE", "on", "bridge", True),
@@ -8342,6 +8378,119 @@ def test_a_start_that_cannot_be_says_so_in_one_sentence_with_exit_code_2(run_mod
     assert done.returncode == 2
     assert [done.stdout, len(done.stderr.splitlines())] == ["", 1]
     assert re.search(words, done.stderr)
+
+
+# What may stand in a setting by mistake or by malice. The last group only fails when it is used.
+ODD_VALUES = [
+    *["", " ", "\0", "a\0b", "x" * 5000, "a/" * 1500, "9" * 400, "a\nb", "\u2028", "\udcff", "\ud83d", "\u0663"],
+    *["-1", "1e999", "inf", "nan", "%", "%zz", "%s%(x)d{0}", ".", "..", "a..b", "-", "--", "~", "~nobody-here/x", "\\"],
+    *[
+        "'",
+        '"',
+        "\"'",
+        "#",
+        "?",
+        "@",
+        ":",
+        ";",
+        ",",
+        "*",
+        "none",
+        "null",
+        "/",
+        "//",
+        "[::1",
+        "[::1]",
+        "::1%",
+        "::1%25lo",
+    ],
+    *["a:b:c", "127.0.0.1:6379", "fe80::1%1", "224.0.0.1", "http://[", "http://a..b", "http://%", "http://[v1.a]"],
+    *["http://[::1%25lo]", "http://" + "a" * 64, "http://a:\u0663", "http://127.0.0.1:1/" + "a" * 70_000, "redis://"],
+    *["redis://a..b", "redis://[::1", "redis://[fe80::1%25lo]:1", "redis://127.0.0.1?port=99999", "redis://%00:1"],
+    *[
+        "redis://127.0.0.1:1?db=-1",
+        f"redis://127.0.0.1:1/{10**30}",
+        "redis://%ff:%ff@127.0.0.1:1",
+        "unix://",
+        "unix:///",
+    ],
+    *["redis://127.0.0.1:1?protocol=9", "rediss://127.0.0.1:1?ssl_cert_reqs=x", "unix:///tmp/" + "x" * 200],
+    *[
+        f"rediss://127.0.0.1:PORT?ssl_{name}=x"
+        for name in ("keyfile", "certfile", "ca_certs", "ciphers", "min_version")
+    ],
+]
+
+# Runs commands with each value, of a setting or in VALUE's place; the service only until it would serve. It prints what
+# ends in anything but an exit code.
+TRY_VALUES = """
+import json, os, sys, traceback
+plan = json.loads(sys.argv[1])
+sys.path.insert(0, plan["folder"])
+import storyteller_automation as service
+run = service.Server.run
+service.Server.run = lambda server: (server.stop(0.0), run(server))
+service.RedisClient.CONNECT_TIMEOUT = service.RedisClient.ANSWER_TIMEOUT = 0.1
+def end(code):
+    raise SystemExit(code)
+os._exit = end
+for value in plan["values"]:
+    in_file = "\\0" in value  # no environment can hold it
+    with open(os.path.join(plan["folder"], ".env"), "w", encoding="utf-8") as file:
+        file.write(f"{plan['setting']}={value}" if in_file else "")
+    try:
+        os.environ[plan["setting"]] = "" if in_file else value
+    except UnicodeEncodeError:  # nor this one on this system
+        continue
+    for command in plan["commands"]:
+        try:
+            assert service.main([value if word == "VALUE" else word for word in command]) in (0, 1, 2)
+        except SystemExit as ended:
+            assert ended.code in (0, 1, 2)
+        except BaseException:
+            print("FAULT", repr(value)[:80], command, traceback.format_exc(), flush=True)
+print("DONE", flush=True)
+"""
+
+EVERYWHERE = [["check"], ["token", "--list"], ["serve"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "commands"),
+    [
+        *[pytest.param(row.metadata["name"], EVERYWHERE, id=row.name) for row in dataclasses.fields(service.Settings)],
+        *[pytest.param("NONE", [[*command, f"--{name}", "VALUE"] for command in (["check"], ["serve"])], id=f"--{name}")
+          for name in ("host", "port", "data-dir")],
+        *[pytest.param("NONE", [["token", f"--{name}", "VALUE"]], id=f"--{name}") for name in ("permission", "revoke")],
+        pytest.param("NONE", [["token", "--subject", "VALUE", "--permission", "gpu:read"]], id="--subject"),
+        pytest.param("NONE", [["token", "--subject", "a", "--permission", "gpu:read", "--ttl", "VALUE"]], id="--ttl"),
+        pytest.param("NONE", [["check", "VALUE"], ["check", "--VALUE"]], id="what is no argument"),
+    ],
+)  # fmt: skip
+def test_no_value_of_a_setting_or_an_argument_ends_in_a_traceback(module_copy, clean_environment, setting, commands):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
+        values = [value.replace("PORT", str(silent.getsockname()[1])) for value in ODD_VALUES]
+        plan = {"folder": str(module_copy.parent), "setting": setting, "commands": commands, "values": values}
+        quick = {"STORYTELLER_PORT": "0", "NVIDIA_SMI": str(module_copy / "none"), "SWARMUI_HEALTH_TIMEOUT": "0.05"}
+        done = subprocess.run(
+            [sys.executable, "-c", TRY_VALUES, json.dumps(plan)], cwd=module_copy.parent, timeout=4 * PATIENCE,
+            env={**clean_environment, **quick, "SWARMUI_API_URL": f"http://127.0.0.1:{free_port()}"},
+            stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
+        )  # fmt: skip
+    assert "FAULT" not in done.stdout
+    assert done.stdout.endswith("DONE\n"), done.stderr
+    assert not any("Traceback" in path.read_text("utf-8") for path in module_copy.parent.glob("data/*.log"))
+
+
+@ONLY_POSIX
+def test_a_data_folder_below_a_folder_that_was_deleted_is_refused_in_one_sentence(module_copy, clean_environment):
+    command = ["sh", "-c", 'cd "$(mktemp -d)"; rmdir "$PWD"; exec "$@"', "sh", sys.executable, str(module_copy)]
+    command += ["check", "--data-dir", "a"]
+    done = subprocess.run(command, env=clean_environment, timeout=PATIENCE, capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stderr) == (
+        2, "The current folder, where --data-dir begins, was deleted: change to one.\n"
+    )  # fmt: skip
 
 
 def test_an_env_file_that_is_not_utf_8_ends_the_start_too(run_module, module_copy):
