@@ -618,6 +618,9 @@ def listen(address: str, port: int) -> socket.socket:
     return made
 
 
+# Windows refuses a port that another program holds alone, and one that it reserves; some Pythons give EACCES for it.
+MAYBE_RESERVED = {10013, errno.EACCES} if WINDOWS else {10013}
+
 GRACE = 5.0  # seconds for the requests in flight at shutdown
 CLOSING_GRACE = 3.0  # the same when the console closes: Windows ends this process 5 s later
 
@@ -4282,7 +4285,7 @@ def open_sockets(host: str, port: int) -> list[socket.socket]:
                 return _listen_on_all(addresses, port)
             except OSError as error:
                 # The port that was free on the first address may be taken on the second: pick another.
-                if port or error.errno not in _IN_USE or attempt == 19:
+                if port or error.errno not in _IN_USE | MAYBE_RESERVED or attempt == 19:
                     raise
         raise AssertionError
     except (socket.gaierror, UnicodeError):
@@ -4291,11 +4294,15 @@ def open_sockets(host: str, port: int) -> list[socket.socket]:
     except OSError as error:
         if error.errno in _IN_USE:
             raise StartError(f"Port {port} is in use by another program: stop it, or set STORYTELLER_PORT.") from None
+        if error.errno in MAYBE_RESERVED:
+            why = "another program holds it, or Windows reserves it"
+            advice = "`netsh interface ipv4 show excludedportrange protocol=tcp` lists those. Set STORYTELLER_PORT."
+            raise StartError(f"Port {port} is refused: {why}: {advice}") from None
         advice = "set STORYTELLER_HOST or STORYTELLER_PORT."
         raise StartError(f"Cannot listen on {host} port {port} ({error.strerror}): {advice}") from None
 
 
-_IN_USE = {errno.EADDRINUSE, 10048, 10013}  # Windows: in use; in exclusive use
+_IN_USE = {errno.EADDRINUSE, 10048}
 
 
 def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:

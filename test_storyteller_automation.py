@@ -29,6 +29,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -1070,6 +1071,7 @@ def test_redis_url_wins_over_host_and_port(tmp_path):
 # Platform
 # ======================================================================================================
 
+ONLY_WINDOWS = pytest.mark.skipif(not service.WINDOWS, reason="the other systems have another reason for it")
 ONLY_POSIX = pytest.mark.skipif(service.WINDOWS, reason="Windows has neither mode bits nor shell scripts")
 
 
@@ -8102,6 +8104,30 @@ def test_a_port_held_on_either_address_of_localhost_is_refused(address):
         del refused
 
 
+@pytest.mark.parametrize("number", [10013, pytest.param(service.errno.EACCES, marks=ONLY_WINDOWS)])
+def test_a_port_that_windows_refuses_is_not_called_in_use(monkeypatch, number):
+    """Python gives either number for it."""
+
+    def refuse(address, port):
+        raise OSError(number, "access forbidden")
+
+    monkeypatch.setattr(service, "listen", refuse)
+    words = (
+        "another program holds it, or Windows reserves it: `netsh interface ipv4 show excludedportrange protocol=tcp`"
+    )
+    with pytest.raises(service.StartError, match=f"^Port 8000 .*{words}.*STORYTELLER_PORT"):
+        service.open_sockets("localhost", 8000)
+
+
+@ONLY_POSIX
+def test_a_port_that_only_root_may_use_is_not_called_in_use(run_as_user):
+    done = run_as_user("--port", "1")
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"Cannot listen on localhost port 1 \(Permission denied\): set .*STORYTELLER_PORT.\n", done.stderr
+    )
+
+
 @pytest.mark.parametrize(
     ("host", "words"),
     [
@@ -8209,12 +8235,53 @@ def test_an_answer_does_not_name_the_server(start_service):
 def run_module(module_copy: Path, clean_environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the module to its end, as a user does, where there is neither nvidia-smi nor SwarmUI unless given."""
 
-    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, streams: Any = {}, **environment: str) -> subprocess.CompletedProcess[str]:
         nowhere = {"NVIDIA_SMI": str(module_copy / "none"), "SWARMUI_API_URL": f"http://localhost:{free_port()}"}
         return subprocess.run(
             [sys.executable, str(module_copy), *arguments], cwd=module_copy.parent.parent, timeout=PATIENCE,
             env={**clean_environment, "STORYTELLER_PORT": "0", **nowhere, **environment},
-            stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
+            encoding="utf-8", errors="replace",
+            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams},
+        )  # fmt: skip
+
+    return run
+
+
+# Not by setpriv or the like: the Python that runs the tests may be in a folder that is root's alone.
+AS_USER = """
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import encodings.ascii, encodings.idna, fcntl, pwd, storyteller_automation  # it could not find them later
+os.setgroups([])
+os.setgid(54321)
+os.setuid(54321)
+sys.exit(storyteller_automation.main())
+"""
+
+
+@pytest.fixture
+def shared_folder() -> Iterator[Path]:
+    """A folder that every user may look into."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture
+def run_as_user(module_copy: Path, clean_environment: dict[str, str], shared_folder: Path) -> Callable[..., Any]:
+    """Runs the module to its end as a user who is not root, with `data` in the shared folder as its data folder."""
+    if service.WINDOWS or os.geteuid() != 0:
+        pytest.skip("only root can run a program as another user")
+    module = Path(shutil.copy(module_copy, shared_folder))
+    data = shared_folder / "data"
+    data.mkdir()
+    os.chown(data, 54321, 54321)
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", AS_USER, str(module.parent), *arguments], cwd="/", timeout=PATIENCE,
+            env={**clean_environment, "STORYTELLER_PORT": "0", "NVIDIA_SMI": "/none", **environment},
+            stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8",
         )  # fmt: skip
 
     return run
