@@ -47,6 +47,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import difflib
 import errno
 import functools
 import hashlib
@@ -98,6 +99,8 @@ R = TypeVar("R")
 T = TypeVar("T")
 Clock = Callable[[], float]
 
+__version__ = "1.0.0"
+
 log = logging.getLogger("storyteller")
 log.addHandler(logging.NullHandler())  # silent until start_logging()
 
@@ -106,6 +109,7 @@ log.addHandler(logging.NullHandler())  # silent until start_logging()
 # ======================================================================================================
 
 HERE = Path(__file__).resolve().parent
+ENV_FILE = HERE / ".env"
 PAGES = ("http://localhost:3000", "http://localhost:5173", "http://127.0.0.1:3000", "http://127.0.0.1:5173")
 
 
@@ -174,7 +178,8 @@ def _redis_url(text: str) -> str:
     # redis-py takes no host for localhost and another path for database 0, and leaves out what follows a #.
     form = r"unix://[^#]+|rediss?://([^/?#]*@)?[^/?#@:][^/?#@]*(/[0-9]*)?(\?(?!.*\b(host|port)=)[^#]*)?"
     with contextlib.suppress(ValueError, TypeError, AttributeError, redis.RedisError):
-        if re.fullmatch(form, text) and ("ssl_certfile=" in text or "ssl_keyfile=" not in text):
+        usable = hasattr(socket, "AF_UNIX") or not text.startswith("unix")
+        if usable and re.fullmatch(form, text) and ("ssl_certfile=" in text or "ssl_keyfile=" not in text):
             redis.ConnectionPool.from_url(text).make_connection()  # does not connect, but refuses an unknown option
             return text
     raise ValueError("redis://[user:password@]host[:port][/database]; write # as %23 in a password, / as %2F, ? as %3F")
@@ -256,7 +261,7 @@ class Settings:
     redis_url: str | None = _row("REDIS_URL", None, _redis_url, "the Redis to use; overrides the next two", secret=True)
     redis_host: str | None = _row("REDIS_HOST", None, _host, "the Redis to use; 127.0.0.1 when only the port is set")
     redis_port: int | None = _row("REDIS_PORT", None, _whole(1, 65535), "its port; 6379 when only the host is set")
-    bridge: bool = _row("STORYTELLER_BRIDGE", True, _switch, "on or off: keep both copies of a session in step")
+    bridge: bool = _row("STORYTELLER_BRIDGE", True, _switch, "off: copies of a session stay as they are; by default on")
     nvidia_smi: str | None = _row("NVIDIA_SMI", None, _program, "the nvidia-smi program; by default the one on PATH")
     gpu_cache_seconds: float = _row("GPU_CACHE_SECONDS", 5.0, _seconds(0), "seconds for which a GPU status is cached")
     swarmui_api_url: str = _row("SWARMUI_API_URL", "http://localhost:7801", _http_url, "where SwarmUI answers")
@@ -306,7 +311,26 @@ def read_env_file(path: Path) -> dict[str, str]:
     return values
 
 
-def load_settings(given: Mapping[str, str | None], environ: Mapping[str, str], file: Path = HERE / ".env") -> Settings:
+def doubtful_settings(environ: Mapping[str, str], file: Path = ENV_FILE) -> Iterator[str]:
+    """A sentence for each name that seems meant as a setting and has no effect; none shows a value."""
+    known = [row.metadata["name"] for row in dataclasses.fields(Settings)]
+    in_file, unread = read_env_file(file), file.with_name(f"{file.name}.txt")
+    text = file.read_text(encoding="utf-8-sig") if in_file else ""
+    if unread.exists():
+        yield f"{unread} is not read: rename it to {file.name}"
+    for name in in_file:
+        if len(re.findall(rf"(?m)^\s*{name}\s*=", text)) > 1:
+            yield f"{name} is set twice in {file}: the last one counts"
+    ours = "(?i)STORYTELLER_(?!NO_PAUSE$).*"  # that one is for run.bat
+    for place, names, cutoff, suspect in ((file, in_file, 0.6, ".*"), ("the environment", environ, 0.85, ours)):
+        for name in [name for name in names if name not in known]:
+            near = difflib.get_close_matches(name.upper(), known, 1, cutoff)
+            if near or re.fullmatch(suspect, name):
+                advice = f"did you mean {near[0]}?" if near else "--help names them all"
+                yield f"{name} in {place} is not a setting: {advice}"
+
+
+def load_settings(given: Mapping[str, str | None], environ: Mapping[str, str], file: Path = ENV_FILE) -> Settings:
     """Arguments (`given` by field name) override the environment, it overrides `file`. An empty value is not set."""
     from_file = read_env_file(file)
     values = {}
@@ -589,6 +613,19 @@ def lock_file(path: Path) -> TextIO | None:
     return file
 
 
+IS_ROOT = sys.platform != "win32" and os.geteuid() == 0
+
+
+def foreign_owner(path: Path) -> str | None:
+    """The user whose file it is, unless it is ours. None on Windows, where files have the rights of their folder."""
+    with contextlib.suppress(OSError):  # it is not there
+        if sys.platform != "win32" and path.stat().st_uid != os.geteuid():
+            with contextlib.suppress(KeyError):  # a number without a name
+                return path.owner()
+            return str(path.stat().st_uid)
+    return None
+
+
 def descriptor_limit() -> int:
     """How many sockets and files this process may open; `select` on Windows takes 512 sockets."""
     if sys.platform == "win32":
@@ -654,11 +691,24 @@ def keep_freed_memory() -> None:
                 ctypes.CDLL(None).mallopt(option, size)
 
 
+@contextlib.contextmanager
+def _while_it_is_read(stream: TextIO) -> Iterator[None]:
+    """Drop what is printed to a pipe that was closed at its other end, as by `| head -1`; Windows says EINVAL then."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EINVAL):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what Python flushes at its end, too
+
+
 def prepare_console(title: str | None = None) -> None:
     """Print what the code page lacks as an escape, as UnicodeEncodeError would end the service; name the window."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+            for name in ("write", "flush"):
+                setattr(stream, name, _while_it_is_read(stream)(getattr(stream, name)))
     if sys.platform == "win32" and title:
         _win32("kernel32.SetConsoleTitleW", "NS", title)
 
@@ -4029,7 +4079,7 @@ def describe_api() -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
         paths.setdefault(re.sub(r"<(\w+)>", r"{\1}", route.path), {})[route.method.lower()] = _describe(route)
-    info = {"title": "StoryTeller automation service", "version": "1"}
+    info = {"title": "StoryTeller automation service", "version": __version__}
     components = {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}
     return {"openapi": "3.1.0", "info": info, "paths": paths, "components": components}
 
@@ -4236,7 +4286,7 @@ WAITRESS: Mapping[str, Any] = {
     "outbuf_overflow": 9 * 1024 * 1024,
     "recv_bytes": 256 * 1024,  # an 850 KB session in 4 reads instead of 104
     "ident": None,  # no Server header
-    "clear_untrusted_proxy_headers": False,  # a request that came through a proxy is never trusted: see them
+    "clear_untrusted_proxy_headers": False,  # a request that a proxy marks as forwarded is never trusted: see them
     "log_socket_errors": False,  # a client that leaves is no error
 }
 
@@ -4540,10 +4590,19 @@ class Server:
 # ======================================================================================================
 
 
-def prepare_data_dir(path: Path) -> None:
-    """Create the folder, and test that it can be written. Raises StartError."""
+STORE_FILES = ("", "storyteller.sqlite3", "storyteller.sqlite3-wal", "storyteller.sqlite3-shm")  # "": the folder
+DATA_FILES = (*STORE_FILES, "running", "api_token", "storyteller.log", "swarmui.log", "swarmui.json")
+
+
+def prepare_data_dir(path: Path, names: Sequence[str] = DATA_FILES) -> None:
+    """Create the folder, and test that it, and what `names` name in it, can be written. Raises StartError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        for file in [path / name for name in names]:
+            needed = os.R_OK if file.name == "api_token" else os.R_OK | os.W_OK
+            if (owner := foreign_owner(file)) and not os.access(file, needed):
+                advice = f"sudo chown -R $(id -un) {shlex.quote(str(path))}"
+                raise StartError(f"{file} belongs to {owner}, and you may not use it: {advice}")
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         fault = f"The data folder {path} cannot be written ({error.strerror})"
@@ -4632,6 +4691,11 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
     print("StoryTeller automation service. Ctrl+C stops it.")
     for name, text in rows.items():
         print(f"  {name:<11} {text}", flush=True)
+    for text in doubtful_settings(os.environ):
+        log.warning("settings: %s", text)
+    if IS_ROOT and (others := {owner for name in DATA_FILES if (owner := foreign_owner(settings.data_dir / name))}):
+        advice = "start it as that user, who cannot use what root makes"
+        log.warning("data: root starts this beside files of %s: %s", ", ".join(sorted(others)), advice)
     if settings.host.lower() != "localhost" and not is_loopback(settings.host):
         log.warning("server: the network traffic is not encrypted: set STORYTELLER_HOST=localhost if you can")
     if missed := missed_sessions(settings):
@@ -4661,8 +4725,9 @@ def run_checks(arguments: Mapping[str, str | None]) -> Iterator[Check]:
     except StartError as error:
         yield "FAIL", "settings", str(error)
         return
-    env_file = HERE / ".env"
-    yield "OK", "settings", f"read from arguments, environment and {env_file if env_file.exists() else 'no .env file'}"
+    yield "OK", "settings", f"read from arguments, environment and {ENV_FILE if ENV_FILE.exists() else 'no .env file'}"
+    for text in doubtful_settings(os.environ):
+        yield "WARN", "settings", text
     yield check_store(settings)
     yield from check_storyart(settings)
     status = query_gpus(find_nvidia_smi(settings), set())
@@ -4672,7 +4737,7 @@ def run_checks(arguments: Mapping[str, str | None]) -> Iterator[Check]:
     found = probe(settings)
     yield "OK" if found.ready else "WARN", "SwarmUI", found.message
     yield from check_pages(settings)
-    yield check_port(settings)
+    yield from check_port(settings, status)
 
 
 def missed_sessions(settings: Settings) -> str | None:
@@ -4730,30 +4795,59 @@ def check_swarmui_path(settings: Settings) -> Check:
         return "FAIL" if wrong else "WARN", "SWARMUI_PATH", str(error)
 
 
-def check_port(settings: Settings) -> Check:
+def check_port(settings: Settings, status: GpuStatus) -> Iterator[Check]:
+    """Whether the port is free, or this service has it; and whether that service finds other GPUs than `status`."""
     try:
         for one in open_sockets(settings.host, settings.port):
             one.close()
-        return "OK", "port", f"{settings.port} is free"
+        yield "OK", "port", f"{settings.port} is free"
+        return
     except StartError as error:
-        host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-        url = url_of(dataclasses.replace(settings, host=host), settings.port)
-        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-            body = json.loads(fetch(f"{url}/health", 6).body)  # 3 s of it for a store that hangs
-            if isinstance(body, dict) and body.keys() == {"status", "store"}:
-                return "OK", "port", f"this service runs on {settings.port} already"
-        return "FAIL", "port", str(error)
+        fault = str(error)
+    host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    url = url_of(dataclasses.replace(settings, host=host), settings.port)
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError, AttributeError, RecursionError):
+        if json.loads(fetch(f"{url}/health", 6).body).keys() == {"status", "store"}:  # 3 s for a store that hangs
+            fault = ""
+            yield "OK", "port", f"this service runs on {settings.port} already"
+            token = settings.api_token or token_path(settings).read_text(encoding="utf-8").strip()
+            reply = fetch(f"{url}/api/v1/gpu/status", 10, headers={"Authorization": f"Bearer {token}"})
+            theirs, ours = json.loads(reply.body), gpu_json(status)
+            differs = any(theirs.get(key, ours[key]) != ours[key] for key in ("available", "gpuCount", "memoryTotal"))
+            if differs and reply.status in (200, 500):  # not one that refuses the token, which may be another folder's
+                found = theirs["error"] or f"{theirs['gpuCount']} GPU(s), {theirs['memoryTotal']} MiB"
+                advice = "it has another PATH or NVIDIA_SMI: set NVIDIA_SMI in .env, and start it again"
+                yield "WARN", "nvidia-smi", f"the service on {settings.port} finds otherwise ({found}): {advice}"
+    if fault:
+        yield "FAIL", "port", fault
+
+
+COMMANDS = ("serve", "check", "token")
+
+
+def read_command(text: str) -> str:
+    if text in COMMANDS:
+        return text
+    near = difflib.get_close_matches(text, [*COMMANDS, "test"], 1) or [f"one of {', '.join(COMMANDS)}, test"]
+    advice = "run.sh and run.bat have that one" if text == "test" else f"did you mean {near[0]}?"
+    raise argparse.ArgumentTypeError(f"{text!r} is not a command: {advice}")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    table = "\n".join(f"  {row.metadata['name']:<24} {row.metadata['meaning']}" for row in dataclasses.fields(Settings))
+    table = ""
+    for row in dataclasses.fields(Settings):
+        default = " ".join(row.default) if isinstance(row.default, tuple) else row.default
+        shown = f"; by default {default or 'none'}".removesuffix(".0")
+        meaning = row.metadata["meaning"]
+        table += f"  {row.metadata['name']:<28} {meaning}{'' if 'by default' in meaning else shown}\n"
     parser = argparse.ArgumentParser(
-        description="The StoryTeller automation service.",
+        description="The StoryTeller automation service. Start it by run.sh, on Windows by run.bat.",
         epilog=f"settings, from the environment or a .env file beside this module:\n{table}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = ("serve", "check", "token")
-    parser.add_argument("command", nargs="?", choices=commands, default="serve", help="by default serve")
+    commands = "serve (by default), check, token; of run.sh and run.bat also test, which runs the tests"
+    parser.add_argument("command", nargs="?", type=read_command, default="serve", help=commands)
+    parser.add_argument("--version", action="version", version=f"StoryTeller automation {__version__}")
     parser.add_argument("--host", help="overrides STORYTELLER_HOST")
     parser.add_argument("--port", help="overrides STORYTELLER_PORT")
     parser.add_argument("--data-dir", help="overrides STORYTELLER_DATA_DIR")
@@ -4779,7 +4873,7 @@ def read_ttl(text: str) -> int:
 
 def token_command(settings: Settings, given: Mapping[str, Any]) -> int:
     """Make, list or revoke session tokens; a running service sees it within 5 s. Raises StartError, Unavailable."""
-    prepare_data_dir(settings.data_dir)
+    prepare_data_dir(settings.data_dir, STORE_FILES)
     with contextlib.closing(open_store(settings)) as store:
         if given["list"] or given["revoke"]:
             return list_tokens(store, given["revoke"])

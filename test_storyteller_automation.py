@@ -1067,6 +1067,36 @@ def test_redis_url_wins_over_host_and_port(tmp_path):
     assert read_settings(tmp_path, **both, REDIS_URL="redis://c").redis_address == "redis://c"
 
 
+@pytest.mark.parametrize(
+    ("environment", "env_file", "advice"),
+    [
+        pytest.param({"STORYTELER_PORT": "1"}, "", {"STORYTELER_PORT": "STORYTELLER_PORT?"}, id="nearly a setting"),
+        pytest.param({"STORYTELLER_PROT": "1"}, "", {"STORYTELLER_PROT": "STORYTELLER_PORT?"}, id="two letters turned"),
+        pytest.param({"STORYTELLER_COLOUR": "1"}, "", {"STORYTELLER_COLOUR": "--help"}, id="ours, like none"),
+        pytest.param({"swarmui_path": "1"}, "", {"swarmui_path": "SWARMUI_PATH?"}, id="in small letters"),
+        pytest.param({}, "REDIS_ULR=1", {"REDIS_ULR": "REDIS_URL?"}, id=".env: nearly a setting"),
+        pytest.param({}, "COLOUR=1\nB=", {"COLOUR": "--help", "B": "--help"}, id=".env: anything else"),
+        pytest.param(
+            {}, "REDIS_PORT=1\nREDIS_HOST=1\n REDIS_PORT = 2", {"REDIS_PORT": "the last one"}, id=".env: twice"
+        ),
+        pytest.param({}, "# REDIS_PORT=1\nREDIS_PORT=2", {}, id=".env: a comment"),
+        pytest.param({"STORYTELLER_NO_PAUSE": "1", "REDIS_URL": "1"}, "REDIS_URL=1", {}, id="all known"),
+        pytest.param({"TEST_REDIS_URL": "1", "PATH": "1", "HOST": "1", "REQUIRE_REDIS": "1"}, "", {}, id="of others"),
+    ],
+)
+def test_a_name_that_seems_meant_as_a_setting_is_named_with_the_nearest(tmp_path, environment, env_file, advice):
+    (tmp_path / ".env").write_text(env_file)
+    found = list(service.doubtful_settings(environment, tmp_path / ".env"))
+    assert [line.split()[0] for line in found] == list(advice)
+    assert all(text in line for text, line in zip(advice.values(), found))
+
+
+def test_an_env_file_that_the_editor_named_otherwise_is_told_of(tmp_path):
+    (tmp_path / ".env.txt").write_text("REDIS_URL=1")
+    (found,) = service.doubtful_settings({}, tmp_path / ".env")
+    assert found == f"{tmp_path / '.env.txt'} is not read: rename it to .env"
+
+
 # ======================================================================================================
 # Platform
 # ======================================================================================================
@@ -8389,6 +8419,55 @@ def test_a_log_that_is_full_is_put_aside_and_no_line_is_lost(tmp_path, held):
     assert "".join(one.read_text() for one in kept if one.exists()).splitlines() == lines
 
 
+@pytest.fixture
+def closed_pipe() -> Iterator[int]:
+    """A pipe whose reader has gone, as that of `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        pytest.param(["check"], 0, id="check"),
+        pytest.param(["check", "--host", "192.0.2.1"], 1, id="check that fails"),
+        pytest.param(["token", "--list"], 0, id="token --list"),
+        pytest.param(["token", "--subject", "a", "--permission", "gpu:read"], 0, id="token"),
+        pytest.param(["--help"], 0, id="--help"),
+        pytest.param(["--version"], 0, id="--version"),
+        pytest.param(["nonsense"], 2, id="a usage error"),
+    ],
+)
+@pytest.mark.parametrize("streams", [["stdout"], ["stdout", "stderr"]], ids=["| head", "2>&1 | head"])
+def test_a_command_whose_output_nobody_reads_ends_quietly_with_its_own_code(
+    run_module, closed_pipe, arguments, code, streams
+):
+    if arguments[0] == "token":
+        run_module("token", "--subject", "a", "--permission", "gpu:read")
+    done = run_module(*arguments, streams=dict.fromkeys(streams, closed_pipe))
+    assert done.returncode == code
+    assert "Traceback" not in (done.stderr or "")
+    assert "Exception" not in (done.stderr or "")
+
+
+def test_the_service_goes_on_when_nobody_reads_its_output(module_copy, clean_environment, closed_pipe):
+    port = free_port()
+    command = [sys.executable, str(module_copy), "--port", str(port)]
+    environment = {**clean_environment, "REDIS_URL": f"redis://127.0.0.1:{free_port()}"}  # it warns of that
+    with subprocess.Popen(command, env=environment, stdout=closed_pipe, stderr=closed_pipe) as process:
+        try:
+            log = module_copy.parent / "data" / "storyteller.log"
+            wait_until(lambda: log.exists() and "listening on" in log.read_text("utf-8"))
+            assert can_connect(port)
+            assert process.poll() is None
+            assert "Traceback" not in log.read_text("utf-8")
+        finally:
+            process.terminate()
+        assert service.WINDOWS or process.wait(PATIENCE) == 0
+
+
 def test_a_console_that_takes_no_output_stops_no_poll(start_service, redis_url, other_program):
     """As Windows' while its text is selected: here nobody reads the pipe."""
     running = start_service(REDIS_URL=redis_url)
@@ -8403,6 +8482,35 @@ def test_help_names_every_setting(run_module):
     done = run_module("--help")
     names = {row.metadata["name"] for row in dataclasses.fields(service.Settings)}
     assert (done.returncode, names - set(done.stdout.split())) == (0, set())
+
+
+def test_help_names_the_scripts_every_command_and_each_default(run_module):
+    text = run_module("--help").stdout
+    assert not [word for word in ("run.sh", "run.bat", "serve", "check", "token", "test") if word not in text]
+    rows = {line.split()[0]: line for line in text.split("\nsettings, ")[1].splitlines()[1:]}
+    assert [name for name, row in rows.items() if "by default" not in row] == []
+    shown = {
+        "STORYTELLER_PORT": "8000", "STORYTELLER_BRIDGE": "on", "GPU_CACHE_SECONDS": "5", "REDIS_HOST": "none",
+        "STORYTELLER_CORS_ORIGINS": " ".join(service.PAGES), "STORYTELLER_TRUSTED_ORIGINS": "none",
+    }  # fmt: skip
+    assert {name: rows[name].partition("by default ")[2] for name in shown} == shown
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [("tset", "did you mean test?"), ("chekc", "did you mean check?"), ("tokne", "did you mean token?"),
+     ("server", "did you mean serve?"), ("x", "serve, check, token, test"), ("test", "run.sh and run.bat")],
+)  # fmt: skip
+def test_a_command_that_is_none_is_refused_with_the_nearest(run_module, command, advice):
+    done = run_module(command, "-k", "swarmui")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert advice in done.stderr.splitlines()[-1]
+
+
+def test_the_version_is_that_of_the_api(run_module):
+    done = run_module("--version")
+    assert (done.returncode, done.stdout) == (0, f"StoryTeller automation {service.__version__}\n")
+    assert service.describe_api()["info"]["version"] == service.__version__
 
 
 def test_help_says_which_page_swarmui_answers_by_default(run_module):
@@ -8472,7 +8580,7 @@ ODD_VALUES = [
         "::1%25lo",
     ],
     *["a:b:c", "127.0.0.1:6379", "fe80::1%1", "224.0.0.1", "http://[", "http://a..b", "http://%", "http://[v1.a]"],
-    *["http://[::1%25lo]", "http://" + "a" * 64, "http://a:\u0663", "http://127.0.0.1:1/" + "a" * 70_000, "redis://"],
+    *["http://[::1%25lo]", "http://" + "a" * 64, "http://a:\u0663", "http://127.0.0.1:1/" + "a" * 20_000, "redis://"],
     *["redis://a..b", "redis://[::1", "redis://[fe80::1%25lo]:1", "redis://127.0.0.1?port=99999", "redis://%00:1"],
     *[
         "redis://127.0.0.1:1?db=-1",
@@ -8492,7 +8600,7 @@ ODD_VALUES = [
 # ends in anything but an exit code.
 TRY_VALUES = """
 import json, os, sys, traceback
-plan = json.loads(sys.argv[1])
+plan = json.load(sys.stdin)
 sys.path.insert(0, plan["folder"])
 import storyteller_automation as service
 run = service.Server.run
@@ -8541,9 +8649,9 @@ def test_no_value_of_a_setting_or_an_argument_ends_in_a_traceback(module_copy, c
         plan = {"folder": str(module_copy.parent), "setting": setting, "commands": commands, "values": values}
         quick = {"STORYTELLER_PORT": "0", "NVIDIA_SMI": str(module_copy / "none"), "SWARMUI_HEALTH_TIMEOUT": "0.05"}
         done = subprocess.run(
-            [sys.executable, "-c", TRY_VALUES, json.dumps(plan)], cwd=module_copy.parent, timeout=4 * PATIENCE,
+            [sys.executable, "-c", TRY_VALUES], cwd=module_copy.parent, timeout=4 * PATIENCE,
             env={**clean_environment, **quick, "SWARMUI_API_URL": f"http://127.0.0.1:{free_port()}"},
-            stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
+            input=json.dumps(plan), capture_output=True, encoding="utf-8", errors="replace",
         )  # fmt: skip
     assert "FAULT" not in done.stdout
     assert done.stdout.endswith("DONE\n"), done.stderr
@@ -8668,6 +8776,102 @@ def test_check_fails_for_a_bad_setting(run_module, value):
 def test_check_knows_this_service_on_the_port(start_service, run_module):
     done = run_module("check", STORYTELLER_PORT=str(start_service().port))
     assert (read_check(done)["port"], done.returncode) == ("OK", 0)
+
+
+@pytest.mark.parametrize(
+    ("service_finds", "check_finds", "environment", "found"),
+    [
+        pytest.param(None, 8192, {}, "nvidia-smi not found", id="the service finds none"),
+        pytest.param(8192, None, {}, "1 GPU(s), 8192 MiB", id="check finds none"),
+        pytest.param(8192, 4096, {}, "1 GPU(s), 8192 MiB", id="another GPU"),
+        pytest.param(8192, 8192, {}, None, id="the same"),
+        pytest.param(None, None, {}, None, id="neither finds one"),
+        pytest.param(None, 8192, {"STORYTELLER_API_TOKEN": "of-another-data-folder"}, None, id="another token"),
+        pytest.param(None, 8192, {"STORYTELLER_DATA_DIR": "another"}, None, id="no token"),
+    ],
+)
+def test_check_warns_where_the_running_service_finds_other_gpus(
+    start_service, run_module, tmp_path, service_finds, check_finds, environment, found
+):
+    def nvidia_smi(memory: int | None) -> str:
+        if memory is None:
+            return str(tmp_path / "none")
+        gpus = {"print": f"8, 819, {memory}, 45, 1\n"}
+        plan = {"gpus": gpus, "processes": {}, "runs": str(tmp_path / "runs")}
+        return str(write_program(tmp_path / f"nvidia-smi {memory}", NVIDIA_SMI, plan))
+
+    made = start_service(NVIDIA_SMI=nvidia_smi(service_finds), STORYTELLER_API_TOKEN="")
+    done = run_module("check", NVIDIA_SMI=nvidia_smi(check_finds), STORYTELLER_PORT=str(made.port), **environment)
+    warned = [line for line in done.stdout.splitlines() if f"the service on {made.port} finds otherwise" in line]
+    assert len(warned) == bool(found)
+    assert all(line.startswith("WARN nvidia-smi: ") and found in line for line in warned)
+    assert (read_check(done)["port"], done.returncode) == ("OK", 0)
+
+
+# ------------------------------------------------------------------------------ names of settings ----
+
+
+def test_start_and_check_warn_of_names_that_are_no_settings_and_show_no_value(start_service, run_module, module_copy):
+    (module_copy.parent / ".env").write_text("REDIS_ULR=redis://:pass-word@a\nREDIS_PORT=\nREDIS_PORT=")
+    (module_copy.parent / ".env.txt").write_text("REDIS_URL=redis://:pass-word@a")
+    made = start_service(STORYTELER_PORT="pass-word")
+    done = run_module("check", STORYTELER_PORT="pass-word")
+    path = module_copy.parent / "data" / "storyteller.log"
+    wait_until(lambda: "listening on" in path.read_text("utf-8"))
+    log = path.read_text("utf-8")
+    for words in ("did you mean REDIS_URL?", "REDIS_PORT is set twice", ".env.txt is not", "mean STORYTELLER_PORT?"):
+        wait_until(lambda words=words: words in made.printed)
+        assert re.search(f"(?m)^WARN settings: .*{re.escape(words)}", done.stdout)
+        assert re.search(f"WARNING settings: .*{re.escape(words)}", log)
+    assert "pass-word" not in made.printed + done.stdout + log
+    assert done.returncode == 0
+
+
+# ---------------------------------------------------------------------------- files of other users ----
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        *[(name, ["serve"]) for name in ("", "running", "api_token", "storyteller.log", "swarmui.log")],
+        *[("storyteller.sqlite3", command) for command in (["serve"], ["check"], ["token", "--list"])],
+        ("storyteller.sqlite3-wal", ["serve"]),
+    ],
+)
+def test_a_file_of_root_is_named_with_its_owner_and_how_to_get_it(run_as_user, shared_folder, name, arguments):
+    path = shared_folder / "data" / name
+    if name:
+        path.touch(0o600)
+    else:
+        os.chown(path, 0, 0)
+    done = run_as_user(*arguments)
+    assert done.returncode == (1 if arguments == ["check"] else 2)
+    (line,) = [line for line in (done.stderr + done.stdout).splitlines() if "belongs to" in line]
+    assert f"{path} belongs to root, and you may not use it: sudo chown -R " in line
+    assert line.endswith(str(shared_folder / "data"))
+    assert "Traceback" not in done.stderr
+
+
+def test_files_of_root_that_a_command_does_not_need_do_not_stop_it(run_as_user, shared_folder, redis_url):
+    for name in ("running", "api_token", "storyteller.log"):
+        (shared_folder / "data" / name).touch(0o600)
+    assert run_as_user("token", "--list", REDIS_URL=redis_url).returncode == 0
+
+
+@pytest.mark.parametrize("owner", [0, 54321])
+def test_a_start_as_root_beside_files_of_another_user_warns(start_service, module_copy, owner):
+    if service.WINDOWS or os.geteuid() != 0:
+        pytest.skip("only root can give a file to another user")
+    data = module_copy.parent / "data"
+    data.mkdir()
+    (data / "api_token").write_text(TOKEN)
+    os.chown(data / "api_token", owner, owner)
+    made = start_service()
+    warning = "data: root starts this beside files of 54321"
+    wait_until(lambda: "listening on" in (data / "storyteller.log").read_text("utf-8"))
+    assert (warning in (data / "storyteller.log").read_text("utf-8")) == bool(owner)
+    if owner:
+        wait_until(lambda: warning in made.printed)
 
 
 # --------------------------------------------------------------------------- StoryArt's sessions ----
