@@ -47,6 +47,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import difflib
 import errno
 import functools
 import hashlib
@@ -104,6 +105,8 @@ R = TypeVar("R")
 T = TypeVar("T")
 Clock = Callable[[], float]
 
+__version__ = "1.0.0"
+
 log = logging.getLogger("storyteller")
 log.addHandler(logging.NullHandler())  # silent until start_logging()
 
@@ -112,6 +115,7 @@ log.addHandler(logging.NullHandler())  # silent until start_logging()
 # ======================================================================================================
 
 HERE = Path(__file__).resolve().parent
+ENV_FILE = HERE / ".env"
 PAGES = ("http://localhost:3000", "http://localhost:5173", "http://127.0.0.1:3000", "http://127.0.0.1:5173")
 
 
@@ -128,11 +132,18 @@ def _matching(pattern: str, expected: str) -> Callable[[str], str]:
     return read
 
 
-_host = _matching(r"[A-Za-z0-9._:%-]{1,253}", "a host name or an IP address")
 _token = _matching(r"[!-+\--~]{16,1024}", "16 to 1024 printable ASCII characters without spaces or commas")
 _cookie = _matching(r"[!#-+\--:<-\[\]-~]{1,4096}", r'printable ASCII without spaces and without any of ",;\ in it')
 _log_level = _matching("(?i)debug|info|warning|error", "debug, info, warning or error")
 _log_format = _matching("(?i)text|json", "text or json")
+
+
+def _host(text: str) -> str:
+    with contextlib.suppress(ValueError):
+        name = re.fullmatch(r"[A-Za-z0-9._-]{1,253}", text)
+        if name or (re.fullmatch(r"[A-Za-z0-9:.%]+", text) and ipaddress.IPv6Address(text)):
+            return text
+    raise ValueError("a host name or an IP address, without a port")
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
@@ -158,28 +169,33 @@ def _path(text: str) -> Path:
     """Relative to this module: a relative path in .env must mean one folder, wherever the start came from."""
     with contextlib.suppress(RuntimeError, UnicodeError):
         path = HERE / Path(text).expanduser()
-        if b"\0" not in os.fsencode(path):
+        if b"\0" not in os.fsencode(path) and len(path.parts) < 400:  # mkdir() calls itself for each
             return path
     raise ValueError("a path")
 
 
 def _program(text: str) -> str:
     """A bare name is looked up on PATH; anything with a folder in it is a path."""
-    return text if os.path.basename(text) == text else str(_path(text))
+    path = _path(text)
+    return text if os.path.basename(text) == text else str(path)
 
 
 def _redis_url(text: str) -> str:
-    with contextlib.suppress(ValueError, TypeError, AttributeError):
-        if re.fullmatch(r"unix://.*|rediss?://[^/]*(/[0-9]*)?(\?.*)?", text):  # redis-py reads another path as 0
+    # redis-py takes no host for localhost and another path for database 0, and leaves out what follows a #.
+    form = r"unix://[^#]+|rediss?://([^/?#]*@)?[^/?#@:][^/?#@]*(/[0-9]*)?(\?(?!.*\b(host|port)=)[^#]*)?"
+    with contextlib.suppress(ValueError, TypeError, AttributeError, redis.RedisError):
+        usable = hasattr(socket, "AF_UNIX") or not text.startswith("unix")
+        if usable and re.fullmatch(form, text) and ("ssl_certfile=" in text or "ssl_keyfile=" not in text):
             redis.ConnectionPool.from_url(text).make_connection()  # does not connect, but refuses an unknown option
             return text
-    raise ValueError("redis://[user:password@]host[:port][/database]")
+    raise ValueError("redis://[user:password@]host[:port][/database]; write # as %23 in a password, / as %2F, ? as %3F")
 
 
 def _http_url(text: str) -> str:
     with contextlib.suppress(ValueError):  # of a port out of range, too
         url = urllib.parse.urlsplit(text)
-        good = url.scheme in ("http", "https") and url.hostname and url.port != 0 and url.username is None
+        good = url.scheme in ("http", "https") and url.port != 0 and url.username is None
+        good = good and bool((url.hostname or "").encode("idna"))  # as the lookup will, which raises for a..b
         if good and not re.search(r"[^!-~]|[?#]", text):
             return text.rstrip("/")
     raise ValueError("http://host[:port] or https://host[:port], without user, query or fragment")
@@ -251,7 +267,7 @@ class Settings:
     redis_url: str | None = _row("REDIS_URL", None, _redis_url, "the Redis to use; overrides the next two", secret=True)
     redis_host: str | None = _row("REDIS_HOST", None, _host, "the Redis to use; 127.0.0.1 when only the port is set")
     redis_port: int | None = _row("REDIS_PORT", None, _whole(1, 65535), "its port; 6379 when only the host is set")
-    bridge: bool = _row("STORYTELLER_BRIDGE", True, _switch, "on or off: keep both copies of a session in step")
+    bridge: bool = _row("STORYTELLER_BRIDGE", True, _switch, "off: copies of a session stay as they are; by default on")
     nvidia_smi: str | None = _row("NVIDIA_SMI", None, _program, "the nvidia-smi program; by default the one on PATH")
     nvidia_smi_timeout: float = _row("NVIDIA_SMI_TIMEOUT", 5.0, _seconds(0.001), "seconds that nvidia-smi may take")
     gpu_cache_seconds: float = _row("GPU_CACHE_SECONDS", 5.0, _seconds(0), "seconds for which a GPU status is cached")
@@ -272,7 +288,7 @@ class Settings:
         """The URL of the Redis to use; None means the embedded store."""
         if self.redis_url or not (self.redis_host or self.redis_port):
             return self.redis_url
-        host = self.redis_host or "127.0.0.1"
+        host = (self.redis_host or "127.0.0.1").replace("%", "%25")
         return f"redis://{f'[{host}]' if ':' in host else host}:{self.redis_port or 6379}/0"
 
     @property
@@ -295,14 +311,33 @@ def read_env_file(path: Path) -> dict[str, str]:
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if not line or line.startswith("#"):
             continue
-        found = re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(?:(['\"])(.*)\2|(.*))", line)
+        found = re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(?:(['\"])((?:(?!\2).)*)\2|(.*))", line)
         if not found:
             raise StartError(f"{path}, line {number}: expected KEY=VALUE, or a comment that begins with #.")
         values[found[1]] = found[3] if found[2] else found[4]
     return values
 
 
-def load_settings(given: Mapping[str, str | None], environ: Mapping[str, str], file: Path = HERE / ".env") -> Settings:
+def doubtful_settings(environ: Mapping[str, str], file: Path = ENV_FILE) -> Iterator[str]:
+    """A sentence for each name that seems meant as a setting and has no effect; none shows a value."""
+    known = [row.metadata["name"] for row in dataclasses.fields(Settings)]
+    in_file, unread = read_env_file(file), file.with_name(f"{file.name}.txt")
+    text = file.read_text(encoding="utf-8-sig") if in_file else ""
+    if unread.exists():
+        yield f"{unread} is not read: rename it to {file.name}"
+    for name in in_file:
+        if len(re.findall(rf"(?m)^\s*{name}\s*=", text)) > 1:
+            yield f"{name} is set twice in {file}: the last one counts"
+    ours = "(?i)STORYTELLER_(?!NO_PAUSE$).*"  # that one is for run.bat
+    for place, names, cutoff, suspect in ((file, in_file, 0.6, ".*"), ("the environment", environ, 0.85, ours)):
+        for name in [name for name in names if name not in known]:
+            near = difflib.get_close_matches(name.upper(), known, 1, cutoff)
+            if near or re.fullmatch(suspect, name):
+                advice = f"did you mean {near[0]}?" if near else "--help names them all"
+                yield f"{name} in {place} is not a setting: {advice}"
+
+
+def load_settings(given: Mapping[str, str | None], environ: Mapping[str, str], file: Path = ENV_FILE) -> Settings:
     """Arguments (`given` by field name) override the environment, it overrides `file`. An empty value is not set."""
     from_file = read_env_file(file)
     values = {}
@@ -629,6 +664,19 @@ def lock_file(path: Path) -> TextIO | None:
     return file
 
 
+IS_ROOT = sys.platform != "win32" and os.geteuid() == 0
+
+
+def foreign_owner(path: Path) -> str | None:
+    """The user whose file it is, unless it is ours. None on Windows, where files have the rights of their folder."""
+    with contextlib.suppress(OSError):  # it is not there
+        if sys.platform != "win32" and path.stat().st_uid != os.geteuid():
+            with contextlib.suppress(KeyError):  # a number without a name
+                return path.owner()
+            return str(path.stat().st_uid)
+    return None
+
+
 def descriptor_limit() -> int:
     """How many sockets and files this process may open; `select` on Windows takes 512 sockets."""
     if sys.platform == "win32":
@@ -657,6 +705,9 @@ def listen(address: str, port: int) -> socket.socket:
         raise
     return made
 
+
+# Windows refuses a port that another program holds alone, and one that it reserves; some Pythons give EACCES for it.
+MAYBE_RESERVED = {10013, errno.EACCES} if WINDOWS else {10013}
 
 GRACE = 5.0  # seconds for the requests in flight at shutdown
 CLOSING_GRACE = 3.0  # the same when the console closes: Windows ends this process 5 s later
@@ -691,11 +742,24 @@ def keep_freed_memory() -> None:
                 ctypes.CDLL(None).mallopt(option, size)
 
 
+@contextlib.contextmanager
+def _while_it_is_read(stream: TextIO) -> Iterator[None]:
+    """Drop what is printed to a pipe that was closed at its other end, as by `| head -1`; Windows says EINVAL then."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EINVAL):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what Python flushes at its end, too
+
+
 def prepare_console() -> None:
     """Print what the code page lacks as an escape, as UnicodeEncodeError would end the service."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+            for name in ("write", "flush"):
+                setattr(stream, name, _while_it_is_read(stream)(getattr(stream, name)))
 
 
 def name_window(title: str) -> None:
@@ -806,7 +870,8 @@ def has_crashed(code: int) -> bool:
 def launch_detached(program: Path, arguments: Sequence[str], folder: Path, output: Path) -> subprocess.Popen[bytes]:
     """Start a program that outlives this one, its output appended to a file. Raises OSError or ValueError."""
     words = [str(program), *arguments]
-    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("STORYTELLER_")}
+    secret = re.compile(r"(?i)STORYTELLER_|REDIS_|SWARMUI_TOKEN\Z")
+    environment = {name: value for name, value in os.environ.items() if not secret.match(name)}
     with open(open_log(output), "ab") as log_file:
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log_file, "stderr": log_file}
         options |= {"cwd": folder, "env": environment}
@@ -935,15 +1000,17 @@ def start_logging(path: Path, settings: Settings) -> None:
 
 
 def shorten_log(path: Path) -> None:
-    """Copy a log above LOG_LIMIT and empty it: SwarmUI has it open and outlives this service, so it cannot be moved.
-    Lines written between the two steps are lost."""
+    """Copy the end of a log above LOG_LIMIT and empty it: SwarmUI has it open and outlives this service, so it cannot
+    be moved. Lines written between the two steps are lost."""
     try:
         if not path.exists() or path.stat().st_size <= LOG_LIMIT:
             return
         for number in range(LOGS_KEPT - 1, 0, -1):
             with contextlib.suppress(FileNotFoundError, PermissionError):  # Windows moves no file that is open
                 os.replace(f"{path}.{number}", f"{path}.{number + 1}")
-        shutil.copyfile(path, f"{path}.1")
+        with open(path, "rb") as file, open(f"{path}.1", "wb") as copy:
+            file.seek(-LOG_LIMIT, os.SEEK_END)
+            copy.write(file.read(LOG_LIMIT))
         os.truncate(path, 0)
     except OSError as error:
         log.warning("swarmui: %s cannot be shortened (%s)", path, error.strerror)
@@ -3264,11 +3331,11 @@ def find_swarmui(settings: Settings) -> Path:
     program = settings.swarmui_path
     if program is None:
         raise LaunchError("SWARMUI_PATH is not set: set it to SwarmUI's folder")
-    if not program.exists():
+    if not os.path.exists(program):  # Path.exists() raises for a name that is too long
         raise LaunchError(f"SWARMUI_PATH {program} does not exist: set it to SwarmUI's folder")
-    if program.is_dir():
+    if os.path.isdir(program):
         program /= LAUNCH_SCRIPT
-        if not program.is_file():
+        if not os.path.isfile(program):
             raise LaunchError(f"SWARMUI_PATH {program.parent} has no {LAUNCH_SCRIPT}: set it to SwarmUI's folder")
     return program
 
@@ -4355,7 +4422,7 @@ def describe_api() -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
         paths.setdefault(re.sub(r"<(\w+)>", r"{\1}", route.path), {})[route.method.lower()] = _describe(route)
-    info = {"title": "StoryTeller automation service", "version": "1"}
+    info = {"title": "StoryTeller automation service", "version": __version__}
     components = {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}
     return {"openapi": "3.1.0", "info": info, "paths": paths, "components": components}
 
@@ -4562,7 +4629,7 @@ WAITRESS: Mapping[str, Any] = {
     "outbuf_overflow": 9 * 1024 * 1024,
     "recv_bytes": 256 * 1024,  # an 850 KB session in 4 reads instead of 104
     "ident": None,  # no Server header
-    "clear_untrusted_proxy_headers": False,  # a request that came through a proxy is never trusted: see them
+    "clear_untrusted_proxy_headers": False,  # a request that a proxy marks as forwarded is never trusted: see them
     "log_socket_errors": False,  # a client that leaves is no error
 }
 
@@ -4611,7 +4678,7 @@ def open_sockets(host: str, port: int) -> list[socket.socket]:
                 return _listen_on_all(addresses, port)
             except OSError as error:
                 # The port that was free on the first address may be taken on the second: pick another.
-                if port or error.errno not in _IN_USE or attempt == 19:
+                if port or error.errno not in _IN_USE | MAYBE_RESERVED or attempt == 19:
                     raise
         raise AssertionError
     except (socket.gaierror, UnicodeError):
@@ -4620,11 +4687,15 @@ def open_sockets(host: str, port: int) -> list[socket.socket]:
     except OSError as error:
         if error.errno in _IN_USE:
             raise StartError(f"Port {port} is in use by another program: stop it, or set STORYTELLER_PORT.") from None
+        if error.errno in MAYBE_RESERVED:
+            why = "another program holds it, or Windows reserves it"
+            advice = "`netsh interface ipv4 show excludedportrange protocol=tcp` lists those. Set STORYTELLER_PORT."
+            raise StartError(f"Port {port} is refused: {why}: {advice}") from None
         advice = "set STORYTELLER_HOST or STORYTELLER_PORT."
         raise StartError(f"Cannot listen on {host} port {port} ({error.strerror}): {advice}") from None
 
 
-_IN_USE = {errno.EADDRINUSE, 10048, 10013}  # Windows: in use; in exclusive use
+_IN_USE = {errno.EADDRINUSE, 10048}
 
 
 def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
@@ -4863,12 +4934,21 @@ class Server:
 # ======================================================================================================
 
 
-def prepare_data_dir(path: Path) -> None:
-    """Create the folder, and test that it can be written. Raises StartError."""
+STORE_FILES = ("", "storyteller.sqlite3", "storyteller.sqlite3-wal", "storyteller.sqlite3-shm")  # "": the folder
+DATA_FILES = (*STORE_FILES, "running", "api_token", "storyteller.log", "swarmui.log", "swarmui.json")
+
+
+def prepare_data_dir(path: Path, names: Sequence[str] = DATA_FILES) -> None:
+    """Create the folder, and test that it, and what `names` name in it, can be written. Raises StartError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as file:
-            file.write(bytes(250_000))
+        for file in [path / name for name in names]:
+            needed = os.R_OK if file.name == "api_token" else os.R_OK | os.W_OK
+            if (owner := foreign_owner(file)) and not os.access(file, needed):
+                advice = f"sudo chown -R $(id -un) {shlex.quote(str(path))}"
+                raise StartError(f"{file} belongs to {owner}, and you may not use it: {advice}")
+        with tempfile.TemporaryFile(dir=path) as trial:
+            trial.write(bytes(250_000))
     except OSError as error:
         if error.errno in _DISK_FULL:
             raise StartError(f"The disk of the data folder {path} is full: free space on it.") from None
@@ -4879,7 +4959,10 @@ def prepare_data_dir(path: Path) -> None:
 def own_data_dir(settings: Settings) -> TextIO:
     """Lock the data folder for this process: the open lock file. Raises StartError when another service uses it."""
     path = settings.data_dir / "running"
-    file = lock_file(path)
+    try:
+        file = lock_file(path)
+    except OSError as error:
+        raise StartError(f"{path} cannot be written ({error.strerror}): fix or remove it.") from None
     if file is None:
         where = path.read_text(encoding="utf-8").strip() or "an address that it has not written down yet"
         fault = f"The data folder {settings.data_dir} is in use by the service at {where}"
@@ -4934,6 +5017,7 @@ def serve(settings: Settings) -> int:
         swarmui.keep_log_short()
         greet(settings, store, port, token_place)
         services.start()
+        log.info("server: listening on %s", url_of(settings, port))
         server.run()
     say("Stopped.")
     running.close()
@@ -4958,6 +5042,11 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
     say("StoryTeller automation service. Ctrl+C stops it.")
     for name, text in rows.items():
         say(f"  {name:<11} {text}")
+    for text in doubtful_settings(os.environ):
+        log.warning("settings: %s", text)
+    if IS_ROOT and (others := {owner for name in DATA_FILES if (owner := foreign_owner(settings.data_dir / name))}):
+        advice = "start it as that user, who cannot use what root makes"
+        log.warning("data: root starts this beside files of %s: %s", ", ".join(sorted(others)), advice)
     if settings.host.lower() != "localhost" and not is_loopback(settings.host):
         log.warning("server: the network traffic is not encrypted: set STORYTELLER_HOST=localhost if you can")
     if missed := missed_sessions(settings):
@@ -4968,7 +5057,7 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
         log.warning("store: %s Requests that need it get 503 until it does.", fault)
 
 
-def check(arguments: Mapping[str, str | None]) -> int:
+def check(arguments: Mapping[str, Any]) -> int:
     """Print a line for each check. The exit code is 1 when one FAILs."""
     failed = False
     for level, subject, text in run_checks(arguments):
@@ -4981,14 +5070,15 @@ STORYARTS_REDIS = "redis://127.0.0.1:6379/0"  # the one that StoryArt's own serv
 Check = tuple[str, str, str]  # OK, WARN or FAIL; the subject; what was found, and what to do
 
 
-def run_checks(arguments: Mapping[str, str | None]) -> Iterator[Check]:
+def run_checks(arguments: Mapping[str, Any]) -> Iterator[Check]:
     try:
-        settings = load_settings(arguments, os.environ)
+        settings = typed_settings(arguments)
     except StartError as error:
         yield "FAIL", "settings", str(error)
         return
-    env_file = HERE / ".env"
-    yield "OK", "settings", f"read from arguments, environment and {env_file if env_file.exists() else 'no .env file'}"
+    yield "OK", "settings", f"read from arguments, environment and {ENV_FILE if ENV_FILE.exists() else 'no .env file'}"
+    for text in doubtful_settings(os.environ):
+        yield "WARN", "settings", text
     yield check_store(settings)
     yield from check_storyart(settings)
     status = query_gpus(settings, set())
@@ -4998,7 +5088,7 @@ def run_checks(arguments: Mapping[str, str | None]) -> Iterator[Check]:
     found = probe(settings)
     yield "OK" if found.ready else "WARN", "SwarmUI", found.message
     yield from check_pages(settings)
-    yield check_port(settings)
+    yield from check_port(settings, status)
 
 
 def missed_sessions(settings: Settings) -> str | None:
@@ -5056,30 +5146,60 @@ def check_swarmui_path(settings: Settings) -> Check:
         return "FAIL" if wrong else "WARN", "SWARMUI_PATH", str(error)
 
 
-def check_port(settings: Settings) -> Check:
+def check_port(settings: Settings, status: GpuStatus) -> Iterator[Check]:
+    """Whether the port is free, or this service has it; and whether that service finds other GPUs than `status`."""
     try:
         for one in open_sockets(settings.host, settings.port):
             one.close()
-        return "OK", "port", f"{settings.port} is free"
+        yield "OK", "port", f"{settings.port} is free"
+        return
     except StartError as error:
-        host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-        url = url_of(dataclasses.replace(settings, host=host), settings.port)
-        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-            body = json.loads(fetch(f"{url}/health", 6).body)  # 3 s of it for a store that hangs
-            if isinstance(body, dict) and body.keys() == {"status", "store"}:
-                return "OK", "port", f"this service runs on {settings.port} already"
-        return "FAIL", "port", str(error)
+        fault = str(error)
+    host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    url = url_of(dataclasses.replace(settings, host=host), settings.port)
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError, AttributeError, RecursionError):
+        if json.loads(fetch(f"{url}/health", 6).body).keys() == {"status", "store"}:  # 3 s for a store that hangs
+            fault = ""
+            yield "OK", "port", f"this service runs on {settings.port} already"
+            token = settings.api_token or token_path(settings).read_text(encoding="utf-8").strip()
+            reply = fetch(f"{url}/api/v1/gpu/status", 10, headers={"Authorization": f"Bearer {token}"})
+            theirs, ours = json.loads(reply.body), gpu_json(status)
+            differs = any(theirs.get(key, ours[key]) != ours[key] for key in ("available", "gpuCount", "memoryTotal"))
+            if differs and reply.status in (200, 500):  # not one that refuses the token, which may be another folder's
+                found = theirs["error"] or f"{theirs['gpuCount']} GPU(s), {theirs['memoryTotal']} MiB"
+                advice = "it has another PATH or NVIDIA_SMI: set NVIDIA_SMI in .env, and start it again"
+                yield "WARN", "nvidia-smi", f"the service on {settings.port} finds otherwise ({found}): {advice}"
+    if fault:
+        yield "FAIL", "port", fault
+
+
+COMMANDS = ("serve", "check", "token")
+
+
+def read_command(text: str) -> str:
+    if text in COMMANDS:
+        return text
+    near = difflib.get_close_matches(text, [*COMMANDS, "test"], 1) or [f"one of {', '.join(COMMANDS)}, test"]
+    advice = "run.sh and run.bat have that one" if text == "test" else f"did you mean {near[0]}?"
+    raise argparse.ArgumentTypeError(f"{text!r} is not a command: {advice}")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    table = "\n".join(f"  {row.metadata['name']:<24} {row.metadata['meaning']}" for row in dataclasses.fields(Settings))
+    table = ""
+    for row in dataclasses.fields(Settings):
+        default = " ".join(row.default) if isinstance(row.default, tuple) else row.default
+        shown = f"; by default {default or 'none'}".removesuffix(".0")
+        meaning = row.metadata["meaning"]
+        table += f"  {row.metadata['name']:<28} {meaning}{'' if 'by default' in meaning else shown}\n"
     parser = argparse.ArgumentParser(
-        description="The StoryTeller automation service.",
+        prog=Path(__file__).name,
+        description="The StoryTeller automation service. Start it by run.sh, on Windows by run.bat.",
         epilog=f"settings, from the environment or a .env file beside this module:\n{table}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = ("serve", "check", "token")
-    parser.add_argument("command", nargs="?", choices=commands, default="serve", help="by default serve")
+    commands = "serve (by default), check, token; of run.sh and run.bat also test, which runs the tests"
+    parser.add_argument("command", nargs="?", type=read_command, default="serve", help=commands)
+    parser.add_argument("--version", action="version", version=f"StoryTeller automation {__version__}")
     parser.add_argument("--host", help="overrides STORYTELLER_HOST")
     parser.add_argument("--port", help="overrides STORYTELLER_PORT")
     parser.add_argument("--data-dir", help="overrides STORYTELLER_DATA_DIR")
@@ -5105,7 +5225,7 @@ def read_ttl(text: str) -> int:
 
 def token_command(settings: Settings, given: Mapping[str, Any]) -> int:
     """Make, list or revoke session tokens; a running service sees it within 5 s. Raises StartError, Unavailable."""
-    prepare_data_dir(settings.data_dir)
+    prepare_data_dir(settings.data_dir, STORE_FILES)
     with contextlib.closing(open_store(settings)) as store:
         if given["list"] or given["revoke"]:
             return list_tokens(store, given["revoke"])
@@ -5131,10 +5251,19 @@ def list_tokens(store: Store, revoked: str | None) -> int:
     return 1
 
 
-def run_service(arguments: Mapping[str, str | None]) -> int:
+def typed_settings(given: Mapping[str, Any]) -> Settings:
+    """Those of a command line, whose folder is relative to the current one, as a person typed it there."""
+    try:
+        folder = given["data_dir"] and os.path.abspath(given["data_dir"])
+    except FileNotFoundError:
+        raise StartError("The current folder, where --data-dir begins, was deleted: change to one.") from None
+    return load_settings({**given, "data_dir": folder}, os.environ)
+
+
+def run_service(given: Mapping[str, Any]) -> int:
     """serve(), with its exit code. All that it says goes through the log."""
     try:
-        return serve(load_settings(arguments, os.environ))
+        return serve(typed_settings(given))
     except StartError as error:
         log.error("server: %s", error, extra={"console": str(error)})
         return 2
@@ -5149,15 +5278,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0; 1 when a check failed or no token was revoked; 2 when the service cannot start."""
     prepare_console()
     given = vars(make_parser().parse_args(argv))
-    if given["data_dir"]:  # relative to the current folder, since a person typed it there
-        given["data_dir"] = os.path.abspath(given["data_dir"])
     if given["command"] == "serve":
         end_console = start_console()
         code = run_service(given)
         end_console()
         os._exit(code)  # Python's own end would wait for a console that takes no output
     try:
-        return check(given) if given["command"] == "check" else token_command(load_settings(given, os.environ), given)
+        return check(given) if given["command"] == "check" else token_command(typed_settings(given), given)
     except (StartError, Unavailable) as error:
         print(error, file=sys.stderr)
         return 2

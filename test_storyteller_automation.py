@@ -29,6 +29,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -875,6 +876,9 @@ def test_the_only_trusted_origin_is_also_the_one_that_swarmui_answers(tmp_path, 
         pytest.param('A="1\'\nB=\'\nC=--x "y z"', {"A": "\"1'", "B": "'", "C": '--x "y z"'}, id="no pair of quotes"),
         pytest.param(r'A="C:\new\table"', {"A": r"C:\new\table"}, id="backslashes are literal"),
         pytest.param("A=b=c", {"A": "b=c"}, id="an equals sign in the value"),
+        pytest.param(
+            "A=\"--a\" \"b c\"\nB='a' 'b'", {"A": '"--a" "b c"', "B": "'a' 'b'"}, id="quotes around two words"
+        ),
         pytest.param("A=1\nA=2", {"A": "2"}, id="the last of two"),
         pytest.param("", {}, id="an empty file"),
     ],
@@ -905,7 +909,7 @@ def test_an_env_file_that_cannot_be_used_is_refused_by_name(tmp_path, data, word
 @pytest.mark.parametrize(
     ("name", "values"),
     {
-        "STORYTELLER_HOST": ["local host", "http://localhost", "[::1]", "a/b"],
+        "STORYTELLER_HOST": ["local host", "http://localhost", "[::1]", "a/b", "a:80", "127.0.0.1:80", "a:b:c", "a%41"],
         "STORYTELLER_PORT": ["65536", "-1", "80.0", "http", " 80", "1e3"],
         "STORYTELLER_API_TOKEN": ["fifteen-letters", "sixteen letters here", "sixteen-lettérs!", "x" * 1025],
         "STORYTELLER_DATA_DIR": ["a\0b"],
@@ -920,15 +924,39 @@ def test_an_env_file_that_cannot_be_used_is_refused_by_name(tmp_path, data, word
         "STORYTELLER_TOKEN_FAILURES": ["0", "x"],
         "STORYTELLER_LOG_LEVEL": ["loud"],
         "STORYTELLER_LOG_FORMAT": ["xml"],
-        "REDIS_URL": ["localhost:6379", "http://localhost", "redis://localhost:port", "redis://localhost:99999"],
-        "REDIS_HOST": ["redis://localhost"],
+        "REDIS_URL": [
+            *[
+                "localhost:6379",
+                "http://localhost",
+                "redis://localhost:port",
+                "redis://localhost:99999",
+                "redis://[::1",
+            ],
+            *[
+                "redis://:#prod42@127.0.0.1:6391/0",
+                "redis://:42#prod@a",
+                "redis://a#b",
+                "rediss://a/0#b",
+                "unix:///a#b",
+            ],
+            *["redis://", "redis:///0", "rediss://:6379/0", "redis://user:word@", "redis://:12?b@a", "redis://?host=a"],
+            *["unix://", "redis://a?port=99999", "redis://a?protocol=9", "rediss://a?ssl_cert_reqs=x"],
+            "rediss://a?ssl_keyfile=x",
+        ],
+        "REDIS_HOST": ["redis://localhost", "127.0.0.1:6379", "a:b:c", "[::1]", "[::1", "::1%", ":", "a%41"],
         "REDIS_PORT": ["0", "65536", "x"],
         "STORYTELLER_BRIDGE": ["yes", "1"],
         "NVIDIA_SMI_TIMEOUT": ["0", "-1", "x", "86401"],
         "GPU_CACHE_SECONDS": ["-1", "five", "nan", "inf", "86401"],
         "SWARMUI_API_URL": [
             *["localhost:7801", "ftp://localhost", "http://", "http://a b", "http://localhost:0", "http://[::1"],
-            *["http://localhost:99999", "http://user:word@localhost", "http://localhost/?a", "http://localhost/#a"],
+            *[
+                "http://localhost:99999",
+                "http://a..b",
+                "http://user:word@localhost",
+                "http://localhost/?a",
+                "http://localhost/#a",
+            ],
         ],
         "SWARMUI_PATH": ["a\0b"],
         "SWARMUI_TOKEN": ["a b", "a;b", "a,b", 'a"b', "a\\b", "é"],
@@ -986,13 +1014,21 @@ def test_the_home_of_nobody(tmp_path):
     [
         ("STORYTELLER_API_TOKEN", "too-short"),
         ("REDIS_URL", "redis://:pass-word@localhost:port"),
+        ("REDIS_URL", "redis://:#prod42@127.0.0.1:6391/0"),
         ("SWARMUI_TOKEN", "not a cookie"),
     ],
 )
 def test_the_refusal_of_a_secret_does_not_show_it(tmp_path, name, value):
     with pytest.raises(service.StartError) as refused:
         service.load_settings({}, {name: value}, tmp_path / ".env")
-    assert value not in str(refused.value)
+    assert not re.search("short|pass-word|prod42|6391|a cookie", str(refused.value))
+
+
+def test_the_refusal_of_a_redis_url_says_how_to_write_what_ends_a_host(tmp_path):
+    with pytest.raises(service.StartError, match="write # as %23 in a password"):
+        read_settings(tmp_path, REDIS_URL="redis://:#prod42@127.0.0.1:6391/0")
+    written = read_settings(tmp_path, REDIS_URL="redis://:%23prod42@127.0.0.1:6391/0").redis_address
+    assert redis.connection.parse_url(written)["password"] == "#prod42"
 
 
 def test_settings_that_are_printed_show_no_secret(tmp_path):
@@ -1022,6 +1058,7 @@ def test_settings_that_are_printed_show_no_secret(tmp_path):
         ("REDIS_URL", "rediss://:word@b:1/2", "redis_address", "rediss://:word@b:1/2"),
         ("REDIS_HOST", "b", "redis_address", "redis://b:6379/0"),
         ("REDIS_HOST", "::1", "redis_address", "redis://[::1]:6379/0"),
+        ("REDIS_HOST", "fe80::1%12", "redis_address", "redis://[fe80::1%2512]:6379/0"),
         ("REDIS_PORT", "1234", "redis_address", "redis://127.0.0.1:1234/0"),
         ("STORYTELLER_BRIDGE", "OFF", "bridge", False),
         ("STORYTELLER_BRIDGE", "on", "bridge", True),
@@ -1038,10 +1075,41 @@ def test_redis_url_wins_over_host_and_port(tmp_path):
     assert read_settings(tmp_path, **both, REDIS_URL="redis://c").redis_address == "redis://c"
 
 
+@pytest.mark.parametrize(
+    ("environment", "env_file", "advice"),
+    [
+        pytest.param({"STORYTELER_PORT": "1"}, "", {"STORYTELER_PORT": "STORYTELLER_PORT?"}, id="nearly a setting"),
+        pytest.param({"STORYTELLER_PROT": "1"}, "", {"STORYTELLER_PROT": "STORYTELLER_PORT?"}, id="two letters turned"),
+        pytest.param({"STORYTELLER_COLOUR": "1"}, "", {"STORYTELLER_COLOUR": "--help"}, id="ours, like none"),
+        pytest.param({"swarmui_path": "1"}, "", {"swarmui_path": "SWARMUI_PATH?"}, id="in small letters"),
+        pytest.param({}, "REDIS_ULR=1", {"REDIS_ULR": "REDIS_URL?"}, id=".env: nearly a setting"),
+        pytest.param({}, "COLOUR=1\nB=", {"COLOUR": "--help", "B": "--help"}, id=".env: anything else"),
+        pytest.param(
+            {}, "REDIS_PORT=1\nREDIS_HOST=1\n REDIS_PORT = 2", {"REDIS_PORT": "the last one"}, id=".env: twice"
+        ),
+        pytest.param({}, "# REDIS_PORT=1\nREDIS_PORT=2", {}, id=".env: a comment"),
+        pytest.param({"STORYTELLER_NO_PAUSE": "1", "REDIS_URL": "1"}, "REDIS_URL=1", {}, id="all known"),
+        pytest.param({"TEST_REDIS_URL": "1", "PATH": "1", "HOST": "1", "REQUIRE_REDIS": "1"}, "", {}, id="of others"),
+    ],
+)
+def test_a_name_that_seems_meant_as_a_setting_is_named_with_the_nearest(tmp_path, environment, env_file, advice):
+    (tmp_path / ".env").write_text(env_file)
+    found = list(service.doubtful_settings(environment, tmp_path / ".env"))
+    assert [line.split()[0] for line in found] == list(advice)
+    assert all(text in line for text, line in zip(advice.values(), found))
+
+
+def test_an_env_file_that_the_editor_named_otherwise_is_told_of(tmp_path):
+    (tmp_path / ".env.txt").write_text("REDIS_URL=1")
+    (found,) = service.doubtful_settings({}, tmp_path / ".env")
+    assert found == f"{tmp_path / '.env.txt'} is not read: rename it to .env"
+
+
 # ======================================================================================================
 # Platform
 # ======================================================================================================
 
+ONLY_WINDOWS = pytest.mark.skipif(not service.WINDOWS, reason="the other systems have another reason for it")
 ONLY_POSIX = pytest.mark.skipif(service.WINDOWS, reason="Windows has neither mode bits nor shell scripts")
 
 
@@ -1176,14 +1244,16 @@ print("to stdout", flush=True); print("to stderr", file=sys.stderr, flush=True)
 
 def test_a_launched_program_gets_no_setting_of_ours_no_input_and_a_group_of_its_own(tmp_path, monkeypatch, leash):
     monkeypatch.setenv("STORYTELLER_API_TOKEN", TOKEN)
-    monkeypatch.setenv("STORYTELLER_ANYTHING", "else")
+    for name in ("STORYTELLER_ANYTHING", "REDIS_URL", "REDIS_HOST", "SWARMUI_TOKEN"):
+        monkeypatch.setenv(name, "else")
     monkeypatch.setenv("SWARMUI_KEPT", "as it is")
     program = write_program(tmp_path / "a program", LAUNCHED, {"leash": leash.port})
     folder = tmp_path / "a folder"
     folder.mkdir()
     service.launch_detached(program, ["--a", "b c", '"', "$HOME"], folder, tmp_path / "log").wait(PATIENCE)
     report = leash.next().report
-    assert [name for name in report["environment"] if name.upper().startswith("STORYTELLER_")] == []
+    ours = ("STORYTELLER_", "REDIS_", "SWARMUI_TOKEN")
+    assert [name for name in report["environment"] if name.upper().startswith(ours)] == []
     assert report["environment"]["SWARMUI_KEPT"] == "as it is"
     assert report["arguments"] == ["--a", "b c", '"', "$HOME"]
     assert Path(report["folder"]).samefile(folder)
@@ -8114,7 +8184,14 @@ def test_swarmuis_log_is_rotated_while_it_goes_on_writing(tmp_path, leash, monke
     assert [one.name for one in older] == ["swarmui.log.1", "swarmui.log.2", "swarmui.log.3"]
     numbers = [number for one in [*reversed(older), path] for number in numbers_in(one)]
     assert numbers == sorted(set(numbers))  # none twice, none out of order
-    assert all(one.stat().st_size > 20_000 for one in older)
+    assert all(one.stat().st_size == 20_000 for one in older)
+
+
+def test_of_a_log_of_any_size_its_end_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "LOG_LIMIT", 1000)
+    (tmp_path / "log").write_text("a" * 5000 + "b" * 999 + "c")
+    service.shorten_log(tmp_path / "log")
+    assert (tmp_path / "log.1").read_text() == "b" * 999 + "c"
 
 
 def test_swarmuis_log_is_shortened_while_somebody_reads_the_older_ones(tmp_path, monkeypatch):
@@ -8125,7 +8202,7 @@ def test_swarmuis_log_is_shortened_while_somebody_reads_the_older_ones(tmp_path,
             path.write_text(letter * 1001)
             service.shorten_log(path)
             assert path.stat().st_size == 0
-            assert (tmp_path / "swarmui.log.1").read_text() == letter * 1001
+            assert (tmp_path / "swarmui.log.1").read_text() == letter * 1000
             for older in tmp_path.glob("swarmui.log.*"):
                 readers.enter_context(open(older))
 
@@ -8145,7 +8222,7 @@ def test_swarmuis_log_is_looked_at_before_a_launch(make_launcher, settings, swar
     (settings.data_dir / "swarmui.log").write_bytes(b"of the last run\n" * 2000)
     launcher = make_launcher(swarmui_path=swarmui_folder(exit=1))
     assert "of the last run" not in failure(launcher)
-    assert (settings.data_dir / "swarmui.log.1").stat().st_size == 32_000
+    assert (settings.data_dir / "swarmui.log.1").stat().st_size == 20_000
 
 
 # ------------------------------------------------------------------------------------ shutting down ----
@@ -8646,6 +8723,30 @@ def test_a_port_held_on_either_address_of_localhost_is_refused(address):
         del refused
 
 
+@pytest.mark.parametrize("number", [10013, pytest.param(service.errno.EACCES, marks=ONLY_WINDOWS)])
+def test_a_port_that_windows_refuses_is_not_called_in_use(monkeypatch, number):
+    """Python gives either number for it."""
+
+    def refuse(address, port):
+        raise OSError(number, "access forbidden")
+
+    monkeypatch.setattr(service, "listen", refuse)
+    words = (
+        "another program holds it, or Windows reserves it: `netsh interface ipv4 show excludedportrange protocol=tcp`"
+    )
+    with pytest.raises(service.StartError, match=f"^Port 8000 .*{words}.*STORYTELLER_PORT"):
+        service.open_sockets("localhost", 8000)
+
+
+@ONLY_POSIX
+def test_a_port_that_only_root_may_use_is_not_called_in_use(run_as_user):
+    done = run_as_user("--port", "1")
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"Cannot listen on localhost port 1 \(Permission denied\): set .*STORYTELLER_PORT.\n", done.stderr
+    )
+
+
 @pytest.mark.parametrize(
     ("host", "words"),
     [
@@ -8753,12 +8854,53 @@ def test_an_answer_does_not_name_the_server(start_service):
 def run_module(module_copy: Path, clean_environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the module to its end, as a user does, where there is neither nvidia-smi nor SwarmUI unless given."""
 
-    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, streams: Any = {}, **environment: str) -> subprocess.CompletedProcess[str]:
         nowhere = {"NVIDIA_SMI": str(module_copy / "none"), "SWARMUI_API_URL": f"http://localhost:{free_port()}"}
         return subprocess.run(
             [sys.executable, str(module_copy), *arguments], cwd=module_copy.parent.parent, timeout=PATIENCE,
             env={**clean_environment, "STORYTELLER_PORT": "0", **nowhere, **environment},
-            stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
+            encoding="utf-8", errors="replace",
+            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams},
+        )  # fmt: skip
+
+    return run
+
+
+# Not by setpriv or the like: the Python that runs the tests may be in a folder that is root's alone.
+AS_USER = """
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import encodings.ascii, encodings.idna, fcntl, pwd, storyteller_automation  # it could not find them later
+os.setgroups([])
+os.setgid(54321)
+os.setuid(54321)
+sys.exit(storyteller_automation.main())
+"""
+
+
+@pytest.fixture
+def shared_folder() -> Iterator[Path]:
+    """A folder that every user may look into."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture
+def run_as_user(module_copy: Path, clean_environment: dict[str, str], shared_folder: Path) -> Callable[..., Any]:
+    """Runs the module to its end as a user who is not root, with `data` in the shared folder as its data folder."""
+    if service.WINDOWS or os.geteuid() != 0:
+        pytest.skip("only root can run a program as another user")
+    module = Path(shutil.copy(module_copy, shared_folder))
+    data = shared_folder / "data"
+    data.mkdir()
+    os.chown(data, 54321, 54321)
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", AS_USER, str(module.parent), *arguments], cwd="/", timeout=PATIENCE,
+            env={**clean_environment, "STORYTELLER_PORT": "0", "NVIDIA_SMI": "/none", **environment},
+            stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8",
         )  # fmt: skip
 
     return run
@@ -8866,6 +9008,55 @@ def test_a_log_that_is_full_is_put_aside_and_no_line_is_lost(tmp_path, held):
     assert "".join(one.read_text() for one in kept if one.exists()).splitlines() == lines
 
 
+@pytest.fixture
+def closed_pipe() -> Iterator[int]:
+    """A pipe whose reader has gone, as that of `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        pytest.param(["check"], 0, id="check"),
+        pytest.param(["check", "--host", "192.0.2.1"], 1, id="check that fails"),
+        pytest.param(["token", "--list"], 0, id="token --list"),
+        pytest.param(["token", "--subject", "a", "--permission", "gpu:read"], 0, id="token"),
+        pytest.param(["--help"], 0, id="--help"),
+        pytest.param(["--version"], 0, id="--version"),
+        pytest.param(["nonsense"], 2, id="a usage error"),
+    ],
+)
+@pytest.mark.parametrize("streams", [["stdout"], ["stdout", "stderr"]], ids=["| head", "2>&1 | head"])
+def test_a_command_whose_output_nobody_reads_ends_quietly_with_its_own_code(
+    run_module, closed_pipe, arguments, code, streams
+):
+    if arguments[0] == "token":
+        run_module("token", "--subject", "a", "--permission", "gpu:read")
+    done = run_module(*arguments, streams=dict.fromkeys(streams, closed_pipe))
+    assert done.returncode == code
+    assert "Traceback" not in (done.stderr or "")
+    assert "Exception" not in (done.stderr or "")
+
+
+def test_the_service_goes_on_when_nobody_reads_its_output(module_copy, clean_environment, closed_pipe):
+    port = free_port()
+    command = [sys.executable, str(module_copy), "--port", str(port)]
+    environment = {**clean_environment, "REDIS_URL": f"redis://127.0.0.1:{free_port()}"}  # it warns of that
+    with subprocess.Popen(command, env=environment, stdout=closed_pipe, stderr=closed_pipe) as process:
+        try:
+            log = module_copy.parent / "data" / "storyteller.log"
+            wait_until(lambda: log.exists() and "listening on" in log.read_text("utf-8"))
+            assert can_connect(port)
+            assert process.poll() is None
+            assert "Traceback" not in log.read_text("utf-8")
+        finally:
+            process.terminate()
+        assert service.WINDOWS or process.wait(PATIENCE) == 0
+
+
 def test_a_console_that_takes_no_output_stops_no_poll(start_service, redis_url, other_program):
     """As Windows' while its text is selected: here nobody reads the pipe."""
     running = start_service(REDIS_URL=redis_url)
@@ -8893,7 +9084,7 @@ def start_without_a_reader(module: Path, environment: dict[str, str]) -> tuple[s
 
 @pytest.mark.skipif(service.WINDOWS, reason="a pipe is filled up without waiting on the other systems alone")
 def test_with_a_console_that_takes_no_output_it_starts_serves_and_ends(module_copy, clean_environment):
-    given = {"STORYTELLER_API_TOKEN": TOKEN, "STORYTELLER_PORT": "0"}
+    given = {"STORYTELLER_API_TOKEN": TOKEN, "STORYTELLER_PORT": "0", "STORYTELLER_MISSPELT": "warns"}
     process, port = start_without_a_reader(module_copy, {**clean_environment, **given})
     check = urllib.request.Request(f"http://127.0.0.1:{port}/api/v1/notifications/check", headers=BEARER)
     assert urllib.request.urlopen(check, timeout=PATIENCE).status == 200
@@ -8925,6 +9116,35 @@ def test_help_names_every_setting(run_module):
     done = run_module("--help")
     names = {row.metadata["name"] for row in dataclasses.fields(service.Settings)}
     assert (done.returncode, names - set(done.stdout.split())) == (0, set())
+
+
+def test_help_names_the_scripts_every_command_and_each_default(run_module):
+    text = run_module("--help").stdout
+    assert not [word for word in ("run.sh", "run.bat", "serve", "check", "token", "test") if word not in text]
+    rows = {line.split()[0]: line for line in text.split("\nsettings, ")[1].splitlines()[1:]}
+    assert [name for name, row in rows.items() if "by default" not in row] == []
+    shown = {
+        "STORYTELLER_PORT": "8000", "STORYTELLER_BRIDGE": "on", "GPU_CACHE_SECONDS": "5", "REDIS_HOST": "none",
+        "STORYTELLER_CORS_ORIGINS": " ".join(service.PAGES), "STORYTELLER_TRUSTED_ORIGINS": "none",
+    }  # fmt: skip
+    assert {name: rows[name].partition("by default ")[2] for name in shown} == shown
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [("tset", "did you mean test?"), ("chekc", "did you mean check?"), ("tokne", "did you mean token?"),
+     ("server", "did you mean serve?"), ("x", "serve, check, token, test"), ("test", "run.sh and run.bat")],
+)  # fmt: skip
+def test_a_command_that_is_none_is_refused_with_the_nearest(run_module, command, advice):
+    done = run_module(command, "-k", "swarmui")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert advice in done.stderr.splitlines()[-1]
+
+
+def test_the_version_is_that_of_the_api(run_module):
+    done = run_module("--version")
+    assert (done.returncode, done.stdout) == (0, f"StoryTeller automation {service.__version__}\n")
+    assert service.describe_api()["info"]["version"] == service.__version__
 
 
 def test_help_says_which_page_swarmui_answers_by_default(run_module):
@@ -8967,6 +9187,119 @@ def test_a_start_that_cannot_be_says_so_in_one_sentence_with_exit_code_2(run_mod
     assert done.returncode == 2
     assert [done.stdout, len(done.stderr.splitlines())] == ["", 1]
     assert re.search(words, done.stderr)
+
+
+# What may stand in a setting by mistake or by malice. The last group only fails when it is used.
+ODD_VALUES = [
+    *["", " ", "\0", "a\0b", "x" * 5000, "a/" * 1500, "9" * 400, "a\nb", "\u2028", "\udcff", "\ud83d", "\u0663"],
+    *["-1", "1e999", "inf", "nan", "%", "%zz", "%s%(x)d{0}", ".", "..", "a..b", "-", "--", "~", "~nobody-here/x", "\\"],
+    *[
+        "'",
+        '"',
+        "\"'",
+        "#",
+        "?",
+        "@",
+        ":",
+        ";",
+        ",",
+        "*",
+        "none",
+        "null",
+        "/",
+        "//",
+        "[::1",
+        "[::1]",
+        "::1%",
+        "::1%25lo",
+    ],
+    *["a:b:c", "127.0.0.1:6379", "fe80::1%1", "224.0.0.1", "http://[", "http://a..b", "http://%", "http://[v1.a]"],
+    *["http://[::1%25lo]", "http://" + "a" * 64, "http://a:\u0663", "http://127.0.0.1:1/" + "a" * 20_000, "redis://"],
+    *["redis://a..b", "redis://[::1", "redis://[fe80::1%25lo]:1", "redis://127.0.0.1?port=99999", "redis://%00:1"],
+    *[
+        "redis://127.0.0.1:1?db=-1",
+        f"redis://127.0.0.1:1/{10**30}",
+        "redis://%ff:%ff@127.0.0.1:1",
+        "unix://",
+        "unix:///",
+    ],
+    *["redis://127.0.0.1:1?protocol=9", "rediss://127.0.0.1:1?ssl_cert_reqs=x", "unix:///tmp/" + "x" * 200],
+    *[
+        f"rediss://127.0.0.1:PORT?ssl_{name}=x"
+        for name in ("keyfile", "certfile", "ca_certs", "ciphers", "min_version")
+    ],
+]
+
+# Runs commands with each value, of a setting or in VALUE's place; the service only until it would serve. It prints what
+# ends in anything but an exit code.
+TRY_VALUES = """
+import json, os, sys, traceback
+plan = json.load(sys.stdin)
+sys.path.insert(0, plan["folder"])
+import storyteller_automation as service
+run = service.Server.run
+service.Server.run = lambda server: (server.stop(0.0), run(server))
+service.RedisClient.CONNECT_TIMEOUT = service.RedisClient.ANSWER_TIMEOUT = 0.1
+def end(code):
+    raise SystemExit(code)
+os._exit = end
+for value in plan["values"]:
+    in_file = "\\0" in value  # no environment can hold it
+    with open(os.path.join(plan["folder"], ".env"), "w", encoding="utf-8") as file:
+        file.write(f"{plan['setting']}={value}" if in_file else "")
+    try:
+        os.environ[plan["setting"]] = "" if in_file else value
+    except UnicodeEncodeError:  # nor this one on this system
+        continue
+    for command in plan["commands"]:
+        try:
+            assert service.main([value if word == "VALUE" else word for word in command]) in (0, 1, 2)
+        except SystemExit as ended:
+            assert ended.code in (0, 1, 2)
+        except BaseException:
+            print("FAULT", repr(value)[:80], command, traceback.format_exc(), flush=True)
+print("DONE", flush=True)
+"""
+
+EVERYWHERE = [["check"], ["token", "--list"], ["serve"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "commands"),
+    [
+        *[pytest.param(row.metadata["name"], EVERYWHERE, id=row.name) for row in dataclasses.fields(service.Settings)],
+        *[pytest.param("NONE", [[*command, f"--{name}", "VALUE"] for command in (["check"], ["serve"])], id=f"--{name}")
+          for name in ("host", "port", "data-dir")],
+        *[pytest.param("NONE", [["token", f"--{name}", "VALUE"]], id=f"--{name}") for name in ("permission", "revoke")],
+        pytest.param("NONE", [["token", "--subject", "VALUE", "--permission", "gpu:read"]], id="--subject"),
+        pytest.param("NONE", [["token", "--subject", "a", "--permission", "gpu:read", "--ttl", "VALUE"]], id="--ttl"),
+        pytest.param("NONE", [["check", "VALUE"], ["check", "--VALUE"]], id="what is no argument"),
+    ],
+)  # fmt: skip
+def test_no_value_of_a_setting_or_an_argument_ends_in_a_traceback(module_copy, clean_environment, setting, commands):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
+        values = [value.replace("PORT", str(silent.getsockname()[1])) for value in ODD_VALUES]
+        plan = {"folder": str(module_copy.parent), "setting": setting, "commands": commands, "values": values}
+        quick = {"STORYTELLER_PORT": "0", "NVIDIA_SMI": str(module_copy / "none"), "SWARMUI_HEALTH_TIMEOUT": "0.05"}
+        done = subprocess.run(
+            [sys.executable, "-c", TRY_VALUES], cwd=module_copy.parent, timeout=4 * PATIENCE,
+            env={**clean_environment, **quick, "SWARMUI_API_URL": f"http://127.0.0.1:{free_port()}"},
+            input=json.dumps(plan), capture_output=True, encoding="utf-8", errors="replace",
+        )  # fmt: skip
+    assert "FAULT" not in done.stdout
+    assert done.stdout.endswith("DONE\n"), done.stderr
+    assert not any("Traceback" in path.read_text("utf-8") for path in module_copy.parent.glob("data/*.log"))
+
+
+@ONLY_POSIX
+def test_a_data_folder_below_a_folder_that_was_deleted_is_refused_in_one_sentence(module_copy, clean_environment):
+    command = ["sh", "-c", 'cd "$(mktemp -d)"; rmdir "$PWD"; exec "$@"', "sh", sys.executable, str(module_copy)]
+    command += ["token", "--list", "--data-dir", "a"]
+    done = subprocess.run(command, env=clean_environment, timeout=PATIENCE, capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stderr) == (
+        2, "The current folder, where --data-dir begins, was deleted: change to one.\n"
+    )  # fmt: skip
 
 
 def test_an_env_file_that_is_not_utf_8_ends_the_start_too(run_module, module_copy):
@@ -9083,6 +9416,102 @@ def test_check_fails_for_a_bad_setting(run_module, value):
 def test_check_knows_this_service_on_the_port(start_service, run_module):
     done = run_module("check", STORYTELLER_PORT=str(start_service().port))
     assert (read_check(done)["port"], done.returncode) == ("OK", 0)
+
+
+@pytest.mark.parametrize(
+    ("service_finds", "check_finds", "environment", "found"),
+    [
+        pytest.param(None, 8192, {}, "nvidia-smi not found", id="the service finds none"),
+        pytest.param(8192, None, {}, "1 GPU(s), 8192 MiB", id="check finds none"),
+        pytest.param(8192, 4096, {}, "1 GPU(s), 8192 MiB", id="another GPU"),
+        pytest.param(8192, 8192, {}, None, id="the same"),
+        pytest.param(None, None, {}, None, id="neither finds one"),
+        pytest.param(None, 8192, {"STORYTELLER_API_TOKEN": "of-another-data-folder"}, None, id="another token"),
+        pytest.param(None, 8192, {"STORYTELLER_DATA_DIR": "another"}, None, id="no token"),
+    ],
+)
+def test_check_warns_where_the_running_service_finds_other_gpus(
+    start_service, run_module, tmp_path, service_finds, check_finds, environment, found
+):
+    def nvidia_smi(memory: int | None) -> str:
+        if memory is None:
+            return str(tmp_path / "none")
+        gpus = {"print": f"8, 819, {memory}, 45, 1\n"}
+        plan = {"gpus": gpus, "processes": {}, "runs": str(tmp_path / "runs")}
+        return str(write_program(tmp_path / f"nvidia-smi {memory}", NVIDIA_SMI, plan))
+
+    made = start_service(NVIDIA_SMI=nvidia_smi(service_finds), STORYTELLER_API_TOKEN="")
+    done = run_module("check", NVIDIA_SMI=nvidia_smi(check_finds), STORYTELLER_PORT=str(made.port), **environment)
+    warned = [line for line in done.stdout.splitlines() if f"the service on {made.port} finds otherwise" in line]
+    assert len(warned) == bool(found)
+    assert all(line.startswith("WARN nvidia-smi: ") and found in line for line in warned)
+    assert (read_check(done)["port"], done.returncode) == ("OK", 0)
+
+
+# ------------------------------------------------------------------------------ names of settings ----
+
+
+def test_start_and_check_warn_of_names_that_are_no_settings_and_show_no_value(start_service, run_module, module_copy):
+    (module_copy.parent / ".env").write_text("REDIS_ULR=redis://:pass-word@a\nREDIS_PORT=\nREDIS_PORT=")
+    (module_copy.parent / ".env.txt").write_text("REDIS_URL=redis://:pass-word@a")
+    made = start_service(STORYTELER_PORT="pass-word")
+    done = run_module("check", STORYTELER_PORT="pass-word")
+    path = module_copy.parent / "data" / "storyteller.log"
+    wait_until(lambda: "listening on" in path.read_text("utf-8"))
+    log = path.read_text("utf-8")
+    for words in ("did you mean REDIS_URL?", "REDIS_PORT is set twice", ".env.txt is not", "mean STORYTELLER_PORT?"):
+        wait_until(lambda words=words: words in made.printed)
+        assert re.search(f"(?m)^WARN settings: .*{re.escape(words)}", done.stdout)
+        assert re.search(f"WARNING settings: .*{re.escape(words)}", log)
+    assert "pass-word" not in made.printed + done.stdout + log
+    assert done.returncode == 0
+
+
+# ---------------------------------------------------------------------------- files of other users ----
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        *[(name, ["serve"]) for name in ("", "running", "api_token", "storyteller.log", "swarmui.log")],
+        *[("storyteller.sqlite3", command) for command in (["serve"], ["check"], ["token", "--list"])],
+        ("storyteller.sqlite3-wal", ["serve"]),
+    ],
+)
+def test_a_file_of_root_is_named_with_its_owner_and_how_to_get_it(run_as_user, shared_folder, name, arguments):
+    path = shared_folder / "data" / name
+    if name:
+        path.touch(0o600)
+    else:
+        os.chown(path, 0, 0)
+    done = run_as_user(*arguments)
+    assert done.returncode == (1 if arguments == ["check"] else 2)
+    (line,) = [line for line in (done.stderr + done.stdout).splitlines() if "belongs to" in line]
+    assert f"{path} belongs to root, and you may not use it: sudo chown -R " in line
+    assert line.endswith(str(shared_folder / "data"))
+    assert "Traceback" not in done.stderr
+
+
+def test_files_of_root_that_a_command_does_not_need_do_not_stop_it(run_as_user, shared_folder, redis_url):
+    for name in ("running", "api_token", "storyteller.log"):
+        (shared_folder / "data" / name).touch(0o600)
+    assert run_as_user("token", "--list", REDIS_URL=redis_url).returncode == 0
+
+
+@pytest.mark.parametrize("owner", [0, 54321])
+def test_a_start_as_root_beside_files_of_another_user_warns(start_service, module_copy, owner):
+    if service.WINDOWS or os.geteuid() != 0:
+        pytest.skip("only root can give a file to another user")
+    data = module_copy.parent / "data"
+    data.mkdir()
+    (data / "api_token").write_text(TOKEN)
+    os.chown(data / "api_token", owner, owner)
+    made = start_service()
+    warning = "data: root starts this beside files of 54321"
+    wait_until(lambda: "listening on" in (data / "storyteller.log").read_text("utf-8"))
+    assert (warning in (data / "storyteller.log").read_text("utf-8")) == bool(owner)
+    if owner:
+        wait_until(lambda: warning in made.printed)
 
 
 # --------------------------------------------------------------------------- StoryArt's sessions ----
