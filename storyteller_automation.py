@@ -1122,7 +1122,7 @@ class Batcher(Generic[Q, T]):
 # Stores: the interface
 # ======================================================================================================
 
-Snapshot = tuple[list[bytes], bool, int]  # pending members; whether an id is marked; how many members there are beside
+Snapshot = tuple[list[bytes], bool]  # pending members; whether an id is marked
 AHEAD_MS = 3_600_000  # a kept time further ahead of the clock was made when that was wrong, and is not followed
 TTL_MS = 7 * 24 * 3600 * 1000  # of sessions, pending notifications and marks of acknowledgement: 7 days
 OWN_MEMBER = b'{"id":"%b",'  # how a member begins that this service wrote
@@ -1145,8 +1145,6 @@ def next_time(kept: int, now: int) -> int:
 class Writes:
     """Whether a store takes writes, as the last one showed: reads may go on where they are refused."""
 
-    INTERVAL = 5.0  # seconds between two tries while they are refused
-
     def __init__(self, place: str) -> None:
         self.refusal = ""  # why the last write was refused
         self._place = place
@@ -1165,17 +1163,6 @@ class Writes:
         """Raise Unavailable while writes are refused."""
         if self.refusal:
             raise Unavailable(f"{self._place} refuses writes ({self.refusal}).", 5)
-
-    def watch(self, attempt: Callable[[], None], closing: threading.Event) -> None:
-        """Try a write until the store answers, and again while it refuses them, until `closing` is set."""
-        is_known = False
-        while not closing.is_set():
-            if self.refusal or not is_known:
-                with contextlib.suppress(Unavailable):
-                    attempt()
-                    is_known = True
-                is_known = is_known or bool(self.refusal)
-            closing.wait(self.INTERVAL)
 
 
 @dataclass(frozen=True)
@@ -1719,6 +1706,12 @@ class RedisStore(Store):
         self._newest_given = 0  # ms; others may have given later ones
         # To pack 100 words takes 0.1 ms, and the ids of two polls are mostly the same.
         self._are_marked = functools.lru_cache(maxsize=2)(self._pack_are_marked)
+        self._oldest = functools.lru_cache(maxsize=2)(self._pack_oldest)
+
+    def _pack_oldest(self, count: int, now: int) -> tuple[bytes, ...]:
+        """The commands that read the oldest members within their TTL."""
+        words = [("ZRANGEBYSCORE", self.PENDING, *scores, "LIMIT", 0, count) for scores in self._scores(now)[1::2]]
+        return tuple(b"".join(redis.Connection().pack_command(*one)) for one in words)
 
     def _pack_are_marked(self, ids: tuple[str, ...]) -> bytes:
         return b"".join(redis.Connection().pack_command("EXISTS", *[self.MARK + id for id in ids]))
@@ -1871,12 +1864,13 @@ class RedisStore(Store):
         ]
 
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
-        for scores in self._scores()[1::2]:
+        for scores in self._scores(self._clock())[1::2]:
             yield from ((member, in_ms(score)) for member, score in self._between(*scores, page))
 
-    def _scores(self) -> list[tuple[str, str]]:
+    @staticmethod
+    def _scores(now: int) -> list[tuple[str, str]]:
         """Those past the TTL and those within it, in seconds, then in ms: Redis itself skips what is too old."""
-        ms = self._clock() - TTL_MS
+        ms = now - TTL_MS
         return [("-inf", f"{ms / 1000}"), (f"({ms / 1000}", f"({SECONDS}"), (f"{SECONDS}", f"{ms}"), (f"({ms}", "+inf")]
 
     def _between(self, lowest: str, highest: str, page: int) -> Iterator[tuple[bytes, float]]:
@@ -1897,15 +1891,14 @@ class RedisStore(Store):
         return list(zip(values[::2], map(float, values[1::2])))
 
     def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
-        members = [("ZRANGEBYSCORE", self.PENDING, *scores, "LIMIT", 0, count) for scores in self._scores()[1::2]]
-        marks = [self._are_marked(tuple(ids))] if ids else []
-        in_seconds, others, total, *marked = self._redis.ask(*members, ("ZCARD", self.PENDING), *marks)
-        found = (in_seconds + others)[:count]
-        return found, any(marked), total - len(found)
+        # By the second, and so packed once a second: to pack them costs more than Redis's answer.
+        commands = self._oldest(count, self._clock() // 1000 * 1000)
+        in_seconds, others, *marked = self._redis.ask(*commands, *([self._are_marked(tuple(ids))] if ids else []))
+        return (in_seconds + others)[:count], any(marked)
 
     def expired(self) -> Iterator[bytes]:
         own = re.compile(OWN_MEMBER % OWN_ID.encode())
-        for scores in self._scores()[::2]:
+        for scores in self._scores(self._clock())[::2]:
             yield from (member for member, _ in self._between(*scores, 100) if not own.match(member))
 
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
@@ -2344,7 +2337,7 @@ class SqliteStore(Store):
 
     def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
         rows = self._read(self._PENDING, self._clock() - TTL_MS, b"\xff", count)
-        return [member for member, _ in rows], False, 0  # no other program writes here: what is marked is not pending
+        return [member for member, _ in rows], False  # no other program writes here: what is marked is not pending
 
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
         return set()
@@ -2956,7 +2949,6 @@ class Notifications:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._reported: set[bytes] = set()  # by SHA-256
-        self._left = 0  # members that the last snapshot did not hold
         self._cached = functools.lru_cache(maxsize=self.CACHED)(self._parse)
         # The last snapshot, which is mostly the next one: members, what they are, their ids.
         self._last: tuple[list[bytes], list[Notification], list[str]] = [], [], []
@@ -2978,11 +2970,7 @@ class Notifications:
         """The same for several (types, limit), all from one snapshot. None for a query that has to read further."""
         count = max(self.SMALLEST_SNAPSHOT, *(limit for _, limit in queries))
         last, found, ids = self._last
-        pending, is_marked, left = self._store.snapshot(count, ids)
-        if left not in (0, self._left) and len(self._reported) < self.REPORTED:
-            for member in itertools.islice(self._store.expired(), self.REPORTED):
-                self._report("it is older than 7 days", member)
-        self._left = left
+        pending, is_marked = self._store.snapshot(count, ids)
         if pending != last or is_marked:
             try:
                 found = list(self._read((member, None) for member in pending))
@@ -3035,6 +3023,11 @@ class Notifications:
         if found.fault:
             self._report(found.fault, member)
         return found
+
+    def report_expired(self) -> None:
+        """Log those of other programs that are not shown any more."""
+        for member in itertools.islice(self._store.expired(), self.REPORTED - len(self._reported)):
+            self._report("it is older than 7 days", member)
 
     def _report(self, fault: str, member: bytes) -> None:
         digest = hashlib.sha256(member).digest()
@@ -3898,6 +3891,8 @@ Outcome = Response | ApiError | Future[Any]  # of a question to a batcher; a fut
 class Services:
     """What the handlers work with."""
 
+    WATCH_INTERVAL = 5.0  # seconds
+
     def __init__(self, settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUILauncher) -> None:
         self.settings, self.store, self.gpu, self.swarmui = settings, store, gpu, swarmui
         self.sessions, self.notifications = Sessions(store), Notifications(store)
@@ -3915,10 +3910,20 @@ class Services:
 
     def start(self) -> None:
         """Begin with what is done without a request."""
-        watched = (self.store.try_write, self._closing)
-        threading.Thread(target=self.store.writes.watch, args=watched, name="store-writes", daemon=True).start()
+        threading.Thread(target=self._watch, name="store-watch", daemon=True).start()
         if self.bridge:
             self.bridge.start()
+
+    def _watch(self) -> None:
+        """Try a write until the store answers, and again while it refuses them; report old notifications."""
+        is_tried = False
+        while not self._closing.is_set():
+            with contextlib.suppress(Unavailable):
+                if self.store.writes.refusal or not is_tried:
+                    self.store.try_write()
+                    is_tried = True
+                self.notifications.report_expired()
+            self._closing.wait(self.WATCH_INTERVAL)
 
     def close(self) -> None:
         """End the threads: what waits for one is dropped, what is at work ends within the store's own timeouts."""
