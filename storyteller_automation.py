@@ -14,7 +14,8 @@ The sections, each under a banner, each depending only on those above it:
     Logs                                    the service's own log, and SwarmUI's
     Batching                                concurrent questions share one step
     Stores: the interface                   what a store can do, and what is atomic
-    Redis: connections and scripts          retries, the circuit breaker, the Lua scripts
+    Redis: connections                      addresses and timeouts, the circuit breaker, what is wrong with a Redis
+    Redis: scripts                          what is one atomic step, in Lua
     Stores: Redis                           the interface on Redis
     Stores: Redis with both copies          StoryArt's copy of a session beside StorySwarm's
     Stores: SQLite                          the same on SQLite, in the same order
@@ -32,7 +33,9 @@ The sections, each under a banner, each depending only on those above it:
     Server: settings and sockets            waitress's settings with their reasons
     Server: below waitress's documentation  connections and the event loop
     Server: how it runs                     until a signal, and through a graceful shutdown
-    Command line                            serve, check, token
+    Command line: check                     the data folder; a line for each thing that may be wrong
+    Command line: serve                     a service from its start to its end
+    Command line: arguments                 the parser, the commands, session tokens
 
 How a request flows: waitress reads it from its socket; on the event loop the application finds its route,
 identifies the caller and validates the input; the handler returns a Response, or a Future of one that a batch
@@ -1315,7 +1318,7 @@ class Store(Protocol):
 
 
 # ======================================================================================================
-# Redis: connections and scripts
+# Redis: connections
 # ======================================================================================================
 
 _Command = Sequence[bytes | str | int] | bytes  # bytes: packed
@@ -1526,6 +1529,10 @@ class RedisClient:
                 log.warning("store: Redis at %s answers again: the circuit is closed", self.place)
                 return
 
+
+# ======================================================================================================
+# Redis: scripts
+# ======================================================================================================
 
 # Each script is one atomic step. This one adds a notification; with KEYS[4] announces it at a session, unless that was
 # done last; with ARGV[5] saves the session before.
@@ -4935,7 +4942,7 @@ class Server:
 
 
 # ======================================================================================================
-# Command line
+# Command line: check
 # ======================================================================================================
 
 
@@ -4961,105 +4968,18 @@ def prepare_data_dir(path: Path, names: Sequence[str] = DATA_FILES) -> None:
         raise StartError(f"{fault}: set STORYTELLER_DATA_DIR to one that can.") from None
 
 
-def own_data_dir(settings: Settings) -> TextIO:
-    """Lock the data folder for this process: the open lock file. Raises StartError when another service uses it."""
-    path = settings.data_dir / "running"
+def typed_settings(given: Mapping[str, Any]) -> Settings:
+    """Those of a command line, whose folder is relative to the current one, as a person typed it there."""
     try:
-        file = lock_file(path)
-    except OSError as error:
-        raise StartError(f"{path} cannot be written ({error.strerror}): fix or remove it.") from None
-    if file is None:
-        where = path.read_text(encoding="utf-8").strip() or "an address that it has not written down yet"
-        fault = f"The data folder {settings.data_dir} is in use by the service at {where}"
-        raise StartError(f"{fault}: use that one, stop it, or set STORYTELLER_DATA_DIR.")
-    return file
+        folder = given["data_dir"] and os.path.abspath(given["data_dir"])
+    except FileNotFoundError:
+        raise StartError("The current folder, where --data-dir begins, was deleted: change to one.") from None
+    return load_settings({**given, "data_dir": folder}, os.environ)
 
 
 def url_of(settings: Settings, port: int) -> str:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return f"http://{host}:{port}"
-
-
-def serve(settings: Settings) -> int:
-    """Run until a signal ends it. Raises StartError."""
-    sys.setswitchinterval(0.001)  # by default a thread that computes delays each step of a poll by 5 ms
-    keep_freed_memory()
-    prepare_data_dir(settings.data_dir)
-    running = own_data_dir(settings)
-    start_logging(settings.data_dir / "storyteller.log", settings)
-    token_place = "STORYTELLER_API_TOKEN" if settings.api_token else str(token_path(settings))
-    settings = dataclasses.replace(settings, api_token=own_token(settings))
-    patience = 30.0  # seconds for another program, like a backup, to unlock the store
-    stopping, ended = threading.Event(), threading.Event()
-    children: set[int] = set()
-    query = functools.partial(query_gpus, settings, children)
-    with (
-        contextlib.closing(open_store(settings, patience)) as store,
-        contextlib.closing(GpuMonitor(query, settings.gpu_cache_seconds, cancel=lambda: end_children(children))) as gpu,
-        contextlib.closing(SwarmUILauncher(settings)) as swarmui,
-        contextlib.closing(Services(settings, store, gpu, swarmui)) as services,
-    ):
-        sockets = open_sockets(settings.host, settings.port)
-
-        def on_stop(requests: int) -> None:
-            waits = f": waiting for {requests} request{'s' * (requests > 1)}; Ctrl+C again ends it at once"
-            say(f"Stopping{waits * (requests > 0)}.")
-            swarmui.close()
-
-        server = Server(create_app(services), sockets, on_stop)
-
-        def stop(grace: float) -> None:
-            if stopping.is_set():  # a second signal ends it at once
-                end_children(children)
-                os._exit(1)
-            stopping.set()
-            server.stop(grace)
-
-        handler = on_end_signal(stop, ended)
-        port = sockets[0].getsockname()[1]
-        running.truncate(0)
-        print(url_of(settings, port), file=running, flush=True)
-        swarmui.keep_log_short()
-        greet(settings, store, port, token_place)
-        services.start()
-        log.info("server: listening on %s", url_of(settings, port))
-        server.run()
-    say("Stopped.")
-    running.close()
-    ended.set()
-    del handler
-    return 0
-
-
-def greet(settings: Settings, store: Store, port: int, token_place: str) -> None:
-    """Print what a person at the console needs, but never the token."""
-    name_window(f"StoryTeller automation, port {port}")
-    level, _, program = check_swarmui_path(settings)
-    nvidia_smi, advice = find_nvidia_smi(settings)
-    rows = {
-        "address": url_of(settings, port),
-        "store": f"{store.name}, {store.place}",
-        "nvidia-smi": nvidia_smi or f"not found: {advice}",
-        "SwarmUI": program if level == "OK" else f"cannot be launched: {program}",
-        "API token": f"in {token_place}",
-        "log": str(settings.data_dir / "storyteller.log"),
-    }
-    say("StoryTeller automation service. Ctrl+C stops it.")
-    for name, text in rows.items():
-        say(f"  {name:<11} {text}")
-    for text in doubtful_settings(os.environ):
-        log.warning("settings: %s", text)
-    if IS_ROOT and (others := {owner for name in DATA_FILES if (owner := foreign_owner(settings.data_dir / name))}):
-        advice = "start it as that user, who cannot use what root makes"
-        log.warning("data: root starts this beside files of %s: %s", ", ".join(sorted(others)), advice)
-    if settings.host.lower() != "localhost" and not is_loopback(settings.host):
-        log.warning("server: the network traffic is not encrypted: set STORYTELLER_HOST=localhost if you can")
-    if missed := missed_sessions(settings):
-        log.warning("store: %s", missed)
-    try:
-        store.ping()
-    except Unavailable as fault:
-        log.warning("store: %s Requests that need it get 503 until it does.", fault)
 
 
 def check(arguments: Mapping[str, Any]) -> int:
@@ -5178,6 +5098,111 @@ def check_port(settings: Settings, status: GpuStatus) -> Iterator[Check]:
         yield "FAIL", "port", fault
 
 
+# ======================================================================================================
+# Command line: serve
+# ======================================================================================================
+
+
+def own_data_dir(settings: Settings) -> TextIO:
+    """Lock the data folder for this process: the open lock file. Raises StartError when another service uses it."""
+    path = settings.data_dir / "running"
+    try:
+        file = lock_file(path)
+    except OSError as error:
+        raise StartError(f"{path} cannot be written ({error.strerror}): fix or remove it.") from None
+    if file is None:
+        where = path.read_text(encoding="utf-8").strip() or "an address that it has not written down yet"
+        fault = f"The data folder {settings.data_dir} is in use by the service at {where}"
+        raise StartError(f"{fault}: use that one, stop it, or set STORYTELLER_DATA_DIR.")
+    return file
+
+
+def serve(settings: Settings) -> int:
+    """Run until a signal ends it. Raises StartError."""
+    sys.setswitchinterval(0.001)  # by default a thread that computes delays each step of a poll by 5 ms
+    keep_freed_memory()
+    prepare_data_dir(settings.data_dir)
+    running = own_data_dir(settings)
+    start_logging(settings.data_dir / "storyteller.log", settings)
+    token_place = "STORYTELLER_API_TOKEN" if settings.api_token else str(token_path(settings))
+    settings = dataclasses.replace(settings, api_token=own_token(settings))
+    patience = 30.0  # seconds for another program, like a backup, to unlock the store
+    stopping, ended = threading.Event(), threading.Event()
+    children: set[int] = set()
+    query = functools.partial(query_gpus, settings, children)
+    with (
+        contextlib.closing(open_store(settings, patience)) as store,
+        contextlib.closing(GpuMonitor(query, settings.gpu_cache_seconds, cancel=lambda: end_children(children))) as gpu,
+        contextlib.closing(SwarmUILauncher(settings)) as swarmui,
+        contextlib.closing(Services(settings, store, gpu, swarmui)) as services,
+    ):
+        sockets = open_sockets(settings.host, settings.port)
+
+        def on_stop(requests: int) -> None:
+            waits = f": waiting for {requests} request{'s' * (requests > 1)}; Ctrl+C again ends it at once"
+            say(f"Stopping{waits * (requests > 0)}.")
+            swarmui.close()
+
+        server = Server(create_app(services), sockets, on_stop)
+
+        def stop(grace: float) -> None:
+            if stopping.is_set():  # a second signal ends it at once
+                end_children(children)
+                os._exit(1)
+            stopping.set()
+            server.stop(grace)
+
+        handler = on_end_signal(stop, ended)
+        port = sockets[0].getsockname()[1]
+        running.truncate(0)
+        print(url_of(settings, port), file=running, flush=True)
+        swarmui.keep_log_short()
+        greet(settings, store, port, token_place)
+        services.start()
+        log.info("server: listening on %s", url_of(settings, port))
+        server.run()
+    say("Stopped.")
+    running.close()
+    ended.set()
+    del handler
+    return 0
+
+
+def greet(settings: Settings, store: Store, port: int, token_place: str) -> None:
+    """Print what a person at the console needs, but never the token."""
+    name_window(f"StoryTeller automation, port {port}")
+    level, _, program = check_swarmui_path(settings)
+    nvidia_smi, advice = find_nvidia_smi(settings)
+    rows = {
+        "address": url_of(settings, port),
+        "store": f"{store.name}, {store.place}",
+        "nvidia-smi": nvidia_smi or f"not found: {advice}",
+        "SwarmUI": program if level == "OK" else f"cannot be launched: {program}",
+        "API token": f"in {token_place}",
+        "log": str(settings.data_dir / "storyteller.log"),
+    }
+    say("StoryTeller automation service. Ctrl+C stops it.")
+    for name, text in rows.items():
+        say(f"  {name:<11} {text}")
+    for text in doubtful_settings(os.environ):
+        log.warning("settings: %s", text)
+    if IS_ROOT and (others := {owner for name in DATA_FILES if (owner := foreign_owner(settings.data_dir / name))}):
+        advice = "start it as that user, who cannot use what root makes"
+        log.warning("data: root starts this beside files of %s: %s", ", ".join(sorted(others)), advice)
+    if settings.host.lower() != "localhost" and not is_loopback(settings.host):
+        log.warning("server: the network traffic is not encrypted: set STORYTELLER_HOST=localhost if you can")
+    if missed := missed_sessions(settings):
+        log.warning("store: %s", missed)
+    try:
+        store.ping()
+    except Unavailable as fault:
+        log.warning("store: %s Requests that need it get 503 until it does.", fault)
+
+
+# ======================================================================================================
+# Command line: arguments
+# ======================================================================================================
+
 COMMANDS = ("serve", "check", "token")
 
 
@@ -5254,15 +5279,6 @@ def list_tokens(store: Store, revoked: str | None) -> int:
         return 0
     print(f"{revoked} has no token.", file=sys.stderr)
     return 1
-
-
-def typed_settings(given: Mapping[str, Any]) -> Settings:
-    """Those of a command line, whose folder is relative to the current one, as a person typed it there."""
-    try:
-        folder = given["data_dir"] and os.path.abspath(given["data_dir"])
-    except FileNotFoundError:
-        raise StartError("The current folder, where --data-dir begins, was deleted: change to one.") from None
-    return load_settings({**given, "data_dir": folder}, os.environ)
 
 
 def run_service(given: Mapping[str, Any]) -> int:
