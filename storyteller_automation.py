@@ -667,6 +667,7 @@ def lock_file(path: Path) -> TextIO | None:
     return file
 
 
+START_SCRIPT = "run.bat" if WINDOWS else "run.sh"
 IS_ROOT = sys.platform != "win32" and os.geteuid() == 0
 
 
@@ -1505,7 +1506,7 @@ class RedisClient:
 
     def unavailable(self, error: Exception, *, is_refusal: bool = False) -> ApiError:
         wrong, advice = self._fault_of(error)
-        message = f"Redis at {self.place} does not answer as it should ({wrong})."
+        message = f"Redis at {self.place} cannot be used ({wrong})."
         return Unavailable(message, 1, refusal=wrong if is_refusal else "", advice=advice)
 
     def _open_circuit(self, fault: Exception) -> None:
@@ -2106,10 +2107,9 @@ CREATE INDEX token_expires ON token (expires);
 _SQLITE_FAULTS = (
     ("locked", "it is locked by another program", "end what uses it, like a backup or a virus scan"),
     ("is full", "the disk is full", "free space on it"),
-    ("malformed|not a database", "it is damaged", "stop the service, then move it away, or repair it"),
+    ("malformed|not a database", "it is damaged", "stop the service, then move storyteller.sqlite3* away"),
     ("already exists", "it is another program's", "set STORYTELLER_DATA_DIR to another folder"),
-    ("readonly", "it is read-only", "let this user write it"),
-    ("", "it cannot be used", "see that this user may read and write it"),
+    ("", "", "see that this user may read and write it"),
 )
 
 
@@ -2146,7 +2146,7 @@ class SqliteStore(Store):
             except sqlite3.Error as error:
                 wrong, advice = self._fault_of(error)
                 if "locked" not in wrong or time.monotonic() > deadline:
-                    raise StartError(f"The store {self.place} cannot be used ({wrong}: {error}): {advice}.") from None
+                    raise StartError(f"The store {self.place} cannot be used ({wrong}): {advice}.") from None
                 if not is_told:
                     log.warning("store: %s cannot be used yet (%s): trying for %g s", self.place, wrong, patience)
                 is_told = True
@@ -2157,7 +2157,7 @@ class SqliteStore(Store):
         self._writer.execute("PRAGMA synchronous = FULL")
         damage = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
         if damage != "ok":
-            raise StartError(f"The store {self.place} is damaged ({damage}): move it away, or repair it.")
+            raise StartError(f"The store {self.place} is damaged ({damage}): move storyteller.sqlite3* away.")
         with self._writer:
             self._writer.execute("BEGIN IMMEDIATE")
             version = self._writer.execute("PRAGMA user_version").fetchone()[0]
@@ -2171,7 +2171,7 @@ class SqliteStore(Store):
     def _fault_of(self, error: sqlite3.Error) -> tuple[str, str]:
         """What is wrong, and what to do."""
         text = f"{error}{' locked' * is_locked(Path(self.place))}"
-        return next((wrong, advice) for pattern, wrong, advice in _SQLITE_FAULTS if re.search(pattern, text))
+        return next((wrong or text, advice) for pattern, wrong, advice in _SQLITE_FAULTS if re.search(pattern, text))
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -2180,8 +2180,8 @@ class SqliteStore(Store):
         except sqlite3.Error as error:
             self._damaged = self._damaged or "malformed" in str(error)
             wrong, advice = self._fault_of(error)
-            message = f"The store {self.place} does not answer as it should ({wrong}: {error})."
-            raise Unavailable(message, 1, refusal=f"{wrong}: {error}", advice=advice) from None
+            message = f"The store {self.place} cannot be used ({wrong})."
+            raise Unavailable(message, 1, refusal=wrong, advice=advice) from None
 
     def _read(self, query: str, *values: object) -> list[Any]:
         """The rows, read by a connection that no other thread uses meanwhile."""
@@ -2811,7 +2811,8 @@ class Bridge:
             try:
                 is_done = self._look()
             except ApiError as error:
-                self._report("sessions are not kept in step", str(error))
+                if error.refusal and not self._store.writes.refusal:  # else the store has told of it
+                    self._report("sessions are not kept in step", str(error))
             except Exception:
                 log.exception("bridge: sessions are not kept in step")
             if self._closing.wait(self.INTERVAL if is_done else 0.0):
@@ -5113,7 +5114,7 @@ def own_data_dir(settings: Settings) -> TextIO:
     if file is None:
         where = path.read_text(encoding="utf-8").strip() or "an address that it has not written down yet"
         fault = f"The data folder {settings.data_dir} is in use by the service at {where}"
-        raise StartError(f"{fault}: use that one, stop it, or set STORYTELLER_DATA_DIR.")
+        raise StartError(f"{fault}: use that one, stop it, or set STORYTELLER_DATA_DIR and STORYTELLER_PORT.")
     return file
 
 
@@ -5186,9 +5187,9 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
         say(f"  {name:<11} {text}")
     for text in doubtful_settings(os.environ):
         log.warning("settings: %s", text)
-    if IS_ROOT and (others := {owner for name in DATA_FILES if (owner := foreign_owner(settings.data_dir / name))}):
-        advice = "start it as that user, who cannot use what root makes"
-        log.warning("data: root starts this beside files of %s: %s", ", ".join(sorted(others)), advice)
+    places = [settings.data_dir / name for name in ("..", *DATA_FILES)]
+    if IS_ROOT and (others := sorted({owner for place in places if (owner := foreign_owner(place))})):
+        log.warning("data: root starts this, but its files belong to %s: start it as that user", ", ".join(others))
     if settings.host.lower() != "localhost" and not is_loopback(settings.host):
         log.warning("server: the network traffic is not encrypted: set STORYTELLER_HOST=localhost if you can")
     if missed := missed_sessions(settings):
@@ -5222,7 +5223,7 @@ def make_parser() -> argparse.ArgumentParser:
         meaning = row.metadata["meaning"]
         table += f"  {row.metadata['name']:<28} {meaning}{'' if 'by default' in meaning else shown}\n"
     parser = argparse.ArgumentParser(
-        prog=Path(__file__).name,
+        prog=START_SCRIPT,
         description="The StoryTeller automation service. Start it by run.sh, on Windows by run.bat.",
         epilog=f"settings, from the environment or a .env file beside this module:\n{table}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -5260,7 +5261,8 @@ def token_command(settings: Settings, given: Mapping[str, Any]) -> int:
         if given["list"] or given["revoke"]:
             return list_tokens(store, given["revoke"])
         if not re.fullmatch(SUBJECT_PATTERN, given["subject"] or "") or not given["permission"]:
-            raise StartError("A token needs --subject NAME and at least one --permission: see --help.")
+            form = "--subject NAME (at most 64 letters, digits, dots, hyphens, underscores)"
+            raise StartError(f"A token needs {form} and at least one --permission: see --help.")
         print(issue_token(store, given["subject"], given["permission"], given["ttl"], now_ms())[0])
         return 0
 

@@ -2096,7 +2096,7 @@ def make_database(path: Path, *statements: str) -> None:
     "make, words",
     [
         pytest.param(lambda path: make_database(path, "PRAGMA user_version = 99"), "newer version", id="newer"),
-        pytest.param(lambda path: path.write_bytes(b"no database " * 500), "not a database", id="no database"),
+        pytest.param(lambda path: path.write_bytes(b"no database " * 500), "it is damaged", id="no database"),
         pytest.param(lambda path: path.mkdir(), "cannot be used", id="a folder"),
         pytest.param(lambda path: make_database(path, "CREATE TABLE session (x)"), "another program's", id="another's"),
     ],
@@ -6079,7 +6079,7 @@ def test_a_look_that_fails_is_logged_once_and_the_next_one_comes(
     make_bridged, storyart, other_program, monkeypatch, caplog
 ):
     monkeypatch.setattr(service.Bridge, "INTERVAL", 0.01)
-    bridged, look, faults = make_bridged(), service.BridgedStore.look, [service.Unavailable("no", 1)] * 3
+    bridged, look, faults = make_bridged(), service.BridgedStore.look, [service.Unavailable("no", 1, refusal="no")] * 3
 
     def look_or_fail(*given: Any) -> Any:
         if faults:
@@ -7815,7 +7815,7 @@ def make_damaged(path: Path) -> None:
     "make, words",
     [
         pytest.param(lambda path: make_database(path, "PRAGMA user_version = 99"), "newer version", id="newer"),
-        pytest.param(lambda path: path.write_bytes(b"no database " * 500), "not a database", id="no database"),
+        pytest.param(lambda path: path.write_bytes(b"no database " * 500), "it is damaged", id="no database"),
         pytest.param(lambda path: make_database(path, "CREATE TABLE session (x)"), "another program's", id="another's"),
         pytest.param(make_damaged, "damaged|malformed", id="damaged"),
     ],
@@ -9500,7 +9500,7 @@ def test_a_start_as_root_beside_files_of_another_user_warns(start_service, modul
     (data / "api_token").write_text(TOKEN)
     os.chown(data / "api_token", owner, owner)
     made = start_service()
-    warning = "data: root starts this beside files of 54321"
+    warning = "data: root starts this, but its files belong to 54321"
     wait_until(lambda: "listening on" in (data / "storyteller.log").read_text("utf-8"))
     assert (warning in (data / "storyteller.log").read_text("utf-8")) == bool(owner)
     if owner:
