@@ -137,6 +137,7 @@ def _matching(pattern: str, expected: str) -> Callable[[str], str]:
 
 _token = _matching(r"[!-+\--~]{16,1024}", "16 to 1024 printable ASCII characters without spaces or commas")
 _cookie = _matching(r"[!#-+\--:<-\[\]-~]{1,4096}", r'printable ASCII without spaces and without any of ",;\ in it')
+_host_name = _matching(r"[A-Za-z0-9._%-]{1,253}", "host names without ports")
 _log_level = _matching("(?i)debug|info|warning|error", "debug, info, warning or error")
 _log_format = _matching("(?i)text|json", "text or json")
 
@@ -233,10 +234,6 @@ def _list_of(read: Callable[[str], str]) -> Callable[[str], tuple[str, ...]]:
     return lambda text: () if text.lower() == "none" else tuple(map(read, re.findall(r"[^,\s]+", text)))
 
 
-def _host_names(text: str) -> tuple[str, ...]:
-    return _list_of(_matching(r"[a-z0-9._%-]{1,253}", "host names without ports"))(text.lower())
-
-
 def _row(name: str, default: Any, read: Callable[[str], Any], meaning: str, *, secret: bool = False) -> Any:
     """A field of Settings with its name, parser and meaning. `read` raises ValueError with what was expected."""
     metadata = {"name": name, "read": read, "meaning": meaning}
@@ -260,7 +257,7 @@ class Settings:
         "STORYTELLER_TRUSTED_ORIGINS", (), _list_of(_origin), "origins of pages on this PC that may call without one"
     )
     allowed_hosts: tuple[str, ...] = _row(
-        "STORYTELLER_ALLOWED_HOSTS", (), _host_names, "further names of this PC that a request's Host header may have"
+        "STORYTELLER_ALLOWED_HOSTS", (), _list_of(_host_name), "further names of this PC that a Host header may have"
     )
     token_failures: int = _row(
         "STORYTELLER_TOKEN_FAILURES", 20, _whole(1, 1_000_000), "wrong tokens a minute that one address may send"
@@ -370,9 +367,7 @@ class ApiError(Exception):
 
     status = 500
 
-    def __init__(
-        self, message: str, retry_after: float | None = None, *, refusal: str = "", advice: str = ""
-    ) -> None:  # fmt: skip
+    def __init__(self, message: str, retry_after: float | None = None, refusal: str = "", advice: str = "") -> None:
         super().__init__(message)
         self.refusal, self.advice = refusal, advice
         self.retry_after = None if retry_after is None else max(1, math.ceil(retry_after))
@@ -427,14 +422,10 @@ def parse_json(data: bytes, *, from_request: bool = False) -> Any:
             raise ValueError("a key is given twice")
         return found
 
+    pairs = unique if from_request else None
     try:
-        value = json.loads(
-            data.decode("utf-8"),
-            parse_constant=refuse,
-            parse_float=finite,
-            parse_int=whole,
-            object_pairs_hook=unique if from_request else None,
-        )
+        text = data.decode("utf-8")
+        value = json.loads(text, parse_constant=refuse, parse_float=finite, parse_int=whole, object_pairs_hook=pairs)
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -490,8 +481,7 @@ def is_whole(value: object) -> TypeGuard[int | float]:
 
 
 def read_count(value: object, *, is_time: bool = False) -> int | None:
-    """A whole number from 0 to LARGEST that another program wrote, perhaps as text; None for anything else. Of a time
-    the fraction of a ms is dropped."""
+    """A whole number from 0 to LARGEST of another program, perhaps as text, else None. A time may have a fraction."""
     value = math.floor(value) if isinstance(value, float) and is_time else from_digits(value)
     return int(value) if is_whole(value) and 0 <= value <= LARGEST else None
 
@@ -520,10 +510,14 @@ def is_address(host: str) -> bool:
 # ======================================================================================================
 
 WINDOWS = sys.platform == "win32"  # type checkers do not understand this name: where types differ, the comparison
+START_SCRIPT = "run.bat" if WINDOWS else "run.sh"
+IS_ROOT = sys.platform != "win32" and os.geteuid() == 0
 REFUSAL_IS_SLOW = WINDOWS  # it retries a refused connection for about 2 s, and a probe may time out earlier
 # No route or no such address, as ::1 where there is no IPv6; WinSock has numbers of its own.
 _NOT_HERE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, 10047, 10049, 10051, 10065}
-
+_IN_USE = {errno.EADDRINUSE, 10048}
+# Windows refuses a port that another program holds alone, and one that it reserves; some Pythons give EACCES for it.
+_MAYBE_RESERVED = {10013, errno.EACCES} if WINDOWS else {10013}
 _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # of the disk, of the user's part of it
 
 LAUNCH_SCRIPTS = ("launch-windows.bat", "launch-linux.sh", "launch-macos.sh")
@@ -650,8 +644,7 @@ def is_locked(path: Path) -> bool:
 
 
 def lock_file(path: Path) -> TextIO | None:
-    """The open file, locked until it is closed or this process ends; None when another process has the lock. Its
-    contents can be read meanwhile."""
+    """The open file, locked until it is closed or this process ends, but readable; None if another process has it."""
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the lock is needed
     try:
         if sys.platform == "win32":
@@ -665,10 +658,6 @@ def lock_file(path: Path) -> TextIO | None:
         file.close()
         return None
     return file
-
-
-START_SCRIPT = "run.bat" if WINDOWS else "run.sh"
-IS_ROOT = sys.platform != "win32" and os.geteuid() == 0
 
 
 def foreign_owner(path: Path) -> str | None:
@@ -709,9 +698,6 @@ def listen(address: str, port: int) -> socket.socket:
         raise
     return made
 
-
-# Windows refuses a port that another program holds alone, and one that it reserves; some Pythons give EACCES for it.
-MAYBE_RESERVED = {10013, errno.EACCES} if WINDOWS else {10013}
 
 GRACE = 5.0  # seconds for the requests in flight at shutdown
 CLOSING_GRACE = 3.0  # the same when the console closes: Windows ends this process 5 s later
@@ -1061,6 +1047,11 @@ def result_of(outcome: T | BaseException) -> T:
     return outcome
 
 
+def map_results(function: Callable[[Any], T], outcomes: Iterable[Any]) -> list[T | ApiError]:
+    """function(outcome) for each; an error stays as it is."""
+    return [outcome if isinstance(outcome, ApiError) else function(outcome) for outcome in outcomes]
+
+
 def then(outcome: T | Future[T], function: Callable[[T], R]) -> R | Future[R]:
     """function(outcome); of a future the future of that. Cancelling it cancels the first one."""
     if not isinstance(outcome, Future):
@@ -1078,8 +1069,8 @@ def then(outcome: T | Future[T], function: Callable[[T], R]) -> R | Future[R]:
 
 class Batcher(Generic[Q, T]):
     """Answers questions many at a time, in one thread of its own: those that arrive while a step is at work share the
-    next one. `step` gets at least one question and gives as many outcomes in the same order, a result or an exception
-    for each; what it raises itself is the outcome of all of them. Cancelled questions are skipped."""
+    next one. `step` gets at least one question, equal ones once, and gives as many outcomes in the same order, a result
+    or an exception for each; what it raises itself is the outcome of all. Cancelled questions are skipped."""
 
     def __init__(self, step: Callable[[list[Q]], Sequence[T | BaseException]], name: str) -> None:
         self._step = step
@@ -1112,14 +1103,14 @@ class Batcher(Generic[Q, T]):
 
     def _answer(self, asked: Sequence[tuple[Q, Future[T]]]) -> None:
         waiting = [one for one in asked if one[1].running() or one[1].set_running_or_notify_cancel()]
-        outcomes: Sequence[T | BaseException] = ()
+        outcomes: dict[Q, Any] = dict.fromkeys(question for question, _ in waiting)
         if waiting:
             try:
-                outcomes = self._step([question for question, _ in waiting])
+                outcomes = dict(zip(outcomes, self._step(list(outcomes))))
             except BaseException as error:
-                outcomes = [error] * len(waiting)
-        for (_, future), outcome in zip(waiting, outcomes):
-            settle(future, outcome)
+                outcomes = dict.fromkeys(outcomes, error)
+        for question, future in waiting:
+            settle(future, outcomes[question])
 
 
 # ======================================================================================================
@@ -1150,7 +1141,7 @@ class Writes:
     """Whether a store takes writes, as the last one showed: reads may go on where they are refused."""
 
     def __init__(self, place: str) -> None:
-        self.refusal = ""  # why the last write was refused
+        self.refusal: str | None = None  # why the last write was refused; "" if it was not, None before the first
         self._place = place
         self._lock = threading.Lock()
 
@@ -1264,7 +1255,8 @@ class Store(Protocol):
         """All of them, newest first, each read when the caller asks for it."""
 
     def newest_copy(self) -> bytes | None:
-        """The copy of the newest session that StorySwarm's tools write."""
+        """The copy of the newest session that StorySwarm's tools write; None where no other program writes."""
+        return None
 
     def save(
         self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True, storyart: bytes = b"",
@@ -1292,12 +1284,13 @@ class Store(Protocol):
     def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
         """The oldest `count` of them, and whether one of `ids` is marked, in one round trip."""
 
-    def expired(self) -> Iterator[bytes]:
-        """Members of other programs past their TTL, which stay."""
-        return iter(())
+    def expired(self, count: int) -> list[bytes]:
+        """Members of other programs past their TTL, which stay: of the oldest `count` in each unit of time."""
+        return []
 
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
-        """Those of `ids` that are marked."""
+        """Those of `ids` that are marked; none where no other program writes, since what is marked is not pending."""
+        return set()
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
         """Remove the members and mark the id. False, and no change, when none was there and the id is not marked."""
@@ -1345,57 +1338,56 @@ _REDIS_FAULTS = (
     ("WRONGTYPE", "WRONGTYPE, a key is of another type", "remove that key"),
     ("ERR", "ERR, it refuses the command", "use Redis 5 or later, and see its own log"),
     ("[Tt]imeout|took too long", "no response in time", "start it, or restart it"),
-    (r"rror (-\d+|1100\d) connecting", "its name is not known", "correct it in REDIS_URL"),
-    (r"rror (61|111|10061) connecting", "nobody listens there", _START_REDIS),
+    (r"Error (-\d+|1100\d) connecting", "its name is not known", "correct it in REDIS_URL"),
+    (r"Error (61|111|10061) connecting", "nobody listens there", _START_REDIS),
     ("", "the connection failed", _START_REDIS),
 )  # fmt: skip
 
 
-class _Connection(redis.Connection):
-    """Tries each address of a name for its share of the time, since some may be silent. The lookup has no timeout of
-    its own: it runs in a thread, which is not waited for if it is late."""
-
-    host: str
-    socket_connect_timeout: float
+class _Unchecked(redis.connection.AbstractConnection):
+    """A new connection needs no health check, whose PING Redis refuses where it refuses writes alone."""
 
     def connect(self) -> None:
         if not self.is_connected:
-            # A new connection needs no health check.
             self.next_health_check = int(time.monotonic()) + self.health_check_interval
             super().connect()
 
-    def _connect(self) -> Any:
-        """For connect(), which has no public way to choose an address. TLS is laid over it, and needs the name."""
-        name, seconds, first = self.host, self.socket_connect_timeout, None
-        deadline = time.monotonic() + seconds
-        addresses = [name] if is_address(name) else self._look_up(name)
-        for number, address in enumerate(addresses):
-            self.host = address
-            self.socket_connect_timeout = max(0.01, deadline - time.monotonic()) / (len(addresses) - number)
+
+class _TcpConnection(_Unchecked, redis.Connection):
+    """Tries each address of a name for its share of the time, since some may be silent."""
+
+    def _connect(self) -> socket.socket:
+        """For connect(), which has no public way to choose an address. SSLConnection wraps its result."""
+        deadline, first = time.monotonic() + self.socket_connect_timeout, None
+        addresses = [self.host] if is_address(self.host) else self._look_up()
+        for left, address in zip(range(len(addresses), 0, -1), addresses):
             try:
-                return super()._connect()
+                made = socket.create_connection((address, self.port), max(0.01, deadline - time.monotonic()) / left)
             except OSError as fault:
                 first = first or fault
-            finally:
-                self.host, self.socket_connect_timeout = name, seconds
+                continue
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            made.settimeout(self.socket_timeout)
+            return made
         raise first or OSError("its name has no address")
 
-    def _look_up(self, name: str) -> list[str]:
-        """127.0.0.1 first: where nothing listens on ::1, Windows takes 2 s to refuse."""
-        found: Future[list[str]] = Future()
-
-        def look_up() -> list[str]:
-            rows = socket.getaddrinfo(name, self.port, type=socket.SOCK_STREAM)
-            return sorted({str(row[4][0]): None for row in rows}, key=lambda address: address != "127.0.0.1")
-
-        threading.Thread(target=settle_by, args=(found, look_up), name="redis-lookup", daemon=True).start()
+    def _look_up(self) -> list[str]:
+        """127.0.0.1 first: where nothing listens on ::1, Windows takes 2 s to refuse. A lookup has no timeout of its
+        own: it runs in a thread, which is not waited for if it is late."""
+        found: Future[list[Any]] = Future()
+        arguments = (found, socket.getaddrinfo, self.host, self.port, 0, socket.SOCK_STREAM)
+        threading.Thread(target=settle_by, args=arguments, name="redis-lookup", daemon=True).start()
         try:
-            return found.result(self.socket_connect_timeout * 0.8)
+            rows = found.result(self.socket_connect_timeout * 0.8)
         except concurrent.futures.TimeoutError:
             raise TimeoutError("the lookup of its name took too long") from None
+        return sorted({str(row[4][0]): None for row in rows}, key=lambda address: address != "127.0.0.1")
 
 
-class _TlsConnection(redis.SSLConnection, _Connection): ...
+class _TlsConnection(redis.SSLConnection, _TcpConnection): ...
+
+
+class _UnixConnection(_Unchecked, redis.UnixDomainSocketConnection): ...
 
 
 class RedisClient:
@@ -1409,14 +1401,13 @@ class RedisClient:
 
     def __init__(self, url: str) -> None:
         given = redis.connection.parse_url(url)
-        kinds = {redis.SSLConnection: _TlsConnection}
-        kind = given.pop("connection_class", _Connection)
+        kinds = {redis.SSLConnection: _TlsConnection, redis.UnixDomainSocketConnection: _UnixConnection}
         # The URL says where Redis is and who we are. How it is called is for us to say.
         where = {name: value for name, value in given.items() if re.match("(host|port|path|db|user|pass|ssl)", name)}
         place = where.get("path") or f"{where.get('host', 'localhost')}:{where.get('port', 6379)}"
         self.place = f"{place}, database {where.get('db', 0)}"
         self._pool = redis.ConnectionPool(
-            connection_class=kinds.get(kind, kind),
+            connection_class=kinds.get(given.get("connection_class"), _TcpConnection),
             max_connections=1000,  # the callers' threads are the limit
             protocol=2,  # Redis 5 refuses HELLO 3
             driver_info=None,  # CLIENT SETINFO costs two round trips
@@ -1498,14 +1489,10 @@ class RedisClient:
         except redis.ResponseError as error:
             return self.unavailable(error, is_refusal=True)
 
-    @staticmethod
-    def _fault_of(error: Exception) -> tuple[str, str]:
-        """What is wrong, and what to do."""
-        text = f"{getattr(error, 'status_code', '')} {error} {error.__context__}"
-        return next((wrong, advice) for pattern, wrong, advice in _REDIS_FAULTS if re.search(pattern, text))
-
     def unavailable(self, error: Exception, *, is_refusal: bool = False) -> ApiError:
-        wrong, advice = self._fault_of(error)
+        text = f"{getattr(error, 'status_code', '')} {error} {error.__context__}"
+        found = (row for row in _REDIS_FAULTS if re.search(rf"(?<!\w)(?:{row[0]})", text))  # not the OOM of SERVERROOM
+        _, wrong, advice = next(found)
         message = f"Redis at {self.place} cannot be used ({wrong})."
         return Unavailable(message, 1, refusal=wrong if is_refusal else "", advice=advice)
 
@@ -1517,8 +1504,7 @@ class RedisClient:
             with contextlib.suppress(RuntimeError):  # without a thread to close it again, it stays closed
                 threading.Thread(target=self._probe_until_answered, name="redis-probe", daemon=True).start()
                 self._fault = fault
-        wrong, _ = self._fault_of(fault)
-        log.warning("store: Redis at %s does not answer (%s): the circuit is open", self.place, wrong)
+        log.warning("store: %s The circuit is open.", self.unavailable(fault))
         self._pool.disconnect(inuse_connections=False)
 
     def _probe_until_answered(self) -> None:
@@ -1640,8 +1626,7 @@ redis.call('SET', KEYS[2], '1', 'PX', 604800000)
 return 1
 """
 
-# KEYS: 1 session, 2 StoryArt's key for it, 3 meta, 4 index, 5 StoryArt's index. Checks again, as a save may have come
-# between.
+# KEYS: 1 session, 2 StoryArt's key for it, 3 meta, 4 index, 5 StoryArt's index. A save may have come between.
 _LUA_TRIM = """
 if redis.call('EXISTS', KEYS[1], KEYS[2]) == 0 then
   redis.call('ZREM', KEYS[4], KEYS[1])
@@ -1658,8 +1643,7 @@ return redis.call('DEL', unpack(KEYS))
 
 # Take or extend the lease; then the length of session:latest, whether this Redis was met, and the lengths of the copies
 # of the newest sessions (-1 for a key of another type), in one text: redis-py needs 1.5 us for each part of a reply.
-# KEYS: 1 index, 2 StoryArt's index, 3 latest, 4 lease, 5 met. ARGV: 1 owner, 2 its TTL, 3 how many of each, 4 ...
-# timestamps.
+# KEYS: 1 index, 2 StoryArt's index, 3 latest, 4 lease, 5 met. ARGV: 1 owner, 2 its TTL, 3 how many, 4 ... timestamps.
 _LUA_LOOK = """
 local holder = redis.call('GET', KEYS[4])
 if holder and holder ~= ARGV[1] then return '' end
@@ -1847,14 +1831,8 @@ class RedisStore(Store):
         for outcome in self._write(*[("SET", key, one, "PX", 60_000) for key, one in incoming.items()]):
             result_of(outcome)
         keys = [*self._session_keys(timestamp), *self.INDEXES, self.LATEST, self.META_OF_LATEST, *incoming]
-        further = (
-            draft.type if draft else "",
-            timestamp,
-            int(replace),
-            *marks,
-            int(by_storyart),
-            self.unreadable_latest,
-        )
+        kind = draft.type if draft else ""
+        further = (kind, timestamp, int(replace), *marks, int(by_storyart), self.unreadable_latest)
         state = result_of(self._change([draft], keys, *further)[0])[0]
         if state == b"gone":
             raise Unavailable("Redis took a minute for this session: ask again.", 1)
@@ -1866,33 +1844,25 @@ class RedisStore(Store):
         return bool(result_of(outcome)[0] != b"known")
 
     def add(self, drafts: Sequence[Draft]) -> list[tuple[bytes, int, bool] | ApiError]:
-        return [
-            outcome if isinstance(outcome, ApiError) else (outcome[1], int(float(outcome[2])), outcome[0] == b"added")
-            for outcome in self._change(drafts)
-        ]
+        return map_results(lambda one: (one[1], int(float(one[2])), one[0] == b"added"), self._change(drafts))
 
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
-        for scores in self._scores(self._clock())[1::2]:
-            yield from ((member, in_ms(score)) for member, score in self._between(*scores, page))
+        for lowest, highest in self._scores(self._clock())[1::2]:
+            is_full = True
+            while is_full:
+                rows = self._select(lowest, highest, page)
+                if is_full := len(rows) == page:
+                    last = rows[-1][1]
+                    # There may be more of the last score: read at once, since each page of them would begin anew.
+                    rows = [row for row in rows if row[1] < last] + self._select(repr(last), repr(last), -1)
+                    lowest = f"({last!r}"
+                yield from ((member, in_ms(score)) for member, score in rows)
 
     @staticmethod
     def _scores(now: int) -> list[tuple[str, str]]:
         """Those past the TTL and those within it, in seconds, then in ms: Redis itself skips what is too old."""
         ms = now - TTL_MS
         return [("-inf", f"{ms / 1000}"), (f"({ms / 1000}", f"({SECONDS}"), (f"{SECONDS}", f"{ms}"), (f"({ms}", "+inf")]
-
-    def _between(self, lowest: str, highest: str, page: int) -> Iterator[tuple[bytes, float]]:
-        """Members with such scores, oldest first, read about `page` at a time."""
-        while True:
-            rows = self._select(lowest, highest, page)
-            if len(rows) < page:
-                yield from rows
-                return
-            last = rows[-1][1]
-            yield from (row for row in rows if row[1] < last)
-            # There may be more of the last score. They are read at once, since each page of them would begin anew.
-            yield from self._select(repr(last), repr(last), -1)
-            lowest = f"({last!r}"
 
     def _select(self, lowest: str, highest: str, count: int) -> list[tuple[bytes, float]]:
         (values,) = self._redis.ask(("ZRANGEBYSCORE", self.PENDING, lowest, highest, "WITHSCORES", "LIMIT", 0, count))
@@ -1904,10 +1874,10 @@ class RedisStore(Store):
         in_seconds, others, *marked = self._redis.ask(*commands, *([self._are_marked(tuple(ids))] if ids else []))
         return (in_seconds + others)[:count], any(marked)
 
-    def expired(self) -> Iterator[bytes]:
+    def expired(self, count: int) -> list[bytes]:
         own = re.compile(OWN_MEMBER % OWN_ID.encode())
-        for scores in self._scores(self._clock())[::2]:
-            yield from (member for member, _ in self._between(*scores, 100) if not own.match(member))
+        found = [row for scores in self._scores(self._clock())[::2] for row in self._select(*scores, count)]
+        return [member for member, _ in found if not own.match(member)]
 
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
         if not ids or self._redis.ask(self._are_marked(tuple(ids))) == [0]:
@@ -1920,8 +1890,7 @@ class RedisStore(Store):
     def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
         oldest = self._clock() - TTL_MS + 1
         calls = [((self.PENDING, self.MARK + id), (max(at, oldest), at, OWN_MEMBER % id.encode())) for id, at in ids]
-        outcomes = self._run(_LUA_ACKNOWLEDGE, calls)
-        return [outcome if isinstance(outcome, ApiError) else outcome == 1 for outcome in outcomes]
+        return map_results(lambda removed: removed == 1, self._run(_LUA_ACKNOWLEDGE, calls))
 
     def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
         result_of(self._write(("SET", self.TOKEN + digest, record, "PX", ttl))[0])
@@ -2134,8 +2103,8 @@ class SqliteStore(Store):
         return sqlite3.connect(self.place, timeout=self.WAIT, isolation_level=None, check_same_thread=False)
 
     def _open(self, patience: float) -> None:
-        deadline, is_told = time.monotonic() + patience, False
-        while True:
+        deadline = time.monotonic() + patience
+        for attempt in itertools.count():
             try:
                 self._writer = self._connect()
                 with contextlib.ExitStack() as on_failure:
@@ -2147,9 +2116,8 @@ class SqliteStore(Store):
                 wrong, advice = self._fault_of(error)
                 if "locked" not in wrong or time.monotonic() > deadline:
                     raise StartError(f"The store {self.place} cannot be used ({wrong}): {advice}.") from None
-                if not is_told:
+                if attempt == 0:
                     log.warning("store: %s cannot be used yet (%s): trying for %g s", self.place, wrong, patience)
-                is_told = True
             time.sleep(0.1)
 
     def _prepare(self) -> None:
@@ -2199,28 +2167,13 @@ class SqliteStore(Store):
                 if self._closed:  # while this one was out
                     self._close_readers()
 
-    @contextlib.contextmanager
-    def _transaction(self, wait: float) -> Iterator[None]:
-        """It waits at most so many seconds for another process, commits at the end, or rolls back."""
-        before = self._writer.total_changes
-        try:
-            with self._errors(), self._writer:
-                self._writer.execute(f"PRAGMA busy_timeout = {max(0.0, wait) * 1000:.0f}")
-                self._writer.execute("BEGIN IMMEDIATE")
-                yield
-        except Unavailable as fault:
-            self.writes.note(fault.refusal)
-            raise
-        if self._writer.total_changes > before:
-            self.writes.note()
-
     def _write(self, change: Callable[[], T]) -> T:
         """What the change returns, once it is durable."""
         return cast(T, result_of(self._write_each([change])[0]))
 
     def _write_each(self, changes: Sequence[Callable[[], Any]]) -> list[Any]:
         """What each change returns or raises, once all are durable."""
-        outcomes = self._writes.ask((time.monotonic() + self.WAIT, changes), cancellable=True)
+        outcomes = self._writes.ask((time.monotonic() + self.WAIT, tuple(changes)), cancellable=True)
         for wait in (self.WAIT, 2 * self.WAIT):
             with contextlib.suppress(concurrent.futures.TimeoutError):
                 return outcomes.result(wait)
@@ -2230,14 +2183,23 @@ class SqliteStore(Store):
 
     def _commit(self, asked: Sequence[tuple[float, Sequence[Callable[[], Any]]]]) -> list[list[Any]]:
         """One transaction, and so one fsync, for all changes that wait. It also deletes what has expired."""
-        with self._transaction(min(deadline for deadline, _ in asked) - time.monotonic()):
-            now = self._clock()
-            for table in ("session", "marker", "token"):
-                self._writer.execute(f"DELETE FROM {table} WHERE expires <= ?", (now,))
-            self._writer.execute("DELETE FROM pending WHERE time <= ?", (now - TTL_MS,))
-            if sum(len(changes) for _, changes in asked) == 1:
-                return [[change() for change in changes] for _, changes in asked]  # alone, it needs no savepoint
-            return [[self._try(change) for change in changes] for _, changes in asked]
+        before, wait = self._writer.total_changes, min(deadline for deadline, _ in asked) - time.monotonic()
+        is_alone = sum(len(changes) for _, changes in asked) == 1  # then it needs no savepoint
+        try:
+            with self._errors(), self._writer:
+                self._writer.execute(f"PRAGMA busy_timeout = {max(0.0, wait) * 1000:.0f}")
+                self._writer.execute("BEGIN IMMEDIATE")
+                now = self._clock()
+                for table in ("session", "marker", "token"):
+                    self._writer.execute(f"DELETE FROM {table} WHERE expires <= ?", (now,))
+                self._writer.execute("DELETE FROM pending WHERE time <= ?", (now - TTL_MS,))
+                found = [[one() if is_alone else self._try(one) for one in changes] for _, changes in asked]
+        except Unavailable as fault:
+            self.writes.note(fault.refusal)
+            raise
+        if self._writer.total_changes > before:
+            self.writes.note()
+        return found
 
     def _try(self, change: Callable[[], Any]) -> Any:
         """What the change returns; or what it raises, and then nothing of it is left."""
@@ -2246,7 +2208,9 @@ class SqliteStore(Store):
             with self._errors():
                 result = change()
         except Exception as error:
-            self._writer.execute("ROLLBACK TO change")  # fails when the whole transaction is gone, as on a full disk
+            if not self._writer.in_transaction:  # it is gone as a whole, as on a full disk
+                raise
+            self._writer.execute("ROLLBACK TO change")
             result = error
         self._writer.execute("RELEASE change")
         return result
@@ -2288,9 +2252,6 @@ class SqliteStore(Store):
         while rows := self._read(newest_below, self._clock(), below):
             yield StoredSession(*rows[0])
             below = rows[0][0]
-
-    def newest_copy(self) -> bytes | None:
-        return None  # no other program writes here
 
     _SAVE = (
         "INSERT INTO session (timestamp, document, saved, expires) VALUES (?1, ?2, ?3, ?4) ON CONFLICT (timestamp)"
@@ -2344,10 +2305,7 @@ class SqliteStore(Store):
 
     def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
         rows = self._read(self._PENDING, self._clock() - TTL_MS, b"\xff", count)
-        return [member for member, _ in rows], False  # no other program writes here: what is marked is not pending
-
-    def acknowledged(self, ids: Sequence[str]) -> set[str]:
-        return set()
+        return [member for member, _ in rows], False
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
         return self._write(lambda: self._acknowledge(id, "member = ?", [(member,) for member in members]))
@@ -2467,16 +2425,13 @@ def summary(document: dict[str, Any]) -> dict[str, Any]:
     """What a list shows of a session beside its timestamp. Raises NotASession."""
     _check_shape(document, _LISTED)
     episode = document.get("analyzedEpisode") or {}
-    scenes = [
-        {
-            "sceneNumber": from_digits(one.get("sceneNumber")),
-            "title": to_text(one.get("title")),
-            "totalBeats": len(one.get("beats") or ()),
-        }
-        for one in episode.get("scenes") or ()
-    ]
-    number = from_digits(episode.get("episodeNumber"))
-    shown = {"episodeNumber": number, "title": to_text(episode.get("title")), "scenes": scenes}
+
+    def titled(part: dict[str, Any], number: str) -> dict[str, Any]:
+        return {number: from_digits(part.get(number)), "title": to_text(part.get("title"))}
+
+    found = episode.get("scenes") or ()
+    scenes = [{**titled(one, "sceneNumber"), "totalBeats": len(one.get("beats") or ())} for one in found]
+    shown = {**titled(episode, "episodeNumber"), "scenes": scenes}
     texts = {name: to_text(document.get(name)) for name in ("storyUuid", "promptMode", "scriptText")}
     return {**texts, "scriptText": texts["scriptText"][:PREVIEW_LENGTH], "analyzedEpisode": shown}
 
@@ -2533,19 +2488,15 @@ class Sessions:
         self._report = functools.lru_cache(1000)(functools.partial(log.warning, "sessions: %s is left out: %s"))  # once
         self._parsing = threading.Lock()
 
-    def find_many(self, timestamps: Sequence[int]) -> list[tuple[StoredSession, Facts | None] | ApiError | None]:
-        """Sessions, in one round trip. None for facts that are not cached: the caller asks facts_of()."""
-        return [
-            (found, self._facts.get(found.mark)) if isinstance(found, StoredSession) else found
-            for found in self._store.read_sessions(timestamps)
-        ]
+    def cached(self, stored: StoredSession) -> Facts | None:
+        return self._facts.get(stored.mark)
 
     def facts_of(self, stored: StoredSession) -> Facts:
         """Documents that are not known are parsed one at a time, and so equal ones once."""
-        facts = self._facts.get(stored.mark)
+        facts = self.cached(stored)
         if facts is None:
             with self._parsing:
-                facts = self._facts.get(stored.mark) or find_facts(stored)
+                facts = self.cached(stored) or find_facts(stored)
                 if len(json.dumps(facts.summary)) <= self.LARGEST:
                     self._facts[stored.mark] = facts
                     bound(self._facts, self.KEPT)
@@ -2708,8 +2659,7 @@ def decide(
 
 
 def _to_storyswarm(text: bytes, swarm: bytes, timestamp: int) -> bytes | None:
-    """The document with a string for each prompt that is a string in what StorySwarm wrote; None when that says the
-    same already."""
+    """The document with a string for each prompt that is one in what StorySwarm wrote; None when that says the same."""
     document, theirs, strings = read_copy(text), read_copy(swarm), False
     for beat, other in pair_beats(document, theirs):
         for shape, prompt in (beat.get("prompts") or {}).items():
@@ -2782,19 +2732,17 @@ class Bridge:
 
     def _bring_latest(self, copy: bytes | None) -> int:
         self._store.unreadable_latest = 0
-        facts = self._sessions.facts_of(StoredSession(0, copy)) if copy is not None else None
-        if facts is None:
+        if copy is None:
             return 0
-        if facts.fault or facts.timestamp is None:
-            self._store.unreadable_latest = len(copy or b"")
-            self._report(
-                "session:latest is left as it is, since it is no session", facts.fault or "it has no timestamp"
-            )
+        facts = self._sessions.facts_of(StoredSession(0, copy))
+        if facts.timestamp is None:
+            self._store.unreadable_latest, fault = len(copy), facts.fault or "it has no timestamp"
+            self._report("session:latest is left as it is, since it is no session", fault)
             return 0
         before = self._bring_in_step(facts.timestamp)
         # Both may have been changed: then neither replaces the other.
         if not self._bring_in_step(facts.timestamp, copy, merges=bool(before and before.is_changed(0))):
-            self._store.unreadable_latest = len(copy or b"")
+            self._store.unreadable_latest = len(copy)
         return facts.timestamp
 
     def _bring_in_step(self, timestamp: int, latest: bytes | None = None, *, merges: bool = False) -> Copies | None:
@@ -2993,10 +2941,7 @@ class Notifications:
 
     def create(self, drafts: Sequence[Draft]) -> list[tuple[Notification, bool] | ApiError]:
         """Add each, and True; or the one of the same type and session that is pending already, and False."""
-        return [
-            outcome if isinstance(outcome, ApiError) else (read_member(*outcome[:2]), outcome[2])
-            for outcome in self._store.add(drafts)
-        ]
+        return map_results(lambda made: (read_member(*made[:2]), made[2]), self._store.add(drafts))
 
     def acknowledge(self, id: str) -> bool:
         """True when it was pending, or is acknowledged already."""
@@ -3034,7 +2979,7 @@ class Notifications:
 
     def report_expired(self) -> None:
         """Log those of other programs that are not shown any more."""
-        for member in itertools.islice(self._store.expired(), self.REPORTED - len(self._reported)):
+        for member in self._store.expired(self.REPORTED - len(self._reported)):
             self._report("it is older than 7 days", member)
 
     def _report(self, fault: str, member: bytes) -> None:
@@ -3084,15 +3029,11 @@ def _on_one_line(*texts: str) -> str:
 def parse_gpus(output: str, errors: str = "", code: int = 0, memory: tuple[int, int] | None = None) -> GpuStatus:
     """What GPU_QUERY printed to stdout and stderr, and its exit code. Each line of five cells whose last is a number
     is a GPU's; a driver or a GPU in trouble adds sentences on either stream. A GPU without readable total memory is
-    not counted. Where none has memory of its own (GB10), `memory` is counted once: the system's, used and total, in
-    MiB."""
+    not counted. Where none has memory of its own (GB10), `memory` counts once: the system's, used and total, in MiB."""
     lines = [line.split(",") for line in output.splitlines()]
     rows = [cells for cells in lines if len(cells) == 5 and _NUMBER.fullmatch(cells[4])]
-    gpus = [cells for cells in rows if _NUMBER.fullmatch(cells[2])]
-    if not gpus and memory:
-        gpus = [cells for cells in rows if _NO_MEMORY.fullmatch(cells[2]) and _NUMBER.fullmatch(cells[3])]
-    else:
-        memory = None
+    own = [cells for cells in rows if _NUMBER.fullmatch(cells[2])]
+    gpus = own or [cells for cells in rows if memory and _NO_MEMORY.fullmatch(cells[2]) and _NUMBER.fullmatch(cells[3])]
     if not gpus or has_crashed(code):
         words = _on_one_line(output, errors)
         if "no devices were found" in (output + errors).lower():
@@ -3101,7 +3042,7 @@ def parse_gpus(output: str, errors: str = "", code: int = 0, memory: tuple[int, 
         return _failed(f"nvidia-smi {fault}: {words or 'it printed nothing'}")
     numbers = [[float(cell) if _NUMBER.fullmatch(cell) else 0 for cell in cells] for cells in gpus]
     utilization, used, total, temperature, _ = zip(*numbers)
-    memory_used, memory_total = memory or (sum(used), sum(total))
+    memory_used, memory_total = memory if memory and not own else (sum(used), sum(total))
     return GpuStatus(
         available=True,
         gpu_count=len(gpus),
@@ -3176,7 +3117,7 @@ class GpuMonitor:
         cached = self._cached
         return cached[0] if cached and self._clock() - cached[1] < self._ttl else None
 
-    def _answer(self, questions: Sequence[None]) -> list[GpuStatus]:
+    def _answer(self, _: Sequence[None]) -> list[GpuStatus]:
         status = _failed("the service is stopping") if self._closed else self._fresh()
         if status is None:
             status = self._query()
@@ -3184,7 +3125,7 @@ class GpuMonitor:
             if status.remarks and status.remarks not in self._remarks and len(self._remarks) < self.LOGGED:
                 self._remarks.add(status.remarks)
                 log.warning("gpu: nvidia-smi works, but says: %s", status.remarks)
-        return [status] * len(questions)
+        return [status]
 
 
 # ======================================================================================================
@@ -3709,7 +3650,7 @@ def is_own_host(host: str | None, settings: Settings) -> bool:
     if not found:
         return False
     name = found[1].strip("[]").lower()
-    return is_address(name) or name in ("localhost", settings.host.lower(), *settings.allowed_hosts)
+    return is_address(name) or name in map(str.lower, ("localhost", settings.host, *settings.allowed_hosts))
 
 
 def own_token(settings: Settings) -> str:
@@ -3913,7 +3854,6 @@ class Services:
         self.progress = Batcher[int, Outcome](functools.partial(answer_progress, self), "progress")
         self.creations = Batcher[Draft, Outcome](functools.partial(answer_creations, self), "creations")
         self.acknowledgements = Batcher[str, Outcome](functools.partial(answer_acknowledgements, self), "acknowledge")
-
         self._closing = threading.Event()
 
     def start(self) -> None:
@@ -3924,12 +3864,10 @@ class Services:
 
     def _watch(self) -> None:
         """Try a write until the store answers, and again while it refuses them; report old notifications."""
-        is_tried = False
         while not self._closing.is_set():
             with contextlib.suppress(Unavailable):
-                if self.store.writes.refusal or not is_tried:
+                if self.store.writes.refusal != "":
                     self.store.try_write()
-                    is_tried = True
                 self.notifications.report_expired()
             self._closing.wait(self.WATCH_INTERVAL)
 
@@ -4034,35 +3972,27 @@ def answer_checks(services: Services, questions: list[tuple[tuple[str, ...], int
     def respond(found: Sequence[Notification]) -> Response:
         return Response(b'{"notifications":[%b]}' % b",".join([one.text for one in found]))
 
-    wanted = list(dict.fromkeys(questions))
-    found = services.notifications.check_many(wanted)
-    outcomes: dict[Any, Outcome] = {
-        question: then(services.submit(services.notifications.check, *question), respond)
-        if shown is None
-        else respond(shown)
-        for question, shown in zip(wanted, found)
-    }
-    return [outcomes[question] for question in questions]
+    check = services.notifications.check
+    return [
+        then(services.submit(check, *question), respond) if shown is None else respond(shown)
+        for question, shown in zip(questions, services.notifications.check_many(questions))
+    ]
 
 
 def answer_progress(services: Services, timestamps: list[int]) -> list[Outcome]:
-    """A batcher's step: each session is read once for all who ask for it. What takes longer than its SHA-256 (an
+    """A batcher's step: each session is read once for all. What takes longer than its SHA-256 (an
     announcement, a document that is not in the cache) runs in the pool."""
 
-    def respond(found: tuple[StoredSession, Facts | None] | ApiError | None) -> Outcome:
-        if found is None or isinstance(found, ApiError):
-            return found or NotFound("Session not found")
-        stored, facts = found
+    def respond(stored: StoredSession | ApiError | None) -> Outcome:
+        if not isinstance(stored, StoredSession):
+            return stored or NotFound("Session not found")
+        facts = services.sessions.cached(stored)
         if facts is None or not stored.is_in_step or is_announcement_due(stored, facts):
             return services.submit(announce_progress, services, stored)
         return progress_response(stored, facts)
 
-    outcomes: dict[int, Outcome] = {}
-    wanted = list(dict.fromkeys(timestamps))
-    for at in range(0, len(wanted), 8):  # so that few documents are in memory at once
-        part = wanted[at : at + 8]
-        outcomes.update(zip(part, map(respond, services.sessions.find_many(part))))
-    return [outcomes[timestamp] for timestamp in timestamps]
+    parts = (timestamps[at : at + 8] for at in range(0, len(timestamps), 8))  # so few documents are in memory at once
+    return [respond(stored) for part in parts for stored in services.store.read_sessions(part)]
 
 
 def is_announcement_due(stored: StoredSession, facts: Facts) -> bool:
@@ -4095,12 +4025,10 @@ def progress_response(stored: StoredSession, facts: Facts) -> Outcome:
     return json_response({**shown, "totalPrompts": found.total_prompts, "lastUpdated": iso_time(updated)})
 
 
-def answer_creations(services: Services, drafts: list[Draft]) -> list[Outcome]:
+def answer_creations(services: Services, drafts: list[Draft]) -> Sequence[Outcome]:
     """A batcher's step: one step of the store for all."""
-    return [
-        made if isinstance(made, ApiError) else Response(made[0].text, 201 if made[1] else 200)
-        for made in services.notifications.create(drafts)
-    ]
+    made = services.notifications.create(drafts)
+    return map_results(lambda one: Response(one[0].text, 201 if one[1] else 200), made)
 
 
 def answer_acknowledgements(services: Services, ids: list[str]) -> list[Outcome]:
@@ -4119,8 +4047,7 @@ def answer_acknowledgements(services: Services, ids: list[str]) -> list[Outcome]
 
 
 def _session_response(services: Services, stored: StoredSession, origin: str | None) -> Response:
-    """The document is sent as it is stored: to serialize it again would cost as much as to read it. A page gets it in
-    StoryArt's dialect."""
+    """The document as it is stored: to serialize it costs as much as to read it. A page gets StoryArt's dialect."""
     document, name = stored.document or b"", services.store.name.encode()
     for copy in (services.store.storyarts_copy(stored.timestamp), document) if origin else ():
         with contextlib.suppress(ValueError):  # it is no session
@@ -4691,24 +4618,20 @@ def open_sockets(host: str, port: int) -> list[socket.socket]:
                 return _listen_on_all(addresses, port)
             except OSError as error:
                 # The port that was free on the first address may be taken on the second: pick another.
-                if port or error.errno not in _IN_USE | MAYBE_RESERVED or attempt == 19:
+                if port or error.errno not in _IN_USE | _MAYBE_RESERVED or attempt == 19:
                     raise
         raise AssertionError
     except (socket.gaierror, UnicodeError):
         advice = "set it to localhost, or to this PC's address."
         raise StartError(f"STORYTELLER_HOST {host} is not known: {advice}") from None
     except OSError as error:
+        fault = f"Cannot listen on {host} port {port} ({error.strerror}): set STORYTELLER_HOST or STORYTELLER_PORT."
         if error.errno in _IN_USE:
-            raise StartError(f"Port {port} is in use by another program: stop it, or set STORYTELLER_PORT.") from None
-        if error.errno in MAYBE_RESERVED:
-            why = "another program holds it, or Windows reserves it"
+            fault = f"Port {port} is in use by another program: stop it, or set STORYTELLER_PORT."
+        elif error.errno in _MAYBE_RESERVED:
             advice = "`netsh interface ipv4 show excludedportrange protocol=tcp` lists those. Set STORYTELLER_PORT."
-            raise StartError(f"Port {port} is refused: {why}: {advice}") from None
-        advice = "set STORYTELLER_HOST or STORYTELLER_PORT."
-        raise StartError(f"Cannot listen on {host} port {port} ({error.strerror}): {advice}") from None
-
-
-_IN_USE = {errno.EADDRINUSE, 10048}
+            fault = f"Port {port} is refused: another program holds it, or Windows reserves it: {advice}"
+        raise StartError(fault) from None
 
 
 def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
@@ -4729,22 +4652,8 @@ def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
 # Server: below waitress's documentation
 # ======================================================================================================
 
-# waitress documents a thread for each request. Here its event loop alone touches a channel (a connection), by these:
-WAITRESS_NAMES = {
-    "server.create_server server.BaseWSGIServer.add_task": "puts listeners into map=, calls _dispatcher='s add_task()",
-    "server.BaseWSGIServer.channel_class channel.HTTPChannel.parser_class": "make a new connection and its parser",
-    "channel.HTTPChannel.received": "parses bytes into `request`, then `requests`, and calls add_task() for the first",
-    "channel.HTTPChannel.readable channel.HTTPChannel.will_close": "whether the loop reads; whether it closes instead",
-    "channel.HTTPChannel.write_soon": "sends, or adds to the output buffer; blocks while that is over its limit",
-    "channel.HTTPChannel.total_outbufs_len channel.HTTPChannel.close_when_flushed": "bytes to be sent; what follows",
-    "channel.HTTPChannel.current_outbuf_count": "at the limit, the next response gets a buffer of its own",
-    "channel.HTTPChannel.handle_write channel.HTTPChannel.handle_close": "sends output; also when the client leaves",
-    "channel.HTTPChannel.send_continue": "answers an Expect: 100-continue that came behind another request",
-    "parser.HTTPRequestParser.parse_header parser.HTTPRequestParser.error": "ParsingError; code, reason, body of it",
-    "parser.RequestHeaderFieldsTooLarge": "such an error",
-    "task.WSGITask.get_environment task.WSGITask.build_response_header": "what WSGI gives, with Date and Connection",
-    "wasyncore.loop wasyncore.close_all trigger.trigger.pull_trigger": "a turn over the map, its end; wakes the loop",
-}
+# waitress documents a thread for each request. Here its event loop alone touches a channel (a connection), by names
+# that WAITRESS_NAMES in the tests lists with what each does: they fail when an update of waitress lacks one.
 
 
 class Channel(waitress.channel.HTTPChannel):
@@ -4875,8 +4784,7 @@ class Dispatcher:
 
 
 class Server:
-    """The event loop. stop() lets requests in flight be answered (waitress would drop them); before, `on_stop` gets
-    their number."""
+    """The event loop. stop() lets requests in flight be answered (waitress would not); `on_stop` gets their number."""
 
     def __init__(self, app: bottle.Bottle, sockets: Sequence[socket.socket], on_stop: Callable[[int], None]) -> None:
         self._dispatcher = Dispatcher(app, sockets)
@@ -4946,7 +4854,6 @@ class Server:
 # Command line: check
 # ======================================================================================================
 
-
 STORE_FILES = ("", "storyteller.sqlite3", "storyteller.sqlite3-wal", "storyteller.sqlite3-shm")  # "": the folder
 DATA_FILES = (*STORE_FILES, "running", "api_token", "storyteller.log", "swarmui.log", "swarmui.json")
 
@@ -4978,9 +4885,8 @@ def typed_settings(given: Mapping[str, Any]) -> Settings:
     return load_settings({**given, "data_dir": folder}, os.environ)
 
 
-def url_of(settings: Settings, port: int) -> str:
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return f"http://{host}:{port}"
+def url_of(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def check(arguments: Mapping[str, Any]) -> int:
@@ -5082,7 +4988,7 @@ def check_port(settings: Settings, status: GpuStatus) -> Iterator[Check]:
     except StartError as error:
         fault = str(error)
     host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-    url = url_of(dataclasses.replace(settings, host=host), settings.port)
+    url = url_of(host, settings.port)
     with contextlib.suppress(OSError, http.client.HTTPException, ValueError, AttributeError, RecursionError):
         if json.loads(fetch(f"{url}/health", 6).body).keys() == {"status", "store"}:  # 3 s for a store that hangs
             fault = ""
@@ -5127,12 +5033,11 @@ def serve(settings: Settings) -> int:
     start_logging(settings.data_dir / "storyteller.log", settings)
     token_place = "STORYTELLER_API_TOKEN" if settings.api_token else str(token_path(settings))
     settings = dataclasses.replace(settings, api_token=own_token(settings))
-    patience = 30.0  # seconds for another program, like a backup, to unlock the store
     stopping, ended = threading.Event(), threading.Event()
     children: set[int] = set()
     query = functools.partial(query_gpus, settings, children)
     with (
-        contextlib.closing(open_store(settings, patience)) as store,
+        contextlib.closing(open_store(settings, 30.0)) as store,  # seconds for a backup, say, to unlock it
         contextlib.closing(GpuMonitor(query, settings.gpu_cache_seconds, cancel=lambda: end_children(children))) as gpu,
         contextlib.closing(SwarmUILauncher(settings)) as swarmui,
         contextlib.closing(Services(settings, store, gpu, swarmui)) as services,
@@ -5156,11 +5061,11 @@ def serve(settings: Settings) -> int:
         handler = on_end_signal(stop, ended)
         port = sockets[0].getsockname()[1]
         running.truncate(0)
-        print(url_of(settings, port), file=running, flush=True)
+        print(url_of(settings.host, port), file=running, flush=True)
         swarmui.keep_log_short()
         greet(settings, store, port, token_place)
         services.start()
-        log.info("server: listening on %s", url_of(settings, port))
+        log.info("server: listening on %s", url_of(settings.host, port))
         server.run()
     say("Stopped.")
     running.close()
@@ -5175,7 +5080,7 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
     level, _, program = check_swarmui_path(settings)
     nvidia_smi, advice = find_nvidia_smi(settings)
     rows = {
-        "address": url_of(settings, port),
+        "address": url_of(settings.host, port),
         "store": f"{store.name}, {store.place}",
         "nvidia-smi": nvidia_smi or f"not found: {advice}",
         "SwarmUI": program if level == "OK" else f"cannot be launched: {program}",

@@ -1838,7 +1838,7 @@ def test_of_what_is_older_than_7_days_only_what_was_made_here_is_removed(redis_s
     others = {**dict.fromkeys(OTHERS, old * per_second / 1000), "live": live * per_second / 1000}
     ours = {OWN % T: old, OWN % (T + 1): old - 99_000, OWN % (T + 2): live}
     other_program.zadd("notifications:pending", {**others, **ours})
-    assert sorted(redis_store.expired()) == sorted(OTHERS)
+    assert sorted(redis_store.expired(100)) == sorted(OTHERS)
     add(redis_store, draft())
     left = {member.encode() for member in other_program.zrange("notifications:pending", 0, -1)}
     assert left >= {*OTHERS, b"live", OWN % (T + 2)} and not left & {OWN % T, OWN % (T + 1)}
@@ -1872,7 +1872,7 @@ VERBS = {
     "add": lambda store: add(store, draft()),
     "pending": lambda store: list(store.pending(100)),
     "snapshot": lambda store: store.snapshot(100, ["an-id"]),
-    "expired": lambda store: list(store.expired()),
+    "expired": lambda store: store.expired(100),
     "acknowledged": lambda store: store.acknowledged(["an-id"]),
     "acknowledge": lambda store: store.acknowledge("an-id", [b"a member"]),
     "acknowledge_own": lambda store: service.result_of(store.acknowledge_own([("an-id", service.now_ms())])[0]),
@@ -2550,8 +2550,8 @@ def test_a_changed_document_is_seen_by_the_next_look_though_its_length_is_the_sa
     sessions = service.Sessions(store)
     for mode in ("storyswarm", "storyart!!", "storyswarm"):
         store.save(T, json.dumps(episode(READY_BEAT, promptMode=mode)).encode(), None)
-        ((stored, facts),) = sessions.find_many([T])
-        facts = facts or sessions.facts_of(stored)
+        (stored,) = store.read_sessions([T])
+        facts = sessions.cached(stored) or sessions.facts_of(stored)
         assert facts.waits is (mode == "storyswarm") and sessions.facts_of(store.session(T)) is facts
 
 
@@ -2561,13 +2561,13 @@ def test_several_sessions_are_found_in_one_round_trip_and_none_is_parsed(redis_s
     redis_store.save(T + 1, b"no JSON", None)
     other_program.rpush(f"session:{T + 2}", "another type")
     before = other_program.info("stats")["total_reads_processed"]
-    *found, missing = sessions.find_many([T, T + 1, T + 2, T + 3])
+    *found, missing = redis_store.read_sessions([T, T + 1, T + 2, T + 3])
     assert other_program.info("stats")["total_reads_processed"] - before == 2  # one is of INFO
-    assert ([facts for _, facts in found], missing, parsed) == ([None, None, None], None, [])
-    good, faulty, wrong = (sessions.facts_of(stored) for stored, _ in found)
+    assert (list(map(sessions.cached, found)), missing, parsed) == ([None, None, None], None, [])
+    good, faulty, wrong = map(sessions.facts_of, found)
     assert good.progress.ready is True
     assert (faulty.fault, wrong.fault) == ("not JSON (Expecting value at character 0)", "its key holds no text")
-    assert [facts for _, facts in sessions.find_many([T, T + 1, T + 2])] == [good, faulty, wrong]  # known by now
+    assert list(map(sessions.cached, found)) == [good, faulty, wrong]  # known by now
 
 
 def test_the_cache_of_facts_is_bounded_in_entries_and_in_bytes(store, monkeypatch):
@@ -6772,9 +6772,26 @@ def test_a_response_that_cannot_be_sent_closes_its_connection_alone(poll_service
     assert polled.check() == []
 
 
+WAITRESS_NAMES = {
+    "server.create_server server.BaseWSGIServer.add_task": "puts listeners into map=, calls _dispatcher='s add_task()",
+    "server.BaseWSGIServer.channel_class channel.HTTPChannel.parser_class": "make a new connection and its parser",
+    "channel.HTTPChannel.received": "parses bytes into `request`, then `requests`, and calls add_task() for the first",
+    "channel.HTTPChannel.readable channel.HTTPChannel.will_close": "whether the loop reads; whether it closes instead",
+    "channel.HTTPChannel.write_soon": "sends, or adds to the output buffer; blocks while that is over its limit",
+    "channel.HTTPChannel.total_outbufs_len channel.HTTPChannel.close_when_flushed": "bytes to be sent; what follows",
+    "channel.HTTPChannel.current_outbuf_count": "at the limit, the next response gets a buffer of its own",
+    "channel.HTTPChannel.handle_write channel.HTTPChannel.handle_close": "sends output; also when the client leaves",
+    "channel.HTTPChannel.send_continue": "answers an Expect: 100-continue that came behind another request",
+    "parser.HTTPRequestParser.parse_header parser.HTTPRequestParser.error": "ParsingError; code, reason, body of it",
+    "parser.RequestHeaderFieldsTooLarge": "such an error",
+    "task.WSGITask.get_environment task.WSGITask.build_response_header": "what WSGI gives, with Date and Connection",
+    "wasyncore.loop wasyncore.close_all trigger.trigger.pull_trigger": "a turn over the map, its end; wakes the loop",
+}
+
+
 def test_what_the_server_rests_on_below_waitresss_documentation_is_there():
     """Where this fails after an update: look at "Server: below waitress's documentation"."""
-    for names, reason in service.WAITRESS_NAMES.items():
+    for names, reason in WAITRESS_NAMES.items():
         for name in names.split():
             module, *attributes = name.split(".")
             found = importlib.import_module(f"waitress.{module}")
@@ -6782,7 +6799,7 @@ def test_what_the_server_rests_on_below_waitresss_documentation_is_there():
                 found = getattr(found, attribute, None)
                 assert found is not None or attribute == "error", f"{name}: {reason}"
     create = inspect.signature(service.waitress.server.create_server).parameters
-    assert {"map", "_dispatcher"} <= set(create), next(iter(service.WAITRESS_NAMES.values()))
+    assert {"map", "_dispatcher"} <= set(create), next(iter(WAITRESS_NAMES.values()))
     channel = service.waitress.channel.HTTPChannel
     assert (channel.request, channel.total_outbufs_len, channel.close_when_flushed) == (None, 0, False)
 
