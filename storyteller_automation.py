@@ -395,7 +395,9 @@ Unavailable = _error("Unavailable", 503)  # the store does not answer, or the se
 
 MAX_DEPTH = 100  # levels of a request's body; json cannot write what is nested much deeper
 LARGEST = 2**53  # JavaScript does not represent every larger whole number
-SECONDS = 10**11  # a time below this is in seconds, as Python's time.time() gives it: in ms it would be in March 1973
+SECONDS_BELOW = (
+    10**11
+)  # a time below this is in seconds, as Python's time.time() gives it: in ms it would be in March 1973
 
 
 def parse_json(data: bytes, *, from_request: bool = False) -> Any:
@@ -455,7 +457,7 @@ def from_digits(value: Any) -> Any:
 
 def in_ms(time: float) -> float:
     """The ms of a time in ms or in seconds."""
-    return round(time * 1000, 3) if time < SECONDS else time
+    return round(time * 1000, 3) if time < SECONDS_BELOW else time
 
 
 def read_time(value: object) -> int | None:
@@ -738,7 +740,7 @@ def _while_it_is_read(stream: TextIO) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EINVAL):
+        if error.errno != (errno.EINVAL if WINDOWS else errno.EPIPE):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what Python flushes at its end, too
 
@@ -1130,14 +1132,17 @@ def now_ms() -> int:
 
 def next_time(kept: int, now: int) -> int:
     """Now, or the ms after a kept time that is not past; unless that was kept while the clock was wrong."""
-    if kept <= now + AHEAD_MS:
-        return max(now, kept + 1)
-    ahead = "store: a time in it is %.1f h ahead of this PC's clock, and is not followed: check the clock"
-    log.warning(ahead, (kept - now) / 3_600_000)
-    return now
+    return now if kept > now + AHEAD_MS else max(now, kept + 1)
 
 
-class Writes:
+def warn_of_clock(kept: int, now: int, place: str) -> None:
+    """Log a kept time that next_time() does not follow."""
+    if kept > now + AHEAD_MS:
+        ahead = "store: a time in %s is %.1f h ahead of this PC's clock, and is not followed: check the clock"
+        log.warning(ahead, place, (kept - now) / 3_600_000)
+
+
+class WriteStatus:
     """Whether a store takes writes, as the last one showed: reads may go on where they are refused."""
 
     def __init__(self, place: str) -> None:
@@ -1234,7 +1239,7 @@ class Store(Protocol):
 
     name: str
     place: str  # for people; without a password
-    writes: Writes
+    writes: WriteStatus
 
     def ping(self) -> None:
         """Read something. Raises Unavailable also while writes are refused."""
@@ -1324,7 +1329,7 @@ _REDIS_FAULTS = (
     (r"WRONGPASS|AUTH <password> called without", "it refuses the password", "correct user and password in REDIS_URL"),
     ("NOAUTH", "NOAUTH, it wants a password", "add it: REDIS_URL=redis://:PASSWORD@HOST:PORT/0"),
     ("DB index is out of range|invalid DB index", "it has no database of that number", "let REDIS_URL end in /0"),
-    ("CERTIFICATE_VERIFY", "its TLS certificate is not trusted", "add ?ssl_ca_certs=FILE or its name in REDIS_URL"),
+    ("CERTIFICATE_VERIFY", "its TLS certificate is not trusted", "add ?ssl_ca_certs=FILE to REDIS_URL"),
     (r"\[SSL|handshake", "it does not answer in TLS", "begin REDIS_URL with redis://"),
     ("READONLY", "READONLY, it is a replica", "name the Redis that it follows in REDIS_URL"),
     ("MASTERDOWN", "MASTERDOWN, it is a replica", "name the Redis that it follows in REDIS_URL"),
@@ -1332,8 +1337,8 @@ _REDIS_FAULTS = (
     ("MISCONF", "MISCONF, it cannot save to its disk", "free space there, and see its own log"),
     ("NOREPLICAS", "NOREPLICAS, it has too few replicas", "start them, or set its min-replicas-to-write to 0"),
     ("NOPERM|The user executing", "NOPERM, its user may not do that", "allow it all keys and commands in its ACL"),
-    ("CROSSSLOT|MOVED|CLUSTERDOWN", "it is a cluster", "use a Redis that is none"),
-    ("LOADING", "LOADING, it is reading its data", "wait until it has"),
+    ("CROSSSLOT|MOVED|CLUSTERDOWN", "it is a cluster", "use a Redis that is not a cluster"),
+    ("LOADING", "LOADING, it is reading its data", "wait until it has loaded it"),
     ("BUSY", "BUSY, it is running a script", "wait, or end that by SCRIPT KILL"),
     ("WRONGTYPE", "WRONGTYPE, a key is of another type", "remove that key"),
     ("ERR", "ERR, it refuses the command", "use Redis 5 or later, and see its own log"),
@@ -1693,7 +1698,7 @@ class RedisStore(Store):
     def __init__(self, url: str, clock: Callable[[], int] = now_ms) -> None:
         self._redis = RedisClient(url)
         self.place = self._redis.place
-        self.writes = Writes(f"Redis at {self.place}")
+        self.writes = WriteStatus(f"Redis at {self.place}")
         self._clock = clock
         self._newest_given = 0  # ms; others may have given later ones
         # To pack 100 words takes 0.1 ms, and the ids of two polls are mostly the same.
@@ -1702,7 +1707,7 @@ class RedisStore(Store):
 
     def _pack_oldest(self, count: int, now: int) -> tuple[bytes, ...]:
         """The commands that read the oldest members within their TTL."""
-        words = [("ZRANGEBYSCORE", self.PENDING, *scores, "LIMIT", 0, count) for scores in self._scores(now)[1::2]]
+        words = [("ZRANGEBYSCORE", self.PENDING, *scores, "LIMIT", 0, count) for scores in self._scores(now)]
         return tuple(b"".join(redis.Connection().pack_command(*one)) for one in words)
 
     def _pack_are_marked(self, ids: tuple[str, ...]) -> bytes:
@@ -1808,7 +1813,7 @@ class RedisStore(Store):
         calls = [self._change_call(draft, at, keys, further) for at, draft in enumerate(drafts, first)]
         outcomes = self._run(_LUA_CHANGE, calls)
         ahead = max(0 if isinstance(outcome, ApiError) else outcome.pop(0) for outcome in outcomes)
-        next_time(ahead, first)  # for its warning
+        warn_of_clock(ahead, self._clock(), self._redis.place)
         states = [None if isinstance(outcome, ApiError) else outcome[0] for outcome in outcomes]
         given = [int(float(outcome[-1])) for outcome, state in zip(outcomes, states) if state in (b"late", b"added")]
         self._newest_given = max([first - 1, *given])
@@ -1847,7 +1852,7 @@ class RedisStore(Store):
         return map_results(lambda one: (one[1], int(float(one[2])), one[0] == b"added"), self._change(drafts))
 
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
-        for lowest, highest in self._scores(self._clock())[1::2]:
+        for lowest, highest in self._scores(self._clock()):
             is_full = True
             while is_full:
                 rows = self._select(lowest, highest, page)
@@ -1859,10 +1864,12 @@ class RedisStore(Store):
                 yield from ((member, in_ms(score)) for member, score in rows)
 
     @staticmethod
-    def _scores(now: int) -> list[tuple[str, str]]:
-        """Those past the TTL and those within it, in seconds, then in ms: Redis itself skips what is too old."""
+    def _scores(now: int, *, expired: bool = False) -> list[tuple[str, str]]:
+        """Within the TTL or past it, in seconds, then in ms: so Redis itself leaves out the others."""
         ms = now - TTL_MS
-        return [("-inf", f"{ms / 1000}"), (f"({ms / 1000}", f"({SECONDS}"), (f"{SECONDS}", f"{ms}"), (f"({ms}", "+inf")]
+        if expired:
+            return [("-inf", f"{ms / 1000}"), (f"{SECONDS_BELOW}", f"{ms}")]
+        return [(f"({ms / 1000}", f"({SECONDS_BELOW}"), (f"({ms}", "+inf")]
 
     def _select(self, lowest: str, highest: str, count: int) -> list[tuple[bytes, float]]:
         (values,) = self._redis.ask(("ZRANGEBYSCORE", self.PENDING, lowest, highest, "WITHSCORES", "LIMIT", 0, count))
@@ -1876,7 +1883,7 @@ class RedisStore(Store):
 
     def expired(self, count: int) -> list[bytes]:
         own = re.compile(OWN_MEMBER % OWN_ID.encode())
-        found = [row for scores in self._scores(self._clock())[::2] for row in self._select(*scores, count)]
+        found = [row for scores in self._scores(self._clock(), expired=True) for row in self._select(*scores, count)]
         return [member for member, _ in found if not own.match(member)]
 
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
@@ -2019,6 +2026,8 @@ class BridgedStore(RedisStore):
                 continue
             if faults := [reply for reply in replies if isinstance(reply, Exception)]:
                 raise self._redis.unavailable(faults[0], is_refusal=True)
+            if replies:
+                warn_of_clock(replies[-1][0], self._clock(), self._redis.place)
             if change and change.draft and replies[-1][1] == b"late":
                 self.announce(timestamp, change.draft)
             return copies
@@ -2091,7 +2100,7 @@ class SqliteStore(Store):
     def __init__(self, path: Path, clock: Callable[[], int] = now_ms, patience: float | None = None) -> None:
         """A file that another program locks is tried for `patience` seconds, by default WAIT. Raises StartError."""
         self.place = str(path)
-        self.writes = Writes(f"the store {path}")
+        self.writes = WriteStatus(f"the store {path}")
         self._clock = clock
         self._damaged = False  # seen at run time: the file is "malformed"
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()  # as many as threads that read at once
@@ -2265,13 +2274,17 @@ class SqliteStore(Store):
         def change() -> bool:
             now, before = self._clock(), "SELECT saved FROM session WHERE timestamp = ?"
             (kept,) = self._writer.execute(before, (timestamp,)).fetchone() or (0,)
-            row = (timestamp, document, next_time(kept, now), now + TTL_MS, replace)
+            row = (timestamp, document, self._next_time(kept), now + TTL_MS, replace)
             is_saved = self._writer.execute(self._SAVE, row).rowcount > 0
             if is_saved and draft:
                 self._announce(timestamp, draft)
             return is_saved
 
         return self._write(change)
+
+    def _next_time(self, kept: int) -> int:
+        warn_of_clock(kept, self._clock(), self.place)
+        return next_time(kept, self._clock())
 
     def announce(self, session: int, draft: Draft) -> bool:
         return self._write(lambda: self._announce(session, draft))
@@ -2289,7 +2302,7 @@ class SqliteStore(Store):
         made = f"{draft.type}:{draft.session}"
         if row := self._writer.execute("SELECT member, time FROM pending WHERE made = ?", (made,)).fetchone():
             return *row, False
-        at = next_time(self._writer.execute("SELECT time FROM newest").fetchone()[0], self._clock())
+        at = self._next_time(self._writer.execute("SELECT time FROM newest").fetchone()[0])
         self._writer.execute("UPDATE newest SET time = ?", (at,))
         member = draft.member(at)
         self._writer.execute("INSERT INTO pending (member, time, made) VALUES (?, ?, ?)", (member, at, made))
@@ -3510,7 +3523,7 @@ class Authenticator:
     """Identifies callers by their token, or by the trusted page that they are."""
 
     # Seconds that a session token is good for after the store confirmed it: without asking again; while that is away.
-    TTL, TTL_AWAY = 5.0, 60.0
+    TTL, TTL_WITHOUT_STORE = 5.0, 60.0
     ENTRIES = 1000  # of each dictionary; an entry takes less than 1 KB
 
     def __init__(self, settings: Settings, store: Store, clock: Clock = time.monotonic, wall: Clock = now_ms) -> None:
@@ -3590,7 +3603,7 @@ class Authenticator:
         try:
             record = self._store.token(digest)
         except Unavailable:
-            if before is None or at - confirmed >= self.TTL_AWAY:
+            if before is None or at - confirmed >= self.TTL_WITHOUT_STORE:
                 raise
             return before if self._is_good(before) else None
         caller = read_token(digest, record) if record is not None else None
@@ -3865,10 +3878,14 @@ class Services:
     def _watch(self) -> None:
         """Try a write until the store answers, and again while it refuses them; report old notifications."""
         while not self._closing.is_set():
-            with contextlib.suppress(Unavailable):
+            try:
                 if self.store.writes.refusal != "":
                     self.store.try_write()
                 self.notifications.report_expired()
+            except Unavailable:
+                pass  # its callers get the reason
+            except Exception:
+                log.exception("store: a try to write failed")
             self._closing.wait(self.WATCH_INTERVAL)
 
     def close(self) -> None:
@@ -4876,7 +4893,7 @@ def prepare_data_dir(path: Path, names: Sequence[str] = DATA_FILES) -> None:
         raise StartError(f"{fault}: set STORYTELLER_DATA_DIR to one that can.") from None
 
 
-def typed_settings(given: Mapping[str, Any]) -> Settings:
+def command_settings(given: Mapping[str, Any]) -> Settings:
     """Those of a command line, whose folder is relative to the current one, as a person typed it there."""
     try:
         folder = given["data_dir"] and os.path.abspath(given["data_dir"])
@@ -4904,7 +4921,7 @@ Check = tuple[str, str, str]  # OK, WARN or FAIL; the subject; what was found, a
 
 def run_checks(arguments: Mapping[str, Any]) -> Iterator[Check]:
     try:
-        settings = typed_settings(arguments)
+        settings = command_settings(arguments)
     except StartError as error:
         yield "FAIL", "settings", str(error)
         return
@@ -4989,12 +5006,15 @@ def check_port(settings: Settings, status: GpuStatus) -> Iterator[Check]:
         fault = str(error)
     host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     url = url_of(host, settings.port)
-    with contextlib.suppress(OSError, http.client.HTTPException, ValueError, AttributeError, RecursionError):
+    with contextlib.suppress(
+        OSError, http.client.HTTPException, ValueError, AttributeError, LookupError, RecursionError
+    ):
         if json.loads(fetch(f"{url}/health", 6).body).keys() == {"status", "store"}:  # 3 s for a store that hangs
             fault = ""
             yield "OK", "port", f"this service runs on {settings.port} already"
             token = settings.api_token or token_path(settings).read_text(encoding="utf-8").strip()
-            reply = fetch(f"{url}/api/v1/gpu/status", 10, headers={"Authorization": f"Bearer {token}"})
+            wait, bearer = settings.nvidia_smi_timeout + 5, {"Authorization": f"Bearer {token}"}
+            reply = fetch(f"{url}/api/v1/gpu/status", wait, headers=bearer)
             theirs, ours = json.loads(reply.body), gpu_json(status)
             differs = any(theirs.get(key, ours[key]) != ours[key] for key in ("available", "gpuCount", "memoryTotal"))
             if differs and reply.status in (200, 500):  # not one that refuses the token, which may be another folder's
@@ -5191,14 +5211,14 @@ def list_tokens(store: Store, revoked: str | None) -> int:
 def run_service(given: Mapping[str, Any]) -> int:
     """serve(), with its exit code. All that it says goes through the log."""
     try:
-        return serve(typed_settings(given))
+        return serve(command_settings(given))
     except StartError as error:
         log.error("server: %s", error, extra={"console": str(error)})
         return 2
     except KeyboardInterrupt:
         return 0
     except Exception:
-        log.exception("server: it failed")
+        log.exception("server: the service ended by an unexpected error")
         return 1
 
 
@@ -5212,7 +5232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         end_console()
         os._exit(code)  # Python's own end would wait for a console that takes no output
     try:
-        return check(given) if given["command"] == "check" else token_command(typed_settings(given), given)
+        return check(given) if given["command"] == "check" else token_command(command_settings(given), given)
     except (StartError, Unavailable) as error:
         print(error, file=sys.stderr)
         return 2

@@ -1897,6 +1897,14 @@ def test_a_redis_that_is_silent_is_unavailable():
             store.ping()
 
 
+def test_what_is_used_of_redis_py_beside_its_documentation_is_there():
+    """_connect makes the socket, and no public way chooses its address; the others save 130 us a command."""
+    names = ["_connect", "host", "port", "socket_connect_timeout", "socket_timeout", "next_health_check"]
+    names += ["health_check_interval", "is_connected", "check_health", "pack_commands", "send_packed_command"]
+    made = redis.ConnectionPool(connection_class=redis.Connection).make_connection()
+    assert [name for name in names if not hasattr(made, name)] == []
+
+
 @pytest.fixture
 def name_addresses(monkeypatch) -> Callable[[list[str]], None]:
     """Gives localhost these addresses."""
@@ -1927,10 +1935,18 @@ def test_a_silent_address_of_a_name_does_not_use_up_the_time_of_the_others(own_r
                 client.connect_ex((address, own.port))
         name_addresses([*silent, "127.0.0.10"])
         own.tell("CONFIG", "SET", "bind", "127.0.0.1 127.0.0.10")
-        began = time.monotonic()
+        waits: list[float] = []
+        connect = socket.create_connection
+
+        def record(address: Any, timeout: float) -> socket.socket:
+            waits.append(timeout)
+            return connect(address, timeout)
+
+        monkeypatch.setattr(socket, "create_connection", record)
         with contextlib.closing(service.RedisStore(f"redis://localhost:{own.port}")) as store:
             store.ping()
-    assert time.monotonic() - began < 0.4 * len(silent) / 2
+    assert len(waits) == len(silent) + 1
+    assert sum(waits[:-1]) < 0.5
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="127.0.0.2 is this PC on Linux")
