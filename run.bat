@@ -57,8 +57,8 @@ if not %code% equ 0 goto end
 
 :start
 if "%~1" == "test" goto test
-rem As a module, whose bytecode is kept: compiling a script leaves 13 MB in the memory of the service.
-set "begin=import sys; sys.path.insert(0, sys.argv.pop(1)); import storyteller_automation as it; sys.exit(it.main())"
+rem As a module, whose bytecode is kept: compiling a script leaves 13 MB in memory. Python keeps half of it on a full disk.
+set "begin=import sys; sys.path.insert(0, sys.argv.pop(1)); exec('try: import storyteller_automation as it\nexcept (EOFError, ValueError, TypeError): import shutil; shutil.rmtree(sys.pycache_prefix, True); sys.dont_write_bytecode = True; import storyteller_automation as it'); sys.exit(it.main())"
 set run="%venv_python%" -I -X "pycache_prefix=%here%.venv\bytecode" -c "%begin%" "%here%."
 rem By a goto to nowhere cmd leaves this file, so it has nothing to go on with when Python has ended, and
 rem does not ask "Terminate batch job (Y/N)?" after Ctrl+C. The exit code is Python's.

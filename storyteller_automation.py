@@ -185,8 +185,9 @@ def _program(text: str) -> str:
 
 
 def _redis_url(text: str) -> str:
-    # redis-py takes no host for localhost and another path for database 0, and leaves out what follows a #.
-    form = r"unix://[^#]+|rediss?://([^/?#]*@)?[^/?#@:][^/?#@]*(/[0-9]*)?(\?(?!.*\b(host|port)=)[^#]*)?"
+    # redis-py takes no host for localhost and another path for database 0, and leaves out what follows a #; for OCSP it
+    # needs further packages.
+    form = r"unix://[^#]+|rediss?://([^/?#]*@)?[^/?#@:][^/?#@]*(/[0-9]*)?(\?(?!.*(\b(host|port)=|ocsp))[^#]*)?"
     with contextlib.suppress(ValueError, TypeError, AttributeError, redis.RedisError):
         usable = hasattr(socket, "AF_UNIX") or not text.startswith("unix")
         if usable and re.fullmatch(form, text) and ("ssl_certfile=" in text or "ssl_keyfile=" not in text):
@@ -736,12 +737,10 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def _while_it_is_read(stream: TextIO) -> Iterator[None]:
-    """Drop what is printed to a pipe that was closed at its other end, as by `| head -1`; Windows says EINVAL then."""
+    """Drop what nobody can read: printed to a pipe that was closed, as by `| head -1`, or to a file on a full disk."""
     try:
         yield
-    except OSError as error:
-        if error.errno != (errno.EINVAL if WINDOWS else errno.EPIPE):
-            raise
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what Python flushes at its end, too
 
 
@@ -1330,7 +1329,10 @@ _REDIS_FAULTS = (
     ("NOAUTH", "NOAUTH, it wants a password", "add it: REDIS_URL=redis://:PASSWORD@HOST:PORT/0"),
     ("DB index is out of range|invalid DB index", "it has no database of that number", "let REDIS_URL end in /0"),
     ("CERTIFICATE_VERIFY", "its TLS certificate is not trusted", "add ?ssl_ca_certs=FILE to REDIS_URL"),
-    (r"\[SSL|handshake", "it does not answer in TLS", "begin REDIS_URL with redis://"),
+    ("CERTIFICATE_REQUIRED", "it wants a certificate of its client", "add ssl_certfile and ssl_keyfile to REDIS_URL"),
+    (r"\[SSL|handshake", "it does not answer in TLS", "begin REDIS_URL with redis:// if it has no TLS"),
+    ("DENIED|protected mode", "it takes clients of its own PC alone", "set a password there, and in REDIS_URL"),
+    ("max number of clients", "it has as many clients as it takes", "end some, or raise its maxclients"),
     ("READONLY", "READONLY, it is a replica", "name the Redis that it follows in REDIS_URL"),
     ("MASTERDOWN", "MASTERDOWN, it is a replica", "name the Redis that it follows in REDIS_URL"),
     ("OOM", "OOM, its memory is full", "free its memory, or raise its maxmemory"),
@@ -1345,7 +1347,8 @@ _REDIS_FAULTS = (
     ("[Tt]imeout|took too long", "no response in time", "start it, or restart it"),
     (r"Error (-\d+|1100\d) connecting", "its name is not known", "correct it in REDIS_URL"),
     (r"Error (61|111|10061) connecting", "nobody listens there", _START_REDIS),
-    ("", "the connection failed", _START_REDIS),
+    ("Error 2 connecting", "a file that REDIS_URL names is missing", "correct REDIS_URL"),
+    ("", "the connection failed", f"{_START_REDIS}; a Redis with TLS needs rediss://"),
 )  # fmt: skip
 
 
@@ -1399,7 +1402,7 @@ class RedisClient:
     """Connections of redis-py, which take 20 us for a command where its client takes 150, behind a circuit breaker."""
 
     # Seconds. A call ends within 3 s, also where an idle connection is dead and the next one is silent.
-    CONNECT_TIMEOUT, ANSWER_TIMEOUT = 1.0, 1.4
+    CONNECT_TIMEOUT, ANSWER_TIMEOUT = 0.6, 1.15
     CHECK_INTERVAL = 10  # an idle connection is checked before its next use; one that a poll uses every 5 s is not
     PROBE_INTERVAL = 1.0  # between two probes while the circuit is open
     PROBE = ("EXISTS", "storyteller:newest")  # it reads: Redis refuses PING where it refuses writes alone
@@ -1449,7 +1452,8 @@ class RedisClient:
             commands = write(replies)
             if not commands:
                 return self._send(connection, [("UNWATCH",)])[1:]
-            return result_of(self._send(connection, [("MULTI",), *commands, ("EXEC",)])[-1])
+            replies = self._send(connection, [("MULTI",), *commands, ("EXEC",)])
+            return result_of(next((one for one in replies if isinstance(one, ApiError)), replies[-1]))
 
         return cast("list[Any] | None", self._call(run))
 
@@ -1539,7 +1543,7 @@ _LUA_CHANGE = """
 local week, ahead, own = 604800000, 0, '^{"id":"notif_[0-9]+_' .. string.rep('[0-9a-f]', 16) .. '",'
 local function reply(...) return {ahead, ...} end
 local function after(kept)  -- the next time after one that was kept, unless the clock was wrong then
-  kept = tonumber(kept) or 0
+  kept = math.floor(tonumber(kept) or 0)
   if kept <= ARGV[3] + 3600000 then return kept + 1 end
   ahead = kept
   return 0
@@ -1640,10 +1644,19 @@ if redis.call('EXISTS', KEYS[1], KEYS[2]) == 0 then
 end
 """
 
-# What a save writes, as far as Redis may refuse it; nothing is left. KEYS: one of each kind.
+# The commands and the keys of a save, which Redis may refuse each by itself; nothing is left. KEYS: 1 incoming, 2
+# session, 3 StoryArt's key for it, 4 meta; sorted sets.
 _LUA_TRY = """
-for _, key in ipairs(KEYS) do redis.call('SET', key, 'x', 'PX', 1000) end
-return redis.call('DEL', unpack(KEYS))
+redis.call('SET', KEYS[1], 'x', 'PX', 1000)  -- the first: a script that has written is not refused for want of memory
+redis.call('RENAME', KEYS[1], KEYS[2])
+for at = 5, #KEYS do
+  redis.call('ZREM', KEYS[at], 'storyteller:try')
+  redis.call('ZADD', KEYS[at], 0, 'storyteller:try')
+  redis.call('ZREM', KEYS[at], 'storyteller:try')
+end
+redis.call('HSET', KEYS[4], 'saved', redis.call('HGET', KEYS[4], 'saved') or 0)
+redis.call('PEXPIRE', KEYS[4], 1000)
+return redis.call('DEL', KEYS[2], KEYS[3], KEYS[4])
 """
 
 # Take or extend the lease; then the length of session:latest, whether this Redis was met, and the lengths of the copies
@@ -1718,7 +1731,8 @@ class RedisStore(Store):
         self.writes.check()
 
     def try_write(self) -> None:
-        keys = [f"{key}:try" for key in (*self._session_keys(0), "storyteller:incoming", self.PENDING, *self.INDEXES)]
+        session = [key.replace("0", "try") for key in self._session_keys(0)]
+        keys = ["storyteller:incoming:try", *session, self.PENDING, *self.INDEXES]
         result_of(self._run(_LUA_TRY, [(keys, ())])[0])
         self.writes.note()
 
@@ -1796,9 +1810,12 @@ class RedisStore(Store):
         """The outcomes of commands that write. A key of another type is the fault of that key alone."""
         outcomes = self._redis.exchange(commands)
         for outcome in outcomes:
-            if isinstance(outcome, ApiError) and outcome.refusal and "WRONGTYPE" not in outcome.refusal:
-                self.writes.note(outcome.refusal)
+            self._note_refusal(outcome)
         return outcomes
+
+    def _note_refusal(self, outcome: Any) -> None:
+        if isinstance(outcome, ApiError) and outcome.refusal and "WRONGTYPE" not in outcome.refusal:
+            self.writes.note(outcome.refusal)
 
     def _change_call(
         self, draft: Draft | None, at: int, keys: Sequence[str], further: Sequence[Any]
@@ -2019,7 +2036,11 @@ class BridgedStore(RedisStore):
             return [*commands, ("EVAL", _LUA_CHANGE, len(made), *made, *values)]
 
         for _ in range(10):
-            replies = self._redis.transact(watched, reads, write)
+            try:
+                replies = self._redis.transact(watched, reads, write)
+            except Unavailable as refused:
+                self._note_refusal(refused)
+                raise
             if fault:
                 raise fault
             if replies is None:
@@ -2133,6 +2154,10 @@ class SqliteStore(Store):
         self._writer.execute("PRAGMA busy_timeout = 100")
         self._writer.execute("PRAGMA synchronous = FULL")
         damage = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if (code := re.search(r"error code=(\d+)", damage)) and int(
+            code[1]
+        ) & 255 == 10:  # SQLITE_IOERR: it may be locked
+            raise sqlite3.OperationalError("disk I/O error")
         if damage != "ok":
             raise StartError(f"The store {self.place} is damaged ({damage}): move storyteller.sqlite3* away.")
         with self._writer:
@@ -2231,7 +2256,7 @@ class SqliteStore(Store):
         self.writes.check()
 
     def try_write(self) -> None:
-        row = "INSERT OR REPLACE INTO session (timestamp, document, saved, expires) VALUES (-1, zeroblob(250000), 0, 0)"
+        row = "INSERT OR REPLACE INTO session (timestamp, document, saved, expires) VALUES (-1, zeroblob(900000), 0, 0)"
         self._write(lambda: self._writer.execute(row))
         self._write(lambda: None)  # which deletes it, since it has expired
 
@@ -3531,7 +3556,7 @@ class Authenticator:
         self._api_token = (settings.api_token or "").encode("ascii")
         self._owner = Caller("api-token", PERMISSIONS)
         self._lock = threading.Lock()
-        self._cache: dict[str, tuple[float, Caller]] = {}  # digest -> when the store confirmed it
+        self._cache: dict[str, tuple[float, Caller | None]] = {}  # digest -> when the store was asked; None is revoked
         self._revoked: dict[str, None] = {}  # digests revoked here: also against a look-up in progress
         self._failures: dict[str, list[float]] = {}  # address -> when it sent wrong tokens
         self._noted: dict[str, None] = {}  # origins that _note() was given in this run
@@ -3608,9 +3633,10 @@ class Authenticator:
             return before if self._is_good(before) else None
         caller = read_token(digest, record) if record is not None else None
         with self._lock:
-            self._cache.pop(digest, None)
-            if caller:
-                self._cache[digest] = (at, caller)
+            if self._cache.get(digest, (at, None))[0] <= at:  # not one that a later look-up found revoked
+                self._cache.pop(digest, None)
+                if caller or before:
+                    self._cache[digest] = (at, caller)
             bound(self._cache, self.ENTRIES)
         return caller if caller and self._is_good(caller) else None
 
@@ -4871,12 +4897,16 @@ class Server:
 # Command line: check
 # ======================================================================================================
 
-STORE_FILES = ("", "storyteller.sqlite3", "storyteller.sqlite3-wal", "storyteller.sqlite3-shm")  # "": the folder
+STORE_FILES = ("storyteller.sqlite3", "storyteller.sqlite3-wal", "storyteller.sqlite3-shm")
 DATA_FILES = (*STORE_FILES, "running", "api_token", "storyteller.log", "swarmui.log", "swarmui.json")
 
 
-def prepare_data_dir(path: Path, names: Sequence[str] = DATA_FILES) -> None:
-    """Create the folder, and test that it, and what `names` name in it, can be written. Raises StartError."""
+def prepare_data_dir(settings: Settings, *, serves: bool = True) -> None:
+    """Create the folder, and test that it, and what is needed in it, can be used. Raises StartError."""
+    path = settings.data_dir
+    names = ["", *(() if settings.redis_address else STORE_FILES)]
+    if serves:
+        names += ["running", "storyteller.log", "swarmui.log", *(() if settings.api_token else ("api_token",))]
     try:
         path.mkdir(parents=True, exist_ok=True)
         for file in [path / name for name in names]:
@@ -4974,7 +5004,7 @@ def check_pages(settings: Settings) -> Iterator[Check]:
 
 def check_store(settings: Settings) -> Check:
     try:
-        prepare_data_dir(settings.data_dir)
+        prepare_data_dir(settings)
         if token_path(settings).exists():
             own_token(settings)
         with contextlib.closing(open_store(settings)) as store:
@@ -5048,7 +5078,7 @@ def serve(settings: Settings) -> int:
     """Run until a signal ends it. Raises StartError."""
     sys.setswitchinterval(0.001)  # by default a thread that computes delays each step of a poll by 5 ms
     keep_freed_memory()
-    prepare_data_dir(settings.data_dir)
+    prepare_data_dir(settings)
     running = own_data_dir(settings)
     start_logging(settings.data_dir / "storyteller.log", settings)
     token_place = "STORYTELLER_API_TOKEN" if settings.api_token else str(token_path(settings))
@@ -5112,7 +5142,7 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
         say(f"  {name:<11} {text}")
     for text in doubtful_settings(os.environ):
         log.warning("settings: %s", text)
-    places = [settings.data_dir / name for name in ("..", *DATA_FILES)]
+    places = [settings.data_dir / name for name in ("..", "", *DATA_FILES)]
     if IS_ROOT and (others := sorted({owner for place in places if (owner := foreign_owner(place))})):
         log.warning("data: root starts this, but its files belong to %s: start it as that user", ", ".join(others))
     if settings.host.lower() != "localhost" and not is_loopback(settings.host):
@@ -5181,7 +5211,7 @@ def read_ttl(text: str) -> int:
 
 def token_command(settings: Settings, given: Mapping[str, Any]) -> int:
     """Make, list or revoke session tokens; a running service sees it within 5 s. Raises StartError, Unavailable."""
-    prepare_data_dir(settings.data_dir, STORE_FILES)
+    prepare_data_dir(settings, serves=False)
     with contextlib.closing(open_store(settings)) as store:
         if given["list"] or given["revoke"]:
             return list_tokens(store, given["revoke"])
@@ -5228,9 +5258,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = vars(make_parser().parse_args(argv))
     if given["command"] == "serve":
         end_console = start_console()
-        code = run_service(given)
-        end_console()
-        os._exit(code)  # Python's own end would wait for a console that takes no output
+        code = 0
+        try:
+            code = run_service(given)
+            end_console()
+        except KeyboardInterrupt:
+            pass  # a second one, at its end
+        finally:
+            os._exit(code)  # Python's own end would wait for a console that takes no output
     try:
         return check(given) if given["command"] == "check" else token_command(command_settings(given), given)
     except (StartError, Unavailable) as error:

@@ -4320,6 +4320,26 @@ def test_a_token_kept_ends_at_its_time(authenticator, sqlite_store, clock):
         identify(authenticator, token)
 
 
+def test_a_look_up_that_ends_late_does_not_bring_a_revoked_token_back(authenticator, sqlite_store, clock):
+    token, _ = service.issue_token(sqlite_store, "a", ["gpu:read"], 3600, clock())
+    identify(authenticator, token)
+    real = sqlite_store.token
+
+    def look_up(digest: str) -> bytes | None:
+        found = real(digest)
+        if sqlite_store.revoke_token(digest):  # and a later look-up ends before this one
+            authenticator.seconds.now += 1
+            with pytest.raises(service.Unauthorized):
+                identify(authenticator, token)
+        return found
+
+    sqlite_store.token = look_up
+    authenticator.seconds.now += 6
+    identify(authenticator, token)
+    with pytest.raises(service.Unauthorized):
+        identify(authenticator, token)
+
+
 def test_a_revocation_takes_effect_against_a_look_up_under_way(authenticator, sqlite_store, clock):
     token, _ = service.issue_token(sqlite_store, "a", ["gpu:read"], 60, clock())
     real = sqlite_store.token
@@ -7326,6 +7346,10 @@ WRITE_FAULTS = {name: steps[:2] for name, steps in OWN_FAULTS.items() if steps[2
         lambda own: own.tell("CONFIG", "SET", "min-replicas-to-write", 1),
         lambda own: own.tell("CONFIG", "SET", "min-replicas-to-write", 0),
     ),
+    "NOPERM for one command": (
+        lambda own: own.tell("ACL", "SETUSER", "default", "-rename"),
+        lambda own: own.tell("ACL", "SETUSER", "default", "+@all"),
+    ),
     "NOPERM for some keys": (
         lambda own: own.tell("ACL", "SETUSER", "default", "resetkeys", "%R~*", "~storyteller:*"),
         lambda own: own.tell("ACL", "SETUSER", "default", "allkeys"),
@@ -9093,32 +9117,64 @@ def test_a_console_that_takes_no_output_stops_no_poll(start_service, redis_url, 
     assert running.call("GET", "/api/v1/notifications/check") == (200, {"notifications": []})
 
 
-def start_without_a_reader(module: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], int]:
-    """The service with a console that takes no output, and the port that it wrote into its folder."""
-    _, writer = os.pipe()
+@contextlib.contextmanager
+def full_pipe() -> Iterator[int]:
+    """The end of a pipe that takes no output."""
+    reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with contextlib.suppress(BlockingIOError):
         while True:
             os.write(writer, b"x" * 4096)
     os.set_blocking(writer, True)
-    process = subprocess.Popen([sys.executable, str(module)], env=environment, stdout=writer, stderr=writer)
-    os.close(writer)
-    running = module.parent / "data" / "running"
-    wait_until(lambda: running.exists() and "http" in running.read_text())
-    return process, int(running.read_text().rsplit(":", 1)[1])
+    try:
+        yield writer
+    finally:
+        os.close(writer)
+        os.close(reader)
 
 
 @pytest.mark.skipif(service.WINDOWS, reason="a pipe is filled up without waiting on the other systems alone")
 def test_with_a_console_that_takes_no_output_it_starts_serves_and_ends(module_copy, clean_environment):
     given = {"STORYTELLER_API_TOKEN": TOKEN, "STORYTELLER_PORT": "0", "STORYTELLER_MISSPELT": "warns"}
-    process, port = start_without_a_reader(module_copy, {**clean_environment, **given})
-    check = urllib.request.Request(f"http://127.0.0.1:{port}/api/v1/notifications/check", headers=BEARER)
-    assert urllib.request.urlopen(check, timeout=PATIENCE).status == 200
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(PATIENCE) == 0
+    environment, running = {**clean_environment, **given}, module_copy.parent / "data" / "running"
+    with full_pipe() as writer:
+        process = subprocess.Popen([sys.executable, str(module_copy)], env=environment, stdout=writer, stderr=writer)
+        wait_until(lambda: running.exists() and "http" in running.read_text())
+        port = int(running.read_text().rsplit(":", 1)[1])
+        check = urllib.request.Request(f"http://127.0.0.1:{port}/api/v1/notifications/check", headers=BEARER)
+        assert urllib.request.urlopen(check, timeout=PATIENCE).status == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
     log = (module_copy.parent / "data" / "storyteller.log").read_text("utf-8")
     assert "server: address http://" in log
     assert log.endswith("server: Stopped.\n")
+
+
+def test_bytecode_that_a_full_disk_cut_off_is_made_anew(module_copy, clean_environment):
+    begin = re.search('begin="(.*)"', (HERE / "run.sh").read_text())[1]
+    cache = module_copy.parent / "bytecode"
+    command = [sys.executable, "-X", f"pycache_prefix={cache}", "-c", begin, str(module_copy.parent), "--version"]
+    for _ in range(2):
+        done = subprocess.run(command, env=clean_environment, capture_output=True, timeout=PATIENCE, encoding="utf-8")
+        assert (done.returncode, done.stderr) == (0, "")
+        for path in cache.rglob("storyteller_automation*.pyc"):
+            os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.skipif(service.WINDOWS, reason="a pipe is filled up without waiting on the other systems alone")
+def test_ctrl_c_twice_at_a_start_ends_it_though_its_console_takes_no_output(module_copy, clean_environment, lock_store):
+    (module_copy.parent / "data").mkdir()
+    lock_store(module_copy.parent / "data" / "storyteller.sqlite3")
+    log = module_copy.parent / "data" / "storyteller.log"
+    with full_pipe() as writer:
+        process = subprocess.Popen(
+            [sys.executable, str(module_copy)], env=clean_environment, stdout=writer, stderr=writer
+        )
+        wait_until(lambda: log.exists() and "locked" in log.read_text("utf-8"))
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)  # while it waits for its console
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 0
 
 
 def test_ctrl_c_is_answered_on_the_console(stopping):
@@ -9519,7 +9575,7 @@ def test_a_file_of_root_is_named_with_its_owner_and_how_to_get_it(run_as_user, s
 
 
 def test_files_of_root_that_a_command_does_not_need_do_not_stop_it(run_as_user, shared_folder, redis_url):
-    for name in ("running", "api_token", "storyteller.log"):
+    for name in ("running", "api_token", "storyteller.log", "storyteller.sqlite3"):
         (shared_folder / "data" / name).touch(0o600)
     assert run_as_user("token", "--list", REDIS_URL=redis_url).returncode == 0
 
