@@ -24,7 +24,6 @@ if not defined SESSIONNAME set "clicked="
 if defined STORYTELLER_NO_PAUSE set "clicked="
 if defined clicked (endlocal & set "keep_open=1") else endlocal
 
-rem The one thing that a start costs when all is set up.
 "%venv_python%" -I -x "%~f0" check 2>nul && goto start
 
 set "python="
@@ -57,9 +56,8 @@ if not %code% equ 0 goto end
 
 :start
 if "%~1" == "test" goto test
-rem As a module, whose bytecode is kept: compiling a script leaves 13 MB in memory. Python keeps half of it on a full disk.
-set "begin=import sys; sys.path.insert(0, sys.argv.pop(1)); exec('try: import storyteller_automation as it\nexcept (EOFError, ValueError, TypeError): import shutil; shutil.rmtree(sys.pycache_prefix, True); sys.dont_write_bytecode = True; import storyteller_automation as it'); sys.exit(it.main())"
-set run="%venv_python%" -I -X "pycache_prefix=%here%.venv\bytecode" -c "%begin%" "%here%."
+rem As a module, whose bytecode is kept: compiling a script leaves 13 MB in memory. A full disk may cut the bytecode off.
+set run="%venv_python%" -I -X "pycache_prefix=%here%.venv\bytecode" -c "import sys; sys.path.insert(0, sys.argv.pop(1)); exec('try: import storyteller_automation as it\nexcept (EOFError, ValueError, TypeError): import shutil; shutil.rmtree(sys.pycache_prefix, True); sys.dont_write_bytecode = True; import storyteller_automation as it'); sys.exit(it.main())" "%here%."
 rem By a goto to nowhere cmd leaves this file, so it has nothing to go on with when Python has ended, and
 rem does not ask "Terminate batch job (Y/N)?" after Ctrl+C. The exit code is Python's.
 if defined keep_open goto start_in_window
@@ -157,8 +155,7 @@ def set_up():
         return 0  # the start that was waited for has done it
     if os.path.exists(stamp):
         os.remove(stamp)  # until all is installed
-    first = "" if os.path.exists(venv) else "First start: "
-    say(first + "setting up Python packages, this takes about a minute ...")
+    say(("" if os.path.exists(venv) else "First start: ") + "setting up Python packages, this takes about a minute ...")
     # Into .venv, whatever PIP_* and pip.ini say of where to (the first: of PIP_PYTHON); where from is theirs to say.
     os.environ.update(_PIP_RUNNING_IN_SUBPROCESS="1", PIP_PYTHON_VERSION="", PIP_PLATFORM="", PIP_IMPLEMENTATION="", PIP_ABI="")
     os.environ.update(PIP_DRY_RUN="0", PIP_NO_DEPS="0", TMPDIR=venv)

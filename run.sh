@@ -120,10 +120,8 @@ fi
 
 # The venv is not activated: SwarmUI would inherit it.
 if [ "${1-}" = test ]; then
-    shift
-    cd -- "$here"
+    shift && cd -- "$here"
     exec "$venv/bin/python" -I -m pytest "$@"
 fi
-# As a module, whose bytecode is kept: compiling a script leaves 13 MB in memory. Python keeps half of it on a full disk.
-begin="import sys; sys.path.insert(0, sys.argv.pop(1)); exec('try: import storyteller_automation as it\nexcept (EOFError, ValueError, TypeError): import shutil; shutil.rmtree(sys.pycache_prefix, True); sys.dont_write_bytecode = True; import storyteller_automation as it'); sys.exit(it.main())"
-exec "$venv/bin/python" -I -X pycache_prefix="$venv/bytecode" -c "$begin" "$here" "$@"
+# As a module, whose bytecode is kept: compiling a script leaves 13 MB in memory. A full disk may cut the bytecode off.
+exec "$venv/bin/python" -I -X pycache_prefix="$venv/bytecode" -c "import sys; sys.path.insert(0, sys.argv.pop(1)); exec('try: import storyteller_automation as it\nexcept (EOFError, ValueError, TypeError): import shutil; shutil.rmtree(sys.pycache_prefix, True); sys.dont_write_bytecode = True; import storyteller_automation as it'); sys.exit(it.main())" "$here" "$@"

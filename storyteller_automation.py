@@ -953,8 +953,8 @@ def say(text: str) -> None:
 
 
 def start_console() -> Callable[[], None]:
-    """Print there what say() gets, and warnings, in a thread: a console whose text is selected blocks its writer, as
-    does a full pipe. What it cannot take is dropped. The result ends the thread, or leaves it after 0.5 s."""
+    """Print warnings and what say() gets, in a thread: a console whose text is selected blocks its writer, as does a
+    full pipe. What it cannot take is dropped. The result ends the thread, or leaves it after 0.5 s."""
     records: queue.Queue[logging.LogRecord | None] = queue.Queue(1000)
 
     def write() -> None:
@@ -2121,7 +2121,7 @@ class SqliteStore(Store):
     def __init__(self, path: Path, clock: Callable[[], int] = now_ms, patience: float | None = None) -> None:
         """A file that another program locks is tried for `patience` seconds, by default WAIT. Raises StartError."""
         self.place = str(path)
-        self.writes = WriteStatus(f"the store {path}")
+        self.writes = WriteStatus(str(path))
         self._clock = clock
         self._damaged = False  # seen at run time: the file is "malformed"
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()  # as many as threads that read at once

@@ -531,7 +531,7 @@ class Bench:
         self._runs = itertools.count(1)
         # A copy in a folder of its own, so that no .env of this machine is read, started as run.sh does.
         shutil.copy(ROOT / "storyteller_automation.py", folder)
-        begin = re.search('begin="(.*)"', (ROOT / "run.sh").read_text())[1]
+        begin = re.search(r'-c "(import.*)" "\$here"', (ROOT / "run.sh").read_text())[1]
         self.command = [sys.executable, "-I", "-X", f"pycache_prefix={folder / 'bytecode'}", "-c", begin, folder]
         subprocess.run([*self.command, "--help"], check=True, stdout=subprocess.DEVNULL)  # which keeps the bytecode
         ours = {field.metadata["name"] for field in fields(tests.service.Settings)}
