@@ -8202,7 +8202,7 @@ import itertools
 hold_leash(plan["leash"])
 for number in itertools.count():
     print(f"line {number:09d}" + "." * 80, flush=True)
-    if number % 10 == 0:
+    if number % 2 == 0:  # Wine's append is not atomic: one that meets a truncation leaves zeros
         threading.Event().wait(0.001)
 """
 
