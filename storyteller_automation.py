@@ -4695,8 +4695,22 @@ def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
 # Server: below waitress's documentation
 # ======================================================================================================
 
-# waitress documents a thread for each request. Here its event loop alone touches a channel (a connection), by names
-# that WAITRESS_NAMES in the tests lists with what each does: they fail when an update of waitress lacks one.
+# waitress documents a thread for each request. Here its event loop alone touches a channel (a connection), by these:
+WAITRESS_NAMES = {
+    "server.create_server server.BaseWSGIServer.add_task": "puts listeners into map=, calls _dispatcher='s add_task()",
+    "server.BaseWSGIServer.channel_class channel.HTTPChannel.parser_class": "make a new connection and its parser",
+    "channel.HTTPChannel.received": "parses bytes into `request`, then `requests`, and calls add_task() for the first",
+    "channel.HTTPChannel.readable channel.HTTPChannel.will_close": "whether the loop reads; whether it closes instead",
+    "channel.HTTPChannel.write_soon": "sends, or adds to the output buffer; blocks while that is over its limit",
+    "channel.HTTPChannel.total_outbufs_len channel.HTTPChannel.close_when_flushed": "bytes to be sent; what follows",
+    "channel.HTTPChannel.current_outbuf_count": "at the limit, the next response gets a buffer of its own",
+    "channel.HTTPChannel.handle_write channel.HTTPChannel.handle_close": "sends output; also when the client leaves",
+    "channel.HTTPChannel.send_continue": "answers an Expect: 100-continue that came behind another request",
+    "parser.HTTPRequestParser.parse_header parser.HTTPRequestParser.error": "ParsingError; code, reason, body of it",
+    "parser.RequestHeaderFieldsTooLarge": "such an error",
+    "task.WSGITask.get_environment task.WSGITask.build_response_header": "what WSGI gives, with Date and Connection",
+    "wasyncore.loop wasyncore.close_all trigger.trigger.pull_trigger": "a turn over the map, its end; wakes the loop",
+}
 
 
 class Channel(waitress.channel.HTTPChannel):

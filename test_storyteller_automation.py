@@ -6808,26 +6808,9 @@ def test_a_response_that_cannot_be_sent_closes_its_connection_alone(poll_service
     assert polled.check() == []
 
 
-WAITRESS_NAMES = {
-    "server.create_server server.BaseWSGIServer.add_task": "puts listeners into map=, calls _dispatcher='s add_task()",
-    "server.BaseWSGIServer.channel_class channel.HTTPChannel.parser_class": "make a new connection and its parser",
-    "channel.HTTPChannel.received": "parses bytes into `request`, then `requests`, and calls add_task() for the first",
-    "channel.HTTPChannel.readable channel.HTTPChannel.will_close": "whether the loop reads; whether it closes instead",
-    "channel.HTTPChannel.write_soon": "sends, or adds to the output buffer; blocks while that is over its limit",
-    "channel.HTTPChannel.total_outbufs_len channel.HTTPChannel.close_when_flushed": "bytes to be sent; what follows",
-    "channel.HTTPChannel.current_outbuf_count": "at the limit, the next response gets a buffer of its own",
-    "channel.HTTPChannel.handle_write channel.HTTPChannel.handle_close": "sends output; also when the client leaves",
-    "channel.HTTPChannel.send_continue": "answers an Expect: 100-continue that came behind another request",
-    "parser.HTTPRequestParser.parse_header parser.HTTPRequestParser.error": "ParsingError; code, reason, body of it",
-    "parser.RequestHeaderFieldsTooLarge": "such an error",
-    "task.WSGITask.get_environment task.WSGITask.build_response_header": "what WSGI gives, with Date and Connection",
-    "wasyncore.loop wasyncore.close_all trigger.trigger.pull_trigger": "a turn over the map, its end; wakes the loop",
-}
-
-
 def test_what_the_server_rests_on_below_waitresss_documentation_is_there():
     """Where this fails after an update: look at "Server: below waitress's documentation"."""
-    for names, reason in WAITRESS_NAMES.items():
+    for names, reason in service.WAITRESS_NAMES.items():
         for name in names.split():
             module, *attributes = name.split(".")
             found = importlib.import_module(f"waitress.{module}")
@@ -6835,7 +6818,7 @@ def test_what_the_server_rests_on_below_waitresss_documentation_is_there():
                 found = getattr(found, attribute, None)
                 assert found is not None or attribute == "error", f"{name}: {reason}"
     create = inspect.signature(service.waitress.server.create_server).parameters
-    assert {"map", "_dispatcher"} <= set(create), next(iter(WAITRESS_NAMES.values()))
+    assert {"map", "_dispatcher"} <= set(create), next(iter(service.WAITRESS_NAMES.values()))
     channel = service.waitress.channel.HTTPChannel
     assert (channel.request, channel.total_outbufs_len, channel.close_when_flushed) == (None, 0, False)
 
