@@ -9454,7 +9454,7 @@ def test_check_warns_of_what_nvidia_smi_says_beside_its_gpus(run_module, nvidia_
 @pytest.mark.parametrize(
     ("setting", "value", "subject", "advice"),
     [
-        pytest.param("REDIS_PORT", str(free_port()), "store", "REDIS_PORT", id="Redis does not answer"),
+        pytest.param("REDIS_PORT", "1", "store", "REDIS_PORT", id="Redis does not answer"),
         pytest.param("STORYTELLER_DATA_DIR", "a file", "store", "set STORYTELLER_DATA_DIR", id="data folder"),
         pytest.param("SWARMUI_PATH", "nowhere", "SWARMUI_PATH", "does not exist: set it", id="SWARMUI_PATH not there"),
         pytest.param("SWARMUI_PATH", ".", "SWARMUI_PATH", "has no launch-", id="SWARMUI_PATH another folder"),
