@@ -299,35 +299,40 @@ class Settings:
 
 
 def read_env_file(path: Path) -> dict[str, str]:
-    """The KEY=VALUE lines of a .env file; {} when there is none. Backslashes are literal (Windows paths)."""
+    """The settings of a .env file; {} when there is none. Of a name that is given twice the last counts."""
+    return dict(read_env_lines(path))
+
+
+def read_env_lines(path: Path) -> list[tuple[str, str]]:
+    """Its KEY=VALUE lines. Backslashes are literal (Windows paths)."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        return {}
+        return []
     except UnicodeDecodeError:
         raise StartError(f"{path} is not UTF-8: save it as UTF-8 in your editor.") from None
     except OSError as error:
         raise StartError(f"{path} cannot be read ({error.strerror}): fix or remove it.") from None
-    values = {}
+    pairs = []
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if not line or line.startswith("#"):
             continue
         found = re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(?:(['\"])((?:(?!\2).)*)\2|(.*))", line)
         if not found:
             raise StartError(f"{path}, line {number}: expected KEY=VALUE, or a comment that begins with #.")
-        values[found[1]] = found[3] if found[2] else found[4]
-    return values
+        pairs.append((found[1], found[3] if found[2] else found[4]))
+    return pairs
 
 
 def doubtful_settings(environ: Mapping[str, str], file: Path = ENV_FILE) -> Iterator[str]:
     """A sentence for each name that seems meant as a setting and has no effect; none shows a value."""
     known = [row.metadata["name"] for row in dataclasses.fields(Settings)]
-    in_file, unread = read_env_file(file), file.with_name(f"{file.name}.txt")
-    text = file.read_text(encoding="utf-8-sig") if in_file else ""
+    unread = file.with_name(f"{file.name}.txt")
     if unread.exists():
         yield f"{unread} is not read: rename it to {file.name}"
-    for name in in_file:
-        if len(re.findall(rf"(?m)^\s*{name}\s*=", text)) > 1:
+    in_file = collections.Counter(name for name, _ in read_env_lines(file))
+    for name, count in in_file.items():
+        if count > 1:
             yield f"{name} is set twice in {file}: the last one counts"
     ours = "(?i)STORYTELLER_(?!NO_PAUSE$).*"  # that one is for run.bat
     for place, names, cutoff, suspect in ((file, in_file, 0.6, ".*"), ("the environment", environ, 0.85, ours)):
@@ -396,9 +401,7 @@ Unavailable = _error("Unavailable", 503)  # the store does not answer, or the se
 
 MAX_DEPTH = 100  # levels of a request's body; json cannot write what is nested much deeper
 LARGEST = 2**53  # JavaScript does not represent every larger whole number
-SECONDS_BELOW = (
-    10**11
-)  # a time below this is in seconds, as Python's time.time() gives it: in ms it would be in March 1973
+SECONDS_BELOW = 10**11  # a time below this is in seconds, as of Python's time.time(): in ms it would be in March 1973
 
 
 def parse_json(data: bytes, *, from_request: bool = False) -> Any:
@@ -1141,6 +1144,12 @@ def warn_of_clock(kept: int, now: int, place: str) -> None:
         log.warning(ahead, place, (kept - now) / 3_600_000)
 
 
+def find_fault(faults: Iterable[tuple[str, str, str]], text: str) -> tuple[str, str]:
+    """What is wrong, and what to do, of the first row whose pattern begins a word of the text: not the OOM of a host
+    that is named SERVERROOM."""
+    return next((wrong, advice) for pattern, wrong, advice in faults if re.search(rf"(?<!\w)(?:{pattern})", text))
+
+
 class WriteStatus:
     """Whether a store takes writes, as the last one showed: reads may go on where they are refused."""
 
@@ -1500,8 +1509,7 @@ class RedisClient:
 
     def unavailable(self, error: Exception, *, is_refusal: bool = False) -> ApiError:
         text = f"{getattr(error, 'status_code', '')} {error} {error.__context__}"
-        found = (row for row in _REDIS_FAULTS if re.search(rf"(?<!\w)(?:{row[0]})", text))  # not the OOM of SERVERROOM
-        _, wrong, advice = next(found)
+        wrong, advice = find_fault(_REDIS_FAULTS, text)
         message = f"Redis at {self.place} cannot be used ({wrong})."
         return Unavailable(message, 1, refusal=wrong if is_refusal else "", advice=advice)
 
@@ -1731,8 +1739,7 @@ class RedisStore(Store):
         self.writes.check()
 
     def try_write(self) -> None:
-        session = [key.replace("0", "try") for key in self._session_keys(0)]
-        keys = ["storyteller:incoming:try", *session, self.PENDING, *self.INDEXES]
+        keys = ["storyteller:incoming:try", *self._session_keys("try"), self.PENDING, *self.INDEXES]
         result_of(self._run(_LUA_TRY, [(keys, ())])[0])
         self.writes.note()
 
@@ -1740,7 +1747,7 @@ class RedisStore(Store):
         self._redis.close()
 
     @staticmethod
-    def _session_keys(timestamp: int) -> tuple[str, str, str]:
+    def _session_keys(timestamp: int | str) -> tuple[str, str, str]:
         """The key of a session, StoryArt's key for it, and the key of what we note of it."""
         return f"session:{timestamp}", f"storyart:session:{timestamp}", f"storyteller:session:{timestamp}"
 
@@ -1830,7 +1837,7 @@ class RedisStore(Store):
         calls = [self._change_call(draft, at, keys, further) for at, draft in enumerate(drafts, first)]
         outcomes = self._run(_LUA_CHANGE, calls)
         ahead = max(0 if isinstance(outcome, ApiError) else outcome.pop(0) for outcome in outcomes)
-        warn_of_clock(ahead, self._clock(), self._redis.place)
+        warn_of_clock(ahead, self._clock(), self.place)
         states = [None if isinstance(outcome, ApiError) else outcome[0] for outcome in outcomes]
         given = [int(float(outcome[-1])) for outcome, state in zip(outcomes, states) if state in (b"late", b"added")]
         self._newest_given = max([first - 1, *given])
@@ -2048,7 +2055,7 @@ class BridgedStore(RedisStore):
             if faults := [reply for reply in replies if isinstance(reply, Exception)]:
                 raise self._redis.unavailable(faults[0], is_refusal=True)
             if replies:
-                warn_of_clock(replies[-1][0], self._clock(), self._redis.place)
+                warn_of_clock(replies[-1][0], self._clock(), self.place)
             if change and change.draft and replies[-1][1] == b"late":
                 self.announce(timestamp, change.draft)
             return copies
@@ -2154,9 +2161,8 @@ class SqliteStore(Store):
         self._writer.execute("PRAGMA busy_timeout = 100")
         self._writer.execute("PRAGMA synchronous = FULL")
         damage = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if (code := re.search(r"error code=(\d+)", damage)) and int(
-            code[1]
-        ) & 255 == 10:  # SQLITE_IOERR: it may be locked
+        code = re.search(r"error code=(\d+)", damage)
+        if code and int(code[1]) & 255 == 10:  # SQLITE_IOERR: it may be locked
             raise sqlite3.OperationalError("disk I/O error")
         if damage != "ok":
             raise StartError(f"The store {self.place} is damaged ({damage}): move storyteller.sqlite3* away.")
@@ -2173,7 +2179,8 @@ class SqliteStore(Store):
     def _fault_of(self, error: sqlite3.Error) -> tuple[str, str]:
         """What is wrong, and what to do."""
         text = f"{error}{' locked' * is_locked(Path(self.place))}"
-        return next((wrong or text, advice) for pattern, wrong, advice in _SQLITE_FAULTS if re.search(pattern, text))
+        wrong, advice = find_fault(_SQLITE_FAULTS, text)
+        return wrong or text, advice
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
