@@ -12,7 +12,7 @@ The sections, each under a banner, each depending only on those above it:
     Platform: files, sockets, the console   what differs between Windows, Linux and macOS
     Platform: processes                     children that end with a block, and programs that outlive the service
     Logs                                    the service's own log, and SwarmUI's
-    Batching                                concurrent questions share one step
+    Batching and loops                      concurrent questions share one step; a thread that runs until it is closed
     Stores: the interface                   what a store can do, and what is atomic
     Redis: connections                      addresses and timeouts, the circuit breaker, what is wrong with a Redis
     Redis: scripts                          what is one atomic step, in Lua
@@ -1024,7 +1024,7 @@ def last_lines(path: Path, since: int, count: int = 5) -> str:
 
 
 # ======================================================================================================
-# Batching
+# Batching and loops
 # ======================================================================================================
 
 
@@ -1115,6 +1115,36 @@ class Batcher(Generic[Q, T]):
                 outcomes = dict.fromkeys(outcomes, error)
         for question, future in waiting:
             settle(future, outcomes[question])
+
+
+class Loop:
+    """A thread that calls `turn` once started, and again after as many seconds as it returned or when woken; after 5 s
+    when it raised, which is logged."""
+
+    def __init__(self, turn: Callable[[], float], name: str) -> None:
+        self._turn, self.is_closing = turn, False
+        self._woken = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.start, self.wake = self._thread.start, self._woken.set
+
+    def close(self, timeout: float = 0.0) -> None:
+        """End the thread after its turn; wait for that at most `timeout` seconds."""
+        self.is_closing = True
+        self.wake()
+        if self._thread.ident:
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while True:
+            self._woken.clear()
+            if self.is_closing:
+                return
+            try:
+                seconds = self._turn()
+            except Exception:
+                seconds = 5.0
+                log.exception("%s: an unexpected error", self._thread.name)
+            self._woken.wait(seconds)
 
 
 # ======================================================================================================
@@ -3886,7 +3916,7 @@ Outcome = Response | ApiError | Future[Any]  # of a question to a batcher; a fut
 class Services:
     """What the handlers work with."""
 
-    WATCH_INTERVAL = 5.0  # seconds
+    WATCH_INTERVAL = 5.0  # seconds between two looks of _watch()
 
     def __init__(self, settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUILauncher) -> None:
         self.settings, self.store, self.gpu, self.swarmui = settings, store, gpu, swarmui
@@ -3900,30 +3930,25 @@ class Services:
         self.progress = Batcher[int, Outcome](functools.partial(answer_progress, self), "progress")
         self.creations = Batcher[Draft, Outcome](functools.partial(answer_creations, self), "creations")
         self.acknowledgements = Batcher[str, Outcome](functools.partial(answer_acknowledgements, self), "acknowledge")
-        self._closing = threading.Event()
+        self._loop = Loop(self._watch, "store-watch")
 
     def start(self) -> None:
         """Begin with what is done without a request."""
-        threading.Thread(target=self._watch, name="store-watch", daemon=True).start()
+        self._loop.start()
         if self.bridge:
             self.bridge.start()
 
-    def _watch(self) -> None:
+    def _watch(self) -> float:
         """Try a write until the store answers, and again while it refuses them; report old notifications."""
-        while not self._closing.is_set():
-            try:
-                if self.store.writes.refusal != "":
-                    self.store.try_write()
-                self.notifications.report_expired()
-            except Unavailable:
-                pass  # its callers get the reason
-            except Exception:
-                log.exception("store: a try to write failed")
-            self._closing.wait(self.WATCH_INTERVAL)
+        with contextlib.suppress(Unavailable):  # its callers get the reason
+            if self.store.writes.refusal != "":
+                self.store.try_write()
+            self.notifications.report_expired()
+        return self.WATCH_INTERVAL
 
     def close(self) -> None:
         """End the threads: what waits for one is dropped, what is at work ends within the store's own timeouts."""
-        self._closing.set()
+        self._loop.close()
         if self.bridge:
             self.bridge.close()
         for batcher in (self.checks, self.progress, self.creations, self.acknowledgements):
