@@ -80,6 +80,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -140,6 +141,7 @@ _cookie = _matching(r"[!#-+\--:<-\[\]-~]{1,4096}", r'printable ASCII without spa
 _host_name = _matching(r"[A-Za-z0-9._%-]{1,253}", "host names without ports")
 _log_level = _matching("(?i)debug|info|warning|error", "debug, info, warning or error")
 _log_format = _matching("(?i)text|json", "text or json")
+_restart = _matching("(?i)no|on-failure", "no or on-failure")
 
 
 def _host(text: str) -> str:
@@ -159,12 +161,12 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
     return read
 
 
-def _seconds(low: float) -> Callable[[str], float]:
+def _decimal(low: float, unit: str = "seconds") -> Callable[[str], float]:
     def read(text: str) -> float:
         with contextlib.suppress(ValueError):
             if low <= float(text) <= 86_400:  # finite: a wait of `inf` seconds overflows in the system's own calls
                 return float(text)
-        raise ValueError(f"seconds, from {low} to 86400")
+        raise ValueError(f"{unit}, from {low} to 86400")
 
     return read
 
@@ -225,9 +227,9 @@ def _origin_or_all(text: str) -> str:
 
 
 def _switch(text: str) -> bool:
-    if text.lower() not in ("on", "off"):
+    if text.lower() not in ("on", "off", "true", "false"):
         raise ValueError("on or off")
-    return text.lower() == "on"
+    return text.lower() in ("on", "true")
 
 
 def _list_of(read: Callable[[str], str]) -> Callable[[str], tuple[str, ...]]:
@@ -270,8 +272,8 @@ class Settings:
     redis_port: int | None = _row("REDIS_PORT", None, _whole(1, 65535), "its port; 6379 when only the host is set")
     bridge: bool = _row("STORYTELLER_BRIDGE", True, _switch, "off: copies of a session stay as they are; by default on")
     nvidia_smi: str | None = _row("NVIDIA_SMI", None, _program, "the nvidia-smi program; by default the one on PATH")
-    nvidia_smi_timeout: float = _row("NVIDIA_SMI_TIMEOUT", 5.0, _seconds(0.001), "seconds that nvidia-smi may take")
-    gpu_cache_seconds: float = _row("GPU_CACHE_SECONDS", 5.0, _seconds(0), "seconds for which a GPU status is cached")
+    nvidia_smi_timeout: float = _row("NVIDIA_SMI_TIMEOUT", 5.0, _decimal(0.001), "seconds that nvidia-smi may take")
+    gpu_cache_seconds: float = _row("GPU_CACHE_SECONDS", 5.0, _decimal(0), "seconds for which a GPU status is cached")
     swarmui_api_url: str = _row("SWARMUI_API_URL", "http://localhost:7801", _http_url, "where SwarmUI answers")
     swarmui_path: Path | None = _row("SWARMUI_PATH", None, _path, "SwarmUI's folder, launch script or executable")
     swarmui_args: tuple[str, ...] = _row("SWARMUI_ARGS", (), lambda text: split_arguments(text), "further arguments")
@@ -279,10 +281,15 @@ class Settings:
     swarmui_allow_origin: str | None = _row(
         "SWARMUI_ALLOW_ORIGIN", None, _origin_or_all, "page that it answers, or *; by default the only trusted origin"
     )
-    start_timeout: float = _row("SWARMUI_START_TIMEOUT", 30.0, _seconds(0.001), "seconds that a start waits for it")
-    poll_interval: float = _row("SWARMUI_POLL_INTERVAL", 2.0, _seconds(0.001), "seconds between two probes")
-    health_timeout: float = _row("SWARMUI_HEALTH_TIMEOUT", 2.0, _seconds(0.001), "seconds for one probe")
-    start_interval: float = _row("SWARMUI_START_INTERVAL", 60.0, _seconds(0.001), "seconds between two launches")
+    start_timeout: float = _row("SWARMUI_START_TIMEOUT", 30.0, _decimal(0.001), "seconds that a start waits for it")
+    poll_interval: float = _row("SWARMUI_POLL_INTERVAL", 2.0, _decimal(0.001), "seconds between two probes")
+    health_timeout: float = _row("SWARMUI_HEALTH_TIMEOUT", 2.0, _decimal(0.001), "seconds for one probe")
+    start_interval: float = _row("SWARMUI_START_INTERVAL", 60.0, _decimal(0.001), "seconds between two launches")
+    autostart: bool = _row("SWARMUI_AUTOSTART", False, _switch, "on: launched when the service starts; by default off")
+    idle_shutdown: float | None = _row(
+        "SWARMUI_IDLE_SHUTDOWN", None, _decimal(0.001, "minutes"), "minutes without work after which it is ended"
+    )
+    restart: str = _row("SWARMUI_RESTART", "no", _restart, "on-failure: launched again when it dies")
 
     @property
     def redis_address(self) -> str | None:
@@ -792,6 +799,14 @@ if sys.platform == "win32":
             _checked("kernel32.GetExitCodeProcess", "NPP", process, ctypes.byref(code))
         return str(times[0]) if code.value == 259 else None  # STILL_ACTIVE
 
+    def _start_in_job(job: int, command: Sequence[str] | str, flags: int, **options: Any) -> subprocess.Popen[bytes]:
+        """Start a program without a window, suspended until it is in the job: what it starts then is in it too."""
+        child = subprocess.Popen(command, creationflags=flags | subprocess.CREATE_NO_WINDOW | 0x4, **options)
+        with _open_process(child.pid, 0x0901) as process:  # SUSPEND_RESUME, SET_QUOTA, TERMINATE
+            _win32("kernel32.AssignProcessToJobObject", "NPP", job, process)
+            _win32("ntdll.NtResumeProcess", "NP", process)
+        return child
+
 
 @contextlib.contextmanager
 def bounded_child(command: Sequence[str], running: set[int]) -> Iterator[subprocess.Popen[bytes]]:
@@ -802,12 +817,8 @@ def bounded_child(command: Sequence[str], running: set[int]) -> Iterator[subproc
         if sys.platform == "win32":
             job = _make_job()
             ending.callback(_win32, "kernel32.CloseHandle", "NP", job)
-            # Suspended until it is in the job: what it starts then is in it too.
-            child = subprocess.Popen(command, creationflags=subprocess.CREATE_NO_WINDOW | 0x4, **options)
             ending.callback(_win32, "kernel32.TerminateJobObject", "NPN", job, 1)
-            with _open_process(child.pid, 0x0901) as process:  # SUSPEND_RESUME, SET_QUOTA, TERMINATE
-                _win32("kernel32.AssignProcessToJobObject", "NPP", job, process)
-                _win32("ntdll.NtResumeProcess", "NP", process)
+            child = _start_in_job(job, command, 0, **options)
         else:
             child = subprocess.Popen(command, start_new_session=True, **options)
             running.add(child.pid)
@@ -861,7 +872,60 @@ def has_crashed(code: int) -> bool:
     return code >= 0xC000_0000 if WINDOWS else code < 0
 
 
-def launch_detached(program: Path, arguments: Sequence[str], folder: Path, output: Path) -> subprocess.Popen[bytes]:
+class Program:
+    """A program that outlives this service, with all that it starts: its process group, on Windows its job. One that an
+    earlier run launched is known by `pid` and `identity`; on Windows it is the tree of processes below `pid` then."""
+
+    def __init__(self, pid: int, identity: str | None, process: subprocess.Popen[bytes] | None = None, job: int = 0):
+        self.pid, self.identity, self.process, self._job = pid, identity, process, job
+        if sys.platform == "win32" and job:
+            weakref.finalize(self, _win32, "kernel32.CloseHandle", "NP", job)
+
+    def has_exited(self) -> bool:
+        """Whether the process itself did; what it started may live on."""
+        if self.process:
+            return self.process.poll() is not None
+        return self.identity is None or process_identity(self.pid) != self.identity
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None while it runs, and where an earlier run launched it."""
+        return self.process.returncode if self.process else None
+
+    def lives(self) -> bool:
+        """Whether a process of it does."""
+        if not self.has_exited():
+            return True
+        if sys.platform == "win32":
+            counts = (ctypes.c_uint32 * 12)()  # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION; the 11th is ActiveProcesses
+            query = ("kernel32.QueryInformationJobObject", "NPNPNP", self._job, 1, counts, ctypes.sizeof(counts), None)
+            return bool(self._job and _win32(*query) and counts[10])
+        if not self.process and process_identity(self.pid):
+            return False  # another process has its number, so nobody of its group was left
+        try:
+            os.killpg(self.pid, 0)
+        except (ProcessLookupError, PermissionError):
+            return False
+        if sys.platform != "linux":
+            return True
+        groups = (_read_stat(path)[:3] for path in Path("/proc").glob("[0-9]*/stat"))  # without zombies
+        return any(fields[2] == str(self.pid) and fields[0] not in "ZX" for fields in groups if len(fields) == 3)
+
+    def end(self, *, force: bool) -> None:
+        """Tell all of it to end; Windows has nothing gentler than `force`. Nothing of another program is ended."""
+        if not self.lives():
+            return
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            if sys.platform != "win32":
+                os.killpg(self.pid, signal.SIGKILL if force else signal.SIGTERM)
+            elif self._job:
+                _win32("kernel32.TerminateJobObject", "NPN", self._job, 1)
+            else:
+                command = ["taskkill", "/T", "/F", "/PID", str(self.pid)]
+                subprocess.run(command, capture_output=True, timeout=5, check=False, stdin=subprocess.DEVNULL)
+
+
+def launch_detached(program: Path, arguments: Sequence[str], folder: Path, output: Path) -> Program:
     """Start a program that outlives this one, its output appended to a file. Raises OSError or ValueError."""
     words = [str(program), *arguments]
     secret = re.compile(r"(?i)STORYTELLER_|REDIS_|SWARMUI_TOKEN\Z")
@@ -872,13 +936,15 @@ def launch_detached(program: Path, arguments: Sequence[str], folder: Path, outpu
         if sys.platform == "win32":
             command = _batch_command(words) if program.suffix.lower() in (".bat", ".cmd") else words
             # With a console of its own, which is invisible: Ctrl+C in ours, and its closing, must not reach it.
-            flags = subprocess.CREATE_NO_WINDOW
-            # The task scheduler, for one, runs us in a job that may end with us: out of it, where that is allowed.
-            with contextlib.suppress(PermissionError):
-                return subprocess.Popen(command, creationflags=flags | subprocess.CREATE_BREAKAWAY_FROM_JOB, **options)
-            return subprocess.Popen(command, creationflags=flags, **options)
+            job = _make_job(0)
+            try:  # the task scheduler, for one, runs us in a job that may end with us: out of it, where that is allowed
+                process = _start_in_job(job, command, subprocess.CREATE_BREAKAWAY_FROM_JOB, **options)
+            except PermissionError:
+                process = _start_in_job(job, command, 0, **options)
+            return Program(process.pid, process_identity(process.pid), process, job)
         shell = ["bash"] if program.suffix == ".sh" and not os.access(program, os.X_OK) else []
-        return subprocess.Popen([*shell, *words], start_new_session=True, **options)
+        process = subprocess.Popen([*shell, *words], start_new_session=True, **options)
+        return Program(process.pid, process_identity(process.pid), process)
 
 
 def _batch_command(words: Sequence[str]) -> str:
@@ -901,11 +967,18 @@ def process_identity(pid: int) -> str | None:
             found = subprocess.run(command, capture_output=True, timeout=5, check=False).stdout.strip()
             return found.decode("ascii", "replace") or None
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        # After the name, which may contain spaces and parentheses: state, then 19 on, the start in ticks since boot.
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        fields = _read_stat(Path(f"/proc/{pid}/stat"))
         return None if fields[0] in "ZX" else f"{boot} {fields[19]}"
     except (OSError, IndexError, subprocess.TimeoutExpired):
         return None
+
+
+def _read_stat(path: Path) -> list[str]:
+    """A process's fields behind its name, which may contain spaces and parentheses: state, parent, group; the 20th is
+    its start in ticks since boot. [] when it has gone."""
+    with contextlib.suppress(OSError):
+        return path.read_text(errors="replace").rpartition(")")[2].split()
+    return []
 
 
 # ======================================================================================================
@@ -1010,17 +1083,21 @@ def shorten_log(path: Path) -> None:
         log.warning("swarmui: %s cannot be shortened (%s)", path, error.strerror)
 
 
-def last_lines(path: Path, since: int, count: int = 5) -> str:
-    """The last lines that a log got after byte `since`, on one line; "" when there are none."""
+def tail(path: Path, size: int, since: int = 0) -> list[str]:
+    """The lines that a log got after byte `since`, of its last `size` bytes; [] when there is none."""
     try:
         with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(since if since <= size else 0, size - 4096))
-            lines = file.read(4096).decode("utf-8", "replace").splitlines()
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(since if since <= end else 0, end - size))
+            return file.read(size).decode("utf-8", "replace").removesuffix("\n").split("\n")
     except OSError:
-        return ""
-    printable = ("".join(char if char.isprintable() else " " for char in line).strip() for line in lines)
-    return " | ".join([line for line in printable if line][-count:])
+        return []
+
+
+def last_lines(path: Path, since: int = 0, count: int = 5) -> list[str]:
+    """The last of these lines that are not empty, without what would disturb a terminal."""
+    lines = ("".join(char if char.isprintable() else " " for char in line).strip() for line in tail(path, 4096, since))
+    return [line for line in lines if line][-count:]
 
 
 # ======================================================================================================
@@ -3215,9 +3292,27 @@ class Probe:
     ready: bool
     occupied: bool
     message: str
-    session_id: str = ""  # what SwarmUI gave when it is ready
     allow_origin: str | None = None  # whose pages SwarmUI answers
+    responded: bool = False  # over HTTP
+    # Where it is ready:
     url: str = ""  # where it answered
+    session_id: str = ""  # its, for further calls
+    version: str = ""
+    server_id: str = ""  # another one after each start
+    status_route: str = "GetGlobalStatus"  # of all sessions; or GetCurrentStatus, of ours alone
+    queue: Mapping[str, int] | None = None  # COUNTS, by our names; None where they are not known
+    backends: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # SwarmUI's backend_status
+
+    @property
+    def at_work(self) -> bool | None:
+        """Whether SwarmUI is; None where that is not known."""
+        return None if self.queue is None else any(self.queue.values())
+
+
+BACKENDS = ("status", "message")  # what is shown of its backend_status
+# How many images wait, are being made, wait for their model, wait for a backend.
+COUNTS = {"waiting": "waiting_gens", "live": "live_gens", "loading": "loading_models",
+          "waitingBackends": "waiting_backends"}  # fmt: skip
 
 
 class Reply(NamedTuple):
@@ -3272,42 +3367,73 @@ def probe(settings: Settings) -> Probe:
     """Ask SwarmUI for a session, as its other clients do first: it is ready when it answers 200 with a session_id."""
     parts = urllib.parse.urlsplit(settings.swarmui_api_url)
     if parts.hostname != "localhost" or parts.scheme != "http":
-        return _probe_address(settings.swarmui_api_url, settings)
+        return _new_session(settings.swarmui_api_url, settings)
     # 127.0.0.1 first: where nothing listens on ::1, Windows takes 2 s to refuse.
     hosts = [f"{address}:{settings.swarmui_port}" for address in ("127.0.0.1", "[::1]")]
     ipv4, ipv6 = (urllib.parse.urlunsplit(parts._replace(netloc=host)) for host in hosts)
-    first = _probe_address(ipv4, settings)
-    second = first if first.occupied else _probe_address(ipv6, settings)
+    first = _new_session(ipv4, settings)
+    second = first if first.occupied else _new_session(ipv6, settings)
     return second if second.occupied else first
 
 
-def _probe_address(url: str, settings: Settings) -> Probe:
+def _new_session(url: str, settings: Settings) -> Probe:
+    found, answer = ask_swarmui(url, "GetNewSession", {}, settings)
+    if not found.ready or not isinstance(answer.get("session_id"), str):
+        return dataclasses.replace(found, ready=False)
+    known: dict[str, Any] = {name: str(answer.get(name, "")) for name in ("session_id", "version", "server_id")}
+    return dataclasses.replace(found, message="SwarmUI answers", url=url, **known)
+
+
+def probe_status(settings: Settings, before: Probe) -> Probe:
+    """Probe SwarmUI, and ask what it does, by the session of the probe `before` if that has one."""
+    found = before if before.session_id else probe(settings)
+    for _ in range(3):  # a session that is refused, and a route that is
+        if not found.session_id:
+            break
+        asked, answer = ask_swarmui(found.url, found.status_route, {"session_id": found.session_id}, settings)
+        error = answer.get("error_id")
+        if error == "invalid_session_id":
+            found = probe(settings)
+        elif error in ("bad_route", "bad_permissions") and found.status_route == "GetGlobalStatus":
+            found = dataclasses.replace(found, status_route="GetCurrentStatus")
+        elif not asked.ready and not error:
+            return asked
+        else:
+            counts, backends = answer.get("status"), answer.get("backend_status")
+            queue = None
+            if isinstance(counts, dict) and found.status_route == "GetGlobalStatus":
+                queue = {name: read_count(counts.get(theirs)) or 0 for name, theirs in COUNTS.items()}
+            backends = backends if isinstance(backends, dict) else {}
+            return dataclasses.replace(found, allow_origin=asked.allow_origin, queue=queue, backends=backends)
+    return found
+
+
+def ask_swarmui(url: str, route: str, body: Mapping[str, Any], settings: Settings) -> tuple[Probe, dict[str, Any]]:
+    """Call SwarmUI's API. The probe is ready when it answered 200 with an object without `error`; that object."""
     where = settings.swarmui_api_url
     try:
-        reply = call_swarmui(url, "GetNewSession", {}, settings)
+        reply = call_swarmui(url, route, body, settings)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         # Nobody listens there. Windows retries a refused connection, so that one that times out counts there too.
         refusals = (ConnectionRefusedError, TimeoutError) if REFUSAL_IS_SLOW else ConnectionRefusedError
         if isinstance(error, urllib.error.URLError) and isinstance(reason, refusals):
-            return Probe(False, False, f"nobody answers at {where}")
+            return Probe(False, False, f"nobody answers at {where}"), {}
         if isinstance(reason, socket.gaierror) or getattr(reason, "errno", None) in _NOT_HERE:
-            return Probe(False, False, f"{where} cannot be reached ({reason})")
+            return Probe(False, False, f"{where} cannot be reached ({reason})"), {}
         if isinstance(reason, TimeoutError):
-            return Probe(False, True, f"{where} did not answer within {settings.health_timeout:g} s")
-        return Probe(False, True, f"{where} broke the connection off ({type(reason).__name__})")
+            return Probe(False, True, f"{where} did not answer within {settings.health_timeout:g} s"), {}
+        return Probe(False, True, f"{where} broke the connection off ({type(reason).__name__})"), {}
     answer: Any = None
     with contextlib.suppress(ValueError, RecursionError):
         answer = json.loads(reply.body)
     answer = answer if isinstance(answer, dict) else {}
-    session_id = answer.get("session_id")
-    if reply.status == 200 and isinstance(session_id, str):
-        return Probe(True, True, "SwarmUI answers", session_id, reply.headers["Access-Control-Allow-Origin"], url)
     text = answer.get("error") or answer.get("error_id") or reply.body.decode("utf-8", "replace")
     message = f"{where} answered {reply.status}: {' '.join(str(text).split())[:200]}"
     if "unauthorized" in message.lower() or reply.status == 401:
         message += f" (SwarmUI has accounts on: {'check' if settings.swarmui_token else 'set'} SWARMUI_TOKEN)"
-    return Probe(False, True, message)
+    is_good = reply.status == 200 and bool(answer) and not answer.keys() & {"error", "error_id"}
+    return Probe(is_good, True, message, reply.headers["Access-Control-Allow-Origin"], responded=True), answer
 
 
 def allow_page(found: Probe, settings: Settings) -> Probe:
@@ -3330,7 +3456,7 @@ def allow_page(found: Probe, settings: Settings) -> Probe:
 
 
 # ======================================================================================================
-# SwarmUI: the launcher
+# SwarmUI: the supervisor
 # ======================================================================================================
 
 _STOPPING = "SwarmUI failed to start: the service is stopping."
@@ -3368,156 +3494,498 @@ def _is_this_machine(host: str) -> bool:
     return ipaddress.ip_address(host).is_loopback
 
 
-class SwarmUILauncher:
-    """Makes SwarmUI ready. One attempt runs at a time, in a thread that alone owns the state of the launch."""
+@dataclass(frozen=True)
+class Sight:
+    """What is known of SwarmUI, from which its state follows."""
 
-    def __init__(self, settings: Settings, clock: Clock = time.monotonic) -> None:
-        self._settings, self._clock = settings, clock
-        self._output = settings.data_dir / "swarmui.log"
-        self._record = settings.data_dir / "swarmui.json"
-        self._lock = threading.Lock()  # over the next two
-        self._waiting: set[Future[Probe]] = set()
-        self._attempting = False
-        self._wake = threading.Event()  # the process ended, or close() was called
-        self._closed = threading.Event()
-        # Of the last launch; only the attempt's thread uses these.
-        self._poll = self._find_process()  # its exit code, None while it runs; 0 where nothing was launched
-        self._launched_at = -math.inf
-        self._log_start = 0  # where its part of the log begins
-        self._failure = ""
+    is_ending: bool = False  # it was told to end
+    answers: bool = False
+    is_open: bool = False  # some program has its port
+    is_foreign: bool = False  # and responds, but is not SwarmUI
+    lives: bool = False  # a process of ours
+    was_ready: bool = False  # since its port was last closed
+    misses: int = 0  # probes in a row without an answer since it was ready
+    has_failed: bool = False  # ours died, or could not be launched
+
+
+SWARMUI_LOG = "swarmui.log"  # in the data folder
+UNRESPONSIVE, HOPELESS = 3, 60  # misses
+
+# The first row that applies is the state. The second column has the states that it follows.
+_STATES: tuple[tuple[str, str, Callable[[Sight], bool]], ...] = (
+    ("stopping", "starting ready unresponsive", lambda seen: seen.is_ending),
+    ("ready", "stopped starting unresponsive stopping failed",
+     lambda seen: seen.answers or (seen.was_ready and seen.is_open and seen.misses < UNRESPONSIVE)),
+    ("unresponsive", "ready stopping",
+     lambda seen: seen.was_ready and seen.is_open and (seen.lives or not seen.is_foreign)),
+    ("starting", "stopped ready unresponsive stopping failed", lambda seen: seen.lives),
+    ("failed", "stopped starting ready unresponsive stopping", lambda seen: seen.has_failed or seen.is_open),
+    ("stopped", "starting ready unresponsive stopping failed", lambda seen: True),
+)  # fmt: skip
+
+
+def state_of(seen: Sight) -> str:
+    return next(state for state, _, applies in _STATES if applies(seen))
+
+
+@dataclass(frozen=True)
+class SwarmUIStatus:
+    """What the supervisor last saw. `since` and `started_at` are ms, `began` and `used` seconds of its clock."""
+
+    state: str = "stopped"
+    since: int = 0
+    began: float = -math.inf  # when this state did
+    ours: bool | None = None
+    pid: int | None = None
+    started_at: int | None = None
+    error: str | None = None
+    used: float = -math.inf  # when it was last at work, became ready, or a start was asked for
+    probe: Probe | None = None  # where it answers
+
+
+@dataclass
+class Ending:
+    """An end of SwarmUI in progress."""
+
+    steps: list[str]  # of ENDINGS, those that are left
+    death: str  # why it has to end, where nobody asked for it
+    until: float = -math.inf  # when the next step is due
+    refusal: str = ""
+
+
+ENDINGS = {"ShutdownServer": 10.0, "terminate": 3.0, "kill": 5.0}  # seconds that each gets
+RESTARTS = (1.0, 5.0, 25.0)  # seconds after which it is launched again; a further death within an hour gives it up
+
+
+class SwarmUISupervisor:
+    """Owns SwarmUI's state: its thread alone launches, probes and ends SwarmUI. Requests hand over what they want and
+    get a future of their own for the outcome, which they may cancel."""
+
+    def __init__(
+        self, settings: Settings, clock: Clock = time.monotonic, is_reserved: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._settings, self._clock, self._is_reserved = settings, clock, is_reserved
+        self._output, self._record = settings.data_dir / SWARMUI_LOG, settings.data_dir / "swarmui.json"
+        self._lock = threading.Lock()  # over who waits: for a start; for a stop, with `force`, None once that has begun
+        self._starts: dict[Future[Any], None] = {}
+        self._stops: dict[Future[Any], bool | None] = {}
+        self._has_looked = threading.Event()
+        self._status = SwarmUIStatus()
+        # All else is the thread's alone.
+        self._outcomes: list[tuple[dict[Future[Any], Any], Sequence[Future[Any]], Any]] = []  # told after the state is
+        self._program: Program | None = None  # what was launched, while it lives
+        self._kept = self._read_record()
+        self._has_exited = False  # the program's first process; what it started may live on
+        self._is_orphan = False  # and SwarmUI has answered since
+        self._was_ready = self._is_restart = False  # of the program
+        self._seen, self._probe = Sight(), Probe(False, False, "")
+        self._session = self._probe  # the last probe that was ready, as long as the port is open
+        self._warned = False
+        self._looked_at = self._launched_at = self._used = self._put_off = -math.inf
+        self._log_read = self._log_start = 0  # bytes
+        self._error, self._has_failed, self._died_at = "", False, 0
+        self._deadline: float | None = None  # of the starts that wait
+        self._is_launched = False  # since they wait, or before
+        self._deaths: list[float] = []
+        self._restart_at = math.inf
+        self._ending: Ending | None = None
+        self._loops = Loop(self._turn, "swarmui"), Loop(self._shorten_log, "swarmui-log")
+        for loop in self._loops:
+            loop.start()
 
     def start(self) -> Future[Probe]:
-        """A future of the caller's own, which it may cancel, for the outcome of the attempt at work or of a new one:
-        done once SwarmUI answers, else an ApiError; TooManyRequests between two launches. Raises ApiError."""
-        future: Future[Probe] = Future()
+        """Done once SwarmUI answers, else an ApiError; TooManyRequests between two launches. Raises Unavailable."""
+        return self._ask(self._starts, None)
+
+    def stop(self, *, force: bool = False) -> Future[Any]:
+        """Done once SwarmUI is gone; Conflict where only `force` ends it, else an ApiError. Raises Unavailable."""
+        return self._ask(self._stops, force)
+
+    def _ask(self, asked: dict[Future[Any], Any], value: bool | None) -> Future[Any]:
+        future: Future[Any] = Future()
         with self._lock:
-            if self._closed.is_set():
+            if self._loops[0].is_closing:
                 raise Unavailable(_STOPPING, 5)
-            if not self._attempting:
-                try:
-                    threading.Thread(target=self._run, name="swarmui-start", daemon=True).start()
-                except RuntimeError as error:
-                    raise ApiError(f"SwarmUI failed to start: {error}, ask again later.") from None
-                self._attempting = True
-            self._waiting.add(future)
-        future.add_done_callback(self._waiting.discard)
+            asked[future] = value
+        future.add_done_callback(lambda done: asked.pop(done, None))
+        self._loops[0].wake()
         return future
 
+    def status(self) -> SwarmUIStatus:
+        """What is known, once there was a first look."""
+        self._has_looked.wait(10.0)
+        return self._status
+
+    def now(self) -> float:
+        return self._clock()
+
     def close(self) -> None:
-        """End the attempt, and answer everyone who waits for it at once. SwarmUI keeps running."""
-        self._closed.set()
-        self._wake.set()
-        self._answer(Unavailable(_STOPPING, 5))
-
-    def keep_log_short(self) -> None:
-        """Shorten SwarmUI's log about once a second when needed, in a thread that ends with close()."""
-
-        def run() -> None:
-            while not self._closed.wait(1.0):
-                shorten_log(self._output)
-
-        threading.Thread(target=run, name="swarmui-log", daemon=True).start()
-
-    def _answer(self, outcome: Probe | ApiError) -> None:
+        """End the threads, and answer everyone who waits at once. SwarmUI keeps running."""
         with self._lock:
-            waiting = list(self._waiting)
-            self._waiting.clear()
-            self._attempting = False
-        for future in waiting:
+            for loop in self._loops:
+                loop.close()
+        for asked in (self._starts, self._stops):
+            self._settle(asked, list(asked), Unavailable(_STOPPING, 5))
+
+    def _settle(self, asked: dict[Future[Any], Any], futures: Sequence[Future[Any]], outcome: Any) -> None:
+        with self._lock:  # close() may be at it, too
+            due = [future for future in futures if asked.pop(future, self) is not self]
+        for future in due:
             if future.set_running_or_notify_cancel():
                 settle(future, outcome)
 
-    def _run(self) -> None:
-        outcome: Probe | ApiError
+    def _shorten_log(self) -> float:
+        shorten_log(self._output)
+        return 1.0
+
+    def _turn(self) -> float:
+        """Look where that is due, act, tell the state, then the outcomes. The seconds until the next turn."""
         try:
-            outcome = allow_page(self._make_ready(), self._settings)
-        except ApiError as error:
-            outcome = error
-        except LaunchError as error:
-            self._failure = str(error)
-            log.error("swarmui: failed to start: %s", error)
-            outcome = ApiError(f"SwarmUI failed to start: {error}")
+            self._act()
+            self._tell_state()
         except Exception as error:
-            log.exception("swarmui: failed to start")
-            outcome = ApiError(f"SwarmUI failed to start: {type(error).__name__}, see the service's log")
-        self._answer(outcome)
+            log.exception("swarmui: an unexpected error")
+            fault = ApiError(f"SwarmUI failed to start: {type(error).__name__}, see the service's log")
+            self._tell_starts(fault)
+            self._outcomes.append((self._stops, list(self._stops), fault))
+            self._ending = None
+        outcomes, self._outcomes = self._outcomes, []
+        for outcome in outcomes:
+            self._settle(*outcome)
+        self._has_looked.set()
+        due = 0.05 if self._ending else min(self._next_look(), self._restart_at) - self._clock()
+        return max(0.0, due)
 
-    def _make_ready(self) -> Probe:
-        found = probe(self._settings)
-        if found.ready:
-            return dataclasses.replace(found, message="SwarmUI is already running")
-        if self._poll() is not None:
-            if self._closed.is_set():
-                raise Unavailable(_STOPPING, 5)
-            if found.occupied:
-                raise LaunchError(f"another program than SwarmUI has its port: {found.message}")
+    def _next_look(self) -> float:
+        interval = self._settings.poll_interval * (5 if self._status.state in ("stopped", "failed") else 1)
+        if self._ending:
+            interval = min(interval, 0.5)
+        due = self._looked_at + interval
+        return due if self._deadline is None or self._looked_at >= self._deadline else min(due, self._deadline)
+
+    def _act(self) -> None:
+        program = self._program
+        stops = [future for future, force in list(self._stops.items()) if force is not None]
+        if not self._starts:
+            self._deadline = None
+        is_new = bool(self._starts) and self._deadline is None
+        exits = program is not None and program.has_exited() and not self._has_exited
+        now = self._clock()
+        if is_new or stops or exits or now >= min(self._next_look(), self._restart_at):
+            self._look()
+        if is_new:
+            self._used, self._is_launched = now, self._lives()
+            self._deadline = now + self._settings.start_timeout
+        self._notice_death()
+        for future in stops:
+            self._decide_stop(future)
+        self._shut_down_idle()
+        self._advance_end()
+        self._restart()
+        if self._deadline is not None:
+            self._advance_starts("SwarmUI is already running" if is_new else "SwarmUI started successfully")
+
+    def _tell_starts(self, outcome: Any) -> None:
+        self._outcomes.append((self._starts, list(self._starts), outcome))
+        self._deadline = None
+
+    def _tell_stops(self, outcome: Any) -> None:
+        begun = [future for future, force in list(self._stops.items()) if force is None]
+        self._outcomes.append((self._stops, begun, outcome))
+
+    def _look(self) -> None:
+        """Probe SwarmUI, and note what follows from that alone."""
+        self._looked_at = self._clock()
+        if self._program and not self._has_exited and self._program.has_exited():
+            self._has_exited = True
+            self._session = Probe(False, False, "")  # another one may answer from now on
+        self._probe = found = probe_status(self._settings, self._session)
+        was_ready = found.occupied and (self._seen.was_ready or found.ready)
+        misses = self._seen.misses + 1 if was_ready and not found.ready else 0
+        self._seen = dataclasses.replace(self._seen, was_ready=was_ready, misses=misses)
+        if found.ready or not found.occupied:
+            self._session = found
+        if not found.ready:
+            return
+        self._restart_at = math.inf
+        if found.at_work is None and not self._warned:
+            self._warned = True
+            log.warning("swarmui: GetGlobalStatus is refused, so whether SwarmUI is at work is not known")
+        if self._program is None and found.server_id and found.server_id == self._kept.get("serverId"):
+            self._adopt(Program(self._kept["pid"], None))
+        if self._lives():
+            self._was_ready, self._is_orphan = True, self._has_exited
+            if found.server_id != self._kept.get("serverId") and not self._ending:
+                self._write_record(serverId=found.server_id)
+
+    def _lives(self) -> bool:
+        """Whether a process of ours does, or what answers says by its id that it is ours."""
+        known = self._probe.occupied and self._session.server_id == self._kept.get("serverId", "")
+        return self._program is not None and (self._program.lives() or (known and bool(self._session.server_id)))
+
+    def _adopt(self, program: Program) -> None:
+        self._program, self._has_exited, self._is_orphan = program, program.has_exited(), False
+        self._was_ready = self._is_restart = False
+
+    def _notice_death(self) -> None:
+        program = self._program
+        if program is None or self._ending:
+            return
+        if self._says_port_taken():
+            self._write_record(serverId="")  # who answers may be another's
+            self._end(f"its port {self._settings.swarmui_port} was taken by another program", ["kill"])
+            return
+        # What SwarmUI started may outlive it. A script that a signal ended may have left SwarmUI behind.
+        exited = self._has_exited and not self._probe.occupied and (self._was_ready or (program.code or 0) > 0)
+        if self._lives() and not exited:
+            if self._seen.misses >= HOPELESS and self._restarts:
+                self._end(f"it did not answer {HOPELESS} probes in a row", ["terminate", "kill"])
+            return
+        program.end(force=True)
+        code = None if self._is_orphan else program.code
+        self._program = None
+        if code == 0:
+            log.info("swarmui: process %d exited with code 0", program.pid)
+            self._error, self._has_failed = "", False
+        else:
+            self._died(f"it exited with {'an unknown code' if code is None else f'code {code}'}: {self._last_lines()}")
+        self._look()
+
+    @property
+    def _restarts(self) -> bool:
+        return self._settings.restart.lower() == "on-failure"
+
+    def _died(self, reason: str) -> None:
+        self._error, self._has_failed, self._died_at = reason, True, now_ms()
+        log.error("swarmui: SwarmUI died: %s", reason)
+        if not self._restarts or not (self._was_ready or self._is_restart):
+            return
+        now = self._clock()
+        self._deaths = [at for at in self._deaths if now - at < 3600] + [now]
+        if len(self._deaths) <= len(RESTARTS):
+            self._restart_at = now + RESTARTS[len(self._deaths) - 1]
+            return
+        self._error += f"; given up, since it died {len(self._deaths)} times within an hour"
+        self._deaths = []
+        log.error("swarmui: SwarmUI is not launched again until a start is asked for: %s", self._error)
+
+    def _restart(self) -> None:
+        if self._clock() < self._restart_at:
+            return
+        self._restart_at = math.inf
+        try:
+            self._check_port()
             self._launch()
-        return self._await_ready()
+        except LaunchError as error:
+            self._is_restart = True
+            self._died(str(error))
+        self._is_restart = True
 
-    def _launch(self) -> None:
-        program = find_swarmui(self._settings)
-        # In any other folder SwarmUI's executable aborts and leaves a stray Data/ there.
-        roots = (up for up in program.parents if any((up / name).is_file() for name in LAUNCH_SCRIPTS))
-        arguments = ("--launch_mode", "none", "--port", str(self._settings.swarmui_port), *self._settings.swarmui_args)
+    def _decide_stop(self, future: Future[Any]) -> None:
+        force, state = self._stops.get(future), state_of(self._sight())
+        if not force and state in ("ready", "unresponsive") and (reason := self._why_not_to_stop(state)):
+            self._outcomes.append((self._stops, [future], Conflict(f"{reason}: add ?force=true to stop it anyway.")))
+            return
+        self._restart_at = math.inf
+        self._tell_starts(ApiError("SwarmUI failed to start: it was stopped."))
+        if state in ("stopped", "failed"):
+            self._error, self._has_failed = "", False
+            self._outcomes.append((self._stops, [future], "SwarmUI is not running"))
+            return
+        self._stops[future] = None
+        if self._ending:
+            self._ending.death = ""
+        else:
+            steps = ["ShutdownServer"] if self._probe.ready or not self._lives() else []
+            self._end("", [*steps, *(["terminate", "kill"] if self._lives() else [])])
+
+    def _why_not_to_stop(self, state: str) -> str:
+        if not self._lives():
+            return "SwarmUI was not launched by this service"
+        if state == "ready" and self._probe.at_work is not False:
+            known = "SwarmUI is at work" if self._probe.at_work else "Whether SwarmUI is at work is not known"
+            return f"{known} ({self._probe.queue})" if self._probe.at_work else known
+        return ""
+
+    def _end(self, death: str, steps: list[str]) -> None:
+        log.info("swarmui: ending SwarmUI%s", death and f", since {death}")
+        self._ending = Ending(steps, death)
+
+    def _shut_down_idle(self) -> None:
+        if not self._probe.ready or self._ending or not self._lives():
+            return
+        now, limit = self._clock(), self._settings.idle_shutdown
+        if self._probe.at_work:
+            self._used = now
+        if limit is None or self._probe.at_work is not False or self._starts:
+            return
+        if self._probe.backends.get("any_loading") or self._is_reserved():
+            self._put_off = now
+        elif now - max(self._used, self._put_off) >= limit * 60:
+            log.info("swarmui: SwarmUI was idle for %g min", limit)
+            self._end("", ["ShutdownServer", "terminate", "kill"])
+
+    def _advance_end(self) -> None:
+        ending = self._ending
+        if not ending:
+            return
+        if not (self._lives() if self._program else self._probe.occupied):
+            self._ending = self._program = None
+            self._look()
+            self._error, self._has_failed = "", False
+            if ending.death:
+                self._died(ending.death)
+            self._tell_stops("SwarmUI is stopped")
+        elif self._clock() < ending.until:
+            return
+        elif ending.steps:
+            step = ending.steps.pop(0)
+            ending.until = self._clock() + ENDINGS[step]
+            if step == "ShutdownServer":
+                body = {"session_id": self._session.session_id}
+                asked, answer = ask_swarmui(self._session.url, step, body, self._settings)
+                if not answer.get("success"):
+                    ending.refusal, ending.until = asked.message, -math.inf
+            elif self._program:
+                self._program.end(force=step == "kill")
+        else:
+            self._ending = None
+            self._seen = dataclasses.replace(self._seen, misses=min(self._seen.misses, UNRESPONSIVE))
+            self._error = f"SwarmUI cannot be ended ({ending.refusal or 'it does not end'}): end it by hand"
+            log.error("swarmui: %s", self._error)
+            self._tell_stops(ApiError(f"{self._error}."))
+
+    def _advance_starts(self, message: str) -> None:
+        """Launch it where nobody else does, and wait until it answers: `message` then."""
+        now = self._clock()
+        if self._ending or self._restart_at < math.inf:
+            self._deadline = now + self._settings.start_timeout  # it begins after that
+            self._is_launched = bool(self._ending and self._ending.death)
+            return
+        try:
+            if self._probe.ready:
+                self._tell_starts(self._allow_page(message))
+            elif not self._lives() and not (self._is_launched and self._has_failed):
+                self._check_port()
+                if not self._is_launched:
+                    self._check_interval()
+                    self._launch()
+            elif not self._lives():
+                raise LaunchError(self._error)
+            if self._deadline is not None and self._looked_at >= self._deadline:
+                late = f"no answer within {self._settings.start_timeout:g} s (last: {self._probe.message})"
+                if self._lives():
+                    raise LaunchError(f"{late}; it keeps running, so ask again, or look into {self._output}")
+                raise LaunchError(f"{late}; it exited with code 0: {self._last_lines()}")
+        except (LaunchError, ApiError) as error:
+            if isinstance(error, LaunchError):
+                self._error = str(error)
+                log.error("swarmui: failed to start: %s", error)
+                error = ApiError(f"SwarmUI failed to start: {error}")
+            self._tell_starts(error)
+
+    def _allow_page(self, message: str) -> Probe:
+        backends = self._probe.backends
+        if backends.get("class") == "error":
+            message += f"; but it says: {_on_one_line(str(backends.get('message')))}"
+        return allow_page(dataclasses.replace(self._probe, message=message), self._settings)
+
+    def _check_port(self) -> None:
+        if self._probe.occupied:
+            raise LaunchError(f"another program than SwarmUI has its port: {self._probe.message}")
+
+    def _check_interval(self) -> None:
+        """Raise TooManyRequests between two launches."""
         wait = self._launched_at + self._settings.start_interval - self._clock()
         if wait > 0:
-            why = f" ({self._failure})" if self._failure else ""
-            raise TooManyRequests(f"SwarmUI was launched a moment ago{why}: ask again in {math.ceil(wait)} s.", wait)
-        shorten_log(self._output)
+            died = f" and died at {iso_time(self._died_at)} ({self._error})" if self._has_failed else ""
+            raise TooManyRequests(f"SwarmUI was launched a moment ago{died}: ask again in {math.ceil(wait)} s.", wait)
+
+    def _launch(self) -> None:
+        self._is_launched = True
         try:
-            log_start = self._output.stat().st_size if self._output.exists() else 0
-            process = launch_detached(program, arguments, next(roots, program.parent), self._output)
-        except (OSError, ValueError) as error:
+            program = find_swarmui(self._settings)
+            # In any other folder SwarmUI's executable aborts and leaves a stray Data/ there.
+            roots = (up for up in program.parents if any((up / name).is_file() for name in LAUNCH_SCRIPTS))
+            port = str(self._settings.swarmui_port)
+            arguments = ("--launch_mode", "none", "--port", port, *self._settings.swarmui_args)
+            self._log_start = self._output.stat().st_size if self._output.exists() else 0
+            launched = launch_detached(program, arguments, next(roots, program.parent), self._output)
+        except (OSError, ValueError, LaunchError) as error:
+            self._has_failed, self._died_at = True, now_ms()
+            if isinstance(error, LaunchError):
+                raise
             reason = getattr(error, "strerror", None) or error
             raise LaunchError(f"{program} cannot be launched ({reason}): check SWARMUI_PATH") from None
-        log.info("swarmui: launched %s as process %d", program, process.pid)
-        self._poll, self._launched_at, self._log_start, self._failure = process.poll, self._clock(), log_start, ""
-        try:
-            self._record.write_text(json.dumps({"pid": process.pid, "identity": process_identity(process.pid)}))
-        except OSError as error:
-            log.warning("swarmui: %s cannot be written (%s)", self._record, error.strerror)
-        # Waits as long as the process lives, so that its end is seen at once and leaves no zombie.
-        threading.Thread(target=self._watch, args=[process], name="swarmui-watch", daemon=True).start()
-
-    def _find_process(self) -> Callable[[], int | None]:
-        """Of an earlier run: it may still be starting, and must not be launched twice. Its exit code counts as 0."""
-        try:
-            record = json.loads(self._record.read_text(encoding="utf-8"))
-            pid, identity = int(record["pid"]), str(record["identity"])
-        except (OSError, ValueError, TypeError, KeyError):
-            return lambda: 0
-        if process_identity(pid) == identity:
-            log.info("swarmui: found process %d, which was launched before", pid)
-        return lambda: None if process_identity(pid) == identity else 0
+        log.info("swarmui: launched %s as process %d", program, launched.pid)
+        self._adopt(launched)
+        self._launched_at, self._log_read, self._has_failed = self._clock(), self._log_start, False
+        self._deadline = self._clock() + self._settings.start_timeout
+        self._write_record(pid=launched.pid, identity=launched.identity, launchedAt=now_ms(), serverId="")
+        # Waits as long as the process lives, so that its end is seen at once.
+        with contextlib.suppress(RuntimeError):  # no further thread can be started: it is seen by the next look
+            threading.Thread(target=self._watch, args=[launched.process], name="swarmui-watch", daemon=True).start()
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        code = process.wait()
-        log.info("swarmui: process %d ended with exit code %d", process.pid, code)
-        self._wake.set()
+        process.wait()
+        self._loops[0].wake()
 
-    def _await_ready(self) -> Probe:
-        """Probe until it answers. Raises LaunchError when the process fails or the time is over, and Unavailable."""
-        next_probe, deadline = -math.inf, self._clock() + self._settings.start_timeout
-        while True:
-            self._wake.clear()
-            if self._closed.is_set():
-                raise Unavailable(_STOPPING, 5)
-            if code := self._poll():  # 0 may be a wrapper's that went to the background: SwarmUI may still answer
-                raise LaunchError(f"it exited with code {code}: {self._last_lines()}")
-            if self._clock() >= next_probe:
-                next_probe = min(self._clock() + self._settings.poll_interval, deadline)
-                found = probe(self._settings)
-                if found.ready:
-                    return dataclasses.replace(found, message="SwarmUI started successfully")
-                if self._clock() >= deadline:
-                    late = f"no answer within {self._settings.start_timeout:g} s (last: {found.message})"
-                    if self._poll() is not None:
-                        raise LaunchError(f"{late}; it exited with code 0: {self._last_lines()}")
-                    raise LaunchError(f"{late}; it keeps running, so ask again, or look into {self._output}")
-            self._wake.wait(max(0.0, next_probe - self._clock()))
+    def _says_port_taken(self) -> bool:
+        """Whether SwarmUI's log says, since the last look, that it took another port."""
+        since, self._log_read = self._log_read, self._output.stat().st_size if self._output.exists() else 0
+        if since == self._log_read or not self._program or self._program.process is None:
+            return False
+        return f"Port {self._settings.swarmui_port} was taken" in "\n".join(tail(self._output, 1 << 20, since))
+
+    def _read_record(self) -> dict[str, Any]:
+        """What is kept of the last launch; of an earlier run's, which may still be starting, no second one is made."""
+        try:
+            record = dict(json.loads(self._record.read_text(encoding="utf-8")))
+            program = Program(int(record["pid"]), str(record["identity"]))
+        except (OSError, ValueError, TypeError, KeyError):
+            return {}
+        if not program.has_exited():
+            log.info("swarmui: found process %d, which was launched before", program.pid)
+            self._adopt(program)
+        return record
+
+    def _write_record(self, **changed: Any) -> None:
+        self._kept = {**self._kept, **changed}
+        try:
+            self._record.write_text(json.dumps(self._kept), encoding="utf-8")
+        except OSError as error:
+            log.warning("swarmui: %s cannot be written (%s)", self._record, error.strerror)
 
     def _last_lines(self) -> str:
-        return last_lines(self._output, self._log_start) or "its log is empty"
+        return " | ".join(last_lines(self._output, self._log_start)) or "its log is empty"
+
+    def _sight(self) -> Sight:
+        found = self._probe
+        return dataclasses.replace(
+            self._seen, is_ending=self._ending is not None, answers=found.ready, is_open=found.occupied,
+            is_foreign=found.responded and not found.ready, lives=self._lives(), has_failed=self._has_failed,
+        )  # fmt: skip
+
+    def _tell_state(self) -> None:
+        seen, before = self._sight(), self._status
+        state = state_of(seen)
+        since, began = before.since, before.began
+        if state != before.state or not self._has_looked.is_set():
+            since, began = now_ms(), self._clock()
+            if self._has_looked.is_set() or state != "stopped":
+                log.info("swarmui: %s, before that %s", state, before.state)
+            if state == "ready":
+                self._used = began
+                self._error, self._has_failed = "", False
+        error = self._error
+        if state == "failed" and not self._has_failed:
+            error = f"another program than SwarmUI has its port: {self._probe.message}"
+        program = self._program if seen.lives else None
+        self._status = SwarmUIStatus(
+            state, since, began, None if state in ("stopped", "failed") else seen.lives,
+            program.pid if program else None, self._kept.get("launchedAt") if program else None,
+            error or None, self._used, self._session if state == "ready" else None,
+        )  # fmt: skip
 
 
 # ======================================================================================================
@@ -3525,8 +3993,8 @@ class SwarmUILauncher:
 # ======================================================================================================
 
 PERMISSIONS = (
-    "gpu:read", "swarmui:control", "notifications:read", "notifications:write", "sessions:read", "sessions:write",
-    "admin",
+    "gpu:read", "swarmui:read", "swarmui:control", "notifications:read", "notifications:write", "sessions:read",
+    "sessions:write", "admin",
 )  # fmt: skip
 SUBJECT_PATTERN = r"[A-Za-z0-9._-]{1,64}"
 TOKEN_TTL = 12 * 3600  # seconds, by default
@@ -3546,6 +4014,8 @@ class Caller:
     digest: str | None = None  # of the session token, where one was sent
 
     def may(self, permission: str) -> bool:
+        if permission == "swarmui:read" and "swarmui:control" in self.permissions:
+            return True
         return permission in ("open", "any", *self.permissions) or "admin" in self.permissions
 
 
@@ -3918,7 +4388,7 @@ class Services:
 
     WATCH_INTERVAL = 5.0  # seconds between two looks of _watch()
 
-    def __init__(self, settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUILauncher) -> None:
+    def __init__(self, settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUISupervisor) -> None:
         self.settings, self.store, self.gpu, self.swarmui = settings, store, gpu, swarmui
         self.sessions, self.notifications = Sessions(store), Notifications(store)
         self.authenticator = Authenticator(settings, store)
@@ -4019,6 +4489,38 @@ def swarmui_start(services: Services, request: Request) -> Response | Future[Res
         return json_response({"success": True, "message": text, "port": port, "apiUrl": url})
 
     return then(services.swarmui.start(), respond)
+
+
+def swarmui_stop(services: Services, request: Request) -> Response | Future[Response]:
+    stopped = services.swarmui.stop(force=request.query["force"] == "true")
+    return then(stopped, lambda message: json_response({"success": True, "message": message}))
+
+
+def swarmui_status(services: Services, request: Request) -> Response:
+    known, settings, now = services.swarmui.status(), services.settings, services.swarmui.now()
+    found, is_known = known.probe or Probe(False, False, ""), bool(known.probe and known.probe.queue is not None)
+    shown = {
+        "state": known.state,
+        "since": iso_time(known.since),
+        "ours": known.ours,
+        "pid": known.pid,
+        "port": settings.swarmui_port,
+        "apiUrl": settings.swarmui_api_url,
+        "version": found.version or None,
+        "startedAt": None if known.started_at is None else iso_time(known.started_at),
+        "startingFor": round(now - known.began) if known.state == "starting" else None,
+        "lastError": known.error,
+        "idleFor": round(now - known.used) if is_known else None,
+        "queue": found.queue,
+        "backends": {name: str(found.backends.get(name, "")) for name in BACKENDS} if found.backends else None,
+        "logTail": last_lines(services.settings.data_dir / SWARMUI_LOG),
+    }
+    return json_response(shown)
+
+
+def swarmui_logs(services: Services, request: Request) -> Response:
+    lines = tail(services.settings.data_dir / SWARMUI_LOG, 1 << 20)[-request.query["lines"] :]
+    return Response("".join(f"{line}\n" for line in lines).encode(), 200, {"Content-Type": "text/plain; charset=utf-8"})
 
 
 def notifications_check(services: Services, request: Request) -> Future[Any]:
@@ -4334,6 +4836,8 @@ _CHECK_QUERY: Mapping[str, Schema] = {
     "limit": _schema("integer", 100, minimum=1, maximum=1000, default=100),
     "type": _schema("string", "all", enum=[*TOTALS, "all"], default="prompts_ready"),
 }
+_STOP_QUERY: Mapping[str, Schema] = {"force": _schema("string", "false", enum=["true", "false"], default="false")}
+_LOGS_QUERY: Mapping[str, Schema] = {"lines": _schema("integer", 200, minimum=1, maximum=5000, default=200)}
 _LIST_QUERY: Mapping[str, Schema] = {"limit": _schema("integer", 5, minimum=1, maximum=1000, default=200)}
 
 _GPU = _object(
@@ -4341,6 +4845,15 @@ _GPU = _object(
     | {"available": _FLAG, "error": _schema(["string", "null"], None)}
 )
 _STARTED = _object(success=_FLAG, message=_TEXT, port=_schema("integer", 7801), apiUrl=_TEXT)
+_TEXT_OR_NULL = _schema(["string", "null"], None)
+_NUMBER_OR_NULL = _schema(["integer", "null"], None)
+_QUEUE = {**_object(**dict.fromkeys(COUNTS, _COUNT)), "type": ["object", "null"]}
+_SWARMUI = _object(
+    state={"enum": [state for state, *_ in _STATES]}, since=_TIME, ours=_schema(["boolean", "null"], True),
+    pid=_NUMBER_OR_NULL, port=_schema("integer", 7801), apiUrl=_TEXT, version=_TEXT_OR_NULL, startedAt=_TEXT_OR_NULL,
+    startingFor=_NUMBER_OR_NULL, lastError=_TEXT_OR_NULL, idleFor=_NUMBER_OR_NULL, queue=_QUEUE,
+    backends={**_object(**dict.fromkeys(BACKENDS, _TEXT)), "type": ["object", "null"]}, logTail=_array(_TEXT),
+)  # fmt: skip
 _HEALTH = _object(status={"enum": ["ok", "degraded"]}, store=_STORE)
 
 _FAILED = {"success": False}
@@ -4353,6 +4866,12 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", f"{_API}/gpu/status", gpu_status, "gpu:read", "Is the GPU free?", {200: _GPU}, gpu_json(GpuStatus())),
     Route("POST", f"{_API}/swarmui/start", swarmui_start, "swarmui:control", "Make SwarmUI ready.",
           {200: _STARTED}, _FAILED),
+    Route("GET", f"{_API}/swarmui/status", swarmui_status, "swarmui:read", "What does SwarmUI do?",
+          {200: _SWARMUI}, in_pool=True),
+    Route("POST", f"{_API}/swarmui/stop", swarmui_stop, "swarmui:control", "Stop SwarmUI.",
+          {200: _object(success=_FLAG, message=_TEXT)}, _FAILED, (409,), query=_STOP_QUERY),
+    Route("GET", f"{_API}/swarmui/logs", swarmui_logs, "swarmui:read", "The last lines of SwarmUI's log.",
+          {200: {**_TEXT, "contentMediaType": "text/plain"}}, query=_LOGS_QUERY, in_pool=True),
     Route("GET", f"{_API}/notifications/check", notifications_check, "notifications:read",
           "What is not acknowledged, oldest first.", {200: _object(notifications=_array(_NOTIFICATION))},
           query=_CHECK_QUERY),
@@ -4403,7 +4922,7 @@ def _describe(route: Route) -> dict[str, Any]:
 
     def content(schema: Schema | None) -> dict[str, Any]:
         shown = {"schema": schema, "example": example_of(schema)} if schema else None
-        return {"content": {"application/json": shown}} if shown else {}
+        return {"content": {schema.get("contentMediaType", "application/json"): shown}} if schema and shown else {}
 
     path = [(name, PATH_PARAMETERS[name]) for name in re.findall(r"<(\w+)>", route.path)]
     shape = {name: {"const": value} for name, value in route.error_shape.items()}
@@ -4553,7 +5072,7 @@ class Endpoint:
         if origin:  # without these the page sees a network failure, whatever the status is
             headers["Access-Control-Allow-Origin"] = origin
             headers["Access-Control-Expose-Headers"] = "Retry-After, WWW-Authenticate"
-        if not response.body:
+        if not response.body and "Content-Type" not in response.headers:
             del headers["Content-Type"]
         return Response(response.body, response.status, headers)
 
@@ -5011,7 +5530,7 @@ def run_checks(arguments: Mapping[str, Any]) -> Iterator[Check]:
     yield "OK" if status.available and not status.remarks else "WARN", "nvidia-smi", status.error or good
     yield check_swarmui_path(settings)
     found = probe(settings)
-    yield "OK" if found.ready else "WARN", "SwarmUI", found.message
+    yield ("OK", "SwarmUI", f"ready, version {found.version}") if found.ready else ("WARN", "SwarmUI", found.message)
     yield from check_pages(settings)
     yield from check_port(settings, status)
 
@@ -5135,7 +5654,7 @@ def serve(settings: Settings) -> int:
     with (
         contextlib.closing(open_store(settings, 30.0)) as store,  # seconds for a backup, say, to unlock it
         contextlib.closing(GpuMonitor(query, settings.gpu_cache_seconds, cancel=lambda: end_children(children))) as gpu,
-        contextlib.closing(SwarmUILauncher(settings)) as swarmui,
+        contextlib.closing(SwarmUISupervisor(settings)) as swarmui,
         contextlib.closing(Services(settings, store, gpu, swarmui)) as services,
     ):
         sockets = open_sockets(settings.host, settings.port)
@@ -5158,9 +5677,10 @@ def serve(settings: Settings) -> int:
         port = sockets[0].getsockname()[1]
         running.truncate(0)
         print(url_of(settings.host, port), file=running, flush=True)
-        swarmui.keep_log_short()
         greet(settings, store, port, token_place)
         services.start()
+        if settings.autostart:
+            swarmui.start()  # its outcome is in the log
         log.info("server: listening on %s", url_of(settings.host, port))
         server.run()
     say("Stopped.")

@@ -103,10 +103,15 @@ sys.exit(act.get("exit", 0))
 # listens, "after": a file that must be there before, "print": text, "flood": so many MB more, "key": whether it waits
 # for one, "child": whether it starts one, "exit": code to end with at once, "once": a file that tells it that it did,
 # "answer": [status, headers, body] instead of the usual, "raw": [text, then] for each request, where `then` is the
-# end, silence, or the last letter for ever}.
+# end, silence, or the last letter for ever, "lacks": routes that it does not have, "refuses": routes for which the
+# permission lacks, "forgets": whether it knows no session, "shutdown": seconds until it is gone, "deaf": whether it
+# ends neither by that nor by SIGTERM, "status": a file with what it says of its work and its backends, "hang": a file
+# that stops all answers while it is there, "taken": another port that it takes}.
 SWARMUI = """
-import http.server, subprocess, time
+import http.server, signal, subprocess, time
 hold_leash(plan["leash"])
+if plan.get("deaf"):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 sys.stdout.buffer.write(plan.get("print", "").encode("utf-8", "surrogateescape"))
 for _ in range(plan.get("flood", 0)):
     sys.stdout.buffer.write(b"x" * 999_999 + b"\\n")
@@ -138,6 +143,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length)
+        route = self.path.removeprefix("/API/")
+        while os.path.exists(plan.get("hang", "")):
+            time.sleep(0.01)
         if "answer" in plan:
             self.answer(*plan["answer"])
         elif self.headers.get("Content-Type") != "application/json" or not body:
@@ -145,9 +153,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif plan.get("token") and "swarm_token=" + plan["token"] not in self.headers.get("Cookie", ""):
             self.answer(200, {}, json.dumps({"error": "Invalid or unauthorized."}))
         elif self.path == "/API/GetNewSession":
-            self.answer(200, {}, json.dumps({"session_id": "0" * 40, "user_id": "local", "version": "0.9.8.2"}))
-        elif json.loads(body).get("session_id") != "0" * 40:
+            self.answer(200, {}, json.dumps({
+                "session_id": "0" * 40, "user_id": "local", "version": "0.9.8.2", "server_id": server_id}))
+            sessions.append(self.path)
+        elif json.loads(body).get("session_id") != "0" * 40 or plan.get("forgets"):
             self.answer(401, {}, json.dumps({"error_id": "invalid_session_id", "error": "Invalid session ID."}))
+        elif route in plan.get("lacks", []):
+            self.answer(400, {}, json.dumps({"error_id": "bad_route", "error": "Unknown API route."}))
+        elif route in plan.get("refuses", []):
+            self.answer(400, {}, json.dumps({"error_id": "bad_permissions", "error": "You lack permission."}))
+        elif route in ("GetGlobalStatus", "GetCurrentStatus"):
+            counts = dict.fromkeys(["waiting_gens", "loading_models", "waiting_backends", "live_gens"], 0)
+            known = {"status": counts, "backend_status": {
+                "status": "running", "class": "", "message": "", "any_loading": False}}
+            if os.path.exists(plan.get("status", "")):
+                for name, values in json.load(open(plan["status"])).items():
+                    known[name].update(values)
+            if route == "GetCurrentStatus":
+                known["status"] = counts
+            self.answer(200, {}, json.dumps({**known, "sessions": len(sessions)}))
+        elif route in ("ShutdownServer", "UpdateAndRestart"):
+            self.answer(200, {}, json.dumps({"success": True}))
+            code = 42 if route == "UpdateAndRestart" else 0
+            if not plan.get("deaf"):
+                threading.Timer(plan.get("shutdown", 0), os._exit, [code]).start()
         elif self.path == "/API/ChangeServerSettings":
             if not plan.get("stubborn"):
                 plan["allow_origin"] = json.loads(body)["settings"]["Network.AccessControlAllowOrigin"]
@@ -156,6 +185,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(400, {}, json.dumps({"error_id": "bad_route", "error": "Unknown API route."}))
     def log_message(self, *arguments):
         print("[Info] call of", self.path, flush=True)
+sessions, server_id = [], os.urandom(8).hex()
 def speak(connection):
     text, then = plan["raw"]
     with connection:
@@ -172,6 +202,9 @@ time.sleep(plan.get("delay", 0))
 while not os.path.exists(plan.get("after", ".")):
     time.sleep(0.01)
 port = int(sys.argv[sys.argv.index("--port") + 1])
+if "taken" in plan:
+    print(f"[Init] Port {port} was taken, using {plan['taken']} instead.", flush=True)
+    port = plan["taken"]
 if "raw" in plan:
     listener = socket.create_server(("127.0.0.1", port))
     while True:
@@ -274,16 +307,18 @@ class Leash:
         self._held.append(Held(self._listener.accept()[0]))
         return self._held[-1]
 
-    def count_further(self) -> int:
-        """How many were started beside those that next() gave."""
+    def take_further(self) -> list[Held]:
+        """Those that were started beside what next() gave."""
         self._listener.setblocking(False)
-        count = 0
+        before = len(self._held)
         with contextlib.suppress(BlockingIOError):
             while True:
                 self._held.append(Held(self._listener.accept()[0]))
-                count += 1
         self._listener.settimeout(PATIENCE)
-        return count
+        return self._held[before:]
+
+    def count_further(self) -> int:
+        return len(self.take_further())
 
     def close(self) -> None:
         if self._listener.fileno() >= 0:
@@ -605,7 +640,7 @@ def make_services(settings: service.Settings) -> Iterator[Callable[..., service.
                 store = stack.enter_context(contextlib.closing(service.SqliteStore(path)))
             gpu = service.GpuMonitor(lambda: service.query_gpus(given, set()), 0)
             stack.callback(gpu.close)
-            swarmui = stack.enter_context(contextlib.closing(service.SwarmUILauncher(given)))
+            swarmui = stack.enter_context(contextlib.closing(service.SwarmUISupervisor(given)))
             return stack.enter_context(contextlib.closing(service.Services(given, store, gpu, swarmui)))
 
         yield make
@@ -827,6 +862,9 @@ def test_what_is_not_set_has_its_default(tmp_path):
         "SWARMUI_POLL_INTERVAL": 2,
         "SWARMUI_HEALTH_TIMEOUT": 2,
         "SWARMUI_START_INTERVAL": 60,
+        "SWARMUI_AUTOSTART": False,
+        "SWARMUI_IDLE_SHUTDOWN": None,
+        "SWARMUI_RESTART": "no",
     }
 
 
@@ -964,6 +1002,9 @@ def test_an_env_file_that_cannot_be_used_is_refused_by_name(tmp_path, data, word
         "SWARMUI_POLL_INTERVAL": ["0", "inf"],
         "SWARMUI_HEALTH_TIMEOUT": ["0", "nan"],
         "SWARMUI_START_INTERVAL": ["0", "1 m"],
+        "SWARMUI_AUTOSTART": ["yes"],
+        "SWARMUI_IDLE_SHUTDOWN": ["0", "-1", "1 h"],
+        "SWARMUI_RESTART": ["always"],
     }.items(),
 )
 def test_a_bad_value_is_refused_by_name(tmp_path, name, values):
@@ -1250,7 +1291,7 @@ def test_a_launched_program_gets_no_setting_of_ours_no_input_and_a_group_of_its_
     program = write_program(tmp_path / "a program", LAUNCHED, {"leash": leash.port})
     folder = tmp_path / "a folder"
     folder.mkdir()
-    service.launch_detached(program, ["--a", "b c", '"', "$HOME"], folder, tmp_path / "log").wait(PATIENCE)
+    service.launch_detached(program, ["--a", "b c", '"', "$HOME"], folder, tmp_path / "log").process.wait(PATIENCE)
     report = leash.next().report
     ours = ("STORYTELLER_", "REDIS_", "SWARMUI_TOKEN")
     assert [name for name in report["environment"] if name.upper().startswith(ours)] == []
@@ -1263,7 +1304,7 @@ def test_a_launched_program_gets_no_setting_of_ours_no_input_and_a_group_of_its_
 def test_what_launched_programs_print_is_appended_to_the_log(tmp_path, leash):
     program = write_program(tmp_path / "a program", LAUNCHED, {"leash": leash.port})
     for _ in range(2):
-        service.launch_detached(program, [], tmp_path, tmp_path / "log").wait(PATIENCE)
+        service.launch_detached(program, [], tmp_path, tmp_path / "log").process.wait(PATIENCE)
     assert (tmp_path / "log").read_text().split("\n") == [*["to stdout", "to stderr"] * 2, ""]
 
 
@@ -1321,7 +1362,7 @@ def test_a_launch_script_is_run_in_a_folder_with_a_space_and_an_ampersand(tmp_pa
     arguments = ["--port", "1", "a & b", "^c;(d)"]
     launched = service.launch_detached(script, arguments, folder, tmp_path / "log")
     assert leash.next().report["arguments"] == arguments
-    assert launched.wait(PATIENCE) == 0
+    assert launched.process.wait(PATIENCE) == 0
 
 
 def test_a_process_is_told_from_a_later_one_of_its_number():
@@ -3262,7 +3303,8 @@ def test_both_queries_run_at_the_same_time(nvidia_smi, leash, tmp_path):
 def test_a_thread_that_cannot_be_started_costs_one_run_alone(nvidia_smi, monkeypatch, number):
     program = nvidia_smi(GOOD, {"print": "41\n"})
     running: set[int] = set()
-    fail_to_start_thread(monkeypatch, number)
+    left = iter(range(number + 1))
+    fail_to_start_thread(monkeypatch, lambda thread: next(left, None) == number)
     status = run_queries(program, running=running)
     assert status.failed
     assert "can't start new thread" in status.error
@@ -3362,13 +3404,15 @@ def swarmui_folder(tmp_path, leash):
 
 
 @pytest.fixture
-def make_launcher(settings):
-    """Makes a launcher with settings of its own, and a clock where wanted."""
+def make_supervisor(settings):
+    """Makes a supervisor with settings of its own, and a clock where wanted."""
     with contextlib.ExitStack() as stack:
 
-        def make(clock: Callable[[], float] = time.monotonic, **changed: Any) -> service.SwarmUILauncher:
-            launcher = service.SwarmUILauncher(dataclasses.replace(settings, **changed), clock)
-            return stack.enter_context(contextlib.closing(launcher))
+        def make(
+            clock: Callable[[], float] = time.monotonic, is_reserved: Any = lambda: False, **changed: Any
+        ) -> service.SwarmUISupervisor:
+            supervisor = service.SwarmUISupervisor(dataclasses.replace(settings, **changed), clock, is_reserved)
+            return stack.enter_context(contextlib.closing(supervisor))
 
         yield make
 
@@ -3424,13 +3468,13 @@ def response(status: int, body: str, headers: str = "") -> bytes:
     return f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n{headers}\r\n{body}".encode()
 
 
-def ready(launcher: service.SwarmUILauncher) -> service.Probe:
-    return launcher.start().result(PATIENCE)
+def ready(supervisor: service.SwarmUISupervisor) -> service.Probe:
+    return supervisor.start().result(PATIENCE)
 
 
-def failure(launcher: service.SwarmUILauncher) -> str:
+def failure(supervisor: service.SwarmUISupervisor) -> str:
     with pytest.raises(service.ApiError) as caught:
-        ready(launcher)
+        ready(supervisor)
     assert caught.value.status == 500
     assert str(caught.value).startswith("SwarmUI failed to start: ")
     return str(caught.value)
@@ -3447,21 +3491,21 @@ def test_a_start_launches_swarmui_and_waits_until_it_answers(make_app, settings,
     assert leash.next().is_alive()
 
 
-def test_swarmui_that_answers_is_not_launched_again(make_launcher, swarmui_folder, leash):
-    launcher = make_launcher(swarmui_path=swarmui_folder())
-    ready(launcher)
+def test_swarmui_that_answers_is_not_launched_again(make_supervisor, swarmui_folder, leash):
+    supervisor = make_supervisor(swarmui_path=swarmui_folder())
+    ready(supervisor)
     leash.next()
-    assert ready(launcher).message == "SwarmUI is already running"
-    assert ready(make_launcher()).message == "SwarmUI is already running"  # another instance, which knows no path
+    assert ready(supervisor).message == "SwarmUI is already running"
+    assert ready(make_supervisor()).message == "SwarmUI is already running"  # another instance, which knows no path
     assert leash.count_further() == 0
 
 
 def test_swarmui_is_launched_in_its_folder_with_its_arguments(
-    make_launcher, settings, swarmui_folder, leash, monkeypatch
+    make_supervisor, settings, swarmui_folder, leash, monkeypatch
 ):
     monkeypatch.setenv("STORYTELLER_API_TOKEN", "secret")
     folder = swarmui_folder()
-    ready(make_launcher(swarmui_path=folder, swarmui_args=("--user_id", "a b & c")))
+    ready(make_supervisor(swarmui_path=folder, swarmui_args=("--user_id", "a b & c")))
     report = leash.next().report
     expected = ["--launch_mode", "none", "--port", str(settings.swarmui_port), "--user_id", "a b & c"]
     assert report["arguments"] == expected
@@ -3469,33 +3513,33 @@ def test_swarmui_is_launched_in_its_folder_with_its_arguments(
     assert not [name for name in report["environment"] if name.upper().startswith("STORYTELLER_")]
 
 
-def test_an_executable_runs_in_the_folder_of_the_launch_scripts(make_launcher, swarmui_folder, leash):
+def test_an_executable_runs_in_the_folder_of_the_launch_scripts(make_supervisor, swarmui_folder, leash):
     folder = swarmui_folder()
     program = folder / "src" / "bin" / "live_release" / ("SwarmUI.exe" if service.WINDOWS else "SwarmUI")
-    ready(make_launcher(swarmui_path=program))
+    ready(make_supervisor(swarmui_path=program))
     assert Path(leash.next().report["folder"]) == folder
 
 
-def test_an_executable_without_launch_scripts_above_it_runs_in_its_own_folder(make_launcher, tmp_path, leash):
+def test_an_executable_without_launch_scripts_above_it_runs_in_its_own_folder(make_supervisor, tmp_path, leash):
     folder = tmp_path / "alone"
     folder.mkdir()
-    ready(make_launcher(swarmui_path=write_program(folder / "SwarmUI", SWARMUI, {"leash": leash.port})))
+    ready(make_supervisor(swarmui_path=write_program(folder / "SwarmUI", SWARMUI, {"leash": leash.port})))
     assert Path(leash.next().report["folder"]) == folder
 
 
-def test_any_number_of_callers_wait_for_one_launch_without_a_thread_each(make_launcher, swarmui_folder, leash):
-    launcher = make_launcher(swarmui_path=swarmui_folder(delay=0.3))
+def test_any_number_of_callers_wait_for_one_launch_without_a_thread_each(make_supervisor, swarmui_folder, leash):
+    supervisor = make_supervisor(swarmui_path=swarmui_folder(delay=0.3))
     before = threading.active_count()
-    waiting = [launcher.start() for _ in range(400)]
+    waiting = [supervisor.start() for _ in range(400)]
     assert threading.active_count() < before + 5
     assert {future.result(PATIENCE).message for future in waiting} == {"SwarmUI started successfully"}
     leash.next()
     assert leash.count_further() == 0
 
 
-def test_a_caller_that_cancels_leaves_nothing_behind_and_the_others_wait_on(make_launcher, swarmui_folder, leash):
-    launcher = make_launcher(swarmui_path=swarmui_folder(delay=0.3))
-    first, second = launcher.start(), launcher.start()
+def test_a_caller_that_cancels_leaves_nothing_behind_and_the_others_wait_on(make_supervisor, swarmui_folder, leash):
+    supervisor = make_supervisor(swarmui_path=swarmui_folder(delay=0.3))
+    first, second = supervisor.start(), supervisor.start()
     cancelled = weakref.ref(first)
     assert first.cancel()
     del first
@@ -3504,32 +3548,34 @@ def test_a_caller_that_cancels_leaves_nothing_behind_and_the_others_wait_on(make
     leash.next()
 
 
-def test_an_attempt_goes_on_when_all_who_waited_cancelled(make_launcher, swarmui_folder, leash):
-    launcher = make_launcher(swarmui_path=swarmui_folder(delay=3600), poll_interval=3600.0, start_timeout=3600.0)
-    launcher.start().cancel()
+def test_a_launch_goes_on_when_all_who_waited_cancelled(make_supervisor, swarmui_folder, leash):
+    supervisor = make_supervisor(swarmui_path=swarmui_folder(delay=0.3))
+    waiting = supervisor.start()
     leash.next()
-    launcher.start()
-    assert [thread.name for thread in threading.enumerate()].count("swarmui-start") == 1
+    waiting.cancel()
+    assert ready(supervisor).message == "SwarmUI started successfully"
+    assert leash.count_further() == 0
 
 
-def fail_to_start_thread(monkeypatch: pytest.MonkeyPatch, number: int = 0) -> None:
-    """Have the start of one thread fail, after that of so many others."""
-    start, left = threading.Thread.start, iter(range(number + 1))
+def fail_to_start_thread(monkeypatch: pytest.MonkeyPatch, fails: Callable[[threading.Thread], bool]) -> None:
+    start = threading.Thread.start
 
     def limited(thread: threading.Thread) -> None:
-        if next(left, None) == number:
+        if fails(thread):
             raise RuntimeError("can't start new thread")
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", limited)
 
 
-def test_a_thread_that_cannot_be_started_costs_one_start_alone(make_launcher, swarmui_folder, leash, monkeypatch):
-    launcher = make_launcher(swarmui_path=swarmui_folder())
-    fail_to_start_thread(monkeypatch)
-    assert "can't start new thread" in failure(launcher)
-    assert ready(launcher).message == "SwarmUI started successfully"
-    leash.next()
+def test_the_end_of_swarmui_is_seen_without_a_thread_that_waits_for_it(
+    make_supervisor, swarmui_folder, leash, monkeypatch
+):
+    fail_to_start_thread(monkeypatch, lambda thread: thread.name == "swarmui-watch")
+    supervisor = make_supervisor(swarmui_path=swarmui_folder())
+    assert ready(supervisor).message == "SwarmUI started successfully"
+    kill(leash.next())
+    wait_until(lambda: supervisor.status().state == "failed")
 
 
 def start_swarmui(running: Service) -> tuple[int, str | None, Any]:
@@ -3550,56 +3596,56 @@ def test_a_second_launch_within_the_interval_is_a_429(make_app, swarmui_folder, 
     assert 0 < int(answer.headers["Retry-After"]) <= 60
 
 
-def test_after_the_interval_it_is_launched_again(make_launcher, swarmui_folder, leash):
+def test_after_the_interval_it_is_launched_again(make_supervisor, swarmui_folder, leash):
     clock = Clock(1000.0)
-    launcher = make_launcher(clock, swarmui_path=swarmui_folder(exit=3))
-    failure(launcher)
+    supervisor = make_supervisor(clock, swarmui_path=swarmui_folder(exit=3))
+    failure(supervisor)
     clock.now += 59.9
     with pytest.raises(service.TooManyRequests):
-        ready(launcher)
+        ready(supervisor)
     clock.now += 0.1
-    failure(launcher)
+    failure(supervisor)
     leash.next()
     leash.next()
 
 
-def test_the_start_ends_as_soon_as_the_process_does(make_launcher, swarmui_folder):
+def test_the_start_ends_as_soon_as_the_process_does(make_supervisor, swarmui_folder):
     """The next probe would be an hour away."""
     folder = swarmui_folder(exit=3, print="one\ntwo\n[Error] no CUDA \x1b[0m here\n")
-    message = failure(make_launcher(swarmui_path=folder, poll_interval=3600.0, start_timeout=3600.0))
+    message = failure(make_supervisor(swarmui_path=folder, poll_interval=3600.0, start_timeout=3600.0))
     assert "[Error] no CUDA" in message
     assert "\x1b" not in message
 
 
 @pytest.mark.parametrize("code", [1, 134])
-def test_a_failure_names_the_exit_code(make_launcher, swarmui_folder, code):
+def test_a_failure_names_the_exit_code(make_supervisor, swarmui_folder, code):
     """On Windows that of its launch script, which is not SwarmUI's: it pauses in between."""
-    message = failure(make_launcher(swarmui_path=swarmui_folder(exit=code, print="no CUDA\n")))
+    message = failure(make_supervisor(swarmui_path=swarmui_folder(exit=code, print="no CUDA\n")))
     assert f"exited with code {1 if service.WINDOWS else code}: no CUDA" in message
 
 
-def test_a_failure_behind_an_exit_code_of_0_is_told_with_the_last_lines(make_launcher, swarmui_folder):
-    message = failure(make_launcher(swarmui_path=swarmui_folder(exit=0, print="no CUDA\n"), start_timeout=3.0))
+def test_a_failure_behind_an_exit_code_of_0_is_told_with_the_last_lines(make_supervisor, swarmui_folder):
+    message = failure(make_supervisor(swarmui_path=swarmui_folder(exit=0, print="no CUDA\n"), start_timeout=3.0))
     assert "no answer within 3 s" in message
     assert message.endswith("it exited with code 0: no CUDA")
 
 
-def test_a_wrapper_that_ends_with_0_is_waited_for(make_launcher, settings, tmp_path, leash):
+def test_a_wrapper_that_ends_with_0_is_waited_for(make_supervisor, settings, tmp_path, leash):
     """It starts SwarmUI in the background and ends."""
     server = write_program(tmp_path / "server", SWARMUI, {"leash": leash.port, "delay": 0.3})
     code = "import subprocess; subprocess.Popen([plan['server'], *sys.argv[1:]])"
     wrapper = write_program(tmp_path / "wrapper", code, {"server": str(server)})
-    assert ready(make_launcher(swarmui_path=wrapper)).message == "SwarmUI started successfully"
+    assert ready(make_supervisor(swarmui_path=wrapper)).message == "SwarmUI started successfully"
     leash.next()
 
 
-def test_a_start_that_takes_too_long_goes_on_and_the_next_one_waits_for_it(make_launcher, swarmui_folder, leash):
-    launcher = make_launcher(swarmui_path=swarmui_folder(delay=3600), start_timeout=0.2)
-    message = failure(launcher)
+def test_a_start_that_takes_too_long_goes_on_and_the_next_one_waits_for_it(make_supervisor, swarmui_folder, leash):
+    supervisor = make_supervisor(swarmui_path=swarmui_folder(delay=3600), start_timeout=0.2)
+    message = failure(supervisor)
     assert "no answer within 0.2 s" in message
     assert "nobody answers" in message
     held = leash.next()
-    assert "no answer within 0.2 s" in failure(launcher)
+    assert "no answer within 0.2 s" in failure(supervisor)
     assert held.is_alive()
     assert leash.count_further() == 0
 
@@ -3620,10 +3666,10 @@ def test_a_start_that_takes_too_long_goes_on_and_the_next_one_waits_for_it(make_
     ],
 )
 def test_a_port_held_by_something_else_is_told_and_nothing_is_launched(
-    make_launcher, swarmui_folder, answering, leash, answer, words
+    make_supervisor, swarmui_folder, answering, leash, answer, words
 ):
     answering(answer)
-    message = failure(make_launcher(swarmui_path=swarmui_folder(), health_timeout=0.3))
+    message = failure(make_supervisor(swarmui_path=swarmui_folder(), health_timeout=0.3))
     assert "another program than SwarmUI has its port" in message
     assert words in message
     assert leash.count_further() == 0
@@ -3656,15 +3702,15 @@ def test_nobody_at_the_port_is_told_from_somebody(settings):
     )
 
 
-def test_the_token_is_sent_as_a_cookie(make_launcher, swarmui_folder, leash):
-    launcher = make_launcher(swarmui_path=swarmui_folder(token="t0k3n"), swarmui_token="t0k3n")
-    assert ready(launcher).message == "SwarmUI started successfully"
+def test_the_token_is_sent_as_a_cookie(make_supervisor, swarmui_folder, leash):
+    supervisor = make_supervisor(swarmui_path=swarmui_folder(token="t0k3n"), swarmui_token="t0k3n")
+    assert ready(supervisor).message == "SwarmUI started successfully"
     leash.next()
 
 
-def test_no_proxy_is_asked(make_launcher, swarmui_folder, leash, monkeypatch):
+def test_no_proxy_is_asked(make_supervisor, swarmui_folder, leash, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    assert ready(make_launcher(swarmui_path=swarmui_folder())).message == "SwarmUI started successfully"
+    assert ready(make_supervisor(swarmui_path=swarmui_folder())).message == "SwarmUI started successfully"
     leash.next()
 
 
@@ -3683,14 +3729,14 @@ def test_nothing_of_a_request_reaches_the_command_line(make_app, settings, swarm
         ("a file", "cannot be launched"),
     ],
 )
-def test_a_path_that_is_unset_or_wrong_is_named(make_launcher, tmp_path, path, words):
+def test_a_path_that_is_unset_or_wrong_is_named(make_supervisor, tmp_path, path, words):
     (tmp_path / "a file").write_text("no program")
-    message = failure(make_launcher(swarmui_path=tmp_path / path if path else None))
+    message = failure(make_supervisor(swarmui_path=tmp_path / path if path else None))
     assert words in message
     assert "SWARMUI_PATH" in message
 
 
-def test_swarmui_on_another_machine_is_not_launched(make_launcher, swarmui_folder, settings, leash):
+def test_swarmui_on_another_machine_is_not_launched(make_supervisor, swarmui_folder, settings, leash):
     # An address that is set aside for documentation: nobody has it.
     elsewhere = service.find_swarmui
     with pytest.raises(service.LaunchError, match="another machine"):
@@ -3712,15 +3758,613 @@ def test_what_swarmui_prints_is_kept_and_swarmui_outlives_the_service(start_serv
     assert "hello from SwarmUI" in (running.folder / "data" / "swarmui.log").read_text()
 
 
-def test_closing_the_launcher_ends_a_start_that_waits(make_launcher, swarmui_folder, leash):
-    launcher = make_launcher(swarmui_path=swarmui_folder(delay=3600), poll_interval=3600.0, start_timeout=3600.0)
-    waiting = launcher.start()
+def test_closing_the_launcher_ends_a_start_that_waits(make_supervisor, swarmui_folder, leash):
+    supervisor = make_supervisor(swarmui_path=swarmui_folder(delay=3600), poll_interval=3600.0, start_timeout=3600.0)
+    waiting = supervisor.start()
     held = leash.next()
-    launcher.close()
+    supervisor.close()
     assert isinstance(waiting.exception(timeout=0), service.Unavailable)
     with pytest.raises(service.Unavailable):
-        launcher.start()
+        supervisor.start()
     assert held.is_alive()
+
+
+# ------------------------------------------------------------------------- SwarmUI looked after ----
+
+
+@pytest.mark.parametrize(
+    ("seen", "state"),
+    [
+        ({}, "stopped"),
+        ({"lives": True}, "starting"),
+        ({"lives": True, "is_open": True}, "starting"),  # it has the port, and has not answered yet
+        ({"lives": True, "is_open": True, "was_ready": True, "misses": 2}, "ready"),
+        ({"lives": True, "is_open": True, "was_ready": True, "misses": 3}, "unresponsive"),
+        ({"is_open": True, "was_ready": True, "misses": 3}, "unresponsive"),
+        ({"is_open": True, "was_ready": True, "misses": 3, "is_foreign": True}, "failed"),
+        ({"answers": True, "is_open": True}, "ready"),
+        ({"answers": True, "is_open": True, "has_failed": True}, "ready"),  # another's, after ours died
+        ({"is_open": True}, "failed"),
+        ({"has_failed": True}, "failed"),
+        ({"is_ending": True, "answers": True, "is_open": True, "lives": True}, "stopping"),
+    ],
+)
+def test_the_state_follows_from_what_is_seen(seen, state):
+    assert service.state_of(service.Sight(**seen)) == state
+
+
+class Looked:
+    """An application with its supervisor, as its callers see it."""
+
+    def __init__(self, app: webtest.TestApp) -> None:
+        self.app = app
+
+    def __call__(self, method: str, path: str, status: int = 200) -> Any:
+        return self.app.request(f"/api/v1/swarmui/{path}", method=method, status=status).json
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return self("GET", "status")
+
+    def wait_for(self, state: str) -> dict[str, Any]:
+        wait_until(lambda: self.status["state"] == state)
+        return self.status
+
+
+@pytest.fixture
+def make_looked(make_app):
+    """With patience for what is slow here, and none between two launches."""
+    return lambda **changed: Looked(make_app(**{"start_interval": 0.0, "start_timeout": PATIENCE, **changed}))
+
+
+@pytest.fixture
+def write_status(tmp_path):
+    """Has the stand-in say what it does: counts of its work, and of `backend_status`."""
+
+    def write(backends: Any = None, **counts: int) -> str:
+        path = tmp_path / "status.json"
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps({"status": counts, "backend_status": backends or {}}))
+        os.replace(temporary, path)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def run_another(tmp_path, leash, settings):
+    """Runs a SwarmUI that the service did not launch."""
+    processes = []
+
+    def run(**plan: Any) -> Held:
+        folder = write_swarmui_folder(tmp_path / "another", {"leash": leash.port, **plan})
+        arguments = ["--port", str(settings.swarmui_port)]
+        launched = service.launch_detached(folder / service.LAUNCH_SCRIPT, arguments, folder, tmp_path / "another.log")
+        processes.append(launched.process)
+        held = leash.next()
+        wait_until(lambda: service.probe(settings).ready)
+        return held
+
+    yield run
+    leash.close()
+    for process in processes:
+        process.wait(PATIENCE)
+
+
+def call_swarmui(settings: service.Settings, route: str) -> Any:
+    found = service.probe(settings)
+    return service.ask_swarmui(found.url, route, {"session_id": found.session_id}, settings)[1]
+
+
+NOTHING = {
+    "ours": None, "pid": None, "version": None, "startedAt": None, "startingFor": None, "lastError": None,
+    "idleFor": None, "queue": None, "backends": None, "logTail": [],
+}  # fmt: skip
+
+
+def test_a_status_has_every_key_from_the_first_look_on(make_looked, settings):
+    status = make_looked().status
+    assert service.read_time(status.pop("since")) <= service.now_ms()
+    shown = {"state": "stopped", "port": settings.swarmui_port, "apiUrl": settings.swarmui_api_url}
+    assert status == {**shown, **NOTHING}
+
+
+def test_the_status_says_how_far_a_start_is(make_looked, swarmui_folder, tmp_path, leash):
+    looked = make_looked(swarmui_path=swarmui_folder(after=str(tmp_path / "now"), print="Building...\n"))
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(looked, "POST", "start")
+        status = looked.wait_for("starting")
+        assert (status["ours"], status["startingFor"], status["version"]) == (True, 0, None)
+        assert service.process_identity(status["pid"])
+        assert abs(service.read_time(status["startedAt"]) - service.now_ms()) < 60_000
+        wait_until(lambda: looked.status["logTail"] == ["Building..."])
+        (tmp_path / "now").touch()
+        assert started.result()["message"] == "SwarmUI started successfully"
+    status = looked.status
+    assert {name: status[name] for name in ("state", "ours", "version", "startingFor", "idleFor", "backends")} == {
+        "state": "ready", "ours": True, "version": "0.9.8.2", "startingFor": None, "idleFor": 0,
+        "backends": {"status": "running", "message": ""},
+    }  # fmt: skip
+    leash.next()
+
+
+def test_the_status_says_what_swarmui_does(make_looked, swarmui_folder, leash, write_status):
+    looked = make_looked(swarmui_path=swarmui_folder(status=write_status()))
+    looked("POST", "start")
+    assert looked.status["queue"] == {"waiting": 0, "live": 0, "loading": 0, "waitingBackends": 0}
+    write_status(waiting_gens=3, live_gens=1, loading_models=2, waiting_backends=4)
+    wait_until(lambda: looked.status["queue"] == {"waiting": 3, "live": 1, "loading": 2, "waitingBackends": 4})
+    assert looked.status["idleFor"] == 0
+    leash.next()
+
+
+def test_a_restart_by_itself_is_a_start_and_no_death(make_looked, swarmui_folder, settings, leash):
+    looked = make_looked(swarmui_path=swarmui_folder(delay=0.3))
+    looked("POST", "start")
+    leash.next()
+    before = looked.status
+    call_swarmui(settings, "UpdateAndRestart")
+    assert looked.wait_for("starting")["lastError"] is None
+    after = looked.wait_for("ready")
+    assert (after["pid"], after["startedAt"]) == (before["pid"], before["startedAt"])
+    leash.next()
+
+
+def test_a_death_is_told_and_forgotten_at_the_next_start(make_looked, swarmui_folder, leash):
+    looked = make_looked(swarmui_path=swarmui_folder())
+    looked("POST", "start")
+    kill(leash.next())
+    status = looked.wait_for("failed")
+    assert "it exited with code" in status.pop("lastError")
+    assert {name: status[name] for name in NOTHING if name not in ("lastError", "logTail")}.items() <= NOTHING.items()
+    looked("POST", "start")
+    assert looked.status["lastError"] is None
+    leash.next()
+
+
+def kill(held: Held) -> None:
+    os.kill(held.report["pid"], signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
+
+
+def test_three_probes_without_an_answer_are_unresponsive_until_it_answers(make_looked, swarmui_folder, tmp_path, leash):
+    looked = make_looked(swarmui_path=swarmui_folder(hang=str(tmp_path / "hang")), health_timeout=0.2)
+    looked("POST", "start")
+    (tmp_path / "hang").touch()
+    assert looked.wait_for("unresponsive")["ours"] is True
+    (tmp_path / "hang").unlink()
+    looked.wait_for("ready")
+    leash.next()
+
+
+def test_another_program_at_the_port_is_a_failure_as_long_as_it_is_there(make_looked, settings):
+    with socket.create_server(("127.0.0.1", settings.swarmui_port)) as listener:
+        looked = make_looked(health_timeout=0.1)
+        status = looked.wait_for("failed")
+        assert "another program than SwarmUI has its port" in status["lastError"]
+        listener.close()
+        assert looked.wait_for("stopped")["lastError"] is None
+
+
+def test_all_probes_use_one_session(make_looked, swarmui_folder, settings, leash):
+    looked = make_looked(swarmui_path=swarmui_folder(print=""))
+    looked("POST", "start")
+    log = settings.data_dir / "swarmui.log"
+    wait_until(lambda: log.read_text().count("GetGlobalStatus") > 5)
+    assert log.read_text().count("GetNewSession") == 1
+    leash.next()
+
+
+def test_a_session_that_is_refused_is_made_anew(make_looked, swarmui_folder, settings, leash):
+    looked = make_looked(swarmui_path=swarmui_folder(forgets=True))
+    looked("POST", "start")
+    log = settings.data_dir / "swarmui.log"
+    wait_until(lambda: log.read_text().count("GetNewSession") > 3)
+    assert looked.status["state"] == "ready"
+    leash.next()
+
+
+@pytest.mark.parametrize("how", ["lacks", "refuses"])
+def test_a_swarmui_that_tells_of_one_session_alone_has_unknown_work(make_looked, swarmui_folder, leash, caplog, how):
+    looked = make_looked(swarmui_path=swarmui_folder(**{how: ["GetGlobalStatus"]}))
+    looked("POST", "start")
+    status = looked.status
+    assert (status["state"], status["queue"], status["idleFor"]) == ("ready", None, None)
+    assert status["backends"] == {"status": "running", "message": ""}
+    assert "is not known" in looked("POST", "stop", 409)["error"]
+    assert leash.next().is_alive()
+    wait_until(lambda: looked.status["state"] == "ready")
+    assert len([one for one in caplog.messages if "GetGlobalStatus" in one]) == 1
+
+
+def test_backends_in_error_are_told_by_a_start_that_is_good_all_the_same(
+    make_looked, swarmui_folder, leash, write_status
+):
+    status = write_status({"status": "empty", "class": "error", "message": "No backends present."})
+    looked = make_looked(swarmui_path=swarmui_folder(status=status))
+    started = looked("POST", "start")
+    assert started["success"] is True
+    assert started["message"] == "SwarmUI started successfully; but it says: No backends present."
+    leash.next()
+
+
+def test_a_start_soon_after_a_death_is_told_of_it(make_looked, swarmui_folder, leash):
+    looked = make_looked(swarmui_path=swarmui_folder(), start_interval=60.0)
+    looked("POST", "start")
+    kill(leash.next())
+    looked.wait_for("failed")
+    error = looked("POST", "start", 429)["error"]
+    assert re.search(r"died at \d{4}-\d\d-\d\dT.*Z \(it exited with code ", error)
+
+
+# ---- stop ----
+
+
+def stops(**plan: Any) -> Any:
+    return pytest.param(plan, id=", ".join(plan) or "by itself")
+
+
+@pytest.mark.parametrize(
+    "plan", [stops(), stops(shutdown=0.3), stops(refuses=["ShutdownServer"]), stops(deaf=True), stops(delay=3600)]
+)
+def test_a_stop_ends_what_was_launched(make_looked, swarmui_folder, leash, monkeypatch, plan):
+    """Also one that is starting, and one that will not: by its processes."""
+    monkeypatch.setattr(service, "ENDINGS", {"ShutdownServer": 0.5, "terminate": 0.2, "kill": PATIENCE})
+    looked = make_looked(swarmui_path=swarmui_folder(**plan), start_timeout=0.2 if plan.get("delay") else PATIENCE)
+    looked("POST", "start", 500 if plan.get("delay") else 200)
+    held = leash.next()
+    assert looked("POST", "stop") == {"success": True, "message": "SwarmUI is stopped"}
+    assert not held.is_alive()
+    status = looked.status
+    assert (status["state"], status["lastError"], status["pid"]) == ("stopped", None, None)
+    assert looked("POST", "stop") == {"success": True, "message": "SwarmUI is not running"}
+
+
+def test_a_stop_ends_one_that_hangs(make_looked, swarmui_folder, leash, tmp_path):
+    looked = make_looked(swarmui_path=swarmui_folder(hang=str(tmp_path / "hang")), health_timeout=0.2)
+    looked("POST", "start")
+    (tmp_path / "hang").touch()
+    looked.wait_for("unresponsive")
+    looked("POST", "stop")
+    assert not leash.next().is_alive()
+
+
+def test_what_is_at_work_is_stopped_by_force_alone(make_looked, swarmui_folder, leash, write_status):
+    looked = make_looked(swarmui_path=swarmui_folder(status=write_status(live_gens=1)))
+    looked("POST", "start")
+    held = leash.next()
+    assert "at work" in looked("POST", "stop", 409)["error"]
+    assert held.is_alive()
+    looked("POST", "stop?force=true")
+    assert not held.is_alive()
+
+
+def test_anothers_is_used_and_stopped_by_force_alone(make_looked, run_another):
+    held = run_another()
+    looked = make_looked()
+    assert looked.wait_for("ready")["ours"] is False
+    assert looked("POST", "start")["message"] == "SwarmUI is already running"
+    assert "was not launched by this service" in looked("POST", "stop", 409)["error"]
+    assert held.is_alive()
+    looked("POST", "stop?force=true")
+    assert held.has_ended()
+    assert looked.status["state"] == "stopped"
+
+
+def test_anothers_that_refuses_its_end_is_told(make_looked, run_another):
+    held = run_another(refuses=["ShutdownServer"])
+    error = make_looked()("POST", "stop?force=true", 500)["error"]
+    assert "cannot be ended" in error
+    assert "You lack permission" in error
+    assert held.is_alive()
+
+
+def test_a_stop_answers_those_who_wait_for_a_start(make_looked, swarmui_folder, leash):
+    looked = make_looked(swarmui_path=swarmui_folder(delay=3600))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(looked, "POST", "start", 500)
+        held = leash.next()
+        looked("POST", "stop")
+        assert "it was stopped" in waiting.result(PATIENCE)["error"]
+    assert held.has_ended()
+
+
+def test_a_start_during_a_stop_launches_after_it(make_looked, swarmui_folder, leash):
+    looked = make_looked(swarmui_path=swarmui_folder(shutdown=0.5))
+    looked("POST", "start")
+    first = leash.next()
+    with ThreadPoolExecutor(1) as pool:
+        stopping = pool.submit(looked, "POST", "stop")
+        looked.wait_for("stopping")
+        assert looked("POST", "start")["message"] == "SwarmUI started successfully"
+        assert stopping.result(PATIENCE)["success"]
+    assert first.has_ended()
+    assert leash.next().is_alive()
+    assert leash.count_further() == 0
+
+
+# ---- what is ours ----
+
+
+def end_script(looked: Looked) -> None:
+    """The launch script alone, not what it started."""
+    os.kill(looked.status["pid"], signal.SIGTERM)
+
+
+def test_a_server_whose_script_died_is_still_ours_and_its_end_is_a_death(make_looked, swarmui_folder, settings, leash):
+    looked = make_looked(swarmui_path=swarmui_folder())
+    looked("POST", "start")
+    held = leash.next()
+    end_script(looked)
+    log = settings.data_dir / "swarmui.log"
+    wait_until(lambda: log.read_text().count("GetNewSession") > 1)  # since another one might answer from now on
+    assert (looked.status["state"], looked.status["ours"]) == ("ready", True)
+    kill(held)
+    assert "unknown code" in looked.wait_for("failed")["lastError"]
+
+
+@pytest.mark.parametrize("is_orphan", [False, True], ids=["with its script", "an orphan"])
+def test_after_a_restart_of_the_service_it_is_still_ours(make_looked, swarmui_folder, leash, is_orphan):
+    first = make_looked(swarmui_path=swarmui_folder())
+    first("POST", "start")
+    held, before = leash.next(), first.status
+    if is_orphan:
+        end_script(first)
+        wait_until(lambda: service.process_identity(before["pid"]) is None)
+    second = make_looked()
+    after = second.wait_for("ready")
+    assert {name: after[name] for name in ("ours", "pid", "startedAt")} == {
+        name: before[name] for name in ("ours", "pid", "startedAt")
+    }
+    second("POST", "stop")
+    assert not held.is_alive()
+
+
+def test_after_a_restart_of_the_service_one_that_hangs_is_ended_by_its_processes(
+    make_looked, swarmui_folder, leash, tmp_path
+):
+    first = make_looked(swarmui_path=swarmui_folder(hang=str(tmp_path / "hang")), health_timeout=0.2)
+    first("POST", "start")
+    second = make_looked(health_timeout=0.2)
+    second.wait_for("ready")
+    (tmp_path / "hang").touch()
+    second.wait_for("unresponsive")
+    second("POST", "stop")
+    assert not leash.next().is_alive()
+
+
+def test_one_that_took_another_port_is_ended(make_looked, swarmui_folder, leash):
+    looked = make_looked(swarmui_path=swarmui_folder(taken=free_port()))
+    assert "port" in looked("POST", "start", 500)["error"]
+    assert leash.next().has_ended()
+    assert looked.status["state"] == "failed"
+
+
+def test_a_start_whose_port_was_taken_rests_on_who_took_it(make_looked, swarmui_folder, run_another, tmp_path, leash):
+    looked = make_looked(swarmui_path=swarmui_folder(after=str(tmp_path / "now"), taken=free_port()))
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(looked, "POST", "start")
+        ours = leash.next()
+        another = run_another()
+        (tmp_path / "now").touch()
+        assert started.result(PATIENCE)["success"]
+        assert ours.has_ended()
+    wait_until(lambda: (looked.status["state"], looked.status["ours"]) == ("ready", False))
+    assert another.is_alive()
+
+
+# ---- by itself ----
+
+
+def test_it_is_launched_when_the_service_starts(start_service, swarmui_folder, leash, settings):
+    running = start_service(
+        SWARMUI_PATH=str(swarmui_folder()), SWARMUI_API_URL=settings.swarmui_api_url, SWARMUI_AUTOSTART="true"
+    )
+    assert leash.next().is_alive()
+    wait_until(lambda: running.call("GET", "/api/v1/swarmui/status")[1]["state"] == "ready")
+
+
+IDLE = 0.3 / 60  # minutes
+
+
+def test_one_that_is_idle_is_ended(make_looked, swarmui_folder, leash):
+    looked = make_looked(swarmui_path=swarmui_folder(), idle_shutdown=IDLE)
+    looked("POST", "start")
+    assert leash.next().has_ended()
+    assert looked.wait_for("stopped")["lastError"] is None
+
+
+@pytest.mark.parametrize(
+    ("backends", "counts", "plan"),
+    [
+        pytest.param({}, {"waiting_gens": 1}, {}, id="it is at work"),
+        pytest.param({"any_loading": True}, {}, {}, id="a backend loads"),
+        pytest.param({}, {}, {"lacks": ["GetGlobalStatus"]}, id="its work is unknown"),
+    ],
+)
+def test_one_that_may_be_wanted_is_not_ended(
+    make_looked, swarmui_folder, settings, leash, write_status, backends, counts, plan
+):
+    path = write_status(backends, **counts)
+    looked = make_looked(swarmui_path=swarmui_folder(status=path, **plan), idle_shutdown=IDLE)
+    looked("POST", "start")
+    began = time.monotonic()
+    wait_until(lambda: time.monotonic() - began > 3 * IDLE * 60)
+    assert looked.status["state"] == "ready"
+    held = leash.next()
+    assert held.is_alive()
+    write_status()
+    assert plan or held.has_ended()
+
+
+def test_anothers_that_is_idle_is_left_alone(make_looked, run_another):
+    held = run_another()
+    looked = make_looked(idle_shutdown=IDLE)
+    wait_until(lambda: (looked.status["idleFor"] or 0) >= 1)
+    assert held.is_alive()
+
+
+def test_a_reservation_puts_the_end_of_an_idle_one_off(make_supervisor, swarmui_folder, leash):
+    reserved = threading.Event()
+    reserved.set()
+    supervisor = make_supervisor(
+        swarmui_path=swarmui_folder(), idle_shutdown=IDLE, is_reserved=reserved.is_set, start_interval=0.0
+    )
+    ready(supervisor)
+    held = leash.next()
+    began = time.monotonic()
+    wait_until(lambda: time.monotonic() - began > 3 * IDLE * 60)
+    assert held.is_alive()
+    reserved.clear()
+    assert held.has_ended()
+
+
+RESTARTS = {"restart": "on-failure", "start_interval": 3600.0}
+
+
+@pytest.fixture
+def quick_restarts(monkeypatch):
+    monkeypatch.setattr(service, "RESTARTS", (0.05, 0.2, 0.4))
+    monkeypatch.setattr(service, "HOPELESS", 6)
+
+
+def test_what_dies_is_launched_again_three_times_within_an_hour(
+    make_looked, swarmui_folder, leash, quick_restarts, caplog
+):
+    looked = make_looked(swarmui_path=swarmui_folder(), **RESTARTS)
+    looked("POST", "start")
+    ended = []
+    for _ in range(3):
+        kill(leash.next())
+        ended.append(time.monotonic())
+        looked.wait_for("failed")
+        looked.wait_for("ready")
+    kill(leash.next())
+    assert "given up" in looked.wait_for("failed")["lastError"]
+    assert any("given up" in one for one in caplog.messages)
+    assert leash.count_further() == 0
+    assert "given up" in looked("POST", "start", 429)["error"]
+
+
+def test_counting_begins_anew_with_a_start_after_giving_up(make_looked, swarmui_folder, leash, quick_restarts):
+    looked = make_looked(swarmui_path=swarmui_folder(), restart="on-failure")
+    for _ in range(2):
+        looked("POST", "start")
+        for _ in range(3):
+            kill(leash.next())
+            looked.wait_for("failed")
+            looked.wait_for("ready")
+        kill(leash.next())
+        wait_until(lambda: "given up" in (looked.status["lastError"] or ""))
+
+
+def test_a_start_after_a_death_waits_for_the_restart(make_looked, swarmui_folder, leash, quick_restarts):
+    looked = make_looked(swarmui_path=swarmui_folder(), **RESTARTS)
+    looked("POST", "start")
+    kill(leash.next())
+    looked.wait_for("failed")
+    assert looked("POST", "start")["success"]
+    leash.next()
+    assert leash.count_further() == 0
+
+
+def test_a_restart_that_fails_is_a_death_and_a_first_launch_is_not(
+    make_looked, swarmui_folder, leash, tmp_path, quick_restarts
+):
+    folder = swarmui_folder(exit=3, once=str(tmp_path / "broken"))
+    (tmp_path / "broken").touch()
+    looked = make_looked(swarmui_path=folder, **RESTARTS)
+    looked("POST", "start")
+    (tmp_path / "broken").unlink()  # from now on it exits at once, and makes that file again
+    kill(leash.next())
+    leash.next()  # the restart that fails
+    leash.next()  # the next one, which is good
+    looked.wait_for("ready")
+
+
+def test_a_first_launch_that_fails_is_not_tried_again(make_looked, swarmui_folder, leash, quick_restarts):
+    looked = make_looked(swarmui_path=swarmui_folder(exit=3), **RESTARTS)
+    looked("POST", "start", 500)
+    leash.next()
+    began = time.monotonic()
+    wait_until(lambda: time.monotonic() - began > 10 * service.RESTARTS[0])
+    assert leash.count_further() == 0
+
+
+def test_its_own_button_is_no_death(make_looked, swarmui_folder, settings, leash, quick_restarts):
+    looked = make_looked(swarmui_path=swarmui_folder(), **RESTARTS)
+    looked("POST", "start")
+    call_swarmui(settings, "ShutdownServer")
+    assert leash.next().has_ended()
+    assert looked.wait_for("stopped")["lastError"] is None
+    assert leash.count_further() == 0
+
+
+def test_one_that_hangs_for_long_is_ended_and_launched_again(
+    make_looked, swarmui_folder, leash, tmp_path, quick_restarts
+):
+    looked = make_looked(swarmui_path=swarmui_folder(hang=str(tmp_path / "hang")), health_timeout=0.1, **RESTARTS)
+    looked("POST", "start")
+    (tmp_path / "hang").touch()
+    assert leash.next().has_ended()
+    (tmp_path / "hang").unlink()
+    looked.wait_for("ready")
+    assert leash.next().is_alive()
+
+
+def test_a_restart_that_was_due_is_off_after_a_stop(make_looked, swarmui_folder, leash, monkeypatch):
+    looked = make_looked(swarmui_path=swarmui_folder(), **RESTARTS)
+    looked("POST", "start")
+    kill(leash.next())
+    looked.wait_for("failed")
+    assert looked("POST", "stop")["message"] == "SwarmUI is not running"
+    status = looked.status
+    assert (status["state"], status["lastError"]) == ("stopped", None)
+    began = time.monotonic()
+    wait_until(lambda: time.monotonic() - began > 1.2 * service.RESTARTS[0])
+    assert leash.count_further() == 0
+
+
+def test_starts_stops_and_deaths_in_any_order_leave_one_swarmui_and_a_true_state(
+    make_looked, swarmui_folder, settings, leash, monkeypatch
+):
+    monkeypatch.setattr(service, "ENDINGS", {"ShutdownServer": 1.0, "terminate": 0.5, "kill": PATIENCE})
+    looked = make_looked(swarmui_path=swarmui_folder(delay=0.05))
+    chance, alive = random.Random(7), []
+
+    def act(what: str) -> None:
+        if what == "death":
+            for held in [one for one in alive if one.is_alive()]:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    kill(held)
+        else:
+            looked.app.post(f"/api/v1/swarmui/{what}", status="*")
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(100 if not service.WINDOWS else 10):
+            list(pool.map(act, chance.choices(["start", "stop?force=true", "death"], k=4)))
+            alive += leash.take_further()
+            living = [one for one in alive if one.is_alive()]
+            assert len(living) <= 1
+            alive = living
+            wait_until(lambda: looked.status["state"] in ("ready", "stopped", "failed"))
+            wait_until(lambda: (looked.status["state"] == "ready") == service.probe(settings).ready)
+
+
+# ---- its log ----
+
+
+def test_the_log_is_shown_by_its_last_lines(make_app, settings):
+    app = make_app()
+    show = functools.partial(app.get, "/api/v1/swarmui/logs")
+    assert (show().body, show().headers["Content-Type"]) == (b"", "text/plain; charset=utf-8")
+    (settings.data_dir / "swarmui.log").write_bytes(b"one\r\ntwo \xff\nthree\n")
+    assert show({"lines": 2}).body == "two �\nthree\n".encode()
+    (settings.data_dir / "swarmui.log").write_bytes(b"x" * 99 + b"\n" + b"0123456789\n" * 100_000)
+    assert len(show({"lines": 5000}).body) == 5000 * 11
+    (settings.data_dir / "swarmui.log").write_bytes(b"y" * (2 << 20))
+    assert len(show().body) == (1 << 20) + 1
+    for lines in ("0", "5001", "x"):
+        app.get(f"/api/v1/swarmui/logs?lines={lines}", status=400)
 
 
 # ======================================================================================================
@@ -3741,6 +4385,9 @@ ENDPOINTS = [
     ("POST", "/api/v1/auth/session", {}),
     ("DELETE", "/api/v1/auth/session", {}),
     ("POST", "/api/v1/swarmui/start", {"success": False}),
+    ("POST", "/api/v1/swarmui/stop", {"success": False}),
+    ("GET", "/api/v1/swarmui/status", {}),
+    ("GET", "/api/v1/swarmui/logs", {}),
     ("GET", "/api/v1/notifications/check", {}),
     ("POST", "/api/v1/notifications", {}),
     ("POST", "/api/v1/notifications/notif_1/ack", {"success": False}),
@@ -4256,7 +4903,7 @@ def test_each_route_is_open_to_those_who_may(make_app, sqlite_store, route, kind
         as_caller(app, token).delete("/api/v1/auth/session")
     path = re.sub("<.*?>", "1738195200000", route.path)
     answer = as_caller(app, token).request(path, method=route.method, expect_errors=True)
-    may = kind in ("api token", "admin", route.permission)
+    may = route.permission in (kind, {"swarmui:control": "swarmui:read"}.get(kind)) or kind in ("api token", "admin")
     if may or route.permission == "open" or (route.permission == "any" and kind in service.PERMISSIONS):
         assert answer.status_int not in (401, 403)
         return
@@ -4805,7 +5452,7 @@ def test_every_example_fits_its_own_schema():
     inputs = [schema for route in service.ROUTES for schema in [*route.query.values(), route.body] if schema]
     operations = [operation for methods in service.describe_api()["paths"].values() for operation in methods.values()]
     responses = [response for operation in operations for response in operation["responses"].values()]
-    contents = [response["content"]["application/json"] for response in responses if "content" in response]
+    contents = [next(iter(response["content"].values())) for response in responses if "content" in response]
     examples = [(service.example_of(schema), schema) for schema in inputs]
     for example, schema in examples + [(content["example"], content["schema"]) for content in contents]:
         assert service.find_misfit(example, schema, "example") is None
@@ -4830,10 +5477,11 @@ def recorded(make_app, store, nvidia_smi):
         seen.add((f"{method} {route.path}", answer.status_int))
         operation = described[re.sub(r"<(\w+)>", r"{\1}", route.path)][method.lower()]
         content = operation["responses"][str(answer.status_int)].get("content")
-        assert (content is None) == (answer.body == b"")
-        if content:
+        assert list(content or [""]) == [answer.content_type or ""]
+        if content and answer.content_type == "application/json":
             assert service.find_misfit(answer.json, content["application/json"]["schema"], "answer") is None
-        return answer.json if answer.body else None
+            return answer.json
+        return None
 
     call.seen = seen
     return call
@@ -4881,23 +5529,23 @@ def test_real_answers_fit_what_their_routes_declare(recorded):
         pytest.param(None, "http://a", "", "http://a", id="nothing is wanted"),
     ],
 )
-def test_swarmui_is_told_which_page_to_answer(make_launcher, swarmui_folder, leash, wanted, before, words, after):
-    started = ready(make_launcher(swarmui_path=swarmui_folder(allow_origin=before), swarmui_allow_origin=wanted))
+def test_swarmui_is_told_which_page_to_answer(make_supervisor, swarmui_folder, leash, wanted, before, words, after):
+    started = ready(make_supervisor(swarmui_path=swarmui_folder(allow_origin=before), swarmui_allow_origin=wanted))
     leash.next()
     assert (started.message, started.allow_origin) == (f"SwarmUI started successfully{words}", after)
 
 
-def test_a_start_that_finds_swarmui_running_sees_to_it_too(make_launcher, swarmui_folder, leash):
-    ready(make_launcher(swarmui_path=swarmui_folder()))
+def test_a_start_that_finds_swarmui_running_sees_to_it_too(make_supervisor, swarmui_folder, leash):
+    ready(make_supervisor(swarmui_path=swarmui_folder()))
     leash.next()
-    started = ready(make_launcher(swarmui_allow_origin=PAGE))
+    started = ready(make_supervisor(swarmui_allow_origin=PAGE))
     message = f"SwarmUI is already running; it now answers pages of {PAGE}"
     assert (started.message, started.allow_origin) == (message, PAGE)
 
 
-def test_a_swarmui_that_will_not_be_told_is_ready_all_the_same(make_launcher, swarmui_folder, leash):
+def test_a_swarmui_that_will_not_be_told_is_ready_all_the_same(make_supervisor, swarmui_folder, leash):
     """Its `success` proves nothing: what it sends is looked at again."""
-    started = ready(make_launcher(swarmui_path=swarmui_folder(stubborn=True), swarmui_allow_origin=PAGE))
+    started = ready(make_supervisor(swarmui_path=swarmui_folder(stubborn=True), swarmui_allow_origin=PAGE))
     leash.next()
     assert started.allow_origin is None
     assert f"still does not answer pages of {PAGE}" in started.message
@@ -7985,7 +8633,9 @@ def nothing_left(leash: Leash) -> Iterator[Callable[[], None]]:
     before = set(threading.enumerate())
 
     def further() -> set[str]:
-        return {thread.name for thread in set(threading.enumerate()) - before}
+        """Beside the two of the supervisor, which last as long as it does, and the timer of its probe."""
+        found = {one.name for one in set(threading.enumerate()) - before if not isinstance(one, threading.Timer)}
+        return found - {"swarmui", "swarmui-log"}
 
     def check() -> None:
         wait_until(lambda: further() <= {"swarmui-watch"})  # which waits for the end of one that lives
@@ -8000,10 +8650,10 @@ IN_TIME = 5.0  # seconds beside the start's own, since this machine may be busy
 SLOW_START = {"start_timeout": 8.0} if service.WINDOWS else {"start_timeout": 1.0}
 
 
-def fail_in_time(launcher: service.SwarmUILauncher, start_timeout: float = 0.0) -> str:
+def fail_in_time(supervisor: service.SwarmUISupervisor, start_timeout: float = 0.0) -> str:
     """Why a start failed: soon after the end of its own time, whatever SwarmUI does."""
     began = time.monotonic()
-    message = failure(launcher)
+    message = failure(supervisor)
     assert time.monotonic() - began < start_timeout + IN_TIME
     return message
 
@@ -8017,34 +8667,34 @@ def fail_in_time(launcher: service.SwarmUILauncher, start_timeout: float = 0.0) 
         pytest.param({"exit": 1, "child": True}, "exited with code 1: ", id="a child lives on"),
     ],
 )
-def test_a_swarmui_that_fails_at_once_is_told_at_once(make_launcher, swarmui_folder, nothing_left, plan, words):
+def test_a_swarmui_that_fails_at_once_is_told_at_once(make_supervisor, swarmui_folder, nothing_left, plan, words):
     """The next probe would be an hour away. On Windows its launch script pauses, where it gets no key."""
     folder = swarmui_folder(**plan, leash_code=LEASH)
-    message = fail_in_time(make_launcher(swarmui_path=folder, poll_interval=3600.0, start_timeout=PATIENCE))
+    message = fail_in_time(make_supervisor(swarmui_path=folder, poll_interval=3600.0, start_timeout=PATIENCE))
     assert words in message
     assert len(message) < 5000
     nothing_left()
 
 
 @pytest.mark.parametrize("code", [0, 42])
-def test_an_executable_that_ends_at_once_is_told(make_launcher, tmp_path, leash, nothing_left, code):
+def test_an_executable_that_ends_at_once_is_told(make_supervisor, tmp_path, leash, nothing_left, code):
     """With 0, which may be a wrapper's, when the time is over; with 42 nobody is there to start it again."""
     program = write_program(tmp_path / "SwarmUI", SWARMUI, {"leash": leash.port, "exit": code, "print": "bye\n"})
-    message = fail_in_time(make_launcher(swarmui_path=program, **SLOW_START), **SLOW_START)
+    message = fail_in_time(make_supervisor(swarmui_path=program, **SLOW_START), **SLOW_START)
     assert message.endswith(f"it exited with code {code}: bye")
     nothing_left()
 
 
-def test_a_swarmui_that_its_script_starts_again_is_waited_for(make_launcher, swarmui_folder, tmp_path, leash):
+def test_a_swarmui_that_its_script_starts_again_is_waited_for(make_supervisor, swarmui_folder, tmp_path, leash):
     folder = swarmui_folder(exit=42, once=str(tmp_path / "once"))
-    assert ready(make_launcher(swarmui_path=folder)).message == "SwarmUI started successfully"
+    assert ready(make_supervisor(swarmui_path=folder)).message == "SwarmUI started successfully"
     assert leash.next().has_ended()
     assert leash.next().is_alive()
 
 
-def test_a_swarmui_that_prints_100_mb_starts(make_launcher, swarmui_folder, settings, nothing_left):
-    launcher = make_launcher(swarmui_path=swarmui_folder(flood=100))
-    assert ready(launcher).message == "SwarmUI started successfully"
+def test_a_swarmui_that_prints_100_mb_starts(make_supervisor, swarmui_folder, settings, nothing_left):
+    supervisor = make_supervisor(swarmui_path=swarmui_folder(flood=100))
+    assert ready(supervisor).message == "SwarmUI started successfully"
     assert (settings.data_dir / "swarmui.log").stat().st_size >= 100_000_000
     nothing_left()
 
@@ -8073,13 +8723,13 @@ HEAD = "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"
     ],
 )
 def test_a_swarmui_that_answers_nonsense_is_told_in_time_and_not_launched_again(
-    make_launcher, swarmui_folder, leash, nothing_left, plan, words
+    make_supervisor, swarmui_folder, leash, nothing_left, plan, words
 ):
-    launcher = make_launcher(swarmui_path=swarmui_folder(**plan), health_timeout=0.3, start_timeout=0.2)
-    wait_until(lambda: words in fail_in_time(launcher))  # until it listens at all, nobody answers
-    message = fail_in_time(launcher)
+    supervisor = make_supervisor(swarmui_path=swarmui_folder(**plan), health_timeout=0.3, start_timeout=0.2)
+    wait_until(lambda: words in fail_in_time(supervisor))  # until it listens at all, nobody answers
+    message = fail_in_time(supervisor)
     assert "no answer within 0.2 s (last: " in message
-    assert message.endswith(f"it keeps running, so ask again, or look into {launcher._output}")
+    assert message.endswith(f"it keeps running, so ask again, or look into {supervisor._output}")
     nothing_left()
     assert leash.next().is_alive()
     assert leash.count_further() == 0
@@ -8096,32 +8746,32 @@ def test_a_swarmui_that_waits_for_a_key_gets_none(start_service, swarmui_folder,
     assert (status, "exited with code 1" in answer["error"]) == (500, True)
 
 
-def test_a_swarmui_that_comes_just_before_the_end_of_its_time_is_ready(make_launcher, swarmui_folder, nothing_left):
+def test_a_swarmui_that_comes_just_before_the_end_of_its_time_is_ready(make_supervisor, swarmui_folder, nothing_left):
     """It is probed once more at the end, though the next probe would come later."""
-    launcher = make_launcher(
+    supervisor = make_supervisor(
         swarmui_path=swarmui_folder(delay=0.05), poll_interval=PATIENCE, health_timeout=3600.0, **SLOW_START
     )
     began = time.monotonic()
-    assert ready(launcher).message == "SwarmUI started successfully"
+    assert ready(supervisor).message == "SwarmUI started successfully"
     assert time.monotonic() - began < SLOW_START["start_timeout"] + IN_TIME
     nothing_left()
 
 
-def test_a_swarmui_killed_while_it_starts_is_told_at_once(make_launcher, swarmui_folder, leash, nothing_left):
-    launcher = make_launcher(swarmui_path=swarmui_folder(delay=3600), poll_interval=3600.0, start_timeout=PATIENCE)
+def test_a_swarmui_killed_while_it_starts_is_told_at_once(make_supervisor, swarmui_folder, leash, nothing_left):
+    supervisor = make_supervisor(swarmui_path=swarmui_folder(delay=3600), poll_interval=3600.0, start_timeout=PATIENCE)
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(failure, launcher)
+        waiting = pool.submit(failure, supervisor)
         os.kill(leash.next().report["pid"], signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
         assert "exited with code" in waiting.result(IN_TIME)
     nothing_left()
 
 
-def test_a_swarmui_that_ends_after_its_start_is_seen_and_launched_again(make_launcher, swarmui_folder, leash):
-    launcher = make_launcher(swarmui_path=swarmui_folder(), start_interval=0.0)
-    ready(launcher)
+def test_a_swarmui_that_ends_after_its_start_is_seen_and_launched_again(make_supervisor, swarmui_folder, leash):
+    supervisor = make_supervisor(swarmui_path=swarmui_folder(), start_interval=0.0)
+    ready(supervisor)
     os.kill(leash.next().report["pid"], signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
     wait_until(lambda: not zombies() and "swarmui-watch" not in {thread.name for thread in threading.enumerate()})
-    assert ready(launcher).message == "SwarmUI started successfully"
+    assert ready(supervisor).message == "SwarmUI started successfully"
     assert leash.next().is_alive()
 
 
@@ -8158,18 +8808,18 @@ def test_a_swarmui_that_still_starts_when_the_service_does_is_not_launched_twice
         pytest.param([], id="no object"),
     ],
 )
-def test_what_was_kept_of_an_ended_swarmui_holds_up_no_launch(make_launcher, settings, swarmui_folder, leash, kept):
+def test_what_was_kept_of_an_ended_swarmui_holds_up_no_launch(make_supervisor, settings, swarmui_folder, leash, kept):
     (settings.data_dir / "swarmui.json").write_text(json.dumps(kept))
-    assert ready(make_launcher(swarmui_path=swarmui_folder())).message == "SwarmUI started successfully"
+    assert ready(make_supervisor(swarmui_path=swarmui_folder())).message == "SwarmUI started successfully"
     assert leash.next().is_alive()
 
 
-def test_a_swarmui_found_again_that_ends_is_told(make_launcher, settings, swarmui_folder, leash):
+def test_a_swarmui_found_again_that_ends_is_told(make_supervisor, settings, swarmui_folder, leash):
     """How it ended cannot be known, as it is nobody's child any more."""
     folder = swarmui_folder(delay=3600)
-    failure(make_launcher(swarmui_path=folder, start_timeout=0.1))
+    failure(make_supervisor(swarmui_path=folder, start_timeout=0.1))
     pid = leash.next().report["pid"]
-    again = make_launcher(swarmui_path=folder, health_timeout=0.3, **SLOW_START)
+    again = make_supervisor(swarmui_path=folder, health_timeout=0.3, **SLOW_START)
     with socket.create_server(("127.0.0.1", settings.swarmui_port)) as listener, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(fail_in_time, again, **SLOW_START)
         for _ in range(2):  # once it asks again, it waits
@@ -8202,7 +8852,7 @@ def test_swarmuis_log_is_rotated_while_it_goes_on_writing(tmp_path, leash, monke
     monkeypatch.setattr(service, "LOG_LIMIT", 20_000)
     program = write_program(tmp_path / "chatter", CHATTER, {"leash": leash.port})
     path = tmp_path / "swarmui.log"
-    process = service.launch_detached(program, [], tmp_path, path)
+    process = service.launch_detached(program, [], tmp_path, path).process
     held = leash.next()
     for _ in range(5):
         wait_until(lambda: path.stat().st_size > 20_000)
@@ -8238,22 +8888,18 @@ def test_swarmuis_log_is_shortened_while_somebody_reads_the_older_ones(tmp_path,
                 readers.enter_context(open(older))
 
 
-def test_swarmuis_log_is_looked_at_while_the_service_runs(make_launcher, settings, monkeypatch):
+def test_swarmuis_log_is_looked_at_while_the_service_runs(make_supervisor, settings, monkeypatch):
     monkeypatch.setattr(service, "LOG_LIMIT", 20_000)
-    launcher = make_launcher()
-    launcher.keep_log_short()
+    supervisor = make_supervisor()
     (settings.data_dir / "swarmui.log").write_bytes(b"x" * 20_001)
     wait_until((settings.data_dir / "swarmui.log.1").exists)
-    launcher.close()
+    supervisor.close()
     wait_until(lambda: "swarmui-log" not in {thread.name for thread in threading.enumerate()})
 
 
-def test_swarmuis_log_is_looked_at_before_a_launch(make_launcher, settings, swarmui_folder, leash, monkeypatch):
-    monkeypatch.setattr(service, "LOG_LIMIT", 20_000)
+def test_a_failure_shows_no_line_of_an_earlier_launch(make_supervisor, settings, swarmui_folder):
     (settings.data_dir / "swarmui.log").write_bytes(b"of the last run\n" * 2000)
-    launcher = make_launcher(swarmui_path=swarmui_folder(exit=1))
-    assert "of the last run" not in failure(launcher)
-    assert (settings.data_dir / "swarmui.log.1").stat().st_size == 20_000
+    assert "of the last run" not in failure(make_supervisor(swarmui_path=swarmui_folder(exit=1)))
 
 
 # ------------------------------------------------------------------------------------ shutting down ----
@@ -9425,7 +10071,7 @@ def test_check_is_content_with_a_pc_where_all_is_well(run_module, leash, redis_u
     swarmui = write_swarmui_folder(tmp_path / "SwarmUI", {"leash": leash.port})
     port = free_port()
     arguments = ["--port", str(port)]
-    started = service.launch_detached(swarmui / service.LAUNCH_SCRIPT, arguments, swarmui, tmp_path / "log")
+    started = service.launch_detached(swarmui / service.LAUNCH_SCRIPT, arguments, swarmui, tmp_path / "log").process
     leash.next()
     given = service.Settings(swarmui_api_url=f"http://localhost:{port}")
     wait_until(lambda: service.probe(given).ready)
