@@ -4013,7 +4013,7 @@ def test_a_stop_ends_what_was_launched(make_looked, swarmui_folder, leash, monke
     looked("POST", "start", 500 if plan.get("delay") else 200)
     held = leash.next()
     assert looked("POST", "stop") == {"success": True, "message": "SwarmUI is stopped"}
-    assert not held.is_alive()
+    assert held.has_ended()
     status = looked.status
     assert (status["state"], status["lastError"], status["pid"]) == ("stopped", None, None)
     assert looked("POST", "stop") == {"success": True, "message": "SwarmUI is not running"}
@@ -4025,7 +4025,7 @@ def test_a_stop_ends_one_that_hangs(make_looked, swarmui_folder, leash, tmp_path
     (tmp_path / "hang").touch()
     looked.wait_for("unresponsive")
     looked("POST", "stop")
-    assert not leash.next().is_alive()
+    assert leash.next().has_ended()
 
 
 def test_what_is_at_work_is_stopped_by_force_alone(make_looked, swarmui_folder, leash, write_status):
@@ -4035,7 +4035,7 @@ def test_what_is_at_work_is_stopped_by_force_alone(make_looked, swarmui_folder, 
     assert "at work" in looked("POST", "stop", 409)["error"]
     assert held.is_alive()
     looked("POST", "stop?force=true")
-    assert not held.is_alive()
+    assert held.has_ended()
 
 
 def test_anothers_is_used_and_stopped_by_force_alone(make_looked, run_another):
@@ -4116,7 +4116,7 @@ def test_after_a_restart_of_the_service_it_is_still_ours(make_looked, swarmui_fo
         name: before[name] for name in ("ours", "pid", "startedAt")
     }
     second("POST", "stop")
-    assert not held.is_alive()
+    assert held.has_ended()
 
 
 def test_after_a_restart_of_the_service_one_that_hangs_is_ended_by_its_processes(
@@ -4129,7 +4129,7 @@ def test_after_a_restart_of_the_service_one_that_hangs_is_ended_by_its_processes
     (tmp_path / "hang").touch()
     second.wait_for("unresponsive")
     second("POST", "stop")
-    assert not leash.next().is_alive()
+    assert leash.next().has_ended()
 
 
 def test_one_that_took_another_port_is_ended(make_looked, swarmui_folder, leash):
