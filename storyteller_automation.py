@@ -23,8 +23,10 @@ The sections, each under a banner, each depending only on those above it:
     Bridge                                  the two copies of a session kept in step: who wins, and who looks
     Notifications                           what one is, which are valid, when a session announces one
     GPU                                     the parser (pure) and the monitor (one run at a time, cached)
-    SwarmUI: the client                     what answers at its URL, whose pages it answers, what to launch
-    SwarmUI: the launcher                   one launch at a time, and its outcome
+    SwarmUI: the client                     what answers at its URL, whose pages it answers
+    SwarmUI: what was launched              the program, and how it is known again
+    SwarmUI: its states                     what is seen, and which state follows from that
+    SwarmUI: the supervisor                 one thread launches, probes and ends it
     Authentication                          tokens, permissions, trusted origins, allowed hosts
     HTTP: requests, and what serves them    validation against schemas; the thread pools and the batchers
     HTTP: handlers                          one function per endpoint
@@ -3456,14 +3458,15 @@ def allow_page(found: Probe, settings: Settings) -> Probe:
 
 
 # ======================================================================================================
-# SwarmUI: the supervisor
+# SwarmUI: what was launched
 # ======================================================================================================
-
-_STOPPING = "SwarmUI failed to start: the service is stopping."
 
 
 class LaunchError(Exception):
     """Why SwarmUI did not start, to follow "SwarmUI failed to start: "."""
+
+
+SWARMUI_LOG = "swarmui.log"  # in the data folder
 
 
 def find_swarmui(settings: Settings) -> Path:
@@ -3494,6 +3497,120 @@ def _is_this_machine(host: str) -> bool:
     return ipaddress.ip_address(host).is_loopback
 
 
+class Launched:
+    """The SwarmUI that this service launched, in this run or an earlier one. The supervisor's thread alone uses it."""
+
+    def __init__(self, settings: Settings, on_exit: Callable[[], None]) -> None:
+        self._settings, self._on_exit = settings, on_exit
+        self._log, self._file = settings.data_dir / SWARMUI_LOG, settings.data_dir / "swarmui.json"
+        self._log_start = self._log_read = 0  # bytes: where its part of the log begins, and what was looked at
+        self._record: dict[str, Any] = {}  # of the last launch: pid, identity, launchedAt (ms), serverId
+        self.program: Program | None = None  # as long as it lives
+        self.has_exited = False  # the first process; SwarmUI may live on
+        self.is_orphan = False  # it does: it answered afterwards
+        self.was_ready = False
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
+            record = dict(json.loads(self._file.read_text(encoding="utf-8")))
+            program, self._record = Program(int(record["pid"]), str(record["identity"])), record
+            if not program.has_exited():
+                self._take(program)
+
+    def _take(self, program: Program) -> None:
+        self.program, self.has_exited, self.is_orphan, self.was_ready = program, program.has_exited(), False, False
+
+    @property
+    def at(self) -> int | None:
+        """When it was launched, in ms."""
+        return self._record.get("launchedAt")
+
+    def launch(self) -> None:
+        """Raises LaunchError."""
+        program = find_swarmui(self._settings)
+        # In any other folder SwarmUI's executable aborts and leaves a stray Data/ there.
+        roots = (up for up in program.parents if any((up / name).is_file() for name in LAUNCH_SCRIPTS))
+        port = str(self._settings.swarmui_port)
+        arguments = ("--launch_mode", "none", "--port", port, *self._settings.swarmui_args)
+        try:
+            self._log_start = self._log_read = self._log_size()
+            launched = launch_detached(program, arguments, next(roots, program.parent), self._log)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise LaunchError(f"{program} cannot be launched ({reason}): check SWARMUI_PATH") from None
+        log.info("swarmui: launched %s as process %d", program, launched.pid)
+        self._take(launched)
+        self._record = {"pid": launched.pid, "identity": launched.identity, "launchedAt": now_ms()}
+        self._keep_server_id("")
+        with contextlib.suppress(RuntimeError):  # no further thread can be started: the next look sees its end
+            threading.Thread(target=self._wait, args=[launched.process], name="swarmui-watch", daemon=True).start()
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> None:
+        process.wait()
+        self._on_exit()
+
+    def _keep_server_id(self, server_id: str) -> None:
+        self._record["serverId"] = server_id
+        try:
+            self._file.write_text(json.dumps(self._record), encoding="utf-8")
+        except OSError as error:
+            log.warning("swarmui: %s cannot be written (%s)", self._file, error.strerror)
+
+    def lives(self, server_id: str) -> bool:
+        """Whether a process of it does; `server_id` is that of what has its port, "" when nobody has."""
+        known = bool(server_id) and server_id == self._record.get("serverId")
+        return self.program is not None and (known or self.program.lives())
+
+    def note_ready(self, server_id: str) -> None:
+        """SwarmUI answers, with that id: by it one is known whose script is gone."""
+        if self.program is None and server_id and server_id == self._record.get("serverId"):
+            self._take(Program(self._record["pid"], None))
+        if self.lives(server_id):
+            self.was_ready, self.is_orphan = True, self.has_exited
+            if server_id != self._record["serverId"]:
+                self._keep_server_id(server_id)
+
+    def notices_exit(self) -> bool:
+        """Whether the first process has exited since this was asked last."""
+        before, self.has_exited = self.has_exited, self.program is not None and self.program.has_exited()
+        return self.has_exited and not before
+
+    def is_over(self, server_id: str, *, is_open: bool) -> bool:
+        """Whether SwarmUI is gone. Its children may outlive it; and it its script, where a signal ended that."""
+        if self.program is None or not self.lives(server_id):
+            return self.program is not None
+        return self.has_exited and not is_open and (self.was_ready or (self.program.code or 0) > 0)
+
+    def bury(self) -> int | None:
+        """Forget one that is over, and end what it left behind. Its exit code; None when that is not known."""
+        program, self.program = self.program, None
+        if program is None:
+            return None
+        program.end(force=True)
+        code = None if self.is_orphan else program.code
+        log.info("swarmui: process %d ended with exit code %s", program.pid, "unknown" if code is None else code)
+        return code
+
+    def took_another_port(self) -> bool:
+        """Whether its log says so since this was asked last. Who answers is another's then."""
+        since, self._log_read = self._log_read, self._log_size()
+        if self.program is None or self.program.process is None or since == self._log_read:
+            return False
+        said = f"Port {self._settings.swarmui_port} was taken" in "\n".join(tail(self._log, 1 << 20, since))
+        if said:
+            self._keep_server_id("")
+        return said
+
+    def _log_size(self) -> int:
+        return self._log.stat().st_size if self._log.exists() else 0
+
+    def last_lines(self) -> str:
+        return " | ".join(last_lines(self._log, self._log_start)) or "its log is empty"
+
+
+# ======================================================================================================
+# SwarmUI: its states
+# ======================================================================================================
+
+
 @dataclass(frozen=True)
 class Sight:
     """What is known of SwarmUI, from which its state follows."""
@@ -3508,7 +3625,6 @@ class Sight:
     has_failed: bool = False  # ours died, or could not be launched
 
 
-SWARMUI_LOG = "swarmui.log"  # in the data folder
 UNRESPONSIVE, HOPELESS = 3, 60  # misses
 
 # The first row that applies is the state. The second column has the states that it follows.
@@ -3530,17 +3646,17 @@ def state_of(seen: Sight) -> str:
 
 @dataclass(frozen=True)
 class SwarmUIStatus:
-    """What the supervisor last saw. `since` and `started_at` are ms, `began` and `used` seconds of its clock."""
+    """What the supervisor last saw. `since` and `launched_at` are ms, `began` and `used` seconds of its clock."""
 
     state: str = "stopped"
     since: int = 0
     began: float = -math.inf  # when this state did
     ours: bool | None = None
     pid: int | None = None
-    started_at: int | None = None
+    launched_at: int | None = None
     error: str | None = None
     used: float = -math.inf  # when it was last at work, became ready, or a start was asked for
-    probe: Probe | None = None  # where it answers
+    probe: Probe | None = None  # where it is ready
 
 
 @dataclass
@@ -3548,13 +3664,20 @@ class Ending:
     """An end of SwarmUI in progress."""
 
     steps: list[str]  # of ENDINGS, those that are left
-    death: str  # why it has to end, where nobody asked for it
+    death: str = ""  # why it has to end, where nobody asked for it
     until: float = -math.inf  # when the next step is due
     refusal: str = ""
 
 
 ENDINGS = {"ShutdownServer": 10.0, "terminate": 3.0, "kill": 5.0}  # seconds that each gets
 RESTARTS = (1.0, 5.0, 25.0)  # seconds after which it is launched again; a further death within an hour gives it up
+
+# ======================================================================================================
+# SwarmUI: the supervisor
+# ======================================================================================================
+
+_STOPPING = "SwarmUI failed to start: the service is stopping."
+_NOBODY = Probe(False, False, "")
 
 
 class SwarmUISupervisor:
@@ -3564,34 +3687,28 @@ class SwarmUISupervisor:
     def __init__(
         self, settings: Settings, clock: Clock = time.monotonic, is_reserved: Callable[[], bool] = lambda: False
     ) -> None:
-        self._settings, self._clock, self._is_reserved = settings, clock, is_reserved
-        self._output, self._record = settings.data_dir / SWARMUI_LOG, settings.data_dir / "swarmui.json"
+        self._settings, self._is_reserved = settings, is_reserved
+        self.clock = clock
         self._lock = threading.Lock()  # over who waits: for a start; for a stop, with `force`, None once that has begun
         self._starts: dict[Future[Any], None] = {}
         self._stops: dict[Future[Any], bool | None] = {}
         self._has_looked = threading.Event()
         self._status = SwarmUIStatus()
+        self._loop, self._log_loop = Loop(self._turn, "swarmui"), Loop(self._shorten_log, "swarmui-log")
         # All else is the thread's alone.
-        self._outcomes: list[tuple[dict[Future[Any], Any], Sequence[Future[Any]], Any]] = []  # told after the state is
-        self._program: Program | None = None  # what was launched, while it lives
-        self._kept = self._read_record()
-        self._has_exited = False  # the program's first process; what it started may live on
-        self._is_orphan = False  # and SwarmUI has answered since
-        self._was_ready = self._is_restart = False  # of the program
-        self._seen, self._probe = Sight(), Probe(False, False, "")
-        self._session = self._probe  # the last probe that was ready, as long as the port is open
-        self._warned = False
+        self._ours = Launched(settings, self._loop.wake)
+        self._seen, self._probe = Sight(), _NOBODY
+        self._session = _NOBODY  # the last probe that was ready, as long as the port is open
         self._looked_at = self._launched_at = self._used = self._put_off = -math.inf
-        self._log_read = self._log_start = 0  # bytes
-        self._error, self._has_failed, self._died_at = "", False, 0
+        self._error, self._has_failed, self._died_at = "", False, 0  # the last one in ms
         self._deadline: float | None = None  # of the starts that wait
-        self._is_launched = False  # since they wait, or before
-        self._deaths: list[float] = []
-        self._restart_at = math.inf
+        self._is_launched = False  # as they waited, or before
+        self._is_restart = False  # the last launch
+        self._restart_at, self._deaths = math.inf, [0.0][:0]
         self._ending: Ending | None = None
-        self._loops = Loop(self._turn, "swarmui"), Loop(self._shorten_log, "swarmui-log")
-        for loop in self._loops:
-            loop.start()
+        self._warn_once = functools.cache(log.warning)
+        self._loop.start()
+        self._log_loop.start()
 
     def start(self) -> Future[Probe]:
         """Done once SwarmUI answers, else an ApiError; TooManyRequests between two launches. Raises Unavailable."""
@@ -3604,11 +3721,11 @@ class SwarmUISupervisor:
     def _ask(self, asked: dict[Future[Any], Any], value: bool | None) -> Future[Any]:
         future: Future[Any] = Future()
         with self._lock:
-            if self._loops[0].is_closing:
+            if self._loop.is_closing:
                 raise Unavailable(_STOPPING, 5)
             asked[future] = value
         future.add_done_callback(lambda done: asked.pop(done, None))
-        self._loops[0].wake()
+        self._loop.wake()
         return future
 
     def status(self) -> SwarmUIStatus:
@@ -3616,273 +3733,251 @@ class SwarmUISupervisor:
         self._has_looked.wait(10.0)
         return self._status
 
-    def now(self) -> float:
-        return self._clock()
-
     def close(self) -> None:
         """End the threads, and answer everyone who waits at once. SwarmUI keeps running."""
         with self._lock:
-            for loop in self._loops:
-                loop.close()
-        for asked in (self._starts, self._stops):
-            self._settle(asked, list(asked), Unavailable(_STOPPING, 5))
+            self._loop.close()
+            self._log_loop.close()
+        self._answer(self._starts, Unavailable(_STOPPING, 5))
+        self._answer(self._stops, Unavailable(_STOPPING, 5))
 
-    def _settle(self, asked: dict[Future[Any], Any], futures: Sequence[Future[Any]], outcome: Any) -> None:
-        with self._lock:  # close() may be at it, too
-            due = [future for future in futures if asked.pop(future, self) is not self]
+    def _answer(self, asked: dict[Future[Any], Any], outcome: Any, some: Sequence[Future[Any]] | None = None) -> None:
+        """Tell those who asked, or some of them; not those whom close() or this has told."""
+        with self._lock:
+            due = [future for future in some or list(asked) if asked.pop(future, self) is not self]
         for future in due:
             if future.set_running_or_notify_cancel():
                 settle(future, outcome)
 
     def _shorten_log(self) -> float:
-        shorten_log(self._output)
+        shorten_log(self._settings.data_dir / SWARMUI_LOG)
         return 1.0
 
     def _turn(self) -> float:
-        """Look where that is due, act, tell the state, then the outcomes. The seconds until the next turn."""
+        """Look where that is due, and act. The seconds until the next turn."""
         try:
             self._act()
-            self._tell_state()
+            self._publish()
         except Exception as error:
             log.exception("swarmui: an unexpected error")
             fault = ApiError(f"SwarmUI failed to start: {type(error).__name__}, see the service's log")
-            self._tell_starts(fault)
-            self._outcomes.append((self._stops, list(self._stops), fault))
             self._ending = None
-        outcomes, self._outcomes = self._outcomes, []
-        for outcome in outcomes:
-            self._settle(*outcome)
+            self._answer_starts(fault)
+            self._answer(self._stops, fault)
         self._has_looked.set()
-        due = 0.05 if self._ending else min(self._next_look(), self._restart_at) - self._clock()
-        return max(0.0, due)
+        return max(0.0, (0.05 if self._ending else self._next_look() - self.clock()))
 
     def _next_look(self) -> float:
         interval = self._settings.poll_interval * (5 if self._status.state in ("stopped", "failed") else 1)
-        if self._ending:
-            interval = min(interval, 0.5)
-        due = self._looked_at + interval
-        return due if self._deadline is None or self._looked_at >= self._deadline else min(due, self._deadline)
+        due = self._looked_at + (min(interval, 0.5) if self._ending else interval)
+        if self._deadline is not None and self._looked_at < self._deadline:
+            due = min(due, self._deadline)
+        return min(due, self._restart_at)
 
     def _act(self) -> None:
-        program = self._program
-        stops = [future for future, force in list(self._stops.items()) if force is not None]
         if not self._starts:
             self._deadline = None
-        is_new = bool(self._starts) and self._deadline is None
-        exits = program is not None and program.has_exited() and not self._has_exited
-        now = self._clock()
-        if is_new or stops or exits or now >= min(self._next_look(), self._restart_at):
+        begins = bool(self._starts) and self._deadline is None
+        stops = [future for future, force in list(self._stops.items()) if force is not None]
+        now, exits = self.clock(), self._ours.notices_exit()
+        if exits:
+            self._session = _NOBODY  # another one may answer from now on
+        if begins or stops or exits or now >= self._next_look():
             self._look()
-        if is_new:
-            self._used, self._is_launched = now, self._lives()
-            self._deadline = now + self._settings.start_timeout
         self._notice_death()
+        if begins:
+            self._used, self._is_launched, self._deadline = now, self._lives(), now + self._settings.start_timeout
         for future in stops:
             self._decide_stop(future)
         self._shut_down_idle()
         self._advance_end()
         self._restart()
         if self._deadline is not None:
-            self._advance_starts("SwarmUI is already running" if is_new else "SwarmUI started successfully")
-
-    def _tell_starts(self, outcome: Any) -> None:
-        self._outcomes.append((self._starts, list(self._starts), outcome))
-        self._deadline = None
-
-    def _tell_stops(self, outcome: Any) -> None:
-        begun = [future for future, force in list(self._stops.items()) if force is None]
-        self._outcomes.append((self._stops, begun, outcome))
+            self._advance_starts("SwarmUI is already running" if begins else "SwarmUI started successfully")
 
     def _look(self) -> None:
         """Probe SwarmUI, and note what follows from that alone."""
-        self._looked_at = self._clock()
-        if self._program and not self._has_exited and self._program.has_exited():
-            self._has_exited = True
-            self._session = Probe(False, False, "")  # another one may answer from now on
+        self._looked_at = self.clock()
         self._probe = found = probe_status(self._settings, self._session)
         was_ready = found.occupied and (self._seen.was_ready or found.ready)
         misses = self._seen.misses + 1 if was_ready and not found.ready else 0
         self._seen = dataclasses.replace(self._seen, was_ready=was_ready, misses=misses)
         if found.ready or not found.occupied:
             self._session = found
-        if not found.ready:
-            return
-        self._restart_at = math.inf
-        if found.at_work is None and not self._warned:
-            self._warned = True
-            log.warning("swarmui: GetGlobalStatus is refused, so whether SwarmUI is at work is not known")
-        if self._program is None and found.server_id and found.server_id == self._kept.get("serverId"):
-            self._adopt(Program(self._kept["pid"], None))
-        if self._lives():
-            self._was_ready, self._is_orphan = True, self._has_exited
-            if found.server_id != self._kept.get("serverId") and not self._ending:
-                self._write_record(serverId=found.server_id)
+        if found.ready:
+            self._restart_at = math.inf
+            if found.at_work is None:
+                self._warn_once("swarmui: GetGlobalStatus is refused: whether SwarmUI is at work is not known")
+            if not self._ending:
+                self._ours.note_ready(found.server_id)
+
+    @property
+    def _server_id(self) -> str:
+        return self._session.server_id if self._probe.occupied else ""
 
     def _lives(self) -> bool:
-        """Whether a process of ours does, or what answers says by its id that it is ours."""
-        known = self._probe.occupied and self._session.server_id == self._kept.get("serverId", "")
-        return self._program is not None and (self._program.lives() or (known and bool(self._session.server_id)))
-
-    def _adopt(self, program: Program) -> None:
-        self._program, self._has_exited, self._is_orphan = program, program.has_exited(), False
-        self._was_ready = self._is_restart = False
+        return self._ours.lives(self._server_id)
 
     def _notice_death(self) -> None:
-        program = self._program
-        if program is None or self._ending:
+        if self._ending:
             return
-        if self._says_port_taken():
-            self._write_record(serverId="")  # who answers may be another's
+        if self._ours.took_another_port():
             self._end(f"its port {self._settings.swarmui_port} was taken by another program", ["kill"])
-            return
-        # What SwarmUI started may outlive it. A script that a signal ended may have left SwarmUI behind.
-        exited = self._has_exited and not self._probe.occupied and (self._was_ready or (program.code or 0) > 0)
-        if self._lives() and not exited:
-            if self._seen.misses >= HOPELESS and self._restarts:
-                self._end(f"it did not answer {HOPELESS} probes in a row", ["terminate", "kill"])
-            return
-        program.end(force=True)
-        code = None if self._is_orphan else program.code
-        self._program = None
-        if code == 0:
-            log.info("swarmui: process %d exited with code 0", program.pid)
-            self._error, self._has_failed = "", False
-        else:
-            self._died(f"it exited with {'an unknown code' if code is None else f'code {code}'}: {self._last_lines()}")
-        self._look()
+        elif self._ours.is_over(self._server_id, is_open=self._probe.occupied):
+            code = self._ours.bury()
+            if code == 0:
+                self._error, self._has_failed = "", False
+            else:
+                known = "an unknown code" if code is None else f"code {code}"
+                self._fail(f"it exited with {known}: {self._ours.last_lines()}")
+            self._look()
+        elif self._seen.misses >= HOPELESS and self._restarts and self._lives():
+            self._end(f"it did not answer {HOPELESS} probes in a row", ["terminate", "kill"])
 
     @property
     def _restarts(self) -> bool:
         return self._settings.restart.lower() == "on-failure"
 
-    def _died(self, reason: str) -> None:
+    def _fail(self, reason: str) -> None:
+        """Note that it died, or could not be launched, and whether it is launched again."""
         self._error, self._has_failed, self._died_at = reason, True, now_ms()
-        log.error("swarmui: SwarmUI died: %s", reason)
-        if not self._restarts or not (self._was_ready or self._is_restart):
+        log.error("swarmui: failed: %s", reason)
+        if not self._restarts or not (self._ours.was_ready or self._is_restart):
             return
-        now = self._clock()
+        now = self.clock()
         self._deaths = [at for at in self._deaths if now - at < 3600] + [now]
         if len(self._deaths) <= len(RESTARTS):
             self._restart_at = now + RESTARTS[len(self._deaths) - 1]
-            return
-        self._error += f"; given up, since it died {len(self._deaths)} times within an hour"
-        self._deaths = []
-        log.error("swarmui: SwarmUI is not launched again until a start is asked for: %s", self._error)
+        else:
+            self._error += f"; given up after {len(self._deaths)} deaths within an hour"
+            self._deaths = []
+            log.error("swarmui: %s: it is not launched again until a start is asked for", self._error)
 
     def _restart(self) -> None:
-        if self._clock() < self._restart_at:
-            return
-        self._restart_at = math.inf
-        try:
-            self._check_port()
-            self._launch()
-        except LaunchError as error:
-            self._is_restart = True
-            self._died(str(error))
-        self._is_restart = True
+        if self.clock() >= self._restart_at:
+            self._restart_at = math.inf
+            try:
+                self._launch(is_restart=True)
+            except LaunchError as error:
+                self._fail(str(error))
 
     def _decide_stop(self, future: Future[Any]) -> None:
-        force, state = self._stops.get(future), state_of(self._sight())
-        if not force and state in ("ready", "unresponsive") and (reason := self._why_not_to_stop(state)):
-            self._outcomes.append((self._stops, [future], Conflict(f"{reason}: add ?force=true to stop it anyway.")))
+        force, state, is_ours = self._stops.get(future), state_of(self._sight()), self._lives()
+        if not force and (reason := self._why_not_to_stop(state, is_ours=is_ours)):
+            self._answer(self._stops, Conflict(f"{reason}: add ?force=true to stop it anyway."), [future])
             return
         self._restart_at = math.inf
-        self._tell_starts(ApiError("SwarmUI failed to start: it was stopped."))
+        self._answer_starts(ApiError("SwarmUI failed to start: it was stopped."))
         if state in ("stopped", "failed"):
             self._error, self._has_failed = "", False
-            self._outcomes.append((self._stops, [future], "SwarmUI is not running"))
+            self._publish()
+            self._answer(self._stops, "SwarmUI is not running", [future])
             return
-        self._stops[future] = None
+        if future in self._stops:
+            self._stops[future] = None
         if self._ending:
             self._ending.death = ""
         else:
-            steps = ["ShutdownServer"] if self._probe.ready or not self._lives() else []
-            self._end("", [*steps, *(["terminate", "kill"] if self._lives() else [])])
+            asks = self._probe.ready or not is_ours
+            self._end("", ["ShutdownServer"] * asks + ["terminate", "kill"] * is_ours)
 
-    def _why_not_to_stop(self, state: str) -> str:
-        if not self._lives():
+    def _why_not_to_stop(self, state: str, *, is_ours: bool) -> str:
+        if state not in ("ready", "unresponsive"):
+            return ""
+        if not is_ours:
             return "SwarmUI was not launched by this service"
-        if state == "ready" and self._probe.at_work is not False:
-            known = "SwarmUI is at work" if self._probe.at_work else "Whether SwarmUI is at work is not known"
-            return f"{known} ({self._probe.queue})" if self._probe.at_work else known
-        return ""
+        at_work = self._probe.at_work if state == "ready" else False
+        return {True: "SwarmUI is at work", None: "Whether SwarmUI is at work is not known"}.get(at_work, "")
 
     def _end(self, death: str, steps: list[str]) -> None:
         log.info("swarmui: ending SwarmUI%s", death and f", since {death}")
         self._ending = Ending(steps, death)
 
     def _shut_down_idle(self) -> None:
-        if not self._probe.ready or self._ending or not self._lives():
+        if not self._probe.ready or self._ending:
             return
-        now, limit = self._clock(), self._settings.idle_shutdown
-        if self._probe.at_work:
+        now, limit, at_work = self.clock(), self._settings.idle_shutdown, self._probe.at_work
+        if at_work:
             self._used = now
-        if limit is None or self._probe.at_work is not False or self._starts:
+        if limit is None or at_work is not False or self._starts or not self._lives():
             return
         if self._probe.backends.get("any_loading") or self._is_reserved():
             self._put_off = now
         elif now - max(self._used, self._put_off) >= limit * 60:
-            log.info("swarmui: SwarmUI was idle for %g min", limit)
+            log.info("swarmui: idle for %g min", limit)
             self._end("", ["ShutdownServer", "terminate", "kill"])
 
     def _advance_end(self) -> None:
         ending = self._ending
         if not ending:
             return
-        if not (self._lives() if self._program else self._probe.occupied):
-            self._ending = self._program = None
+        if not (self._lives() if self._ours.program else self._probe.occupied):
+            self._ours.bury()
+            self._ending, self._error, self._has_failed = None, "", False
             self._look()
-            self._error, self._has_failed = "", False
             if ending.death:
-                self._died(ending.death)
-            self._tell_stops("SwarmUI is stopped")
-        elif self._clock() < ending.until:
-            return
-        elif ending.steps:
+                self._fail(ending.death)
+            self._answer_begun("SwarmUI is stopped")
+        elif self.clock() >= ending.until:
+            if not ending.steps:
+                self._ending = None
+                self._seen = dataclasses.replace(self._seen, misses=min(self._seen.misses, UNRESPONSIVE))
+                self._error = f"SwarmUI cannot be ended ({ending.refusal or 'it goes on'}): end it by hand"
+                log.error("swarmui: %s", self._error)
+                self._answer_begun(ApiError(f"{self._error}."))
+                return
             step = ending.steps.pop(0)
-            ending.until = self._clock() + ENDINGS[step]
+            ending.until = self.clock() + ENDINGS[step]
             if step == "ShutdownServer":
                 body = {"session_id": self._session.session_id}
                 asked, answer = ask_swarmui(self._session.url, step, body, self._settings)
                 if not answer.get("success"):
                     ending.refusal, ending.until = asked.message, -math.inf
-            elif self._program:
-                self._program.end(force=step == "kill")
-        else:
-            self._ending = None
-            self._seen = dataclasses.replace(self._seen, misses=min(self._seen.misses, UNRESPONSIVE))
-            self._error = f"SwarmUI cannot be ended ({ending.refusal or 'it does not end'}): end it by hand"
-            log.error("swarmui: %s", self._error)
-            self._tell_stops(ApiError(f"{self._error}."))
+            elif self._ours.program:
+                self._ours.program.end(force=step == "kill")
+
+    def _answer_begun(self, outcome: Any) -> None:
+        self._publish()
+        if begun := [future for future, force in list(self._stops.items()) if force is None]:
+            self._answer(self._stops, outcome, begun)
+
+    def _answer_starts(self, outcome: Any) -> None:
+        self._publish()
+        self._deadline = None
+        self._answer(self._starts, outcome)
 
     def _advance_starts(self, message: str) -> None:
         """Launch it where nobody else does, and wait until it answers: `message` then."""
-        now = self._clock()
+        now, lives = self.clock(), self._lives()
         if self._ending or self._restart_at < math.inf:
             self._deadline = now + self._settings.start_timeout  # it begins after that
             self._is_launched = bool(self._ending and self._ending.death)
             return
         try:
             if self._probe.ready:
-                self._tell_starts(self._allow_page(message))
-            elif not self._lives() and not (self._is_launched and self._has_failed):
-                self._check_port()
-                if not self._is_launched:
-                    self._check_interval()
-                    self._launch()
-            elif not self._lives():
-                raise LaunchError(self._error)
-            if self._deadline is not None and self._looked_at >= self._deadline:
+                self._answer_starts(self._allow_page(message))
+            elif not lives and not self._is_launched:
+                wait = self._launched_at + self._settings.start_interval - now
+                if wait > 0 and not self._probe.occupied:
+                    died = f" and died at {iso_time(self._died_at)} ({self._error})" if self._has_failed else ""
+                    late = f"SwarmUI was launched a moment ago{died}: ask again in {math.ceil(wait)} s."
+                    raise TooManyRequests(late, wait)
+                self._launch()
+            elif not lives and (self._has_failed or self._probe.occupied):
+                raise LaunchError(self._error if self._has_failed else self._of_port())
+            elif self._looked_at >= (self._deadline or now):
                 late = f"no answer within {self._settings.start_timeout:g} s (last: {self._probe.message})"
-                if self._lives():
-                    raise LaunchError(f"{late}; it keeps running, so ask again, or look into {self._output}")
-                raise LaunchError(f"{late}; it exited with code 0: {self._last_lines()}")
-        except (LaunchError, ApiError) as error:
-            if isinstance(error, LaunchError):
-                self._error = str(error)
-                log.error("swarmui: failed to start: %s", error)
-                error = ApiError(f"SwarmUI failed to start: {error}")
-            self._tell_starts(error)
+                left = f"it keeps running, so ask again, or look into {self._settings.data_dir / SWARMUI_LOG}"
+                raise LaunchError(f"{late}; {left if lives else f'it exited with code 0: {self._ours.last_lines()}'}")
+        except LaunchError as error:
+            self._error = str(error)
+            log.error("swarmui: failed to start: %s", error)
+            self._answer_starts(ApiError(f"SwarmUI failed to start: {error}"))
+        except ApiError as error:
+            self._answer_starts(error)
+
+    def _of_port(self) -> str:
+        return f"another program than SwarmUI has its port: {self._probe.message}"
 
     def _allow_page(self, message: str) -> Probe:
         backends = self._probe.backends
@@ -3890,74 +3985,17 @@ class SwarmUISupervisor:
             message += f"; but it says: {_on_one_line(str(backends.get('message')))}"
         return allow_page(dataclasses.replace(self._probe, message=message), self._settings)
 
-    def _check_port(self) -> None:
+    def _launch(self, *, is_restart: bool = False) -> None:
+        self._is_launched, self._is_restart = True, is_restart
         if self._probe.occupied:
-            raise LaunchError(f"another program than SwarmUI has its port: {self._probe.message}")
-
-    def _check_interval(self) -> None:
-        """Raise TooManyRequests between two launches."""
-        wait = self._launched_at + self._settings.start_interval - self._clock()
-        if wait > 0:
-            died = f" and died at {iso_time(self._died_at)} ({self._error})" if self._has_failed else ""
-            raise TooManyRequests(f"SwarmUI was launched a moment ago{died}: ask again in {math.ceil(wait)} s.", wait)
-
-    def _launch(self) -> None:
-        self._is_launched = True
+            raise LaunchError(self._of_port())
         try:
-            program = find_swarmui(self._settings)
-            # In any other folder SwarmUI's executable aborts and leaves a stray Data/ there.
-            roots = (up for up in program.parents if any((up / name).is_file() for name in LAUNCH_SCRIPTS))
-            port = str(self._settings.swarmui_port)
-            arguments = ("--launch_mode", "none", "--port", port, *self._settings.swarmui_args)
-            self._log_start = self._output.stat().st_size if self._output.exists() else 0
-            launched = launch_detached(program, arguments, next(roots, program.parent), self._output)
-        except (OSError, ValueError, LaunchError) as error:
+            self._ours.launch()
+        except LaunchError:
             self._has_failed, self._died_at = True, now_ms()
-            if isinstance(error, LaunchError):
-                raise
-            reason = getattr(error, "strerror", None) or error
-            raise LaunchError(f"{program} cannot be launched ({reason}): check SWARMUI_PATH") from None
-        log.info("swarmui: launched %s as process %d", program, launched.pid)
-        self._adopt(launched)
-        self._launched_at, self._log_read, self._has_failed = self._clock(), self._log_start, False
-        self._deadline = self._clock() + self._settings.start_timeout
-        self._write_record(pid=launched.pid, identity=launched.identity, launchedAt=now_ms(), serverId="")
-        # Waits as long as the process lives, so that its end is seen at once.
-        with contextlib.suppress(RuntimeError):  # no further thread can be started: it is seen by the next look
-            threading.Thread(target=self._watch, args=[launched.process], name="swarmui-watch", daemon=True).start()
-
-    def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        process.wait()
-        self._loops[0].wake()
-
-    def _says_port_taken(self) -> bool:
-        """Whether SwarmUI's log says, since the last look, that it took another port."""
-        since, self._log_read = self._log_read, self._output.stat().st_size if self._output.exists() else 0
-        if since == self._log_read or not self._program or self._program.process is None:
-            return False
-        return f"Port {self._settings.swarmui_port} was taken" in "\n".join(tail(self._output, 1 << 20, since))
-
-    def _read_record(self) -> dict[str, Any]:
-        """What is kept of the last launch; of an earlier run's, which may still be starting, no second one is made."""
-        try:
-            record = dict(json.loads(self._record.read_text(encoding="utf-8")))
-            program = Program(int(record["pid"]), str(record["identity"]))
-        except (OSError, ValueError, TypeError, KeyError):
-            return {}
-        if not program.has_exited():
-            log.info("swarmui: found process %d, which was launched before", program.pid)
-            self._adopt(program)
-        return record
-
-    def _write_record(self, **changed: Any) -> None:
-        self._kept = {**self._kept, **changed}
-        try:
-            self._record.write_text(json.dumps(self._kept), encoding="utf-8")
-        except OSError as error:
-            log.warning("swarmui: %s cannot be written (%s)", self._record, error.strerror)
-
-    def _last_lines(self) -> str:
-        return " | ".join(last_lines(self._output, self._log_start)) or "its log is empty"
+            raise
+        self._launched_at, self._has_failed = self.clock(), False
+        self._deadline = self._launched_at + self._settings.start_timeout
 
     def _sight(self) -> Sight:
         found = self._probe
@@ -3966,25 +4004,21 @@ class SwarmUISupervisor:
             is_foreign=found.responded and not found.ready, lives=self._lives(), has_failed=self._has_failed,
         )  # fmt: skip
 
-    def _tell_state(self) -> None:
+    def _publish(self) -> None:
+        """Make the state what was seen. A change of it is logged."""
         seen, before = self._sight(), self._status
-        state = state_of(seen)
-        since, began = before.since, before.began
-        if state != before.state or not self._has_looked.is_set():
-            since, began = now_ms(), self._clock()
-            if self._has_looked.is_set() or state != "stopped":
-                log.info("swarmui: %s, before that %s", state, before.state)
+        state, since, began = state_of(seen), before.since, before.began
+        if state != before.state or not since:
+            log.info("swarmui: %s%s", state, (since and f", after {before.state}") or "")
+            since, began = now_ms(), self.clock()
             if state == "ready":
-                self._used = began
-                self._error, self._has_failed = "", False
-        error = self._error
-        if state == "failed" and not self._has_failed:
-            error = f"another program than SwarmUI has its port: {self._probe.message}"
-        program = self._program if seen.lives else None
+                self._used, self._error, self._has_failed = began, "", False
+        error = self._of_port() if state == "failed" and not self._has_failed else self._error
+        program = self._ours.program if seen.lives else None
         self._status = SwarmUIStatus(
             state, since, began, None if state in ("stopped", "failed") else seen.lives,
-            program.pid if program else None, self._kept.get("launchedAt") if program else None,
-            error or None, self._used, self._session if state == "ready" else None,
+            program.pid if program else None, self._ours.at if program else None, error or None, self._used,
+            self._session if state == "ready" else None,
         )  # fmt: skip
 
 
@@ -4497,7 +4531,7 @@ def swarmui_stop(services: Services, request: Request) -> Response | Future[Resp
 
 
 def swarmui_status(services: Services, request: Request) -> Response:
-    known, settings, now = services.swarmui.status(), services.settings, services.swarmui.now()
+    known, settings, now = services.swarmui.status(), services.settings, services.swarmui.clock()
     found, is_known = known.probe or Probe(False, False, ""), bool(known.probe and known.probe.queue is not None)
     shown = {
         "state": known.state,
@@ -4507,7 +4541,7 @@ def swarmui_status(services: Services, request: Request) -> Response:
         "port": settings.swarmui_port,
         "apiUrl": settings.swarmui_api_url,
         "version": found.version or None,
-        "startedAt": None if known.started_at is None else iso_time(known.started_at),
+        "startedAt": None if known.launched_at is None else iso_time(known.launched_at),
         "startingFor": round(now - known.began) if known.state == "starting" else None,
         "lastError": known.error,
         "idleFor": round(now - known.used) if is_known else None,

@@ -8723,13 +8723,13 @@ HEAD = "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"
     ],
 )
 def test_a_swarmui_that_answers_nonsense_is_told_in_time_and_not_launched_again(
-    make_supervisor, swarmui_folder, leash, nothing_left, plan, words
+    make_supervisor, swarmui_folder, settings, leash, nothing_left, plan, words
 ):
     supervisor = make_supervisor(swarmui_path=swarmui_folder(**plan), health_timeout=0.3, start_timeout=0.2)
     wait_until(lambda: words in fail_in_time(supervisor))  # until it listens at all, nobody answers
     message = fail_in_time(supervisor)
     assert "no answer within 0.2 s (last: " in message
-    assert message.endswith(f"it keeps running, so ask again, or look into {supervisor._output}")
+    assert message.endswith(f"it keeps running, so ask again, or look into {settings.data_dir / 'swarmui.log'}")
     nothing_left()
     assert leash.next().is_alive()
     assert leash.count_further() == 0
