@@ -3595,6 +3595,16 @@ def test_fences_grow_also_when_the_clock_is_set_back_and_the_store_lost_its_data
         assert make_pc(store).reserve()["fence"] > fences[-1]  # by the real clock, which is later
 
 
+def test_a_record_is_replaced_only_by_who_knows_it(store, twin):
+    swaps = [("pc", None, None), ("pc", b"1", b"2"), ("pc", None, b"1"), ("pc", None, b"2"), ("pc", b"1", b"2")]
+    assert [store.swap_reservation(*one) for one in swaps] == [None, None, b"1", b"1", b"2"]
+    assert [twin.swap_reservation(host, None, None) for host in ("pc", "other")] == [b"2", None]
+    names = [str(number).encode() for number in range(8)]
+    calls = [lambda pair=pair: pair[0].swap_reservation("pc", b"2", pair[1]) for pair in zip([store, twin] * 4, names)]
+    found = at_once(*calls)
+    assert found == [store.swap_reservation("pc", None, None)] * 8
+
+
 def test_each_pc_has_its_own_reservation(store):
     pair = [service.Reservations(store, host) for host in ("pc-1", "pc-2")]
     try:
@@ -3637,6 +3647,19 @@ def test_those_who_wait_get_it_in_order_at_once_and_who_left_is_skipped(poll_ser
             made = json.loads(text)
             assert (status, made["holder"]) == (201, name)
             id = made["reservationId"]
+
+
+def test_who_comes_at_the_moment_of_giving_back_comes_after_those_who_wait(make_pc, store, monkeypatch):
+    pc, swap, go_on = make_pc(store), store.swap_reservation, threading.Event()
+    ask = pc.reservations.ask
+    ask(taking("a"), 0).result(PATIENCE)
+    waits = ask(taking("waits"), 60)
+    wait_until(lambda: pc.reservations._waiting)
+    monkeypatch.setattr(store, "swap_reservation", lambda *given: (go_on.wait(PATIENCE), swap(*given))[-1])
+    ask()  # the next two are answered in the turn after this one
+    ended, late = ask(functools.partial(service.renewed, "a", 0)), ask(taking("late"), 0)
+    go_on.set()
+    assert [one.result(PATIENCE).digest for one in (ended, waits, late)] == ["a", "waits", "waits"]
 
 
 def test_who_waits_gets_it_when_it_ends_by_itself_or_is_told_in_time_who_has_it(pc, monkeypatch):
