@@ -3599,7 +3599,7 @@ def test_a_record_is_replaced_only_by_who_knows_it(store, twin):
     swaps = [("pc", None, None), ("pc", b"1", b"2"), ("pc", None, b"1"), ("pc", None, b"2"), ("pc", b"1", b"2")]
     assert [store.swap_reservation(*one) for one in swaps] == [None, None, b"1", b"1", b"2"]
     assert [twin.swap_reservation(host, None, None) for host in ("pc", "other")] == [b"2", None]
-    names = [str(number).encode() for number in range(8)]
+    names = [b"by %d" % number for number in range(8)]
     calls = [lambda pair=pair: pair[0].swap_reservation("pc", b"2", pair[1]) for pair in zip([store, twin] * 4, names)]
     found = at_once(*calls)
     assert found == [store.swap_reservation("pc", None, None)] * 8
