@@ -22,7 +22,7 @@ The sections, each under a banner, each depending only on those above it:
     Sessions                                pure functions of a document; the cache of their results by SHA-256
     Bridge                                  the two copies of a session kept in step: who wins, and who looks
     Notifications                           what one is, which are valid, when a session announces one
-    GPU                                     the parser (pure) and the monitor (one run at a time, cached)
+    GPU                                     the parser (pure); the monitor (one run at a time, cached); reservations
     SwarmUI: the client                     what answers at its URL, whose pages it answers
     SwarmUI: what was launched              the program, and how it is known again
     SwarmUI: its states                     what is seen, and which state follows from that
@@ -230,7 +230,7 @@ def _origin_or_all(text: str) -> str:
 
 def _switch(text: str) -> bool:
     if text.lower() not in ("on", "off", "true", "false"):
-        raise ValueError("on or off")
+        raise ValueError("on, off, true or false")
     return text.lower() in ("on", "true")
 
 
@@ -276,6 +276,7 @@ class Settings:
     nvidia_smi: str | None = _row("NVIDIA_SMI", None, _program, "the nvidia-smi program; by default the one on PATH")
     nvidia_smi_timeout: float = _row("NVIDIA_SMI_TIMEOUT", 5.0, _decimal(0.001), "seconds that nvidia-smi may take")
     gpu_cache_seconds: float = _row("GPU_CACHE_SECONDS", 5.0, _decimal(0), "seconds for which a GPU status is cached")
+    gates: bool = _row("STORYTELLER_RESERVATION_GATES", False, _switch, "true: reservations bar others; by default off")
     swarmui_api_url: str = _row("SWARMUI_API_URL", "http://localhost:7801", _http_url, "where SwarmUI answers")
     swarmui_path: Path | None = _row("SWARMUI_PATH", None, _path, "SwarmUI's folder, launch script or executable")
     swarmui_args: tuple[str, ...] = _row("SWARMUI_ARGS", (), lambda text: split_arguments(text), "further arguments")
@@ -1432,6 +1433,10 @@ class Store(Protocol):
     def revoke_token(self, digest: str) -> bool:
         """False when there was none."""
 
+    def swap_reservation(self, host: str, before: bytes | None, after: bytes | None) -> bytes | None:
+        """Replace the record of that host's GPU, if it is `before`, by `after` (None: only read it). The record that is
+        there then. It has no TTL, so that the store's clock does not matter."""
+
 
 # ======================================================================================================
 # Redis: connections
@@ -1776,6 +1781,13 @@ redis.call('PEXPIRE', KEYS[4], 1000)
 return redis.call('DEL', KEYS[2], KEYS[3], KEYS[4])
 """
 
+# KEYS: 1 record. ARGV: 1 before, "" for none; 2 after, "" to read it.
+_LUA_SWAP = """
+local is_same = (redis.call('GET', KEYS[1]) or '') == ARGV[1]
+if is_same and ARGV[2] ~= '' then redis.call('SET', KEYS[1], ARGV[2]) end
+return redis.call('GET', KEYS[1])
+"""
+
 # Take or extend the lease; then the length of session:latest, whether this Redis was met, and the lengths of the copies
 # of the newest sessions (-1 for a key of another type), in one text: redis-py needs 1.5 us for each part of a reply.
 # KEYS: 1 index, 2 StoryArt's index, 3 latest, 4 lease, 5 met. ARGV: 1 owner, 2 its TTL, 3 how many, 4 ... timestamps.
@@ -2050,6 +2062,10 @@ class RedisStore(Store):
     def revoke_token(self, digest: str) -> bool:
         return bool(result_of(self._write(("DEL", self.TOKEN + digest))[0]))
 
+    def swap_reservation(self, host: str, before: bytes | None, after: bytes | None) -> bytes | None:
+        call = [f"storyteller:gpu:{host}"], (before or b"", after or b"")
+        return cast("bytes | None", result_of(self._run(_LUA_SWAP, [call])[0]))
+
 
 # ======================================================================================================
 # Stores: Redis with both copies
@@ -2215,6 +2231,7 @@ INSERT INTO newest VALUES (0);
 CREATE TABLE token (digest TEXT PRIMARY KEY, record BLOB NOT NULL, expires INTEGER NOT NULL);
 CREATE INDEX token_expires ON token (expires);
 """,
+    "CREATE TABLE reservation (host TEXT PRIMARY KEY, record BLOB NOT NULL);",
 )
 
 
@@ -2488,6 +2505,13 @@ class SqliteStore(Store):
 
     def revoke_token(self, digest: str) -> bool:
         return self._write(lambda: self._writer.execute("DELETE FROM token WHERE digest = ?", (digest,)).rowcount > 0)
+
+    def swap_reservation(self, host: str, before: bytes | None, after: bytes | None) -> bytes | None:
+        record = "SELECT record FROM reservation WHERE host = ?1"
+        swap = f"INSERT OR REPLACE INTO reservation SELECT ?1, ?3 WHERE ?2 IS ({record})"
+        if after is not None:
+            self._write(lambda: self._writer.execute(swap, (host, before, after)))
+        return next((row[0] for row in self._read(record, host)), None)
 
 
 def open_store(settings: Settings, patience: float | None = None) -> Store:
@@ -3282,6 +3306,169 @@ class GpuMonitor:
         return [status]
 
 
+@dataclass(frozen=True)
+class Reservation:
+    """A lease of the GPU, as its record has it. After its end the record stays, for its fence."""
+
+    digest: str  # SHA-256 of its id, which its holder alone knows
+    holder: str
+    purpose: str | None
+    ttl: float  # seconds; 0 once it was given back
+    since: int  # ms
+    expires: int  # ms
+    fence: int  # a fencing token: larger than that of every reservation before
+
+    @property
+    def words(self) -> str:
+        return f"reserved by {self.holder} until {iso_time(self.expires)}"
+
+    def seconds_left(self, now: float) -> float:
+        """By the PC's clock. At most its TTL, as that clock may have been set back."""
+        return min(self.ttl, (self.expires - now) / 1000)
+
+
+def read_reservation(record: bytes | None) -> Reservation | None:
+    """None also for what cannot be read: the next reservation replaces it."""
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        found = Reservation(**parse_json(record or b""))
+        if found.words and iso_time(found.since) and found.seconds_left(0) < LARGEST > found.fence + 1:
+            return found
+    return None
+
+
+def renewed(digest: str | None, ttl: float | None, known: Reservation | None, now: int, fence: int) -> Reservation:
+    """Its end is its TTL from now, or `ttl`. Raises NotFound unless it has that digest; None is whoever's."""
+    if known is None or digest not in (None, known.digest):
+        raise NotFound("There is no such reservation, or it has ended: reserve the GPU again.")
+    ttl = known.ttl if ttl is None else ttl
+    return dataclasses.replace(known, ttl=ttl, expires=now + int(ttl * 1000))
+
+
+# Given the reservation that has not ended, the time in ms and the next fence: what to store; None for nothing.
+_Change = Callable[["Reservation | None", int, int], "Reservation | None"]
+
+
+class _Question(NamedTuple):
+    change: _Change | None  # None: what is known suffices
+    deadline: float | None  # until then it waits while it stores nothing; None for one that does not wait
+    future: Future[Any]
+
+
+class Reservations:
+    """The reservation of one host's GPU. A thread owns what is known of it and who waits. It counts an end by the
+    monotonic clock from when this instance first saw the record: the end stays where it is when clocks are set."""
+
+    INTERVAL, WAITING = 1.0, 200  # seconds between two looks at the store for those who wait; how many may wait
+
+    def __init__(self, store: Store, host: str, clock: Clock = time.monotonic, wall: Callable[[], int] = now_ms):
+        self._store, self._host, self._clock, self._wall = store, host, clock, wall
+        self._record: bytes | None = None  # as last seen
+        self._seen: tuple[Reservation | None, float] = (None, 0.0)  # what it says, and when that ends
+        self._fence, self._looked_at = 0, -math.inf  # the largest one seen
+        self._fault: Exception | None = None  # of the store, at the last look
+        self._unclaimed = ""  # digest of a reservation that the store may have, and whose id nobody got
+        self._asked: queue.SimpleQueue[_Question] = queue.SimpleQueue()
+        self._waiting: list[_Question] = []
+        self._closed: ApiError | None = None
+        self._loop = Loop(self._turn, "reservations")
+        self._loop.start()
+
+    @property
+    def known(self) -> Reservation | None:
+        """Without a look at the store."""
+        found, end = self._seen
+        return found if self._clock() < end else None
+
+    def current(self) -> Reservation | Future[Reservation | None] | None:
+        """As a look of the last second found it; while the store does not answer, as it was known before."""
+        return self.known if self._clock() - self._looked_at < self.INTERVAL else self.ask(None)
+
+    def is_held(self) -> bool:
+        """The same for a thread that may wait; True where it cannot be told."""
+        with contextlib.suppress(Unavailable, concurrent.futures.TimeoutError):
+            found = self.current()
+            return bool(found.result(5.0) if isinstance(found, Future) else found)
+        return True
+
+    def ask(self, change: _Change | None = lambda *_: None, wait: float | None = None) -> Any:
+        """A future of what the change stored, else of the reservation that there is. While it stores nothing it is
+        tried again for `wait` seconds, in the order of arrival; so long the future may be cancelled."""
+        result_of(self._closed)
+        question = _Question(change, None if wait is None else self._clock() + wait, Future())
+        if wait is None:
+            question.future.set_running_or_notify_cancel()  # it is carried out though its client leaves
+        self._asked.put(question)
+        self._loop.wake()
+        return question.future
+
+    def close(self) -> None:
+        """Answer everyone who waits, and end the thread. May be called again."""
+        self._closed = Unavailable("The service is stopping.", 5)
+        self._loop.wake()
+
+    def _turn(self) -> float:
+        is_last = self._closed is not None
+        asked = [self._asked.get() for _ in range(self._asked.qsize())]
+        here = [one for one in (*self._waiting, *asked) if not one.future.cancelled()]
+        is_due = is_last or self._clock() - self._looked_at >= self.INTERVAL
+        if any(one.change for one in asked) or (here and is_due):
+            self._look()
+        self._waiting, self._loop.is_closing = [], is_last
+        for one in sorted(here, key=lambda one: one.deadline is not None):
+            self._answer(one)
+        times = [self._looked_at + self.INTERVAL, self._seen[1], *(one.deadline or 0.0 for one in self._waiting)]
+        return max(0.0, min(times) - self._clock()) if self._waiting else 0.0 if is_last else 3600.0
+
+    def _answer(self, one: _Question) -> None:
+        """Answer it, or let it wait on."""
+        is_stored, outcome = False, cast(Any, self._fault if one.change else self.known)
+        if one.change and not self._fault:
+            try:
+                is_stored, outcome = self._apply(one.change)
+            except Exception as error:
+                outcome, self._fault = error, None if isinstance(error, NotFound) else error
+        if one.deadline is not None and not (is_stored or self._fault) and self._clock() < one.deadline:
+            if len(self._waiting) < self.WAITING:
+                self._waiting.append(one)
+                return
+            outcome = Unavailable(f"{self.WAITING} others wait for the GPU: ask again later.", 5)
+        if one.future.running() or one.future.set_running_or_notify_cancel():
+            settle(one.future, outcome)
+        elif is_stored:  # its client left meanwhile
+            self._unclaimed = outcome.digest
+            self._look()
+
+    def _look(self) -> None:
+        began, self._fault = self._clock(), None
+        try:
+            result_of(self._closed)
+            self._swap(None)
+            with contextlib.suppress(NotFound):
+                self._apply(functools.partial(renewed, self._unclaimed, 0))
+        except Exception as fault:
+            self._fault = fault
+        self._looked_at = began
+
+    def _swap(self, after: bytes | None) -> None:
+        record = self._store.swap_reservation(self._host, self._record, after)
+        if record != self._record:
+            self._record, found = record, read_reservation(record)
+            self._seen = (found, self._clock() + found.seconds_left(self._wall())) if found else (None, 0.0)
+            self._fence = max(self._fence, found.fence if found else 0)
+
+    def _apply(self, change: _Change) -> tuple[bool, Reservation | None]:
+        """Whether it stored something; and what, else what is known. Tried again when another instance was faster."""
+        while made := change(known := self.known, now := self._wall(), max(now, self._fence + 1)):
+            record = to_json(dataclasses.asdict(made))
+            if not known:
+                self._unclaimed = made.digest  # should the answer of the store be lost
+            self._swap(record)
+            self._unclaimed = ""
+            if self._record == record:
+                return True, made
+        return False, known
+
+
 # ======================================================================================================
 # SwarmUI: the client
 # ======================================================================================================
@@ -4027,8 +4214,8 @@ class SwarmUISupervisor:
 # ======================================================================================================
 
 PERMISSIONS = (
-    "gpu:read", "swarmui:read", "swarmui:control", "notifications:read", "notifications:write", "sessions:read",
-    "sessions:write", "admin",
+    "gpu:read", "gpu:reserve", "swarmui:read", "swarmui:control", "notifications:read", "notifications:write",
+    "sessions:read", "sessions:write", "admin",
 )  # fmt: skip
 SUBJECT_PATTERN = r"[A-Za-z0-9._-]{1,64}"
 TOKEN_TTL = 12 * 3600  # seconds, by default
@@ -4280,6 +4467,7 @@ class Request:
     origin: str | None  # of the page that sent it, when it is an allowed or a trusted one
     path: Mapping[str, Any]
     query: Mapping[str, Any]
+    barred_by: Reservation | None = None  # of which it does not carry the id
     body: Any = None
     raw_body: bytes = b""
 
@@ -4422,8 +4610,11 @@ class Services:
 
     WATCH_INTERVAL = 5.0  # seconds between two looks of _watch()
 
-    def __init__(self, settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUISupervisor) -> None:
+    def __init__(
+        self, settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUISupervisor, reservations: Reservations
+    ) -> None:
         self.settings, self.store, self.gpu, self.swarmui = settings, store, gpu, swarmui
+        self.reservations = reservations
         self.sessions, self.notifications = Sessions(store), Notifications(store)
         self.authenticator = Authenticator(settings, store)
         self.bridge = Bridge(store, self.sessions, due_notification) if isinstance(store, BridgedStore) else None
@@ -4508,12 +4699,65 @@ def gpu_json(status: GpuStatus) -> dict[str, Any]:
 
 
 def gpu_status(services: Services, request: Request) -> Response | Future[Response]:
-    return then(services.gpu.ask(), lambda status: json_response(gpu_json(status), 500 if status.failed else 200))
+    def respond(status: GpuStatus) -> Response:
+        if request.barred_by and not status.failed:
+            status = dataclasses.replace(status, available=False, error=request.barred_by.words)
+        return json_response(gpu_json(status), 500 if status.failed else 200)
+
+    return then(services.gpu.ask(), respond)
+
+
+def reservation_json(found: Reservation) -> dict[str, Any]:
+    times = {"since": iso_time(found.since), "expiresAt": iso_time(found.expires)}
+    return {"fence": found.fence, "holder": found.holder, "purpose": found.purpose, **times}
+
+
+def refuse(other: Reservation, **shape: Any) -> Response:
+    shown = {**shape, "error": f"The GPU is {other.words}: ask again then.", **reservation_json(other)}
+    del shown["fence"]
+    return json_response(shown, 409, {"Retry-After": str(max(1, math.ceil(other.seconds_left(now_ms()))))})
+
+
+def reservation_create(services: Services, request: Request) -> Any:
+    body, id = request.body, secrets.token_urlsafe(32)
+    digest, ttl, wait = digest_of(id), int(body["ttlSeconds"]), body.get("waitSeconds") or 0
+
+    def take(known: Reservation | None, now: int, fence: int) -> Reservation | None:
+        given = (digest, body["holder"], body.get("purpose"), ttl)
+        return None if known else Reservation(*given, now, now + ttl * 1000, fence)
+
+    def respond(found: Reservation) -> Response:
+        is_ours = found.digest == digest
+        return json_response({"reservationId": id, **reservation_json(found)}, 201) if is_ours else refuse(found)
+
+    return then(services.reservations.ask(take, wait), respond)
+
+
+def reservation_show(services: Services, request: Request) -> Any:
+    shown = then(services.reservations.ask(), lambda found: found and reservation_json(found))
+    return then(shown, lambda shown: json_response({"reservation": shown}))
+
+
+def reservation_renew(services: Services, request: Request) -> Any:
+    change = functools.partial(renewed, digest_of(request.path["reservation_id"]), None)
+    return then(services.reservations.ask(change), lambda found: json_response(reservation_json(found)))
+
+
+def reservation_end(services: Services, request: Request) -> Any:
+    id = request.path.get("reservation_id")  # None: whoever's
+    change = functools.partial(renewed, None if id is None else digest_of(id), 0)
+    return then(services.reservations.ask(change), lambda _: Response(b"", 204))
+
+
+def reservation_end_any(services: Services, request: Request) -> Any:
+    return reservation_end(services, request)
 
 
 def swarmui_start(services: Services, request: Request) -> Response | Future[Response]:
     """Nothing of the request is used: nothing in it can reach a command line."""
     settings = services.settings
+    if request.barred_by:
+        return refuse(request.barred_by, success=False)
 
     def respond(started: Probe) -> Response:
         text, port, url = started.message, settings.swarmui_port, settings.swarmui_api_url
@@ -4779,6 +5023,7 @@ class Route:
     errors: tuple[int, ...] = ()  # beside those that every route of its kind has
     query: Mapping[str, Schema] = dataclasses.field(default_factory=dict)
     body: Schema | None = None
+    gated: bool = False  # a reservation may bar who does not send its id
     in_pool: bool = False  # its handler computes or waits for the store, so it runs in the thread pool
 
 
@@ -4815,7 +5060,7 @@ _TYPE: Schema = {"type": "string", "enum": list(TOTALS)}
 _STORE: Schema = {"enum": ["redis", "sqlite"]}
 _PERMISSION: Schema = {"type": "string", "enum": list(PERMISSIONS)}
 
-PATH_PARAMETERS: Mapping[str, Schema] = {"timestamp": _TIMESTAMP, "notification_id": _ID}
+PATH_PARAMETERS: Mapping[str, Schema] = {"timestamp": _TIMESTAMP, "notification_id": _ID, "reservation_id": _TEXT}
 
 _SESSION = _body(
     [],
@@ -4878,6 +5123,17 @@ _GPU = _object(
     **{name: _schema("integer", 8) for name in gpu_json(GpuStatus())}
     | {"available": _FLAG, "error": _schema(["string", "null"], None)}
 )
+_HOLDER: Mapping[str, Schema] = {
+    "holder": _schema("string", "storyart"), "purpose": _schema(["string", "null"], "episode 2"),
+    "since": _TIME, "expiresAt": _TIME,
+}  # fmt: skip
+_RESERVATION = _object(fence=_TIMESTAMP, **_HOLDER)
+_NEW_RESERVATION = _body(
+    ["holder", "ttlSeconds"], (),
+    holder=_schema("string", "storyart", minLength=1, maxLength=100),
+    waitSeconds=_schema("integer", 5, minimum=0, maximum=60),
+    ttlSeconds=_schema("integer", 60, minimum=1, maximum=3600), purpose=_schema("string", "render", maxLength=200),
+)  # fmt: skip
 _STARTED = _object(success=_FLAG, message=_TEXT, port=_schema("integer", 7801), apiUrl=_TEXT)
 _TEXT_OR_NULL = _schema(["string", "null"], None)
 _NUMBER_OR_NULL = _schema(["integer", "null"], None)
@@ -4897,9 +5153,21 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/health", health, "open", "Does the service answer, and its store?",
           {200: _HEALTH, 503: _HEALTH}, in_pool=True),
     Route("GET", "/openapi.json", openapi, "open", "This description.", {200: _OBJECT}),
-    Route("GET", f"{_API}/gpu/status", gpu_status, "gpu:read", "Is the GPU free?", {200: _GPU}, gpu_json(GpuStatus())),
+    Route("GET", f"{_API}/gpu/status", gpu_status, "gpu:read", "Is the GPU free?", {200: _GPU}, gpu_json(GpuStatus()),
+          gated=True),
+    Route("POST", f"{_API}/gpu/reservation", reservation_create, "gpu:reserve", "Reserve the GPU.",
+          {201: _object(reservationId=_TEXT, **_RESERVATION["properties"]), 409: _object(error=_TEXT, **_HOLDER)},
+          body=_NEW_RESERVATION),
+    Route("GET", f"{_API}/gpu/reservation", reservation_show, "gpu:read", "Who has reserved the GPU?",
+          {200: _object(reservation={**_RESERVATION, "type": ["object", "null"]})}),
+    Route("DELETE", f"{_API}/gpu/reservation", reservation_end_any, "admin", "End whoever's reservation.",
+          {204: None}, errors=(404,)),
+    Route("PUT", f"{_API}/gpu/reservation/<reservation_id>", reservation_renew, "gpu:reserve", "Put its end off.",
+          {200: _RESERVATION}, errors=(404,)),
+    Route("DELETE", f"{_API}/gpu/reservation/<reservation_id>", reservation_end, "gpu:reserve", "Give the GPU back.",
+          {204: None}, errors=(404,)),
     Route("POST", f"{_API}/swarmui/start", swarmui_start, "swarmui:control", "Make SwarmUI ready.",
-          {200: _STARTED}, _FAILED),
+          {200: _STARTED, 409: _object(success={"const": False}, error=_TEXT, **_HOLDER)}, _FAILED, gated=True),
     Route("GET", f"{_API}/swarmui/status", swarmui_status, "swarmui:read", "What does SwarmUI do?",
           {200: _SWARMUI}, in_pool=True),
     Route("POST", f"{_API}/swarmui/stop", swarmui_stop, "swarmui:control", "Stop SwarmUI.",
@@ -4968,6 +5236,7 @@ def _describe(route: Route) -> dict[str, Any]:
         "parameters": [
             *({"name": name, "in": "path", "required": True, "schema": schema} for name, schema in path),
             *({"name": name, "in": "query", "schema": schema} for name, schema in route.query.items()),
+            *[{"name": "X-Reservation-Id", "in": "header", "schema": _TEXT}] * route.gated,
         ],
         "responses": {
             str(status): {"description": http.client.responses[status], **content(schema)}
@@ -5100,7 +5369,8 @@ class Endpoint:
             response = json_response({**shape, "error": "Internal server error"}, 500)
         # Polls are many, so they are logged at DEBUG.
         level = logging.DEBUG if response.status < 400 and method in ("GET", "HEAD", "OPTIONS") else logging.INFO
-        ms, raw = (time.monotonic() - began) * 1000, environ.get("bottle.raw_path", "")
+        ms = (time.monotonic() - began) * 1000
+        raw = re.sub("(?is)(/reservation/).+", r"\1...", environ.get("bottle.raw_path", ""))  # its id is a secret
         log.log(level, "http: %s %s %d %s %.1f ms %s", method, raw, response.status, caller.subject, ms, request_id)
         headers = {**COMMON_HEADERS, **response.headers, "X-Request-Id": request_id}
         if origin:  # without these the page sees a network failure, whatever the status is
@@ -5117,6 +5387,10 @@ class Endpoint:
             body: Any = read() if size <= SMALL_BODY else self.services.submit(read, is_large=size > LARGE_BODY)
             value, raw = yield from awaited(body)
             request = dataclasses.replace(request, body=value, raw_body=raw)
+        if route.gated and self.services.settings.gates:
+            other = yield from awaited(self.services.reservations.current())
+            if other and other.digest != digest_of(environ.get("HTTP_X_RESERVATION_ID", "")):
+                request = dataclasses.replace(request, barred_by=other)
         if route.in_pool:
             return (yield from awaited(self.services.submit(route.handler, self.services, request)))
         return (yield from awaited(route.handler(self.services, request)))
@@ -5126,7 +5400,7 @@ class Endpoint:
         headers = {"Allow": ", ".join(sorted(self.routes or {"GET", "POST", "PUT", "DELETE"}))}
         if origin:
             headers |= {"Access-Control-Allow-Methods": headers["Allow"], "Access-Control-Max-Age": "600"}
-            headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, Last-Event-ID"
+            headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, Last-Event-ID, X-Reservation-Id"
             if environ.get("HTTP_ACCESS_CONTROL_REQUEST_PRIVATE_NETWORK") == "true":
                 headers["Access-Control-Allow-Private-Network"] = "true"
         return headers
@@ -5645,7 +5919,7 @@ def check_port(settings: Settings, status: GpuStatus) -> Iterator[Check]:
             wait, bearer = settings.nvidia_smi_timeout + 5, {"Authorization": f"Bearer {token}"}
             reply = fetch(f"{url}/api/v1/gpu/status", wait, headers=bearer)
             theirs, ours = json.loads(reply.body), gpu_json(status)
-            differs = any(theirs.get(key, ours[key]) != ours[key] for key in ("available", "gpuCount", "memoryTotal"))
+            differs = any(theirs.get(key, ours[key]) != ours[key] for key in ("gpuCount", "memoryTotal"))
             if differs and reply.status in (200, 500):  # not one that refuses the token, which may be another folder's
                 found = theirs["error"] or f"{theirs['gpuCount']} GPU(s), {theirs['memoryTotal']} MiB"
                 advice = "it has another PATH or NVIDIA_SMI: set NVIDIA_SMI in .env, and start it again"
@@ -5688,8 +5962,9 @@ def serve(settings: Settings) -> int:
     with (
         contextlib.closing(open_store(settings, 30.0)) as store,  # seconds for a backup, say, to unlock it
         contextlib.closing(GpuMonitor(query, settings.gpu_cache_seconds, cancel=lambda: end_children(children))) as gpu,
-        contextlib.closing(SwarmUISupervisor(settings)) as swarmui,
-        contextlib.closing(Services(settings, store, gpu, swarmui)) as services,
+        contextlib.closing(Reservations(store, socket.gethostname().lower())) as reservations,
+        contextlib.closing(SwarmUISupervisor(settings, is_reserved=reservations.is_held)) as swarmui,
+        contextlib.closing(Services(settings, store, gpu, swarmui, reservations)) as services,
     ):
         sockets = open_sockets(settings.host, settings.port)
 
@@ -5697,6 +5972,7 @@ def serve(settings: Settings) -> int:
             waits = f": waiting for {requests} request{'s' * (requests > 1)}; Ctrl+C again ends it at once"
             say(f"Stopping{waits * (requests > 0)}.")
             swarmui.close()
+            reservations.close()
 
         server = Server(create_app(services), sockets, on_stop)
 

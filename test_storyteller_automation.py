@@ -640,8 +640,11 @@ def make_services(settings: service.Settings) -> Iterator[Callable[..., service.
                 store = stack.enter_context(contextlib.closing(service.SqliteStore(path)))
             gpu = service.GpuMonitor(lambda: service.query_gpus(given, set()), 0)
             stack.callback(gpu.close)
-            swarmui = stack.enter_context(contextlib.closing(service.SwarmUISupervisor(given)))
-            return stack.enter_context(contextlib.closing(service.Services(given, store, gpu, swarmui)))
+            reservations = stack.enter_context(contextlib.closing(service.Reservations(store, "render-pc")))
+            swarmui = stack.enter_context(
+                contextlib.closing(service.SwarmUISupervisor(given, is_reserved=reservations.is_held))
+            )
+            return stack.enter_context(contextlib.closing(service.Services(given, store, gpu, swarmui, reservations)))
 
         yield make
 
@@ -851,6 +854,7 @@ def test_what_is_not_set_has_its_default(tmp_path):
         "REDIS_HOST": None,
         "REDIS_PORT": None,
         "STORYTELLER_BRIDGE": True,
+        "STORYTELLER_RESERVATION_GATES": False,
         "NVIDIA_SMI": None,
         "NVIDIA_SMI_TIMEOUT": 5,
         "GPU_CACHE_SECONDS": 5,
@@ -984,6 +988,7 @@ def test_an_env_file_that_cannot_be_used_is_refused_by_name(tmp_path, data, word
         "REDIS_HOST": ["redis://localhost", "127.0.0.1:6379", "a:b:c", "[::1]", "[::1", "::1%", ":", "a%41"],
         "REDIS_PORT": ["0", "65536", "x"],
         "STORYTELLER_BRIDGE": ["yes", "1"],
+        "STORYTELLER_RESERVATION_GATES": ["yes", "1"],
         "NVIDIA_SMI_TIMEOUT": ["0", "-1", "x", "86401"],
         "GPU_CACHE_SECONDS": ["-1", "five", "nan", "inf", "86401"],
         "SWARMUI_API_URL": [
@@ -1103,6 +1108,8 @@ def test_settings_that_are_printed_show_no_secret(tmp_path):
         ("REDIS_PORT", "1234", "redis_address", "redis://127.0.0.1:1234/0"),
         ("STORYTELLER_BRIDGE", "OFF", "bridge", False),
         ("STORYTELLER_BRIDGE", "on", "bridge", True),
+        ("STORYTELLER_BRIDGE", "false", "bridge", False),
+        ("STORYTELLER_RESERVATION_GATES", "True", "gates", True),
     ],
 )
 def test_a_good_value_is_taken(tmp_path, name, text, field, value):
@@ -3392,6 +3399,582 @@ def test_closing_the_monitor_ends_its_run_and_starts_no_other(make_monitor):
     assert "gpu" not in {thread.name for thread in threading.enumerate()}
 
 
+# ------------------------------------------------------------------------------ reservations ----
+
+RESERVATION = "/api/v1/gpu/reservation"
+HOLDER_KEYS = ["holder", "purpose", "since", "expiresAt"]
+
+
+class Pc:
+    """An instance of the service on a store, whose clocks the test sets: monotonic seconds, and the PC's in ms."""
+
+    def __init__(self, services: service.Services, clock: Any, wall: Any) -> None:
+        services.reservations.close()
+        self.reservations = services.reservations = service.Reservations(services.store, "pc", clock, wall)
+        self.services = services
+        self.app = webtest.TestApp(
+            service.create_app(services), extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"}, lint=False
+        )
+
+    def call(self, method: str, path: str = "", status: int = 200, body: Any = None, **headers: str) -> Any:
+        """The JSON of the response, whose status must be that one."""
+        path = path if path.startswith("/api") else RESERVATION + path
+        data = b"" if body is None else json.dumps(body).encode()
+        kind = "application/json"
+        answer = self.app.request(path, method=method, body=data, content_type=kind, headers=headers, status=status)
+        self.headers = answer.headers
+        return answer.json if answer.body else None
+
+    def reserve(self, holder: str = "a", ttl: int = 60, status: int = 201, **fields: Any) -> Any:
+        return self.call("POST", "", status, {"holder": holder, "ttlSeconds": ttl, **fields})
+
+    def shown(self) -> Any:
+        return self.call("GET")["reservation"]
+
+
+@pytest.fixture
+def make_pc(make_services) -> Iterator[Callable[..., Pc]]:
+    with contextlib.ExitStack() as stack:
+
+        def make(store: service.Store, clock: Any = time.monotonic, wall: Any = service.now_ms, **changed: Any) -> Pc:
+            made = Pc(make_services(store, **changed), clock, wall)
+            stack.callback(made.reservations.close)
+            return made
+
+        yield make
+
+
+@pytest.fixture
+def pc(make_pc, store) -> Pc:
+    return make_pc(store)
+
+
+def taking(name: str, ttl: float = 60.0) -> Callable[..., Any]:
+    """What takes the GPU for whom `name` is the digest."""
+
+    def take(known: Any, now: int, fence: int) -> Any:
+        return None if known else service.Reservation(name, name, None, ttl, now, now + int(ttl * 1000), fence)
+
+    return take
+
+
+def test_a_reservation_is_made_shown_put_off_and_given_back(pc):
+    assert pc.shown() is None
+    before = service.now_ms()
+    made = pc.reserve("render", 60, purpose="episode 2")
+    assert list(made) == ["reservationId", "fence", *HOLDER_KEYS]
+    assert (made["holder"], made["purpose"], len(made["reservationId"]) >= 43) == ("render", "episode 2", True)
+    since, end = service.read_time(made["since"]), service.read_time(made["expiresAt"])
+    assert before <= since <= made["fence"] <= service.now_ms() < 2**53
+    assert end - since == 60_000
+    id = made.pop("reservationId")
+    assert (pc.shown(), pc.reservations.is_held()) == (made, True)
+    time.sleep(0.002)
+    renewed = pc.call("PUT", f"/{id}")
+    assert {**renewed, "expiresAt": None} == {**made, "expiresAt": None}
+    assert service.read_time(renewed["expiresAt"]) > end
+    assert pc.shown() == renewed
+    assert pc.call("DELETE", f"/{id}", 204) is None
+    assert (pc.shown(), pc.reservations.is_held()) == (None, False)
+    assert pc.reserve("other", 1)["purpose"] is None
+
+
+def test_who_does_not_get_it_is_told_who_has_it_and_when_to_ask_again(pc):
+    made = pc.reserve("render\ud83d", 60, purpose="episode 2")
+    refused = pc.reserve("other", 60, 409)
+    assert refused == {"error": refused["error"], **{key: made[key] for key in HOLDER_KEYS}}
+    assert f"reserved by render\ud83d until {made['expiresAt']}" in refused["error"]
+    assert 55 <= int(pc.headers["Retry-After"]) <= 60
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"holder": None}, {"holder": ""}, {"holder": "x" * 101}, {"holder": 5}, {"ttlSeconds": None}, {"ttlSeconds": 0},
+     {"ttlSeconds": 3601}, {"ttlSeconds": "60"}, {"purpose": "x" * 201}, {"purpose": 5}, {"waitSeconds": 61},
+     {"waitSeconds": -1}, {"waitSeconds": 0.5}],
+)  # fmt: skip
+def test_a_reservation_that_does_not_fit_is_a_400_that_names_the_field(pc, changed):
+    fields = {"holder": "a", "ttlSeconds": 60, **changed}
+    assert next(iter(changed)) in pc.call("POST", "", 400, fields)["error"]
+    assert pc.shown() is None
+
+
+def test_the_limits_themselves_fit(pc):
+    pc.reserve("x" * 100, 3600, purpose="y" * 200, waitSeconds=60.0)
+    pc.call("DELETE", "", 204)
+    pc.reserve("x", 1, purpose=None, waitSeconds=None)
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+@pytest.mark.parametrize(
+    "end", ["never made", "another's", "given back", "ended by an admin", "over", "over and taken"]
+)
+def test_what_is_not_or_no_longer_reserved_is_a_404(make_pc, store, method, end):
+    clock = Clock(100.0)
+    pc = make_pc(store, clock)
+    id = pc.reserve(ttl=60)["reservationId"] if end != "never made" else "none"
+    if end in ("given back", "ended by an admin"):
+        pc.call("DELETE", f"/{id}" if end == "given back" else "", 204)
+    if end.startswith("over"):
+        clock.now += 60
+    if end.endswith("taken"):
+        pc.reserve("other")
+    others = pc.shown()
+    assert "error" in pc.call(method, "/another" if end == "another's" else f"/{id}", 404)
+    assert pc.shown() == others
+
+
+def test_an_admin_ends_whoevers(pc):
+    assert "error" in pc.call("DELETE", "", 404)
+    id = pc.reserve()["reservationId"]
+    pc.call("DELETE", "", 204)
+    assert pc.shown() is None
+    pc.call("PUT", f"/{id}", 404)
+
+
+def test_the_id_is_in_no_other_response_in_no_log_and_not_in_the_store(pc, store, caplog, request):
+    caplog.set_level(logging.DEBUG)
+    id = pc.reserve("holder-name")["reservationId"]
+    shown = [pc.shown(), pc.reserve("other", 60, 409), pc.call("PUT", f"/{id}")]
+    for method, path, status in [
+        ("GET", f"/{id}", 405), ("PUT", f"/{id}/", 404), ("PUT", f"//{id}", 404), ("PUT", f"/x/{id}", 404),
+        ("OPTIONS", f"/{id}", 204), ("PUT", f"/api/v1/GPU/Reservation/{id}", 404), ("DELETE", f"/{id}", 204),
+    ]:  # fmt: skip
+        shown.append(pc.call(method, path, status))
+    assert id not in json.dumps(shown) + caplog.text
+    assert caplog.text.count("/reservation/...") == 7
+    if store.name == "redis":
+        record = request.getfixturevalue("other_program").get("storyteller:gpu:pc")
+    else:
+        files = Path(store.place).parent.glob("store.sqlite3*")
+        record = b"".join(path.read_bytes() for path in files).decode("latin-1")
+    assert "holder-name" in record
+    assert (id in record, service.digest_of(id) in record) == (False, True)
+
+
+def test_a_record_keeps_its_meaning_and_what_is_none_is_read_as_none():
+    made = service.Reservation("d", "Müller\ud83d", None, 60, T, T + 60_000, T)
+    record = service.to_json(dataclasses.asdict(made))
+    assert service.read_reservation(record) == made
+    bad = [None, b"", b"x", b"[]", b"{}", record[:-1], record.replace(b'"fence"', b'"other"')]
+    wrong = [{"fence": 2**53 - 1}, {"fence": "5"}, {"expires": "x"}, {"since": None}, {"ttl": None}, {"since": 10**18}]
+    bad += [service.to_json({**dataclasses.asdict(made), **one}) for one in wrong]
+    assert [one for one in bad if service.read_reservation(one)] == []
+
+
+def test_a_record_that_cannot_be_read_is_replaced(make_pc, store):
+    store.swap_reservation("pc", None, b"no record")
+    pc = make_pc(store)
+    assert pc.shown() is None
+    assert pc.reserve()["fence"] > T
+
+
+@pytest.mark.parametrize(
+    ("ahead", "left"), [(0, 60), (1000, 59), (60_000, 0), (-1000, 60), (-3_600_000, 60), (3_600_000, -3540)]
+)
+def test_what_is_left_is_at_most_the_ttl(ahead, left):
+    assert service.Reservation("d", "a", None, 60, T, T + 60_000, T).seconds_left(T + ahead) == left
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_who_saw_a_reservation_counts_its_end_though_the_clock_is_set(make_pc, store, twin, hours):
+    clock, wall = Clock(100.0), Clock(T)
+    ours, other = make_pc(store, clock, wall), make_pc(twin, clock, wall)
+    id = ours.reserve(ttl=60)["reservationId"]
+    assert other.shown()
+
+    def wait(seconds: float) -> None:
+        clock.now += seconds
+        wall.now += int(seconds * 1000)
+
+    wall.now += hours * 3_600_000
+    wait(59.5)
+    other.reserve("b", 60, 409)
+    assert int(other.headers["Retry-After"]) in range(1, 61)
+    ours.call("PUT", f"/{id}")
+    wait(59.5)
+    assert [one.shown()["holder"] for one in (ours, other)] == ["a", "a"]
+    wait(0.5)
+    assert [one.shown() for one in (ours, other)] == [None, None]
+    assert other.reserve("b", 60)["fence"] > T
+
+
+def test_who_did_not_see_a_reservation_trusts_at_most_its_ttl(make_pc, store, twin):
+    clock, wall = Clock(100.0), Clock(T)
+    make_pc(store, clock, wall).reserve(ttl=60)
+    wall.now -= 3_600_000
+    other = make_pc(twin, clock, wall)
+    assert other.shown()
+    clock.now += 60
+    assert other.shown() is None
+
+
+def test_a_reservation_outlives_a_restart(make_pc, store):
+    clock, wall = Clock(100.0), Clock(T)
+    first = make_pc(store, clock, wall)
+    id = first.reserve(ttl=60)["reservationId"]
+    first.reservations.close()
+    clock.now, wall.now = 5.0, T + 59_000
+    later = make_pc(store, clock, wall)
+    assert later.shown()["holder"] == "a"
+    later.call("PUT", f"/{id}")
+    clock.now += 59.9
+    assert later.shown()
+
+
+def test_fences_grow_also_when_the_clock_is_set_back_and_the_store_lost_its_data(make_pc, store, request):
+    wall = Clock(T)
+    pc, fences = make_pc(store, time.monotonic, wall), []
+    for change in (0, 0, -3_600_000, 0, 7_200_000):
+        wall.now += change
+        fences.append(pc.reserve()["fence"])
+        pc.call("DELETE", "", 204)
+    assert fences == [T, T + 1, T + 2, T + 3, T + 3_600_000]
+    if store.name == "redis":
+        id = pc.reserve()["reservationId"]
+        request.getfixturevalue("other_program").flushdb()
+        pc.call("PUT", f"/{id}", 404)
+        assert pc.reserve()["fence"] > fences[-1] + 1
+        request.getfixturevalue("other_program").flushdb()
+        assert make_pc(store).reserve()["fence"] > fences[-1]  # by the real clock, which is later
+
+
+def test_a_record_is_replaced_only_by_who_knows_it(store, twin):
+    swaps = [("pc", None, None), ("pc", b"1", b"2"), ("pc", None, b"1"), ("pc", None, b"2"), ("pc", b"1", b"2")]
+    assert [store.swap_reservation(*one) for one in swaps] == [None, None, b"1", b"1", b"2"]
+    assert [twin.swap_reservation(host, None, None) for host in ("pc", "other")] == [b"2", None]
+    names = [b"by %d" % number for number in range(8)]
+    calls = [lambda pair=pair: pair[0].swap_reservation("pc", b"2", pair[1]) for pair in zip([store, twin] * 4, names)]
+    found = at_once(*calls)
+    assert found == [store.swap_reservation("pc", None, None)] * 8
+
+
+def test_each_pc_has_its_own_reservation(store):
+    pair = [service.Reservations(store, host) for host in ("pc-1", "pc-2")]
+    try:
+        assert [one.ask(taking(str(one)), 0).result(PATIENCE).digest for one in pair] == [str(one) for one in pair]
+    finally:
+        for one in pair:
+            one.close()
+
+
+def test_of_many_at_two_instances_one_gets_it(make_pc, store, twin):
+    pcs = [make_pc(store), make_pc(twin)] * 4
+    asked = [lambda one=one: one.reservations.ask(taking(str(id(one))), 0) for one in pcs]
+    assert len({future.result(PATIENCE).fence for future in at_once(*asked)}) == 1
+
+
+# Those who wait.
+
+
+def wait_for_gpu(port: int, holder: str, seconds: int = 60) -> socket.socket:
+    body = json.dumps({"holder": holder, "ttlSeconds": 60, "waitSeconds": seconds})
+    head = request_of("POST", RESERVATION, "Content-Type: application/json", f"Content-Length: {len(body)}")
+    return send_request(port, head + body)
+
+
+def test_those_who_wait_get_it_in_order_at_once_and_who_left_is_skipped(poll_service, store, monkeypatch):
+    monkeypatch.setattr(service.Reservations, "INTERVAL", 3600.0)  # so none is found by a look
+    polled = poll_service(store)
+    call = functools.partial(Service.call, polled)  # a connection for each: waitress closes it after a 204
+    id, clients = call("POST", RESERVATION, {"holder": "first", "ttlSeconds": 60})[1]["reservationId"], []
+    for name in ("second", "leaves", "third"):
+        clients.append(wait_for_gpu(polled.port, name))
+        wait_until(lambda: len(polled.services.reservations._waiting) == len(clients))
+    clients[1].close()
+    wait_until(lambda: polled.in_flight() == 2)
+    for client, name in ((clients[0], "second"), (clients[2], "third")):
+        with client:
+            assert call("POST", RESERVATION, {"holder": "late", "ttlSeconds": 60})[0] == 409
+            assert call("DELETE", f"{RESERVATION}/{id}")[0] == 204
+            status, _, text = answer_of(client)
+            made = json.loads(text)
+            assert (status, made["holder"]) == (201, name)
+            id = made["reservationId"]
+
+
+def test_who_comes_at_the_moment_of_giving_back_comes_after_those_who_wait(make_pc, store, monkeypatch):
+    pc, swap, go_on = make_pc(store), store.swap_reservation, threading.Event()
+    ask = pc.reservations.ask
+    ask(taking("a"), 0).result(PATIENCE)
+    waits = ask(taking("waits"), 60)
+    wait_until(lambda: pc.reservations._waiting)
+    monkeypatch.setattr(store, "swap_reservation", lambda *given: (go_on.wait(PATIENCE), swap(*given))[-1])
+    ask()  # the next two are answered in the turn after this one
+    ended, late = ask(functools.partial(service.renewed, "a", 0)), ask(taking("late"), 0)
+    go_on.set()
+    assert [one.result(PATIENCE).digest for one in (ended, waits, late)] == ["a", "waits", "waits"]
+
+
+def test_who_waits_gets_it_when_it_ends_by_itself_or_is_told_in_time_who_has_it(pc, monkeypatch):
+    monkeypatch.setattr(service.Reservations, "INTERVAL", 3600.0)
+    ask = pc.reservations.ask
+    assert ask(taking("a", 0.2), 0).result(PATIENCE).digest == "a"
+    waits = [ask(taking("b"), 30), ask(taking("c"), 0.01)]
+    assert waits[1].result(PATIENCE).digest == "a"
+    assert waits[0].result(PATIENCE).digest == "b"
+
+
+def test_what_another_instance_gave_back_is_found_by_a_look(make_pc, store, twin, monkeypatch):
+    monkeypatch.setattr(service.Reservations, "INTERVAL", 0.05)
+    ours, other = make_pc(store), make_pc(twin)
+    id = other.reserve("b")["reservationId"]
+    waiting = ours.reservations.ask(taking("a"), 60)
+    wait_until(ours.reservations.is_held)
+    other.call("DELETE", f"/{id}", 204)
+    assert waiting.result(PATIENCE).digest == "a"
+    assert other.shown()["holder"] == "a"
+
+
+def test_200_wait_without_a_thread_each_and_further_ones_are_a_503(poll_service):
+    polled = poll_service()
+    polled.ask("POST", RESERVATION, {"holder": "first", "ttlSeconds": 3600})
+    polled.ask("GET", "/health")
+    threads = threading.active_count()
+    clients = [wait_for_gpu(polled.port, f"{number}") for number in range(200)]
+    wait_until(lambda: len(polled.services.reservations._waiting) == 200)
+    assert threading.active_count() == threads
+    status, headers, answer = polled.ask("POST", RESERVATION, {"holder": "x", "ttlSeconds": 1, "waitSeconds": 60})
+    assert (status, "Retry-After" in headers, "200" in answer["error"]) == (503, True, True)
+    assert polled.ask("POST", RESERVATION, {"holder": "x", "ttlSeconds": 1})[0] == 409
+    for client in clients:
+        client.close()
+    wait_until(lambda: polled.in_flight() == 0)
+    with wait_for_gpu(polled.port, "next") as client:
+        wait_until(lambda: len(polled.services.reservations._waiting) == 1)
+        assert polled.ask("DELETE", RESERVATION)[0] == 204
+        assert json.loads(answer_of(client)[2])["holder"] == "next"
+
+
+def test_closing_answers_those_who_wait_and_ends_the_thread(pc):
+    pc.reserve()
+    waiting = pc.reservations.ask(taking("b"), 60)
+    pc.reservations.close()
+    with pytest.raises(service.Unavailable):
+        waiting.result(PATIENCE)
+    with pytest.raises(service.Unavailable):
+        pc.reservations.ask()
+    wait_until(lambda: not pc.reservations._loop._thread.is_alive())
+
+
+def test_a_service_that_stops_answers_those_who_wait_at_once(start_service):
+    running = start_service()
+    running.call("POST", RESERVATION, {"holder": "a", "ttlSeconds": 60})
+    with wait_for_gpu(running.port, "b") as client:
+        body = {"holder": "c", "ttlSeconds": 60}
+        assert running.call("POST", RESERVATION, body)[0] == 409  # which came after it
+        running.press_ctrl_c()
+        assert answer_of(client)[0] == 503
+    assert running.process.wait(PATIENCE) == 0
+
+
+# While the store is away, and when it is killed.
+
+
+def test_while_redis_is_away_all_is_a_503_and_after_that_as_before(make_pc, forwarder):
+    with contextlib.closing(service.RedisStore(forwarder.url)) as store:
+        pc = make_pc(store)
+        id = pc.reserve()["reservationId"]
+        waiting = pc.reservations.ask(taking("b"), 60)
+        forwarder.cut()
+        calls = [("POST", "", {"holder": "b", "ttlSeconds": 5}), ("GET", "", None), ("DELETE", "", None)]
+        for method, path, body in [*calls, ("PUT", f"/{id}", None), ("DELETE", f"/{id}", None)]:
+            assert "Redis" in pc.call(method, path, 503, body)["error"]
+            assert pc.headers["Retry-After"] == "1"
+        with pytest.raises(service.Unavailable):
+            waiting.result(PATIENCE)
+        assert pc.reservations.known
+        forwarder.restore()
+        wait_until(lambda: not store._redis._fault)
+        assert pc.call("PUT", f"/{id}")["holder"] == "a"
+        pc.reserve("b", 60, 409)
+
+
+def test_what_the_store_took_while_its_answer_was_lost_is_nobodys(make_pc, store, monkeypatch):
+    swap, lost = store.swap_reservation, [service.Unavailable("lost")]
+
+    def lose(host: str, before: Any, after: Any) -> Any:
+        result = swap(host, before, after)
+        if after and lost:
+            raise lost.pop()
+        return result
+
+    monkeypatch.setattr(store, "swap_reservation", lose)
+    pc = make_pc(store)
+    pc.reserve("a", 60, 503)
+    assert b'"holder":"a"' in swap("pc", None, None)
+    assert pc.reserve("b")["holder"] == "b"
+
+
+def test_what_was_given_to_one_who_left_meanwhile_goes_to_the_next(make_pc, store, monkeypatch):
+    swap, waiting = store.swap_reservation, []
+
+    def leave(host: str, before: Any, after: Any) -> Any:
+        if after and b'"leaves"' in after:
+            waiting[0].cancel()
+        return swap(host, before, after)
+
+    monkeypatch.setattr(store, "swap_reservation", leave)
+    pc = make_pc(store)
+    id = pc.reserve()["reservationId"]
+    waiting += [pc.reservations.ask(taking(name), 60) for name in ("leaves", "stays")]
+    pc.call("DELETE", f"/{id}", 204)
+    assert waiting[1].result(PATIENCE).digest == "stays"
+    assert waiting[0].cancelled()
+
+
+def test_a_fault_of_ours_fails_one_request_alone(make_pc, sqlite_store, fail_once):
+    fail_once(sqlite_store, "swap_reservation", RuntimeError("a fault of ours"))
+    pc = make_pc(sqlite_store)
+    pc.call("GET", "", 500)
+    assert pc.shown() is None
+
+
+@pytest.mark.slow
+def test_of_8_clients_at_two_instances_that_are_killed_never_two_have_it(start_service, redis_url):
+    """Each client counts its own end, from when it sent what it got an answer to."""
+    running = [start_service(REDIS_URL=redis_url, STORYTELLER_DATA_DIR=f"data-{number}") for number in range(2)]
+    until, spans = time.monotonic() + 8, []
+
+    def call(chance: random.Random, *request: Any) -> tuple[int, Any]:
+        with contextlib.suppress(OSError, http.client.HTTPException):  # its service was killed
+            return chance.choice(running).call(*request)
+        return 0, None
+
+    def work(name: int) -> None:
+        chance = random.Random(name)
+        while time.monotonic() < until:
+            sent = time.monotonic()
+            status, made = call(chance, "POST", RESERVATION, {"holder": f"{name}", "ttlSeconds": 1, "waitSeconds": 2})
+            if status != 201:
+                assert status in (0, 409, 503)
+                continue
+            begun, end = time.monotonic(), sent + 1
+            for _ in range(chance.randrange(4)):
+                time.sleep(chance.random() / 5)
+                sent = time.monotonic()
+                status, _ = call(chance, "PUT", f"{RESERVATION}/{made['reservationId']}")
+                assert status in (0, 200, 503) or time.monotonic() > end
+                end = sent + 1 if status == 200 else end
+            if chance.random() < 0.8:  # else it forgets to
+                end = min(end, time.monotonic())
+                call(chance, "DELETE", f"{RESERVATION}/{made['reservationId']}")
+            spans.append((begun, end, made["fence"]))
+
+    with ThreadPoolExecutor(8) as pool:
+        working = [pool.submit(work, name) for name in range(8)]
+        while time.monotonic() < until:
+            time.sleep(0.7)
+            victim = random.randrange(2)
+            running[victim].process.kill()
+            running[victim].process.wait(PATIENCE)
+            running[victim] = start_service(REDIS_URL=redis_url, STORYTELLER_DATA_DIR=f"data-{victim}")
+        for one in working:
+            one.result(PATIENCE)
+    spans.sort()
+    assert len(spans) > 8
+    assert [pair for pair in itertools.pairwise(spans) if pair[0][1] > pair[1][0] or pair[0][2] >= pair[1][2]] == []
+
+
+# Gates.
+
+
+@pytest.fixture
+def make_gated(make_pc, nvidia_smi) -> Callable[..., Pc]:
+    return lambda *given, **named: make_pc(*given, nvidia_smi=nvidia_smi(GOOD, {}), gates=True, **named)
+
+
+STATUS, START = "/api/v1/gpu/status", "/api/v1/swarmui/start"
+
+
+def test_with_gates_the_gpu_is_its_holders(make_gated, store, swarmui_folder, leash):
+    pc = make_gated(store, swarmui_path=swarmui_folder())
+    free = pc.call("GET", STATUS)
+    assert free["available"]
+    made = pc.reserve("render")
+    own = {"X-Reservation-Id": made["reservationId"]}
+    words = f"reserved by render until {made['expiresAt']}"
+    for other in ({}, {"X-Reservation-Id": "another"}, {"X-Reservation-Id": ""}):
+        assert pc.call("GET", STATUS, **other) == {**free, "available": False, "error": words}
+        refused = pc.call("POST", START, 409, **other)
+        assert refused == {"success": False, "error": refused["error"], **{key: made[key] for key in HOLDER_KEYS}}
+        assert words in refused["error"]
+        assert int(pc.headers["Retry-After"]) <= 60
+    assert leash.count_further() == 0
+    assert pc.call("GET", STATUS, **own) == free
+    assert pc.call("POST", START, **own)["success"]
+    leash.next()
+    pc.call("DELETE", f"/{made['reservationId']}", 204)
+    assert pc.call("GET", STATUS) == free
+    assert pc.call("POST", START)["success"]
+
+
+def test_a_fault_of_nvidia_smi_stays_a_500(make_gated, store):
+    pc = make_gated(store)
+    pc.reserve()
+    pc.services.gpu = service.GpuMonitor(lambda: service.GpuStatus(error="broken", failed=True), 0)
+    assert pc.call("GET", STATUS, 500)["error"] == "broken"
+    pc.services.gpu.close()
+
+
+def test_unless_set_there_are_no_gates(make_pc, store, nvidia_smi, swarmui_folder, leash, monkeypatch):
+    pc = make_pc(store, nvidia_smi=nvidia_smi(GOOD, {}), swarmui_path=swarmui_folder())
+    pc.reserve()
+    monkeypatch.setattr(pc.reservations, "current", None)  # it is not asked
+    assert pc.call("GET", STATUS)["available"]
+    assert pc.call("POST", START)["success"]
+    leash.next()
+
+
+def test_gates_know_of_another_instance_by_one_look_a_second(make_gated, make_pc, store, twin, monkeypatch):
+    clock, looks, swap = Clock(100.0), [], store.swap_reservation
+    monkeypatch.setattr(store, "swap_reservation", lambda *given: looks.append(given) or swap(*given))
+    ours, other = make_gated(store, clock), make_pc(twin)
+    statuses = [lambda: ours.call("GET", STATUS)["available"]] * 20
+    assert (at_once(*statuses), len(looks)) == ([True] * 20, 1)
+    id = other.reserve("b")["reservationId"]
+    clock.now += 1.0
+    assert (at_once(*statuses), len(looks)) == ([False] * 20, 2)
+    other.call("DELETE", f"/{id}", 204)
+    clock.now += 0.5
+    assert (at_once(*statuses), len(looks)) == ([False] * 20, 2)
+    clock.now += 0.5
+    assert (at_once(*statuses), len(looks)) == ([True] * 20, 3)
+
+
+def test_a_look_in_progress_is_waited_for(make_gated, store, twin, monkeypatch):
+    """What was known before it may be older than a second."""
+    begun, go_on, swap = threading.Event(), threading.Event(), store.swap_reservation
+    monkeypatch.setattr(store, "swap_reservation", lambda *given: (begun.set(), go_on.wait(PATIENCE), swap(*given))[-1])
+    pc = make_gated(store)
+    with contextlib.closing(service.Reservations(twin, "pc")) as other:
+        other.ask(taking("b"), 0).result(PATIENCE)
+    first = pc.reservations.current()
+    assert begun.wait(PATIENCE)
+    second = pc.reservations.current()
+    go_on.set()
+    assert [one.result(PATIENCE).digest for one in (first, second)] == ["b", "b"]
+
+
+def test_with_the_store_away_gates_hold_what_was_known_until_its_end(make_gated, forwarder):
+    clock = Clock(100.0)
+    with contextlib.closing(service.RedisStore(forwarder.url)) as store:
+        pc = make_gated(store, clock)
+        assert pc.call("GET", STATUS)["available"]
+        pc.reserve(ttl=60)
+        forwarder.cut()
+        for seconds, available in ((0, False), (59.9, False), (0.1, True)):
+            clock.now += seconds
+            assert pc.call("GET", STATUS)["available"] == available
+
+
+def test_a_page_may_send_the_id(make_gated, sqlite_store):
+    pc = make_gated(sqlite_store, cors_origins=("http://localhost:3000",))
+    asked = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "GET"}
+    pc.call("OPTIONS", STATUS, 204, **asked)
+    assert "X-Reservation-Id" in pc.headers["Access-Control-Allow-Headers"].split(", ")
+
+
 # ======================================================================================================
 # SwarmUI
 # ======================================================================================================
@@ -4381,6 +4964,11 @@ GPU_ZEROS = {
 # Each endpoint with a path that fits, and what its errors hold beside `error`.
 ENDPOINTS = [
     ("GET", "/api/v1/gpu/status", GPU_ZEROS),
+    ("GET", "/api/v1/gpu/reservation", {}),
+    ("POST", "/api/v1/gpu/reservation", {}),
+    ("DELETE", "/api/v1/gpu/reservation", {}),
+    ("PUT", "/api/v1/gpu/reservation/x", {}),
+    ("DELETE", "/api/v1/gpu/reservation/x", {}),
     ("GET", "/api/v1/auth/session", {}),
     ("POST", "/api/v1/auth/session", {}),
     ("DELETE", "/api/v1/auth/session", {}),
@@ -5115,7 +5703,7 @@ def test_a_preflight_is_answered_without_a_token(page_app, path, origin):
     methods = sorted(route.method for route in service.ROUTES if re.sub("<.*?>", "5", route.path) == path)
     assert sent["Access-Control-Allow-Origin"] == origin
     assert sent["Access-Control-Allow-Methods"] == ", ".join(methods)
-    assert sent["Access-Control-Allow-Headers"] == "Authorization, Content-Type, Last-Event-ID"
+    assert sent["Access-Control-Allow-Headers"] == "Authorization, Content-Type, Last-Event-ID, X-Reservation-Id"
     assert sent["Access-Control-Allow-Private-Network"] == "true"
     assert int(sent["Access-Control-Max-Age"]) > 0
 
@@ -5507,6 +6095,13 @@ def test_real_answers_fit_what_their_routes_declare(recorded):
         recorded("GET", f"/api/v1/{path}")
     recorded("POST", f"/api/v1/notifications/{made['id']}/ack")
     recorded("GET", "/api/v1/session/x/prompts-status")
+    held = recorded("POST", RESERVATION, {"holder": "a", "ttlSeconds": 60})["reservationId"]
+    recorded("POST", RESERVATION, {"holder": "b", "ttlSeconds": 60})
+    recorded("GET", RESERVATION)
+    recorded("PUT", f"{RESERVATION}/{held}")
+    recorded("DELETE", f"{RESERVATION}/{held}")
+    recorded("POST", RESERVATION, {"holder": "b", "ttlSeconds": 60, "purpose": "p"})
+    recorded("DELETE", RESERVATION)
     good = {f"{route.method} {route.path}" for route in service.ROUTES for status in route.responses}
     assert {name for name, status in recorded.seen if status < 300} == good - {"POST /api/v1/swarmui/start"}
 
@@ -9833,7 +10428,8 @@ def test_help_names_the_scripts_every_command_and_each_default(run_module):
     rows = {line.split()[0]: line for line in text.split("\nsettings, ")[1].splitlines()[1:]}
     assert [name for name, row in rows.items() if "by default" not in row] == []
     shown = {
-        "STORYTELLER_PORT": "8000", "STORYTELLER_BRIDGE": "on", "GPU_CACHE_SECONDS": "5", "REDIS_HOST": "none",
+        "STORYTELLER_PORT": "8000", "STORYTELLER_BRIDGE": "on", "STORYTELLER_RESERVATION_GATES": "off",
+        "GPU_CACHE_SECONDS": "5", "REDIS_HOST": "none",
         "STORYTELLER_CORS_ORIGINS": " ".join(service.PAGES), "STORYTELLER_TRUSTED_ORIGINS": "none",
     }  # fmt: skip
     assert {name: rows[name].partition("by default ")[2] for name in shown} == shown
