@@ -3708,7 +3708,7 @@ class Launched:
     @property
     def at(self) -> int | None:
         """When it was launched, in ms."""
-        return self._record.get("launchedAt")
+        return read_time(self._record.get("launchedAt"))
 
     def launch(self) -> None:
         """Raises LaunchError."""
@@ -3752,7 +3752,7 @@ class Launched:
             self._take(Program(self._record["pid"], None))
         if self.lives(server_id):
             self.was_ready, self.is_orphan = True, self.has_exited
-            if server_id != self._record["serverId"]:
+            if server_id != self._record.get("serverId"):
                 self._keep_server_id(server_id)
 
     def notices_exit(self) -> bool:
@@ -3819,12 +3819,15 @@ _STATES: tuple[tuple[str, str, Callable[[Sight], bool]], ...] = (
     ("stopping", "starting ready unresponsive", lambda seen: seen.is_ending),
     ("ready", "stopped starting unresponsive stopping failed",
      lambda seen: seen.answers or (seen.was_ready and seen.is_open and seen.misses < UNRESPONSIVE)),
-    ("unresponsive", "ready stopping",
+    ("unresponsive", "ready stopping failed",
      lambda seen: seen.was_ready and seen.is_open and (seen.lives or not seen.is_foreign)),
     ("starting", "stopped ready unresponsive stopping failed", lambda seen: seen.lives),
     ("failed", "stopped starting ready unresponsive stopping", lambda seen: seen.has_failed or seen.is_open),
     ("stopped", "starting ready unresponsive stopping failed", lambda seen: True),
 )  # fmt: skip
+
+
+_FOLLOWS = {state: follows.split() for state, follows, _ in _STATES}
 
 
 def state_of(seen: Sight) -> str:
@@ -4195,6 +4198,8 @@ class SwarmUISupervisor:
         """Make the state what was seen. A change of it is logged."""
         seen, before = self._sight(), self._status
         state, since, began = state_of(seen), before.since, before.began
+        if since and state != before.state and before.state not in _FOLLOWS[state]:
+            log.error("swarmui: %s cannot follow %s: please report %s", state, before.state, seen)
         if state != before.state or not since:
             log.info("swarmui: %s%s", state, (since and f", after {before.state}") or "")
             since, began = now_ms(), self.clock()

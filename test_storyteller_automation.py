@@ -4908,7 +4908,7 @@ def test_a_restart_that_was_due_is_off_after_a_stop(make_looked, swarmui_folder,
 
 
 def test_starts_stops_and_deaths_in_any_order_leave_one_swarmui_and_a_true_state(
-    make_looked, swarmui_folder, settings, leash, monkeypatch
+    make_looked, swarmui_folder, settings, leash, monkeypatch, caplog
 ):
     monkeypatch.setattr(service, "ENDINGS", {"ShutdownServer": 1.0, "terminate": 0.5, "kill": PATIENCE})
     looked = make_looked(swarmui_path=swarmui_folder(delay=0.05))
@@ -4931,6 +4931,7 @@ def test_starts_stops_and_deaths_in_any_order_leave_one_swarmui_and_a_true_state
             alive = living
             wait_until(lambda: looked.status["state"] in ("ready", "stopped", "failed"))
             wait_until(lambda: (looked.status["state"] == "ready") == service.probe(settings).ready)
+    assert not [one for one in caplog.messages if "cannot follow" in one]
 
 
 # ---- its log ----
@@ -9400,6 +9401,7 @@ def test_a_swarmui_that_still_starts_when_the_service_does_is_not_launched_twice
         pytest.param({"pid": os.getpid(), "identity": None}, id="an identity that was not known"),
         pytest.param({"pid": 0x7FFFFFF0, "identity": "x"}, id="nobody's number"),
         pytest.param({"pid": "x"}, id="no number"),
+        pytest.param({"pid": 1, "identity": "x", "launchedAt": "x", "serverId": 7}, id="other types"),
         pytest.param([], id="no object"),
     ],
 )
@@ -10677,6 +10679,7 @@ def test_check_is_content_with_a_pc_where_all_is_well(run_module, leash, redis_u
     )  # fmt: skip
     assert (read_check(done), done.returncode) == (dict.fromkeys(CHECKED, "OK"), 0)
     assert "store: redis, " in done.stdout
+    assert "SwarmUI: ready, version 0.9.8.2" in done.stdout
     leash.close()
     started.wait(PATIENCE)
 
