@@ -4505,6 +4505,16 @@ def test_a_death_is_told_and_forgotten_at_the_next_start(make_looked, swarmui_fo
     leash.next()
 
 
+def test_what_a_dead_swarmui_leaves_behind_is_ended(make_looked, swarmui_folder, leash):
+    looked = make_looked(swarmui_path=swarmui_folder(child=True, leash_code=LEASH))
+    looked("POST", "start")
+    held = [leash.next(), leash.next()]
+    server = next(one for one in held if "--port" in one.report["arguments"])
+    kill(server)
+    looked.wait_for("failed")
+    assert all(one.has_ended() for one in held)
+
+
 def kill(held: Held) -> None:
     os.kill(held.report["pid"], signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
 
