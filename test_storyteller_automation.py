@@ -4712,6 +4712,19 @@ def test_after_a_restart_of_the_service_it_is_still_ours(make_looked, swarmui_fo
     assert held.has_ended()
 
 
+def test_a_process_that_has_its_number_now_is_not_ended(make_looked, settings, run_another, monkeypatch):
+    monkeypatch.setattr(service, "ENDINGS", dict.fromkeys(service.ENDINGS, 0.1))
+    run_another(deaf=True)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True) as other:
+        record = {"pid": other.pid, "identity": "an earlier one's", "serverId": service.probe(settings).server_id}
+        (settings.data_dir / "swarmui.json").write_text(json.dumps(record))
+        looked = make_looked()
+        assert looked.wait_for("ready")["ours"] is True
+        assert "cannot be ended" in looked("POST", "stop", 500)["error"]
+        assert other.poll() is None
+        other.kill()
+
+
 def test_after_a_restart_of_the_service_one_that_hangs_is_ended_by_its_processes(
     make_looked, swarmui_folder, leash, tmp_path
 ):
