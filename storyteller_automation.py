@@ -82,7 +82,6 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -881,8 +880,6 @@ class Program:
 
     def __init__(self, pid: int, identity: str | None, process: subprocess.Popen[bytes] | None = None, job: int = 0):
         self.pid, self.identity, self.process, self._job = pid, identity, process, job
-        if sys.platform == "win32" and job:
-            weakref.finalize(self, _win32, "kernel32.CloseHandle", "NP", job)
 
     def has_exited(self) -> bool:
         """Whether the process itself did; what it started may live on."""
@@ -1092,7 +1089,8 @@ def tail(path: Path, size: int, since: int = 0) -> list[str]:
         with open(path, "rb") as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(since if since <= end else 0, end - size))
-            return file.read(size).decode("utf-8", "replace").removesuffix("\n").split("\n")
+            text = file.read(size).decode("utf-8", "replace")
+            return text.removesuffix("\n").split("\n") if text else []
     except OSError:
         return []
 
@@ -1207,12 +1205,10 @@ class Loop:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.start, self.wake = self._thread.start, self._woken.set
 
-    def close(self, timeout: float = 0.0) -> None:
-        """End the thread after its turn; wait for that at most `timeout` seconds."""
+    def close(self) -> None:
+        """End the thread after its turn, without waiting for that."""
         self.is_closing = True
         self.wake()
-        if self._thread.ident:
-            self._thread.join(timeout)
 
     def _run(self) -> None:
         while True:
@@ -3349,7 +3345,7 @@ _Change = Callable[["Reservation | None", int, int], "Reservation | None"]
 
 
 class _Question(NamedTuple):
-    change: _Change | None  # None: what is known suffices
+    change: _Change
     deadline: float | None  # until then it waits while it stores nothing; None for one that does not wait
     future: Future[Any]
 
@@ -3360,8 +3356,12 @@ class Reservations:
 
     INTERVAL, WAITING = 1.0, 200  # seconds between two looks at the store for those who wait; how many may wait
 
-    def __init__(self, store: Store, host: str, clock: Clock = time.monotonic, wall: Callable[[], int] = now_ms):
-        self._store, self._host, self._clock, self._wall = store, host, clock, wall
+    def __init__(
+        self, store: Store, host: str, clock: Clock = time.monotonic, wall: Callable[[], int] = now_ms, *,
+        watches: bool = False,
+    ) -> None:  # fmt: skip
+        """`watches`: looks once a second though nobody waits."""
+        self._store, self._host, self._clock, self._wall, self._watches = store, host, clock, wall, watches
         self._record: bytes | None = None  # as last seen
         self._seen: tuple[Reservation | None, float] = (None, 0.0)  # what it says, and when that ends
         self._fence, self._looked_at = 0, -math.inf  # the largest one seen
@@ -3370,6 +3370,7 @@ class Reservations:
         self._asked: queue.SimpleQueue[_Question] = queue.SimpleQueue()
         self._waiting: list[_Question] = []
         self._closed: ApiError | None = None
+        self._lock = threading.Lock()  # over whether it is, so that nobody asks after the last turn
         self._loop = Loop(self._turn, "reservations")
         self._loop.start()
 
@@ -3379,31 +3380,27 @@ class Reservations:
         found, end = self._seen
         return found if self._clock() < end else None
 
-    def current(self) -> Reservation | Future[Reservation | None] | None:
-        """As a look of the last second found it; while the store does not answer, as it was known before."""
-        return self.known if self._clock() - self._looked_at < self.INTERVAL else self.ask(None)
+    @property
+    def seconds_left(self) -> float:
+        """Of what is known."""
+        return self._seen[1] - self._clock()
 
-    def is_held(self) -> bool:
-        """The same for a thread that may wait; True where it cannot be told."""
-        with contextlib.suppress(Unavailable, concurrent.futures.TimeoutError):
-            found = self.current()
-            return bool(found.result(5.0) if isinstance(found, Future) else found)
-        return True
-
-    def ask(self, change: _Change | None = lambda *_: None, wait: float | None = None) -> Any:
+    def ask(self, change: _Change = lambda *_: None, wait: float | None = None) -> Any:
         """A future of what the change stored, else of the reservation that there is. While it stores nothing it is
         tried again for `wait` seconds, in the order of arrival; so long the future may be cancelled."""
-        result_of(self._closed)
         question = _Question(change, None if wait is None else self._clock() + wait, Future())
         if wait is None:
             question.future.set_running_or_notify_cancel()  # it is carried out though its client leaves
-        self._asked.put(question)
+        with self._lock:
+            result_of(self._closed)
+            self._asked.put(question)
         self._loop.wake()
         return question.future
 
     def close(self) -> None:
         """Answer everyone who waits, and end the thread. May be called again."""
-        self._closed = Unavailable("The service is stopping.", 5)
+        with self._lock:
+            self._closed = Unavailable("The service is stopping.", 5)
         self._loop.wake()
 
     def _turn(self) -> float:
@@ -3411,18 +3408,21 @@ class Reservations:
         asked = [self._asked.get() for _ in range(self._asked.qsize())]
         here = [one for one in (*self._waiting, *asked) if not one.future.cancelled()]
         is_due = is_last or self._clock() - self._looked_at >= self.INTERVAL
-        if any(one.change for one in asked) or (here and is_due):
+        if asked or (is_due and (here or self._watches)):
             self._look()
         self._waiting, self._loop.is_closing = [], is_last
         for one in sorted(here, key=lambda one: one.deadline is not None):
             self._answer(one)
-        times = [self._looked_at + self.INTERVAL, self._seen[1], *(one.deadline or 0.0 for one in self._waiting)]
-        return max(0.0, min(times) - self._clock()) if self._waiting else 0.0 if is_last else 3600.0
+        if not (self._waiting or self._watches):
+            return 0.0 if is_last else 3600.0
+        times = [self._looked_at + self.INTERVAL]
+        times += [self._seen[1], *(one.deadline or 0.0 for one in self._waiting)] if self._waiting else []
+        return max(0.0, min(times) - self._clock())
 
     def _answer(self, one: _Question) -> None:
         """Answer it, or let it wait on."""
-        is_stored, outcome = False, cast(Any, self._fault if one.change else self.known)
-        if one.change and not self._fault:
+        is_stored, outcome = False, cast(Any, self._fault)
+        if not self._fault:
             try:
                 is_stored, outcome = self._apply(one.change)
             except Exception as error:
@@ -3488,7 +3488,6 @@ class Probe:
     session_id: str = ""  # its, for further calls
     version: str = ""
     server_id: str = ""  # another one after each start
-    status_route: str = "GetGlobalStatus"  # of all sessions; or GetCurrentStatus, of ours alone
     queue: Mapping[str, int] | None = None  # COUNTS, by our names; None where they are not known
     backends: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # SwarmUI's backend_status
 
@@ -3498,6 +3497,7 @@ class Probe:
         return None if self.queue is None else any(self.queue.values())
 
 
+NOBODY = Probe(False, False, "")
 BACKENDS = ("status", "message")  # what is shown of its backend_status
 # How many images wait, are being made, wait for their model, wait for a backend.
 COUNTS = {"waiting": "waiting_gens", "live": "live_gens", "loading": "loading_models",
@@ -3576,25 +3576,22 @@ def _new_session(url: str, settings: Settings) -> Probe:
 def probe_status(settings: Settings, before: Probe) -> Probe:
     """Probe SwarmUI, and ask what it does, by the session of the probe `before` if that has one."""
     found = before if before.session_id else probe(settings)
-    for _ in range(3):  # a session that is refused, and a route that is
-        if not found.session_id:
-            break
-        asked, answer = ask_swarmui(found.url, found.status_route, {"session_id": found.session_id}, settings)
+    for route in ("GetGlobalStatus", "GetCurrentStatus") if found.session_id else ():  # the second, of ours alone
+        asked, answer = ask_swarmui(found.url, route, {"session_id": found.session_id}, settings)
         error = answer.get("error_id")
-        if error == "invalid_session_id":
-            found = probe(settings)
-        elif error in ("bad_route", "bad_permissions") and found.status_route == "GetGlobalStatus":
-            found = dataclasses.replace(found, status_route="GetCurrentStatus")
-        elif not asked.ready and not error:
+        if error == "invalid_session_id" and found is before:
+            return probe_status(settings, NOBODY)
+        if error in ("bad_route", "bad_permissions"):
+            continue
+        if not asked.ready and not error:
             return asked
-        else:
-            counts, backends = answer.get("status"), answer.get("backend_status")
-            queue = None
-            if isinstance(counts, dict) and found.status_route == "GetGlobalStatus":
-                queue = {name: read_count(counts.get(theirs)) or 0 for name, theirs in COUNTS.items()}
-            backends = backends if isinstance(backends, dict) else {}
-            return dataclasses.replace(found, allow_origin=asked.allow_origin, queue=queue, backends=backends)
-    return found
+        counts, backends, queue = answer.get("status"), answer.get("backend_status"), None
+        if isinstance(counts, dict) and route == "GetGlobalStatus":
+            known = {name: count for name, key in COUNTS.items() if (count := read_count(counts.get(key))) is not None}
+            queue = known if len(known) == len(COUNTS) else None
+        backends = backends if isinstance(backends, dict) else {}
+        return dataclasses.replace(found, allow_origin=asked.allow_origin, queue=queue, backends=backends)
+    return dataclasses.replace(found, queue=None, backends={})
 
 
 def ask_swarmui(url: str, route: str, body: Mapping[str, Any], settings: Settings) -> tuple[Probe, dict[str, Any]]:
@@ -3691,16 +3688,21 @@ class Launched:
         self._settings, self._on_exit = settings, on_exit
         self._log, self._file = settings.data_dir / SWARMUI_LOG, settings.data_dir / "swarmui.json"
         self._log_start = self._log_read = 0  # bytes: where its part of the log begins, and what was looked at
-        self._record: dict[str, Any] = {}  # of the last launch: pid, identity, launchedAt (ms), serverId
+        self._record: dict[str, Any] = {}  # of the last launch: pid, identity, launchedAt (ms), serverId, isEnding
         self.program: Program | None = None  # as long as it lives
         self.has_exited = False  # the first process; SwarmUI may live on
         self.is_orphan = False  # it does: it answered afterwards
         self.was_ready = False
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
+        self._is_known_by_id = False  # alone: no process of it was found
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # there is none, or damaged
             record = dict(json.loads(self._file.read_text(encoding="utf-8")))
-            program, self._record = Program(int(record["pid"]), str(record["identity"])), record
-            if not program.has_exited():
-                self._take(program)
+            pid, identity, server_id = record["pid"], record["identity"], record.get("serverId", "")
+            if type(pid) is int and 1 < pid < 1 << 31 and isinstance(identity, str) and isinstance(server_id, str):
+                self._record, program = record, Program(pid, identity)
+                self._log_read = self._log_size()
+                if not program.has_exited():
+                    self._take(program)
+                    self.was_ready = bool(server_id)
 
     def _take(self, program: Program) -> None:
         self.program, self.has_exited, self.is_orphan, self.was_ready = program, program.has_exited(), False, False
@@ -3721,12 +3723,11 @@ class Launched:
             self._log_start = self._log_read = self._log_size()
             launched = launch_detached(program, arguments, next(roots, program.parent), self._log)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise LaunchError(f"{program} cannot be launched ({reason}): check SWARMUI_PATH") from None
+            raise LaunchError(f"{program} cannot be launched ({error}): check SWARMUI_PATH") from None
         log.info("swarmui: launched %s as process %d", program, launched.pid)
         self._take(launched)
-        self._record = {"pid": launched.pid, "identity": launched.identity, "launchedAt": now_ms()}
-        self._keep_server_id("")
+        self._record, self._is_known_by_id = {"launchedAt": now_ms()}, False
+        self.note(pid=launched.pid, identity=launched.identity)
         with contextlib.suppress(RuntimeError):  # no further thread can be started: the next look sees its end
             threading.Thread(target=self._wait, args=[launched.process], name="swarmui-watch", daemon=True).start()
 
@@ -3734,26 +3735,32 @@ class Launched:
         process.wait()
         self._on_exit()
 
-    def _keep_server_id(self, server_id: str) -> None:
-        self._record["serverId"] = server_id
+    def note(self, **changed: Any) -> None:
+        """Keep it for a later run of the service: `serverId` of one that answers, `isEnding` of one told to end."""
+        self._record |= changed
         try:
             self._file.write_text(json.dumps(self._record), encoding="utf-8")
         except OSError as error:
             log.warning("swarmui: %s cannot be written (%s)", self._file, error.strerror)
 
     def lives(self, server_id: str) -> bool:
-        """Whether a process of it does; `server_id` is that of what has its port, "" when nobody has."""
-        known = bool(server_id) and server_id == self._record.get("serverId")
-        return self.program is not None and (known or self.program.lives())
+        """Whether a process of it does. One of which none was found is known by `server_id`, that of what answers."""
+        if self.program is None:
+            return False
+        return self.program.lives() or (self._is_known_by_id and self._is_known(server_id))
+
+    def _is_known(self, server_id: str) -> bool:
+        return bool(server_id) and server_id == self._record.get("serverId")
 
     def note_ready(self, server_id: str) -> None:
         """SwarmUI answers, with that id: by it one is known whose script is gone."""
-        if self.program is None and server_id and server_id == self._record.get("serverId"):
+        if self.program is None and self._is_known(server_id):
             self._take(Program(self._record["pid"], None))
+            self._is_known_by_id = self.program is not None and not self.program.lives()
         if self.lives(server_id):
             self.was_ready, self.is_orphan = True, self.has_exited
-            if server_id != self._record.get("serverId"):
-                self._keep_server_id(server_id)
+            if not self._is_known(server_id):
+                self.note(serverId=server_id)
 
     def notices_exit(self) -> bool:
         """Whether the first process has exited since this was asked last."""
@@ -3774,17 +3781,18 @@ class Launched:
         program.end(force=True)
         code = None if self.is_orphan else program.code
         log.info("swarmui: process %d ended with exit code %s", program.pid, "unknown" if code is None else code)
+        if self._record.get("isEnding"):  # an earlier run of the service told it to
+            code = 0
+        self.note(serverId="", isEnding=False)
         return code
 
     def took_another_port(self) -> bool:
         """Whether its log says so since this was asked last. Who answers is another's then."""
         since, self._log_read = self._log_read, self._log_size()
-        if self.program is None or self.program.process is None or since == self._log_read:
+        if self.program is None or since == self._log_read:
             return False
-        said = f"Port {self._settings.swarmui_port} was taken" in "\n".join(tail(self._log, 1 << 20, since))
-        if said:
-            self._keep_server_id("")
-        return said
+        said = rf"(?m)\bPort {self._settings.swarmui_port} was taken, using [0-9]+ instead\.\s*$"
+        return bool(re.search(said, "\n".join(tail(self._log, 1 << 20, since))))
 
     def _log_size(self) -> int:
         return self._log.stat().st_size if self._log.exists() else 0
@@ -3803,12 +3811,12 @@ class Sight:
     """What is known of SwarmUI, from which its state follows."""
 
     is_ending: bool = False  # it was told to end
-    answers: bool = False
     is_open: bool = False  # some program has its port
     is_foreign: bool = False  # and responds, but is not SwarmUI
     lives: bool = False  # a process of ours
-    was_ready: bool = False  # since its port was last closed
-    misses: int = 0  # probes in a row without an answer since it was ready
+    answered: bool = False  # since its port was last closed
+    was_ready: bool = False  # then, or ours since its launch
+    misses: int = 0  # probes in a row without an answer, while its port is open
     has_failed: bool = False  # ours died, or could not be launched
 
 
@@ -3818,9 +3826,9 @@ UNRESPONSIVE, HOPELESS = 3, 60  # misses
 _STATES: tuple[tuple[str, str, Callable[[Sight], bool]], ...] = (
     ("stopping", "starting ready unresponsive", lambda seen: seen.is_ending),
     ("ready", "stopped starting unresponsive stopping failed",
-     lambda seen: seen.answers or (seen.was_ready and seen.is_open and seen.misses < UNRESPONSIVE)),
-    ("unresponsive", "ready stopping failed",
-     lambda seen: seen.was_ready and seen.is_open and (seen.lives or not seen.is_foreign)),
+     lambda seen: seen.answered and seen.misses < UNRESPONSIVE),
+    ("unresponsive", "starting ready stopping failed",
+     lambda seen: seen.was_ready and seen.misses >= UNRESPONSIVE and (seen.lives or not seen.is_foreign)),
     ("starting", "stopped ready unresponsive stopping failed", lambda seen: seen.lives),
     ("failed", "stopped starting ready unresponsive stopping", lambda seen: seen.has_failed or seen.is_open),
     ("stopped", "starting ready unresponsive stopping failed", lambda seen: True),
@@ -3834,21 +3842,6 @@ def state_of(seen: Sight) -> str:
     return next(state for state, _, applies in _STATES if applies(seen))
 
 
-@dataclass(frozen=True)
-class SwarmUIStatus:
-    """What the supervisor last saw. `since` and `launched_at` are ms, `began` and `used` seconds of its clock."""
-
-    state: str = "stopped"
-    since: int = 0
-    began: float = -math.inf  # when this state did
-    ours: bool | None = None
-    pid: int | None = None
-    launched_at: int | None = None
-    error: str | None = None
-    used: float = -math.inf  # when it was last at work, became ready, or a start was asked for
-    probe: Probe | None = None  # where it is ready
-
-
 @dataclass
 class Ending:
     """An end of SwarmUI in progress."""
@@ -3859,15 +3852,15 @@ class Ending:
     refusal: str = ""
 
 
-ENDINGS = {"ShutdownServer": 10.0, "terminate": 3.0, "kill": 5.0}  # seconds that each gets
+ENDINGS = {"ShutdownServer": 10.0, "terminate": 3.0, "kill": 5.0}  # seconds that each gets before the next one
+LAST_ENDING = 60.0  # and the last one: ShutdownServer takes 30 s beside an unfinished request, and 5 s for each backend
 RESTARTS = (1.0, 5.0, 25.0)  # seconds after which it is launched again; a further death within an hour gives it up
 
 # ======================================================================================================
 # SwarmUI: the supervisor
 # ======================================================================================================
 
-_STOPPING = "SwarmUI failed to start: the service is stopping."
-_NOBODY = Probe(False, False, "")
+_STOPPING = "The service is stopping: ask again."
 
 
 class SwarmUISupervisor:
@@ -3877,18 +3870,18 @@ class SwarmUISupervisor:
     def __init__(
         self, settings: Settings, clock: Clock = time.monotonic, is_reserved: Callable[[], bool] = lambda: False
     ) -> None:
-        self._settings, self._is_reserved = settings, is_reserved
-        self.clock = clock
-        self._lock = threading.Lock()  # over who waits: for a start; for a stop, with `force`, None once that has begun
-        self._starts: dict[Future[Any], None] = {}
-        self._stops: dict[Future[Any], bool | None] = {}
+        self._settings, self._is_reserved, self.clock = settings, is_reserved, clock
+        self._restarts = settings.restart.lower() == "on-failure"
+        self._lock = threading.Lock()  # over the next one
+        self._asked: dict[Future[Any], str] = {}  # who waits for a start, a stop, one by force, or an end begun
         self._has_looked = threading.Event()
-        self._status = SwarmUIStatus()
+        self._state, self._since, self._began = "", 0, -math.inf  # when it became that: ms, and seconds of the clock
+        self._status: dict[str, Any] = {}  # what is shown; times that go on are seconds of the clock
         self._loop, self._log_loop = Loop(self._turn, "swarmui"), Loop(self._shorten_log, "swarmui-log")
         # All else is the thread's alone.
         self._ours = Launched(settings, self._loop.wake)
-        self._seen, self._probe = Sight(), _NOBODY
-        self._session = _NOBODY  # the last probe that was ready, as long as the port is open
+        self._misses, self._answered, self._probe = 0, False, NOBODY
+        self._session = NOBODY  # the last probe that was ready, as long as the port is open
         self._looked_at = self._launched_at = self._used = self._put_off = -math.inf
         self._error, self._has_failed, self._died_at = "", False, 0  # the last one in ms
         self._deadline: float | None = None  # of the starts that wait
@@ -3902,42 +3895,51 @@ class SwarmUISupervisor:
 
     def start(self) -> Future[Probe]:
         """Done once SwarmUI answers, else an ApiError; TooManyRequests between two launches. Raises Unavailable."""
-        return self._ask(self._starts, None)
+        return self._ask("start")
 
     def stop(self, *, force: bool = False) -> Future[Any]:
         """Done once SwarmUI is gone; Conflict where only `force` ends it, else an ApiError. Raises Unavailable."""
-        return self._ask(self._stops, force)
+        return self._ask("force" if force else "stop")
 
-    def _ask(self, asked: dict[Future[Any], Any], value: bool | None) -> Future[Any]:
+    def _ask(self, wish: str) -> Future[Any]:
         future: Future[Any] = Future()
         with self._lock:
             if self._loop.is_closing:
                 raise Unavailable(_STOPPING, 5)
-            asked[future] = value
-        future.add_done_callback(lambda done: asked.pop(done, None))
+            self._asked[future] = wish
+        future.add_done_callback(lambda done: self._asked.pop(done, None))
         self._loop.wake()
         return future
 
-    def status(self) -> SwarmUIStatus:
-        """What is known, once there was a first look."""
-        self._has_looked.wait(10.0)
-        return self._status
+    def status(self) -> dict[str, Any]:
+        """What is known, as /swarmui/status shows it; of one that has just begun, after its first look."""
+        self._has_looked.wait(60.0)
+        known, now = self._status, self.clock()
+        spans = {name: None if known[name] is None else round(now - known[name]) for name in ("startingFor", "idleFor")}
+        return {**known, **spans, "logTail": last_lines(self._settings.data_dir / SWARMUI_LOG)}
 
     def close(self) -> None:
         """End the threads, and answer everyone who waits at once. SwarmUI keeps running."""
         with self._lock:
             self._loop.close()
             self._log_loop.close()
-        self._answer(self._starts, Unavailable(_STOPPING, 5))
-        self._answer(self._stops, Unavailable(_STOPPING, 5))
+        self._settle(list(self._asked), Unavailable(_STOPPING, 5))
 
-    def _answer(self, asked: dict[Future[Any], Any], outcome: Any, some: Sequence[Future[Any]] | None = None) -> None:
-        """Tell those who asked, or some of them; not those whom close() or this has told."""
-        with self._lock:
-            due = [future for future in some or list(asked) if asked.pop(future, self) is not self]
-        for future in due:
-            if future.set_running_or_notify_cancel():
+    def _waiting(self, *wishes: str) -> list[Future[Any]]:
+        return [future for future, wish in list(self._asked.items()) if wish in wishes]
+
+    def _settle(self, futures: Iterable[Future[Any]], outcome: Any) -> None:
+        for future in futures:
+            with self._lock:  # not those whom close() or this has told
+                is_due = self._asked.pop(future, None)
+            if is_due and future.set_running_or_notify_cancel():
                 settle(future, outcome)
+
+    def _answer(self, outcome: Any, *wishes: str) -> None:
+        self._publish()
+        if "start" in wishes:
+            self._deadline = None
+        self._settle(self._waiting(*wishes), outcome)
 
     def _shorten_log(self) -> float:
         shorten_log(self._settings.data_dir / SWARMUI_LOG)
@@ -3950,30 +3952,28 @@ class SwarmUISupervisor:
             self._publish()
         except Exception as error:
             log.exception("swarmui: an unexpected error")
-            fault = ApiError(f"SwarmUI failed to start: {type(error).__name__}, see the service's log")
-            self._ending = None
-            self._answer_starts(fault)
-            self._answer(self._stops, fault)
+            self._ending = self._deadline = None
+            fault = ApiError(f"SwarmUI: an unexpected error ({type(error).__name__}): see the service's log.")
+            self._settle(list(self._asked), fault)
         self._has_looked.set()
         return max(0.0, (0.05 if self._ending else self._next_look() - self.clock()))
 
     def _next_look(self) -> float:
-        interval = self._settings.poll_interval * (5 if self._status.state in ("stopped", "failed") else 1)
+        interval = self._settings.poll_interval * (5 if self._state in ("stopped", "failed") else 1)
         due = self._looked_at + (min(interval, 0.5) if self._ending else interval)
         if self._deadline is not None and self._looked_at < self._deadline:
             due = min(due, self._deadline)
         return min(due, self._restart_at)
 
     def _act(self) -> None:
-        if not self._starts:
+        if not (starts := self._waiting("start")):
             self._deadline = None
-        begins = bool(self._starts) and self._deadline is None
-        stops = [future for future, force in list(self._stops.items()) if force is not None]
+        begins, stops = bool(starts) and self._deadline is None, self._waiting("stop", "force")
         now, exits = self.clock(), self._ours.notices_exit()
         if exits:
-            self._session = _NOBODY  # another one may answer from now on
-        if begins or stops or exits or now >= self._next_look():
-            self._look()
+            self._session = NOBODY  # another one may answer from now on
+        if (is_due := now >= self._next_look()) or begins or stops or exits:
+            self._look(counts=is_due)
         self._notice_death()
         if begins:
             self._used, self._is_launched, self._deadline = now, self._lives(), now + self._settings.start_timeout
@@ -3985,48 +3985,40 @@ class SwarmUISupervisor:
         if self._deadline is not None:
             self._advance_starts("SwarmUI is already running" if begins else "SwarmUI started successfully")
 
-    def _look(self) -> None:
-        """Probe SwarmUI, and note what follows from that alone."""
+    def _look(self, *, counts: bool = False) -> None:
+        """Probe SwarmUI, and note what follows from that alone. Only a probe that was due counts as missed."""
         self._looked_at = self.clock()
         self._probe = found = probe_status(self._settings, self._session)
-        was_ready = found.occupied and (self._seen.was_ready or found.ready)
-        misses = self._seen.misses + 1 if was_ready and not found.ready else 0
-        self._seen = dataclasses.replace(self._seen, was_ready=was_ready, misses=misses)
+        self._misses = self._misses + counts if found.occupied and not found.ready else 0
+        self._answered = found.ready or (found.occupied and self._answered)
         if found.ready or not found.occupied:
             self._session = found
         if found.ready:
             self._restart_at = math.inf
             if found.at_work is None:
-                self._warn_once("swarmui: GetGlobalStatus is refused: whether SwarmUI is at work is not known")
+                self._warn_once("swarmui: GetGlobalStatus does not tell whether SwarmUI is at work")
             if not self._ending:
                 self._ours.note_ready(found.server_id)
 
-    @property
-    def _server_id(self) -> str:
-        return self._session.server_id if self._probe.occupied else ""
-
     def _lives(self) -> bool:
-        return self._ours.lives(self._server_id)
+        return self._ours.lives(self._session.server_id)
 
     def _notice_death(self) -> None:
         if self._ending:
             return
         if self._ours.took_another_port():
             self._end(f"its port {self._settings.swarmui_port} was taken by another program", ["kill"])
-        elif self._ours.is_over(self._server_id, is_open=self._probe.occupied):
+        elif self._ours.is_over(self._session.server_id, is_open=self._probe.occupied):
             code = self._ours.bury()
             if code == 0:
                 self._error, self._has_failed = "", False
             else:
                 known = "an unknown code" if code is None else f"code {code}"
                 self._fail(f"it exited with {known}: {self._ours.last_lines()}")
+            self._session, self._answered = NOBODY, False  # who answers now is another one
             self._look()
-        elif self._seen.misses >= HOPELESS and self._restarts and self._lives():
+        elif self._misses >= HOPELESS and self._restarts and self._ours.was_ready and self._lives():
             self._end(f"it did not answer {HOPELESS} probes in a row", ["terminate", "kill"])
-
-    @property
-    def _restarts(self) -> bool:
-        return self._settings.restart.lower() == "on-failure"
 
     def _fail(self, reason: str) -> None:
         """Note that it died, or could not be launched, and whether it is launched again."""
@@ -4052,19 +4044,19 @@ class SwarmUISupervisor:
                 self._fail(str(error))
 
     def _decide_stop(self, future: Future[Any]) -> None:
-        force, state, is_ours = self._stops.get(future), state_of(self._sight()), self._lives()
-        if not force and (reason := self._why_not_to_stop(state, is_ours=is_ours)):
-            self._answer(self._stops, Conflict(f"{reason}: add ?force=true to stop it anyway."), [future])
+        state, is_ours = state_of(self._sight()), self._lives()
+        if self._asked.get(future) != "force" and (reason := self._why_not_to_stop(state, is_ours=is_ours)):
+            self._settle([future], Conflict(f"{reason}: add ?force=true to stop it anyway."))
             return
         self._restart_at = math.inf
-        self._answer_starts(ApiError("SwarmUI failed to start: it was stopped."))
+        self._answer(ApiError("SwarmUI failed to start: it was stopped."), "start")
         if state in ("stopped", "failed"):
             self._error, self._has_failed = "", False
             self._publish()
-            self._answer(self._stops, "SwarmUI is not running", [future])
+            self._settle([future], "SwarmUI is not running")
             return
-        if future in self._stops:
-            self._stops[future] = None
+        if future in self._asked:
+            self._asked[future] = "end"
         if self._ending:
             self._ending.death = ""
         else:
@@ -4082,6 +4074,8 @@ class SwarmUISupervisor:
     def _end(self, death: str, steps: list[str]) -> None:
         log.info("swarmui: ending SwarmUI%s", death and f", since {death}")
         self._ending = Ending(steps, death)
+        if self._ours.program:
+            self._ours.note(isEnding=not death)
 
     def _shut_down_idle(self) -> None:
         if not self._probe.ready or self._ending:
@@ -4089,7 +4083,7 @@ class SwarmUISupervisor:
         now, limit, at_work = self.clock(), self._settings.idle_shutdown, self._probe.at_work
         if at_work:
             self._used = now
-        if limit is None or at_work is not False or self._starts or not self._lives():
+        if limit is None or at_work is not False or self._waiting("start") or not self._lives():
             return
         if self._probe.backends.get("any_loading") or self._is_reserved():
             self._put_off = now
@@ -4107,34 +4101,28 @@ class SwarmUISupervisor:
             self._look()
             if ending.death:
                 self._fail(ending.death)
-            self._answer_begun("SwarmUI is stopped")
+            elif self._waiting("start"):
+                self._launched_at = -math.inf  # it is launched at once
+            self._answer("SwarmUI is stopped", "end")
         elif self.clock() >= ending.until:
             if not ending.steps:
                 self._ending = None
-                self._seen = dataclasses.replace(self._seen, misses=min(self._seen.misses, UNRESPONSIVE))
+                self._misses = min(self._misses, UNRESPONSIVE)
+                if self._ours.program:
+                    self._ours.note(isEnding=False)
                 self._error = f"SwarmUI cannot be ended ({ending.refusal or 'it goes on'}): end it by hand"
                 log.error("swarmui: %s", self._error)
-                self._answer_begun(ApiError(f"{self._error}."))
+                self._answer(ApiError(f"{self._error}."), "end")
                 return
             step = ending.steps.pop(0)
-            ending.until = self.clock() + ENDINGS[step]
+            ending.until = self.clock() + (ENDINGS[step] if ending.steps else LAST_ENDING)
             if step == "ShutdownServer":
                 body = {"session_id": self._session.session_id}
                 asked, answer = ask_swarmui(self._session.url, step, body, self._settings)
-                if not answer.get("success"):
+                if asked.responded and not answer.get("success"):
                     ending.refusal, ending.until = asked.message, -math.inf
             elif self._ours.program:
                 self._ours.program.end(force=step == "kill")
-
-    def _answer_begun(self, outcome: Any) -> None:
-        self._publish()
-        if begun := [future for future, force in list(self._stops.items()) if force is None]:
-            self._answer(self._stops, outcome, begun)
-
-    def _answer_starts(self, outcome: Any) -> None:
-        self._publish()
-        self._deadline = None
-        self._answer(self._starts, outcome)
 
     def _advance_starts(self, message: str) -> None:
         """Launch it where nobody else does, and wait until it answers: `message` then."""
@@ -4145,7 +4133,7 @@ class SwarmUISupervisor:
             return
         try:
             if self._probe.ready:
-                self._answer_starts(self._allow_page(message))
+                self._answer(self._allow_page(message), "start")
             elif not lives and not self._is_launched:
                 wait = self._launched_at + self._settings.start_interval - now
                 if wait > 0 and not self._probe.occupied:
@@ -4162,9 +4150,9 @@ class SwarmUISupervisor:
         except LaunchError as error:
             self._error = str(error)
             log.error("swarmui: failed to start: %s", error)
-            self._answer_starts(ApiError(f"SwarmUI failed to start: {error}"))
+            self._answer(ApiError(f"SwarmUI failed to start: {error}"), "start")
         except ApiError as error:
-            self._answer_starts(error)
+            self._answer(error, "start")
 
     def _of_port(self) -> str:
         return f"another program than SwarmUI has its port: {self._probe.message}"
@@ -4179,39 +4167,43 @@ class SwarmUISupervisor:
         self._is_launched, self._is_restart = True, is_restart
         if self._probe.occupied:
             raise LaunchError(self._of_port())
-        try:
-            self._ours.launch()
-        except LaunchError:
-            self._has_failed, self._died_at = True, now_ms()
-            raise
+        self._has_failed, self._died_at = True, now_ms()  # should it raise
+        self._ours.launch()
         self._launched_at, self._has_failed = self.clock(), False
         self._deadline = self._launched_at + self._settings.start_timeout
 
     def _sight(self) -> Sight:
-        found = self._probe
-        return dataclasses.replace(
-            self._seen, is_ending=self._ending is not None, answers=found.ready, is_open=found.occupied,
-            is_foreign=found.responded and not found.ready, lives=self._lives(), has_failed=self._has_failed,
-        )  # fmt: skip
+        found, is_foreign = self._probe, self._probe.responded and not self._probe.ready
+        ending, lives = self._ending is not None, self._lives()
+        was_ready = self._answered or (lives and self._ours.was_ready)
+        counted = self._answered, was_ready, self._misses
+        return Sight(ending, found.occupied, is_foreign, lives, *counted, self._has_failed)
 
     def _publish(self) -> None:
         """Make the state what was seen. A change of it is logged."""
-        seen, before = self._sight(), self._status
-        state, since, began = state_of(seen), before.since, before.began
-        if since and state != before.state and before.state not in _FOLLOWS[state]:
-            log.error("swarmui: %s cannot follow %s: please report %s", state, before.state, seen)
-        if state != before.state or not since:
-            log.info("swarmui: %s%s", state, (since and f", after {before.state}") or "")
-            since, began = now_ms(), self.clock()
+        seen, before, settings = self._sight(), self._state, self._settings
+        state = self._state = state_of(seen)
+        if state != before:
+            if before and before not in _FOLLOWS[state]:
+                log.error("swarmui: %s cannot follow %s: please report %s", state, before, seen)
+            log.info("swarmui: %s%s", state, before and f", after {before}")
+            self._since, self._began = now_ms(), self.clock()
             if state == "ready":
-                self._used, self._error, self._has_failed = began, "", False
+                self._used = self._began
+        if state == "ready":
+            self._error, self._has_failed = "", False
+        found = self._session if state == "ready" else NOBODY
+        pid, at = (self._ours.program.pid, self._ours.at) if self._ours.program and seen.lives else (None, None)
         error = self._of_port() if state == "failed" and not self._has_failed else self._error
-        program = self._ours.program if seen.lives else None
-        self._status = SwarmUIStatus(
-            state, since, began, None if state in ("stopped", "failed") else seen.lives,
-            program.pid if program else None, self._ours.at if program else None, error or None, self._used,
-            self._session if state == "ready" else None,
-        )  # fmt: skip
+        self._status = {
+            "state": state, "since": iso_time(self._since),
+            "ours": None if state in ("stopped", "failed") else seen.lives,
+            "pid": pid, "port": settings.swarmui_port, "apiUrl": settings.swarmui_api_url,
+            "version": found.version or None, "startedAt": None if at is None else iso_time(at),
+            "startingFor": self._began if state == "starting" else None, "lastError": error or None,
+            "idleFor": None if found.queue is None else self._used, "queue": found.queue,
+            "backends": {name: str(found.backends.get(name, "")) for name in BACKENDS} if found.backends else None,
+        }  # fmt: skip
 
 
 # ======================================================================================================
@@ -4717,10 +4709,10 @@ def reservation_json(found: Reservation) -> dict[str, Any]:
     return {"fence": found.fence, "holder": found.holder, "purpose": found.purpose, **times}
 
 
-def refuse(other: Reservation, **shape: Any) -> Response:
+def refuse(services: Services, other: Reservation, **shape: Any) -> Response:
     shown = {**shape, "error": f"The GPU is {other.words}: ask again then.", **reservation_json(other)}
     del shown["fence"]
-    return json_response(shown, 409, {"Retry-After": str(max(1, math.ceil(other.seconds_left(now_ms()))))})
+    return json_response(shown, 409, {"Retry-After": str(max(1, math.ceil(services.reservations.seconds_left)))})
 
 
 def reservation_create(services: Services, request: Request) -> Any:
@@ -4732,15 +4724,15 @@ def reservation_create(services: Services, request: Request) -> Any:
         return None if known else Reservation(*given, now, now + ttl * 1000, fence)
 
     def respond(found: Reservation) -> Response:
-        is_ours = found.digest == digest
-        return json_response({"reservationId": id, **reservation_json(found)}, 201) if is_ours else refuse(found)
+        if found.digest != digest:
+            return refuse(services, found)
+        return json_response({"reservationId": id, **reservation_json(found)}, 201)
 
     return then(services.reservations.ask(take, wait), respond)
 
 
 def reservation_show(services: Services, request: Request) -> Any:
-    shown = then(services.reservations.ask(), lambda found: found and reservation_json(found))
-    return then(shown, lambda shown: json_response({"reservation": shown}))
+    return then(services.reservations.ask(), lambda one: json_response({"reservation": one and reservation_json(one)}))
 
 
 def reservation_renew(services: Services, request: Request) -> Any:
@@ -4762,7 +4754,7 @@ def swarmui_start(services: Services, request: Request) -> Response | Future[Res
     """Nothing of the request is used: nothing in it can reach a command line."""
     settings = services.settings
     if request.barred_by:
-        return refuse(request.barred_by, success=False)
+        return refuse(services, request.barred_by, success=False)
 
     def respond(started: Probe) -> Response:
         text, port, url = started.message, settings.swarmui_port, settings.swarmui_api_url
@@ -4780,25 +4772,7 @@ def swarmui_stop(services: Services, request: Request) -> Response | Future[Resp
 
 
 def swarmui_status(services: Services, request: Request) -> Response:
-    known, settings, now = services.swarmui.status(), services.settings, services.swarmui.clock()
-    found, is_known = known.probe or Probe(False, False, ""), bool(known.probe and known.probe.queue is not None)
-    shown = {
-        "state": known.state,
-        "since": iso_time(known.since),
-        "ours": known.ours,
-        "pid": known.pid,
-        "port": settings.swarmui_port,
-        "apiUrl": settings.swarmui_api_url,
-        "version": found.version or None,
-        "startedAt": None if known.launched_at is None else iso_time(known.launched_at),
-        "startingFor": round(now - known.began) if known.state == "starting" else None,
-        "lastError": known.error,
-        "idleFor": round(now - known.used) if is_known else None,
-        "queue": found.queue,
-        "backends": {name: str(found.backends.get(name, "")) for name in BACKENDS} if found.backends else None,
-        "logTail": last_lines(services.settings.data_dir / SWARMUI_LOG),
-    }
-    return json_response(shown)
+    return json_response(services.swarmui.status())
 
 
 def swarmui_logs(services: Services, request: Request) -> Response:
@@ -5375,7 +5349,7 @@ class Endpoint:
         # Polls are many, so they are logged at DEBUG.
         level = logging.DEBUG if response.status < 400 and method in ("GET", "HEAD", "OPTIONS") else logging.INFO
         ms = (time.monotonic() - began) * 1000
-        raw = re.sub("(?is)(/reservation/).+", r"\1...", environ.get("bottle.raw_path", ""))  # its id is a secret
+        raw = re.sub(r"[\w-]{43,}", "...", environ.get("bottle.raw_path", ""))  # the secret id of a reservation
         log.log(level, "http: %s %s %d %s %.1f ms %s", method, raw, response.status, caller.subject, ms, request_id)
         headers = {**COMMON_HEADERS, **response.headers, "X-Request-Id": request_id}
         if origin:  # without these the page sees a network failure, whatever the status is
@@ -5393,7 +5367,7 @@ class Endpoint:
             value, raw = yield from awaited(body)
             request = dataclasses.replace(request, body=value, raw_body=raw)
         if route.gated and self.services.settings.gates:
-            other = yield from awaited(self.services.reservations.current())
+            other = self.services.reservations.known
             if other and other.digest != digest_of(environ.get("HTTP_X_RESERVATION_ID", "")):
                 request = dataclasses.replace(request, barred_by=other)
         if route.in_pool:
@@ -5964,11 +5938,12 @@ def serve(settings: Settings) -> int:
     stopping, ended = threading.Event(), threading.Event()
     children: set[int] = set()
     query = functools.partial(query_gpus, settings, children)
+    watches = settings.gates or settings.idle_shutdown is not None  # who has reserved the GPU
     with (
         contextlib.closing(open_store(settings, 30.0)) as store,  # seconds for a backup, say, to unlock it
         contextlib.closing(GpuMonitor(query, settings.gpu_cache_seconds, cancel=lambda: end_children(children))) as gpu,
-        contextlib.closing(Reservations(store, socket.gethostname().lower())) as reservations,
-        contextlib.closing(SwarmUISupervisor(settings, is_reserved=reservations.is_held)) as swarmui,
+        contextlib.closing(Reservations(store, socket.gethostname().lower(), watches=watches)) as reservations,
+        contextlib.closing(SwarmUISupervisor(settings, is_reserved=lambda: bool(reservations.known))) as swarmui,
         contextlib.closing(Services(settings, store, gpu, swarmui, reservations)) as services,
     ):
         sockets = open_sockets(settings.host, settings.port)

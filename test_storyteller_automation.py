@@ -641,9 +641,7 @@ def make_services(settings: service.Settings) -> Iterator[Callable[..., service.
             gpu = service.GpuMonitor(lambda: service.query_gpus(given, set()), 0)
             stack.callback(gpu.close)
             reservations = stack.enter_context(contextlib.closing(service.Reservations(store, "render-pc")))
-            swarmui = stack.enter_context(
-                contextlib.closing(service.SwarmUISupervisor(given, is_reserved=reservations.is_held))
-            )
+            swarmui = stack.enter_context(contextlib.closing(service.SwarmUISupervisor(given)))
             return stack.enter_context(contextlib.closing(service.Services(given, store, gpu, swarmui, reservations)))
 
         yield make
@@ -3410,7 +3408,9 @@ class Pc:
 
     def __init__(self, services: service.Services, clock: Any, wall: Any) -> None:
         services.reservations.close()
-        self.reservations = services.reservations = service.Reservations(services.store, "pc", clock, wall)
+        watches = services.settings.gates
+        made = service.Reservations(services.store, "pc", clock, wall, watches=watches)
+        self.reservations = services.reservations = made
         self.services = services
         self.app = webtest.TestApp(
             service.create_app(services), extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"}, lint=False
@@ -3468,14 +3468,14 @@ def test_a_reservation_is_made_shown_put_off_and_given_back(pc):
     assert before <= since <= made["fence"] <= service.now_ms() < 2**53
     assert end - since == 60_000
     id = made.pop("reservationId")
-    assert (pc.shown(), pc.reservations.is_held()) == (made, True)
+    assert (pc.shown(), pc.reservations.known.holder) == (made, "render")
     time.sleep(0.002)
     renewed = pc.call("PUT", f"/{id}")
     assert {**renewed, "expiresAt": None} == {**made, "expiresAt": None}
     assert service.read_time(renewed["expiresAt"]) > end
     assert pc.shown() == renewed
     assert pc.call("DELETE", f"/{id}", 204) is None
-    assert (pc.shown(), pc.reservations.is_held()) == (None, False)
+    assert (pc.shown(), pc.reservations.known) == (None, None)
     assert pc.reserve("other", 1)["purpose"] is None
 
 
@@ -3720,7 +3720,7 @@ def test_what_another_instance_gave_back_is_found_by_a_look(make_pc, store, twin
     ours, other = make_pc(store), make_pc(twin)
     id = other.reserve("b")["reservationId"]
     waiting = ours.reservations.ask(taking("a"), 60)
-    wait_until(ours.reservations.is_held)
+    wait_until(lambda: ours.reservations.known)
     other.call("DELETE", f"/{id}", 204)
     assert waiting.result(PATIENCE).digest == "a"
     assert other.shown()["holder"] == "a"
@@ -3917,43 +3917,26 @@ def test_a_fault_of_nvidia_smi_stays_a_500(make_gated, store):
     pc.services.gpu.close()
 
 
-def test_unless_set_there_are_no_gates(make_pc, store, nvidia_smi, swarmui_folder, leash, monkeypatch):
+def test_unless_set_there_are_no_gates(make_pc, store, nvidia_smi, swarmui_folder, leash):
     pc = make_pc(store, nvidia_smi=nvidia_smi(GOOD, {}), swarmui_path=swarmui_folder())
     pc.reserve()
-    monkeypatch.setattr(pc.reservations, "current", None)  # it is not asked
     assert pc.call("GET", STATUS)["available"]
     assert pc.call("POST", START)["success"]
     leash.next()
 
 
-def test_gates_know_of_another_instance_by_one_look_a_second(make_gated, make_pc, store, twin, monkeypatch):
-    clock, looks, swap = Clock(100.0), [], store.swap_reservation
+def test_gates_know_of_another_instance_by_one_look_an_interval(make_gated, make_pc, store, twin, monkeypatch):
+    interval, looks, swap = 0.2, [], store.swap_reservation
+    monkeypatch.setattr(service.Reservations, "INTERVAL", interval)
     monkeypatch.setattr(store, "swap_reservation", lambda *given: looks.append(given) or swap(*given))
-    ours, other = make_gated(store, clock), make_pc(twin)
-    statuses = [lambda: ours.call("GET", STATUS)["available"]] * 20
-    assert (at_once(*statuses), len(looks)) == ([True] * 20, 1)
+    began = time.monotonic()
+    ours, other = make_gated(store), make_pc(twin)
+    assert ours.call("GET", STATUS)["available"]
     id = other.reserve("b")["reservationId"]
-    clock.now += 1.0
-    assert (at_once(*statuses), len(looks)) == ([False] * 20, 2)
+    wait_until(lambda: not ours.call("GET", STATUS)["available"])
     other.call("DELETE", f"/{id}", 204)
-    clock.now += 0.5
-    assert (at_once(*statuses), len(looks)) == ([False] * 20, 2)
-    clock.now += 0.5
-    assert (at_once(*statuses), len(looks)) == ([True] * 20, 3)
-
-
-def test_a_look_in_progress_is_waited_for(make_gated, store, twin, monkeypatch):
-    """What was known before it may be older than a second."""
-    begun, go_on, swap = threading.Event(), threading.Event(), store.swap_reservation
-    monkeypatch.setattr(store, "swap_reservation", lambda *given: (begun.set(), go_on.wait(PATIENCE), swap(*given))[-1])
-    pc = make_gated(store)
-    with contextlib.closing(service.Reservations(twin, "pc")) as other:
-        other.ask(taking("b"), 0).result(PATIENCE)
-    first = pc.reservations.current()
-    assert begun.wait(PATIENCE)
-    second = pc.reservations.current()
-    go_on.set()
-    assert [one.result(PATIENCE).digest for one in (first, second)] == ["b", "b"]
+    wait_until(lambda: ours.call("GET", STATUS)["available"])
+    assert len(looks) <= (time.monotonic() - began) / interval + 2
 
 
 def test_with_the_store_away_gates_hold_what_was_known_until_its_end(make_gated, forwarder):
@@ -4158,7 +4141,7 @@ def test_the_end_of_swarmui_is_seen_without_a_thread_that_waits_for_it(
     supervisor = make_supervisor(swarmui_path=swarmui_folder())
     assert ready(supervisor).message == "SwarmUI started successfully"
     kill(leash.next())
-    wait_until(lambda: supervisor.status().state == "failed")
+    wait_until(lambda: supervisor.status()["state"] == "failed")
 
 
 def start_swarmui(running: Service) -> tuple[int, str | None, Any]:
@@ -4355,21 +4338,27 @@ def test_closing_the_launcher_ends_a_start_that_waits(make_supervisor, swarmui_f
 # ------------------------------------------------------------------------- SwarmUI looked after ----
 
 
+OPEN_BEFORE = {"is_open": True, "answered": True, "was_ready": True}
+
+
 @pytest.mark.parametrize(
     ("seen", "state"),
     [
         ({}, "stopped"),
         ({"lives": True}, "starting"),
         ({"lives": True, "is_open": True}, "starting"),  # it has the port, and has not answered yet
-        ({"lives": True, "is_open": True, "was_ready": True, "misses": 2}, "ready"),
-        ({"lives": True, "is_open": True, "was_ready": True, "misses": 3}, "unresponsive"),
-        ({"is_open": True, "was_ready": True, "misses": 3}, "unresponsive"),
-        ({"is_open": True, "was_ready": True, "misses": 3, "is_foreign": True}, "failed"),
-        ({"answers": True, "is_open": True}, "ready"),
-        ({"answers": True, "is_open": True, "has_failed": True}, "ready"),  # another's, after ours died
+        ({"lives": True, "is_open": True, "misses": 9}, "starting"),
+        ({**OPEN_BEFORE, "lives": True, "misses": 2}, "ready"),
+        ({**OPEN_BEFORE, "lives": True, "misses": 3}, "unresponsive"),
+        ({"is_open": True, "lives": True, "was_ready": True, "misses": 2}, "starting"),  # again, by itself
+        ({"is_open": True, "lives": True, "was_ready": True, "misses": 3}, "unresponsive"),
+        ({**OPEN_BEFORE, "misses": 3}, "unresponsive"),
+        ({**OPEN_BEFORE, "misses": 3, "is_foreign": True}, "failed"),
+        (OPEN_BEFORE, "ready"),
+        ({**OPEN_BEFORE, "has_failed": True}, "ready"),  # another's, after ours died
         ({"is_open": True}, "failed"),
         ({"has_failed": True}, "failed"),
-        ({"is_ending": True, "answers": True, "is_open": True, "lives": True}, "stopping"),
+        ({**OPEN_BEFORE, "is_ending": True, "lives": True}, "stopping"),
     ],
 )
 def test_the_state_follows_from_what_is_seen(seen, state):
@@ -4643,6 +4632,36 @@ def test_anothers_is_used_and_stopped_by_force_alone(make_looked, run_another):
     assert looked.status["state"] == "stopped"
 
 
+def test_anothers_that_answers_when_ours_dies_is_not_taken_for_ours(
+    make_looked, swarmui_folder, run_another, tmp_path, leash
+):
+    looked = make_looked(swarmui_path=swarmui_folder(after=str(tmp_path / "never")), start_interval=60.0)
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(looked, "POST", "start")
+        ours = leash.next()
+        another = run_another()
+        assert started.result(PATIENCE)["success"]
+    kill(ours)
+    wait_until(lambda: looked.status["ours"] is False)
+    assert (looked.status["state"], looked.status["lastError"]) == ("ready", None)
+    looked("POST", "stop", 409)
+    assert another.is_alive()
+
+
+def test_stops_that_are_refused_count_as_no_missed_probe(make_looked, swarmui_folder, leash, tmp_path):
+    plan = {"hang": str(tmp_path / "hang")}
+    looked = make_looked(swarmui_path=swarmui_folder(**plan), health_timeout=0.1, poll_interval=3600.0)
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(looked, "POST", "start", 200)
+        held = leash.next()
+        wait_until(lambda: looked("POST", "start")["success"])
+        assert started.result(PATIENCE)["success"]
+    (tmp_path / "hang").touch()
+    for _ in range(service.UNRESPONSIVE + 1):
+        assert "not known" in looked("POST", "stop", 409)["error"]
+    assert held.is_alive()
+
+
 def test_anothers_that_refuses_its_end_is_told(make_looked, run_another):
     held = run_another(refuses=["ShutdownServer"])
     error = make_looked()("POST", "stop?force=true", 500)["error"]
@@ -4662,7 +4681,7 @@ def test_a_stop_answers_those_who_wait_for_a_start(make_looked, swarmui_folder, 
 
 
 def test_a_start_during_a_stop_launches_after_it(make_looked, swarmui_folder, leash):
-    looked = make_looked(swarmui_path=swarmui_folder(shutdown=0.5))
+    looked = make_looked(swarmui_path=swarmui_folder(shutdown=0.5), start_interval=3600.0)
     looked("POST", "start")
     first = leash.next()
     with ThreadPoolExecutor(1) as pool:
@@ -4689,7 +4708,8 @@ def test_a_server_whose_script_died_is_still_ours_and_its_end_is_a_death(make_lo
     held = leash.next()
     end_script(looked)
     log = settings.data_dir / "swarmui.log"
-    wait_until(lambda: log.read_text().count("GetNewSession") > 1)  # since another one might answer from now on
+    # By a session of its own, since another one might answer from now on.
+    wait_until(lambda: re.search("(?s)GetNewSession.*GetNewSession.*GetGlobalStatus.*GetGlobalStatus", log.read_text()))
     assert (looked.status["state"], looked.status["ours"]) == ("ready", True)
     kill(held)
     assert "unknown code" in looked.wait_for("failed")["lastError"]
@@ -4712,8 +4732,75 @@ def test_after_a_restart_of_the_service_it_is_still_ours(make_looked, swarmui_fo
     assert held.has_ended()
 
 
+@pytest.mark.parametrize("pid", [0, 1, -5, True, "4000000", 4000000.5, 2**33, 10**30, None])
+def test_a_number_that_is_no_process_of_ours_is_no_record(make_looked, settings, run_another, pid):
+    run_another()
+    record = {"pid": pid, "identity": "x", "serverId": service.probe(settings).server_id}
+    (settings.data_dir / "swarmui.json").write_text(json.dumps(record))
+    assert make_looked().wait_for("ready")["ours"] is False
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"pid": 1e999, "identity": "x"}', "5", "[[1, 2]]", "\0"])
+def test_a_damaged_record_is_none(make_looked, settings, text):
+    (settings.data_dir / "swarmui.json").write_text(text)
+    assert make_looked().status["state"] == "stopped"
+
+
+def test_a_stop_is_no_death_though_the_service_restarts_during_it(make_supervisor, swarmui_folder, leash):
+    supervisor = make_supervisor(swarmui_path=swarmui_folder(shutdown=0.5), restart="on-failure")
+    ready(supervisor)
+    supervisor.stop()
+    wait_until(lambda: supervisor.status()["state"] == "stopping")
+    supervisor.close()
+    again = make_supervisor(restart="on-failure")
+    assert leash.next().has_ended()
+    wait_until(lambda: again.status()["state"] == "stopped")
+    assert again.status()["lastError"] is None
+
+
+def test_one_that_hangs_when_the_service_starts_is_unresponsive(make_looked, swarmui_folder, leash, tmp_path):
+    first = make_looked(swarmui_path=swarmui_folder(hang=str(tmp_path / "hang")))
+    first("POST", "start")
+    (tmp_path / "hang").touch()
+    assert make_looked(health_timeout=0.1).wait_for("unresponsive")["ours"] is True
+    leash.next()
+
+
+def test_an_orphan_whose_port_another_program_takes_is_gone(make_looked, swarmui_folder, settings, leash):
+    looked = make_looked(swarmui_path=swarmui_folder(), health_timeout=0.2)
+    looked("POST", "start")
+    held = leash.next()
+    end_script(looked)
+    kill(held)
+    assert held.has_ended()
+    with socket.create_server(("127.0.0.1", settings.swarmui_port)):
+        status = looked.wait_for("failed")
+        assert (status["ours"], status["pid"]) == (None, None)
+
+
+def test_a_line_that_only_speaks_of_a_taken_port_ends_nothing(make_looked, swarmui_folder, settings, leash):
+    looked = make_looked(swarmui_path=swarmui_folder())
+    looked("POST", "start")
+    with open(settings.data_dir / "swarmui.log", "a") as log:
+        print(f"prompt: Port {settings.swarmui_port} was taken by pirates", file=log)
+    probes = functools.partial((settings.data_dir / "swarmui.log").read_text().count, "GetGlobalStatus")
+    wait_until(lambda: (settings.data_dir / "swarmui.log").read_text().count("GetGlobalStatus") > probes() + 2)
+    assert looked.status["state"] == "ready"
+    assert leash.next().is_alive()
+
+
+@pytest.mark.parametrize("count", [-1, "x", True, None, 0.5])
+def test_a_count_that_cannot_be_read_is_unknown_work(make_looked, swarmui_folder, leash, write_status, count):
+    looked = make_looked(swarmui_path=swarmui_folder(status=write_status(live_gens=count)))
+    looked("POST", "start")
+    assert looked.status["queue"] is None
+    looked("POST", "stop", 409)
+    leash.next()
+
+
 def test_a_process_that_has_its_number_now_is_not_ended(make_looked, settings, run_another, monkeypatch):
     monkeypatch.setattr(service, "ENDINGS", dict.fromkeys(service.ENDINGS, 0.1))
+    monkeypatch.setattr(service, "LAST_ENDING", 0.1)
     run_another(deaf=True)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True) as other:
         record = {"pid": other.pid, "identity": "an earlier one's", "serverId": service.probe(settings).server_id}
@@ -4971,7 +5058,10 @@ def test_starts_stops_and_deaths_in_any_order_leave_one_swarmui_and_a_true_state
 def test_the_log_is_shown_by_its_last_lines(make_app, settings):
     app = make_app()
     show = functools.partial(app.get, "/api/v1/swarmui/logs")
-    assert (show().body, show().headers["Content-Type"]) == (b"", "text/plain; charset=utf-8")
+    for text in (None, b""):
+        if text is not None:
+            (settings.data_dir / "swarmui.log").write_bytes(text)
+        assert (show().body, show().headers["Content-Type"]) == (b"", "text/plain; charset=utf-8")
     (settings.data_dir / "swarmui.log").write_bytes(b"one\r\ntwo \xff\nthree\n")
     assert show({"lines": 2}).body == "two �\nthree\n".encode()
     (settings.data_dir / "swarmui.log").write_bytes(b"x" * 99 + b"\n" + b"0123456789\n" * 100_000)
