@@ -5349,7 +5349,8 @@ class Endpoint:
         # Polls are many, so they are logged at DEBUG.
         level = logging.DEBUG if response.status < 400 and method in ("GET", "HEAD", "OPTIONS") else logging.INFO
         ms = (time.monotonic() - began) * 1000
-        raw = re.sub(r"[\w-]{43,}", "...", environ.get("bottle.raw_path", ""))  # the secret id of a reservation
+        # The id of a reservation is a secret, also in a misspelt path.
+        raw = re.sub(r"(?is)(?<=/reservation/).+|[\w-]{43,}", "...", environ.get("bottle.raw_path", ""))
         log.log(level, "http: %s %s %d %s %.1f ms %s", method, raw, response.status, caller.subject, ms, request_id)
         headers = {**COMMON_HEADERS, **response.headers, "X-Request-Id": request_id}
         if origin:  # without these the page sees a network failure, whatever the status is

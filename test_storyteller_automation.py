@@ -3539,6 +3539,7 @@ def test_the_id_is_in_no_other_response_in_no_log_and_not_in_the_store(pc, store
     for method, path, status in [
         ("GET", f"/{id}", 405), ("PUT", f"/{id}/", 404), ("PUT", f"//{id}", 404), ("PUT", f"/x/{id}", 404),
         ("OPTIONS", f"/{id}", 204), ("PUT", f"/api/v1/GPU/Reservation/{id}", 404), ("DELETE", f"/{id}", 204),
+        ("PUT", f"/api/v1/gpu/reservations/{id}", 404),
     ]:  # fmt: skip
         shown.append(pc.call(method, path, status))
     assert id not in json.dumps(shown) + caplog.text
