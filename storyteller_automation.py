@@ -3544,14 +3544,6 @@ def fetch(url: str, seconds: float, *, data: bytes | None = None, headers: Mappi
     raise TimeoutError("timed out")  # what came before the deadline is incomplete
 
 
-def call_swarmui(url: str, route: str, body: Mapping[str, Any], settings: Settings) -> Reply:
-    """One call of SwarmUI's API at `url`, which takes POST with JSON and nothing else. Raises as fetch() does."""
-    headers = {"Content-Type": "application/json", "Host": urllib.parse.urlsplit(settings.swarmui_api_url).netloc}
-    if settings.swarmui_token:
-        headers["Cookie"] = f"swarm_token={settings.swarmui_token}"
-    return fetch(f"{url}/API/{route}", settings.health_timeout, data=json.dumps(body).encode(), headers=headers)
-
-
 def probe(settings: Settings) -> Probe:
     """Ask SwarmUI for a session, as its other clients do first: it is ready when it answers 200 with a session_id."""
     parts = urllib.parse.urlsplit(settings.swarmui_api_url)
@@ -3595,10 +3587,14 @@ def probe_status(settings: Settings, before: Probe) -> Probe:
 
 
 def ask_swarmui(url: str, route: str, body: Mapping[str, Any], settings: Settings) -> tuple[Probe, dict[str, Any]]:
-    """Call SwarmUI's API. The probe is ready when it answered 200 with an object without `error`; that object."""
+    """Call SwarmUI's API at `url`, which takes POST with JSON and nothing else. The probe is ready when the response is
+    200 with an object without `error`; that object."""
     where = settings.swarmui_api_url
+    headers = {"Content-Type": "application/json", "Host": urllib.parse.urlsplit(where).netloc}
+    if settings.swarmui_token:
+        headers["Cookie"] = f"swarm_token={settings.swarmui_token}"
     try:
-        reply = call_swarmui(url, route, body, settings)
+        reply = fetch(f"{url}/API/{route}", settings.health_timeout, data=json.dumps(body).encode(), headers=headers)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         # Nobody listens there. Windows retries a refused connection, so that one that times out counts there too.
@@ -3628,10 +3624,9 @@ def allow_page(found: Probe, settings: Settings) -> Probe:
     if wanted is None or before in ("*", wanted):
         return found
     body = {"session_id": found.session_id, "settings": {"Network.AccessControlAllowOrigin": wanted}}
-    try:
-        call_swarmui(found.url, "ChangeServerSettings", body, settings)
-    except (OSError, http.client.HTTPException) as error:
-        log.warning("swarmui: ChangeServerSettings got no response (%s)", type(error).__name__)
+    asked, _ = ask_swarmui(found.url, "ChangeServerSettings", body, settings)
+    if not asked.responded:
+        log.warning("swarmui: ChangeServerSettings got no response: %s", asked.message)
     after = probe(settings).allow_origin  # its own `success` proves nothing
     if after == wanted:
         change = f"it now answers pages of {wanted}" + (f" instead of {before}" if before else "")
@@ -3755,8 +3750,9 @@ class Launched:
     def note_ready(self, server_id: str) -> None:
         """SwarmUI answers, with that id: by it one is known whose script is gone."""
         if self.program is None and self._is_known(server_id):
-            self._take(Program(self._record["pid"], None))
-            self._is_known_by_id = self.program is not None and not self.program.lives()
+            program = Program(self._record["pid"], None)
+            self._take(program)
+            self._is_known_by_id = not program.lives()
         if self.lives(server_id):
             self.was_ready, self.is_orphan = True, self.has_exited
             if not self._is_known(server_id):
@@ -3833,8 +3829,6 @@ _STATES: tuple[tuple[str, str, Callable[[Sight], bool]], ...] = (
     ("failed", "stopped starting ready unresponsive stopping", lambda seen: seen.has_failed or seen.is_open),
     ("stopped", "starting ready unresponsive stopping failed", lambda seen: True),
 )  # fmt: skip
-
-
 _FOLLOWS = {state: follows.split() for state, follows, _ in _STATES}
 
 
@@ -3855,6 +3849,7 @@ class Ending:
 ENDINGS = {"ShutdownServer": 10.0, "terminate": 3.0, "kill": 5.0}  # seconds that each gets before the next one
 LAST_ENDING = 60.0  # and the last one: ShutdownServer takes 30 s beside an unfinished request, and 5 s for each backend
 RESTARTS = (1.0, 5.0, 25.0)  # seconds after which it is launched again; a further death within an hour gives it up
+
 
 # ======================================================================================================
 # SwarmUI: the supervisor
@@ -3887,7 +3882,8 @@ class SwarmUISupervisor:
         self._deadline: float | None = None  # of the starts that wait
         self._is_launched = False  # as they waited, or before
         self._is_restart = False  # the last launch
-        self._restart_at, self._deaths = math.inf, [0.0][:0]
+        self._restart_at = math.inf
+        self._deaths: list[float] = []  # when it died in the last hour
         self._ending: Ending | None = None
         self._warn_once = functools.cache(log.warning)
         self._loop.start()
@@ -3955,7 +3951,8 @@ class SwarmUISupervisor:
             self._ending = self._deadline = None
             fault = ApiError(f"SwarmUI: an unexpected error ({type(error).__name__}): see the service's log.")
             self._settle(list(self._asked), fault)
-        self._has_looked.set()
+        if self._status:
+            self._has_looked.set()
         return max(0.0, (0.05 if self._ending else self._next_look() - self.clock()))
 
     def _next_look(self) -> float:
