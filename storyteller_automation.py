@@ -32,6 +32,7 @@ The sections, each under a banner, each depending only on those above it:
     HTTP: handlers                          one function per endpoint
     HTTP: routes                            one table, from which OpenAPI is generated
     HTTP: application                       the one path of every request
+    Page                                    the page as text
     Server: settings and sockets            waitress's settings with their reasons
     Server: below waitress's documentation  connections and the event loop
     Server: how it runs                     until a signal, and through a graceful shutdown
@@ -47,6 +48,7 @@ of the store, the thread pool, nvidia-smi or SwarmUI completes; the event loop s
 from __future__ import annotations
 
 import argparse
+import base64
 import collections
 import concurrent.futures
 import contextlib
@@ -1026,9 +1028,9 @@ class LogFile(logging.handlers.RotatingFileHandler):
             super().doRollover()
 
 
-def say(text: str) -> None:
-    """For the person at the console; the log has it too."""
-    log.info("server: %s", " ".join(text.split()), extra={"console": text})
+def say(text: str, logged: str = "") -> None:
+    """For the person at the console; the log has it too, or `logged` instead."""
+    log.info("server: %s", " ".join((logged or text).split()), extra={"console": text})
 
 
 def start_console() -> Callable[[], None]:
@@ -4217,6 +4219,7 @@ PERMISSIONS = (
     "gpu:read", "gpu:reserve", "swarmui:read", "swarmui:control", "notifications:read", "notifications:write",
     "sessions:read", "sessions:write", "admin",
 )  # fmt: skip
+_ALL_BUT_ADMIN = tuple(one for one in PERMISSIONS if one != "admin")
 SUBJECT_PATTERN = r"[A-Za-z0-9._-]{1,64}"
 TOKEN_TTL = 12 * 3600  # seconds, by default
 TOKEN_TTL_RANGE = (60, 30 * 24 * 3600)
@@ -4258,6 +4261,11 @@ def issue_token(store: Store, subject: str, permissions: Iterable[str], ttl: int
     return token, caller
 
 
+def page_token(api_token: str) -> str:
+    """The token of the page. It follows from the API token, so it stays the same, and is kept nowhere."""
+    return hmac.new(api_token.encode("ascii"), b"page", hashlib.sha256).hexdigest()
+
+
 def read_token(digest: str, record: bytes) -> Caller | None:
     """What the store holds under a token's digest; None for what cannot be read."""
     try:
@@ -4281,8 +4289,11 @@ class Authenticator:
 
     def __init__(self, settings: Settings, store: Store, clock: Clock = time.monotonic, wall: Clock = now_ms) -> None:
         self._settings, self._store, self._clock, self._wall_clock = settings, store, clock, wall
-        self._api_token = (settings.api_token or "").encode("ascii")
-        self._owner = Caller("api-token", PERMISSIONS)
+        api_token = settings.api_token or ""
+        self._own_tokens = {  # of which the store knows nothing
+            api_token.encode("ascii"): Caller("api-token", PERMISSIONS),
+            page_token(api_token).encode("ascii"): Caller("page", _ALL_BUT_ADMIN),
+        }
         self._lock = threading.Lock()
         self._cache: dict[str, tuple[float, Caller | None]] = {}  # digest -> when the store was asked; None is revoked
         self._revoked: dict[str, None] = {}  # digests revoked here: also against a look-up in progress
@@ -4307,8 +4318,10 @@ class Authenticator:
                 advice += f" {origin} is not trusted: {TRUST_ADVICE}."
             raise Unauthorized(advice)
         # Bytes, since compare_digest refuses text beyond ASCII, which a header may contain.
-        if hmac.compare_digest(token.encode("utf-8", "surrogateescape"), self._api_token):
-            return self._owner
+        sent = token.encode("utf-8", "surrogateescape")
+        for own, owner in self._own_tokens.items():
+            if hmac.compare_digest(sent, own):
+                return owner
         at, caller = self._cache.get(digest_of(token), (-math.inf, None))
         return caller if caller and self._clock() - at < self.TTL and self._is_good(caller) else None
 
@@ -4373,7 +4386,7 @@ class Authenticator:
         origin = environ.get("HTTP_ORIGIN")
         if origin not in self._settings.trusted_origins or not is_from_this_pc(environ):
             return None
-        return Caller(f"origin:{origin}", tuple(one for one in PERMISSIONS if one != "admin"))
+        return Caller(f"origin:{origin}", _ALL_BUT_ADMIN)
 
     def _note(self, origin: str) -> None:
         """Once a run, name a refused origin on the console, and keep it for `check` with the 19 before it."""
@@ -5448,6 +5461,535 @@ def respond(app: bottle.Bottle, environ: dict[str, Any], *, refused: ApiError | 
 
 
 # ======================================================================================================
+# Page
+# ======================================================================================================
+
+# What GET / answers. It holds no data, and asks for all with the token that its link carries. What the service sends
+# goes into the document as text, never as HTML.
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>StoryTeller</title>
+<link rel="icon" href="data:,">
+<style>
+:root {
+  --back: #f3f4f7; --card: #fff; --edge: #d8dbe3; --track: #e2e5ec; --text: #171a21; --muted: #545b6d;
+  --blue: #2f5bd8; --green: #0d7341; --amber: #7a4f00; --red: #b3261a; --violet: #7a3fd0; --orange: #a34a08; }
+@media (prefers-color-scheme: dark) { :root {
+  --back: #0e0f13; --card: #181a21; --edge: #2b2e39; --track: #2b2e39; --text: #eceef4; --muted: #9fa6b8;
+  --blue: #809dff; --green: #4cd48c; --amber: #f2b84b; --red: #ff7b6b; --violet: #c49bff; --orange: #ff9a66; } }
+* { box-sizing: border-box; margin: 0; padding: 0; }
+[hidden] { display: none !important; } .stale { filter: grayscale(1); --text: var(--muted); }
+body { max-width: 1800px; margin: 0 auto; padding: 12px; background: var(--back); color: var(--text);
+  font: 15px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+ul, ol { list-style: none; } :focus-visible { outline: 2px solid var(--blue); outline-offset: 2px; }
+h1, h2, h3 { font-size: 1rem; } h1, h2, .muted, dt { color: var(--muted); } h2, .muted, dt { font-size: .87rem; }
+header { display: flex; flex-wrap: wrap; align-items: center; gap: 0 14px; min-height: 44px; padding: 0 6px 8px; }
+header::before { content: ""; width: 12px; height: 12px; margin-right: -6px; border-radius: 50%; background: var(--c); }
+#status { flex: 1 1 16rem; font-size: 1.3rem; font-weight: 700; } header, .chip { --c: var(--muted); }
+header.good, .chip.good { --c: var(--green); } header.bad, .chip.bad { --c: var(--red); } .work { --c: var(--amber); }
+.bad #status, #alerts b, [role=alert], .error { color: var(--red); }
+section, form, dialog, #log { padding: 12px; background: var(--card); border: 1px solid var(--edge);
+  border-radius: 12px; }
+section, .figures > div, .steps li { min-width: 0; display: flex; flex-direction: column; } section { gap: 8px; }
+#parts { display: grid; gap: 14px; grid-template-columns: 100%; } .row, .top { justify-content: space-between; }
+.lacks > :not(.head, .lack), .lacks .head > :not(h2), :not(.lacks) > .lack, p:empty, .chip:empty { display: none; }
+.head, .top, .row { display: flex; align-items: center; gap: 4px 12px; }
+.head { flex-wrap: wrap; min-height: 40px; } .head button { margin-left: auto; }
+.row + .row, .session + .session { border-top: 1px solid var(--edge); margin-top: 8px; padding-top: 8px; }
+.top h3 { min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; } .top .muted { flex: none; }
+.chip { padding: 2px 12px; border-radius: 99px; font-size: .87rem; font-weight: 600; color: var(--c);
+  background: color-mix(in srgb, var(--c) 14%, var(--card)); }
+button, [type=password] { flex: none; min-height: 40px; padding: 6px 14px; border: 1px solid var(--edge);
+  border-radius: 8px; background: var(--back); color: inherit; font: inherit; font-weight: 600; }
+button:hover { border-color: var(--muted); cursor: pointer; }
+#alerts .head, #alerts .on { min-height: 1.5em; } #alerts.bad { border-color: var(--red); }
+#alerts .on:empty::before { content: "None"; color: var(--muted); }
+.steps { display: grid; grid-template-columns: 3fr 3fr 7fr 2fr 4fr; gap: 5px; margin-top: 4px; }
+.steps li { font-size: .8rem; color: var(--muted); white-space: nowrap; }
+.steps li:not(:nth-child(3))::before { content: ""; height: 4px; margin: 2px 0; background: var(--track); }
+.steps .done::before { background: var(--green); } .steps [aria-current]::before { background: var(--blue); }
+.steps [aria-current] { color: var(--text); font-weight: 700; }
+progress { appearance: none; width: 100%; height: 8px; border: 0; border-radius: 4px; overflow: hidden;
+  --c: var(--blue); background: var(--track); }
+.done progress { --c: var(--green); } ::-webkit-progress-bar { background: var(--track); }
+progress::-webkit-progress-value { background: var(--c); } progress::-moz-progress-bar { background: var(--c); }
+.figures { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 12px; flex: 1; }
+.figures p { color: var(--muted); } .figures b { color: var(--text); font-size: 1.75rem; line-height: 1.3; }
+svg { --c: var(--blue); } div + div > svg { --c: var(--violet); } div:last-child > svg { --c: var(--orange); }
+svg { width: 100%; height: 66px; flex: 1 0 66px; margin-top: 8px; border-bottom: 1px solid var(--edge); }
+path { fill: none; stroke: var(--c); stroke-width: 1.5; stroke-linecap: round; vector-effect: non-scaling-stroke; }
+path:first-child { fill: var(--c); fill-opacity: .2; stroke: none; }
+#log { height: 150px; overflow: auto; background: var(--back); color: var(--muted);
+  font: .8rem/1.5 ui-monospace, monospace; white-space: pre-wrap; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: 4px 14px; align-items: baseline; }
+label { display: flex; align-items: center; gap: 8px; min-height: 32px; } [type=password] { max-width: 70vw; }
+form { max-width: 40rem; display: grid; gap: 10px; justify-items: start; }
+dialog { margin: auto; max-width: min(32rem, calc(100vw - 24px)); color: var(--text); }
+dialog::backdrop { background: rgb(0 0 0 / .55); } dialog h2 { color: var(--text); font-size: 1.1rem; }
+dialog p { margin: 8px 0 16px; white-space: pre-line; } dialog div { display: flex; justify-content: end; gap: 10px; }
+@media (max-width: 699px) {
+  .steps { grid-template-columns: 2fr 2fr 5fr 2fr 2fr; }
+  .steps li:nth-child(n + 4) span { align-self: flex-end; }
+  .steps li:not([aria-current]) span { position: absolute; clip-path: inset(50%); }
+}
+@media (min-width: 1000px) {
+  #parts { grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); grid-template-rows: auto auto 1fr auto; }
+  #alerts { grid-column: 1 / 3; } #sessions { grid-column: 2; grid-row: 2 / 4; } #notifications { grid-column: 2; }
+  #service { grid-column: 1; grid-row: 4; align-self: start; } #log { flex: 1 0 150px; height: 0; }
+}
+</style>
+</head><body>
+<header><h1>StoryTeller</h1><p id="status" role="status">Connecting</p><span id="clock" class="muted"></span></header>
+<main><form id="entry" hidden>
+  <p>This page needs a token. <code>./run.sh page</code> (on Windows <code>run.bat page</code>) prints a link that has
+    one, as does a start in a terminal. The API token, in the file api_token of the data folder, serves as well.</p>
+  <label>Token <input id="token" type="password" autocomplete="off" required></label>
+  <label><input type="checkbox" class="remember"> Remember on this device</label>
+  <p role="alert"></p><button>Open</button>
+</form><div id="parts" hidden>
+<section id="alerts" aria-label="Alerts"><div class="head"><h2 tabindex="-1">Alerts</h2></div>
+  <ul class="on"></ul><ul class="ended muted"></ul></section>
+<section id="sessions" aria-label="Sessions"><div class="head"><h2 tabindex="-1">Sessions</h2></div>
+  <p class="lack">This token lacks the permission sessions:read.</p><p class="none muted"></p><ul></ul></section>
+<section id="gpu" aria-label="GPU"><div class="head"><h2 tabindex="-1">GPU</h2><span class="chip"></span></div>
+  <p class="lack">This token lacks the permission gpu:read.</p>
+  <div class="figures">
+    <div><p><b id="use"></b> %</p><p>use</p>
+      <svg role="img" viewBox="0 -2 900 104" preserveAspectRatio="none"
+        aria-label="GPU use over the last 15 minutes"><path /><path /></svg></div>
+    <div><p><b id="memory"></b> GB</p><p>memory <span id="total"></span></p>
+      <svg role="img" viewBox="0 -2 900 104" preserveAspectRatio="none"
+        aria-label="GPU memory over the last 15 minutes"><path /><path /></svg></div>
+    <div><p><b id="heat"></b> °C</p><p>temperature</p>
+      <svg role="img" viewBox="0 -2 900 104" preserveAspectRatio="none"
+        aria-label="GPU temperature over the last 15 minutes"><path /><path /></svg></div>
+  </div>
+  <p class="error"></p><p class="holder muted"></p></section>
+<section id="swarmui" aria-label="SwarmUI"><div class="head"><h2 tabindex="-1">SwarmUI</h2><span class="chip"></span>
+    <button id="start" type="button">Start SwarmUI</button><button id="stop" type="button">Stop SwarmUI</button></div>
+  <p class="lack">This token lacks the permission swarmui:read.</p>
+  <p class="does muted"></p><p class="error"></p><p role="alert"></p>
+  <div id="log" role="log" aria-label="SwarmUI log" tabindex="0"></div></section>
+<section id="notifications" aria-label="Notifications">
+  <div class="head"><h2 tabindex="-1">Notifications</h2><span class="chip"></span>
+    <button id="all" type="button">Acknowledge all</button></div>
+  <p class="lack">This token lacks the permission notifications:read.</p>
+  <p role="alert"></p><p class="none muted"></p><ul></ul></section>
+<section id="service" aria-label="Service"><div class="head"><h2 tabindex="-1">Service</h2>
+    <button id="forget" type="button">Forget the token</button></div>
+  <dl><dt>Store</dt><dd id="store"></dd><dt>Version</dt><dd id="version"></dd>
+    <dt>Running for</dt><dd id="running"></dd><dt>Addresses</dt><dd id="addresses"></dd></dl>
+  <label><input type="checkbox" class="remember"> Remember on this device</label></section>
+</div></main>
+<dialog aria-labelledby="question" aria-describedby="loss">
+  <h2 id="question"></h2><p id="loss"></p>
+  <div><button id="no" type="button" autofocus>Cancel</button><button id="yes" type="button"></button></div>
+</dialog>
+<template id="of-sessions"><li class="session"><div class="top"><h3></h3><span class="muted"></span></div>
+  <ol class="steps"><li><span>Saved</span></li><li><span>Beats ready</span></li>
+    <li><progress></progress><span></span></li><li><span>Ready</span></li><li><span>Acknowledged</span></li></ol>
+</li></template>
+<template id="of-notifications"><li class="row"><div><h3></h3><span class="muted"></span></div>
+  <button type="button">Acknowledge</button></li></template>
+<template id="of-alerts"><li class="row"><b></b><span class="muted"></span></li></template>
+<script>
+const API = "/api/v1/", KEY = "storyteller-token", STEPS = ["saved", "beats_ready", "prompts", "ready", "acknowledged"];
+const SILENCE = 40_000, REST = 10_000;  // ms: of the service; that a page is hidden until it gives its connection back
+let token = "", data = {}, ahead = 0;  // `ahead`: the service's clock less ours, in ms
+let turn = 0, line = null, guard = 0, heard = Date.now(), lostSince = null, isOpen = false;  // of connect()
+let asker = null, rest = 0;  // what had the focus before the dialog; the timer of a hidden page
+
+const $ = (selector, within = document) => within.querySelector(selector);
+const $$ = (selector) => [...document.querySelectorAll(selector)];
+const show = (node, text) => { if (node.textContent !== text) node.textContent = text; };  // for a change alone
+const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
+const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1).replaceAll("_", " ");
+const ms = (time) => typeof time === "string" ? Date.parse(time) : time;  // ISO 8601, or in ms
+const clock = (time) => new Date(ms(time)).toLocaleTimeString();
+const since = (time) => {
+  const s = Math.max(0, Math.round((Date.now() + ahead - ms(time)) / 1000));
+  const min = Math.floor(s / 60), h = Math.floor(s / 3600);
+  return h > 23 ? `${Math.floor(h / 24)} d ${h % 24} h` : h ? `${h} h ${min % 60} min` : min ? `${min} min` : `${s} s`;
+};
+
+// What is shown ---------------------------------------------------------------------------------------
+// Rows are kept by their key, so that the focus stays; where its row goes, the next one gets it, else the heading.
+function fill(list, items, keyOf, change) {
+  const section = list.closest("section"), template = $(`#of-${section.id}`).content.firstElementChild;
+  const rows = new Map([...list.children].map((row) => [row.dataset.key, row])), wanted = new Set(items.map(keyOf));
+  for (const [key, row] of rows) {
+    if (wanted.has(key)) continue;
+    const next = row.nextElementSibling ?? row.previousElementSibling, isFocused = row.contains(document.activeElement);
+    row.remove();
+    const heir = $("button", next ?? list) ?? $("h2", section);
+    if (row.contains(asker)) asker = heir;
+    if (isFocused) heir.focus();
+  }
+  items.forEach((item, place) => {
+    const row = rows.get(keyOf(item)) ?? template.cloneNode(true);
+    row.dataset.key = keyOf(item);
+    if (list.children[place] !== row) list.insertBefore(row, list.children[place] ?? null);
+    change(row, item);
+  });
+}
+const nameOf = (episode, title) => [episode == null ? "" : `Episode ${episode}`, title].filter(Boolean).join(" · ");
+
+function showHeader(raised) {
+  const work = [...data.sessions?.values() ?? []].filter(({ step }) => /beats_ready|prompts/.test(step)).length;
+  const well = data.sessions ? `All is well: ${work ? plural(work, "session") : "no session"} in work` : "All is well";
+  const more = raised.length > 1 ? ` (and ${raised.length - 1} more)` : "";
+  const [mood, text] = !token ? ["", "A token is needed"]
+    : lostSince ? ["", `No connection since ${clock(lostSince)}`]
+    : !data.service ? ["", "Connecting"]
+    : raised.length ? ["bad", raised[0].text + more] : ["good", well];
+  show($("#status"), text), show($("title"), `${text} · StoryTeller`);
+  show($("#clock"), new Date().toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" }));
+  if ($("header").className === mood && $("link").href !== "data:,") return;
+  $("header").className = mood;
+  const colour = { good: "#2aa866", bad: "#e0402f" }[mood] ?? "#808590", circle = "<circle cx='4' cy='4' r='3.5'";
+  const icon = `<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'>${circle} fill='${colour}'/></svg>`;
+  $("link").href = `data:image/svg+xml,${encodeURIComponent(icon)}`;
+}
+
+function showAlerts(raised) {
+  const key = (alert) => `${alert.kind} ${alert.since}`;
+  const ended = data.alerts.filter((alert) => alert.state === "ended").sort((a, b) => ms(b.until) - ms(a.until));
+  const change = (row, { text, since: from, until: to }) => {
+    show($("b", row), text), show($("span", row), to ? `ended ${since(to)} ago` : `for ${since(from)}`);
+  };
+  $("#alerts").classList.toggle("bad", raised.length > 0);
+  fill($("#alerts .on"), raised, key, change), fill($("#alerts .ended"), ended.slice(0, 3), key, change);
+}
+
+function showSessions() {
+  const newest = [...data.sessions.values()].sort((a, b) => b.sessionTimestamp - a.sessionTimestamp).slice(0, 8);
+  show($("#sessions .none"), newest.length ? "" : "None");
+  fill($("#sessions ul"), newest, (session) => `${session.sessionTimestamp}`, (row, session) => {
+    const name = nameOf(session.episodeNumber, session.title) || `Session ${session.sessionTimestamp}`;
+    const count = session.totalPrompts ?? 0, needed = session.promptsNeeded ?? 0, bar = $("progress", row);
+    show($("h3", row), name), show($(".top span", row), `${since(session.lastUpdated)} ago`);
+    show($("progress + span", row), `${count} of ${needed} prompts`);
+    bar.ariaLabel = name, bar.max = needed || 1, bar.value = count;
+    for (const [place, step] of [...$("ol", row).children].entries()) {
+      const at = STEPS.indexOf(session.step);
+      step.className = place < at ? "done" : "", step.ariaCurrent = place === at ? "step" : null;
+    }
+  });
+}
+
+function showGpu() {
+  const { gpu, reservation, gpuHistory } = data, chip = $("#gpu .chip"), isKnown = gpu.memoryTotal > 0;
+  const { utilization: use, memoryUsed: used, memoryTotal: total, temperature: heat } = gpu;
+  const isFree = gpu.available && use < 80 && total - used > 4096 && heat < 85;  // StoryArt's rule
+  const [word, mood] = !isKnown ? ["Unknown", ""] : isFree ? ["Free", "good"] : ["Busy", "work"];
+  show(chip, word), chip.className = `chip ${mood}`;
+  show($("#use"), isKnown ? `${use}` : "?"), show($("#heat"), isKnown ? `${heat}` : "?");
+  show($("#memory"), isKnown ? (used / 1024).toFixed(1) : "?"), show($("#gpu .error"), gpu.error ?? "");
+  show($("#total"), isKnown ? `of ${(total / 1024).toFixed(1)} GB` : "");
+  const { holder, purpose, expiresAt } = reservation ?? {}, what = purpose ? ` (${purpose})` : "";
+  show($("#gpu .holder"), holder ? `Reserved by ${holder}${what} until ${clock(expiresAt)}` : "Not reserved");
+  const heights = [(one) => one.utilization, (one) => 100 * one.memoryUsed / one.memoryTotal, (one) => one.temperature];
+  $$("svg").forEach((svg, number) => drawLine(svg, gpuHistory, heights[number]));
+}
+
+function drawLine(svg, history, height) {
+  if (svg.history === history) return;
+  svg.history = history;
+  const runs = [], end = history.at(-1)?.at;  // runs of points that are a minute apart at most, if nobody looked
+  let before = -Infinity;
+  for (const gpu of history) {
+    const isKnown = gpu.memoryTotal > 0, y = 100 - Math.min(100, Math.max(0, height(gpu)));
+    if (isKnown && gpu.at - before > 90_000) runs.push([]);
+    if (isKnown) runs.at(-1).push(`${(900 - (end - gpu.at) / 1000).toFixed(1)} ${y.toFixed(1)}`);
+    before = isKnown ? gpu.at : -Infinity;
+  }
+  const foot = (point) => `${point.split(" ")[0]} 100`;
+  const areas = runs.map((run) => `M${foot(run[0])}L${run.join("L")}L${foot(run.at(-1))}z`);
+  [areas, runs.map((run) => `M${run.join("L")}h.1`)].forEach((shapes, number) =>
+    svg.children[number].setAttribute("d", shapes.join("")));
+}
+
+function showSwarmUI() {
+  const { state, since: from, queue, backends, lastError } = data.swarmui, chip = $("#swarmui .chip");
+  show(chip, capital(state) + (state === "starting" ? ` for ${since(from)}` : ""));
+  chip.className = `chip ${{ ready: "good", starting: "work", stopping: "work", stopped: "" }[state] ?? "bad"}`;
+  const work = queue ? `${queue.live} in work, ${queue.waiting} waiting` +
+    (queue.loading ? `, ${queue.loading} loading a model` : "") +
+    (queue.waitingBackends ? `, ${queue.waitingBackends} waiting for a backend` : "") : "queue not known";
+  const runs = backends && `backends ${backends.status}${backends.message ? ` (${backends.message})` : ""}`;
+  const first = state === "ready" ? work : state === "starting" ? "it answers mostly within 30 s" : "";
+  show($("#swarmui .does"), capital([first, runs, `for ${since(from)}`].filter(Boolean).join(" · ")));
+  show($("#swarmui .error"), lastError ?? "");
+  const [shown, gone] = ["stopped", "failed"].includes(state) ? [$("#start"), $("#stop")] : [$("#stop"), $("#start")];
+  const heir = document.activeElement === gone ? shown : null;
+  shown.hidden = false, gone.hidden = true, heir?.focus();
+  if (asker === gone) asker = shown;
+}
+
+function showNotifications() {
+  const items = [...data.notifications.values()], all = $("#all");
+  show($("#notifications .none"), items.length ? "" : "None waits to be acknowledged");
+  show($("#notifications .chip"), items.length ? `${items.length}` : "");
+  if (document.activeElement === all && items.length < 2) $("#notifications h2").focus();
+  all.hidden = items.length < 2;
+  fill($("#notifications ul"), items, (one) => one.id, (row, one) => {
+    const { type, sessionTimestamp: session, episodeNumber: episode } = one, button = $("button", row);
+    show($("h3", row), `${capital(type)}, e${nameOf(episode, data.sessions?.get(session)?.title).slice(1)}`);
+    const total = type === "beats_ready" ? `${one.totalBeats} beats` : `${one.totalPrompts} prompts`;
+    show($("span", row), `${total} · waits ${since(one.timestamp)}`);
+    button.ariaLabel = `Acknowledge ${type}, episode ${episode}, session ${session}`;
+    button.onclick = () => acknowledge([one]);
+  });
+}
+
+function showService() {
+  const { store, storeUp, version, startedAt, addresses } = data.service;
+  show($("#store"), store + (storeUp === false ? ", which does not answer" : "")), show($("#version"), version);
+  show($("#running"), since(startedAt)), show($("#addresses"), addresses.join(" "));
+}
+
+function render() {
+  const raised = (data.alerts ?? []).filter((alert) => alert.state === "raised");
+  showHeader(raised);
+  $("#entry").hidden = Boolean(token), $("#parts").hidden = !token || !data.service;
+  $("#parts").classList.toggle("stale", !isOpen);
+  const shows = { alerts: () => showAlerts(raised), sessions: showSessions, gpu: showGpu, swarmui: showSwarmUI,
+    notifications: showNotifications, service: showService };
+  for (const [name, draw] of Object.entries(data.service ? shows : {})) {
+    $(`#${name}`).classList.toggle("lacks", !data[name]);
+    if (data[name]) draw();
+  }
+}
+
+// What is told: events, and SwarmUI's log -------------------------------------------------------------
+const byKey = (items, key) => items && new Map(items.map((item) => [item[key], item]));
+const EVENTS = {
+  state(given) {
+    data = { gpuHistory: [], alerts: [], ...given, sessions: byKey(given.sessions, "sessionTimestamp"),
+      notifications: byKey(given.notifications, "id"), isCut: given.notifications?.length >= 100 };
+    ahead = given.service.now - Date.now(), isOpen = true, lostSince = null;
+  },
+  notification: (given) => data.notifications.set(given.id, given),
+  acknowledged: ({ id }) => data.notifications.delete(id) && data.isCut && !data.notifications.size && begin(),
+  session: (given) => data.sessions.set(given.sessionTimestamp, given),
+  gpu: (given) => Object.assign(data, { gpu: given,
+    gpuHistory: [...data.gpuHistory, given].filter((one) => given.at - one.at <= 900_000) }),
+  reservation: (given) => data.reservation = given,
+  swarmui: (given) => data.swarmui = given,
+  alert(given) {
+    data.alerts = [...data.alerts.filter((one) => one.kind !== given.kind || one.state === "ended"), given].slice(-50);
+  },
+};
+
+async function readEvents(reader) {
+  const decoder = new TextDecoder();
+  for (let text = ""; ;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    heard = Date.now();
+    watch(line, SILENCE);  // after 15 s without an event comes a comment
+    const blocks = (text + decoder.decode(value, { stream: true })).split("\n\n");
+    text = blocks.pop();
+    for (const block of blocks) {
+      const field = (name) => new RegExp(`^${name}: ?(.*)$`, "m").exec(block)?.[1];
+      EVENTS[field("event")]?.(JSON.parse(field("data")));
+    }
+    if (blocks.length) render();
+  }
+}
+
+const watch = (one, wait) => { clearTimeout(guard), guard = setTimeout(() => one.abort(), wait); };
+const ask = (path, more) => fetch(API + path, { ...more, headers: { Authorization: `Bearer ${token}` } });
+const errorOf = async (answer) => (await answer.json().catch(() => ({}))).error ?? `It answered with ${answer.status}.`;
+
+// One connection, until disconnect(). Each begins with `state`, so none needs to go on after the last event.
+async function connect() {
+  const mine = ++turn;
+  for (let pause = 1000; mine === turn; pause = Math.min(pause + 1000, 3000)) {
+    line = new AbortController();
+    watch(line, 7000);
+    try {
+      const answer = await ask("events", { signal: line.signal }), why = answer.ok ? "" : await errorOf(answer);
+      if (answer.ok) await readEvents(answer.body.getReader());
+      else if (answer.status < 500 && mine === turn) askForToken(why);
+    } catch { /* it cannot be reached, or was silent for too long */ }
+    if (mine !== turn) return;
+    line.abort();
+    if (lostSince === null) [pause, lostSince] = [1000, heard];
+    isOpen = false, render();
+    await new Promise((done) => setTimeout(done, pause));
+  }
+}
+
+function disconnect() {
+  turn++, isOpen = false;
+  clearTimeout(guard);
+  line?.abort();
+}
+
+let lines = [], isAsking = false;
+async function followLog() {
+  if (!isOpen || isAsking || !data.swarmui) return;
+  isAsking = true;
+  try {
+    const answer = await ask("swarmui/logs?lines=200", { signal: AbortSignal.timeout(5000) });
+    if (answer.ok && isOpen) addLines((await answer.text()).split("\n").slice(0, -1));
+  } catch { /* the next one tells */ }
+  isAsking = false;
+}
+
+function addLines(found) {  // only what is new, as a screen reader reads what is added
+  const log = $("#log"), follows = log.scrollHeight - log.scrollTop - log.clientHeight < 8;
+  let same = Math.min(lines.length, found.length);
+  while (same > 0 && lines.slice(-same).join("\n") !== found.slice(0, same).join("\n")) same--;
+  if (same === 0) log.replaceChildren();
+  for (const text of found.slice(same)) log.appendChild(document.createElement("div")).textContent = text || " ";
+  while (log.childElementCount > found.length) log.firstChild.remove();
+  lines = found;
+  if (follows) log.scrollTop = log.scrollHeight;
+}
+
+// What is done: buttons -------------------------------------------------------------------------------
+async function post(path) {  // status and error where it failed
+  try {
+    const answer = await ask(path, { method: "POST" }), error = answer.ok ? "" : await errorOf(answer);
+    if (answer.status === 401) askForToken(error);
+    return { status: answer.status, error };
+  } catch {
+    return { error: "The service does not answer: try again once it does." };
+  }
+}
+
+$("#start").onclick = async () => tell("swarmui", await post("swarmui/start"));
+$("#all").onclick = () => acknowledge([...data.notifications.values()]);
+$("#stop").onclick = stopSwarmUI, $("#forget").onclick = () => askForToken("");
+
+const tell = (name, { error = "" }) => { $(`#${name} [role=alert]`).textContent = error; };
+
+function confirm(question, loss, yes) {
+  const dialog = $("dialog");
+  asker = document.activeElement;
+  const heading = asker.closest("section")?.querySelector("h2");
+  show($("#question"), question), show($("#loss"), loss), show($("#yes"), yes);
+  dialog.returnValue = "";
+  for (const answer of ["yes", "no"]) $(`#${answer}`).onclick = () => dialog.close(answer);
+  dialog.showModal();
+  return new Promise((done) => dialog.onclose = () => {
+    (asker.isConnected && asker.checkVisibility() ? asker : heading)?.focus(), asker = null;
+    done(dialog.returnValue === "yes");
+  });
+}
+
+async function stopSwarmUI() {
+  const { live, waiting } = data.swarmui.queue ?? {};
+  let loss = live + waiting === 0 ? "It makes no image, so none is lost."
+    : live + waiting ? `${live} in work and ${plural(waiting, "waiting image")} are lost.`
+    : "Whether it is at work is not known: images that it makes, and those that wait, are lost.";
+  for (let force = ""; await confirm("Stop SwarmUI?", loss, "Stop"); force = "?force=true") {
+    tell("swarmui", {});
+    const failed = await post(`swarmui/stop${force}`);
+    if (failed.status !== 409 || force) return tell("swarmui", failed);
+    loss = `${failed.error}\nStop it all the same?`;
+  }
+}
+
+async function acknowledge(asked) {
+  const what = asked.length > 1 ? `all ${asked.length} notifications` : "this notification";
+  if (!await confirm(`Acknowledge ${what}?`, "Who has not seen it will not see it any more.", "Acknowledge")) return;
+  tell("notifications", {});
+  for (const { id } of asked) {
+    const failed = await post(`notifications/${encodeURIComponent(id)}/ack`);
+    if (failed.error) return tell("notifications", failed);
+    if (data.notifications) EVENTS.acknowledged({ id });
+    render();
+  }
+}
+
+// The token: in the link, then kept for the tab or for the device -------------------------------------
+function keep(given, isForDevice) {
+  token = given;
+  for (const [store, isWanted] of [[sessionStorage, !isForDevice], [localStorage, isForDevice]]) {
+    token && isWanted ? store.setItem(KEY, token) : store.removeItem(KEY);
+  }
+  for (const box of $$(".remember")) box.checked = isForDevice;
+}
+
+function begin() {
+  disconnect(), lostSince = null, render();
+  if (token && !document.hidden) connect();
+}
+
+function askForToken(why) {
+  if ($("dialog").open) $("dialog").close();
+  keep("", false), data = {}, addLines([]), begin();
+  $("#entry [role=alert]").textContent = why;
+  $("#token").focus();
+}
+
+function takeFromLink() {
+  const found = /^#token=([!-~]+)$/.exec(location.hash);
+  if (!found) return false;
+  history.replaceState(null, "", location.pathname + location.search);
+  keep(found[1], localStorage.getItem(KEY) !== null);
+  return true;
+}
+
+$("#entry").onsubmit = (event) => {
+  event.preventDefault();
+  const given = $("#token").value.trim(), isDevices = $("#entry .remember").checked;
+  $("#token").value = $("#entry [role=alert]").textContent = "";
+  if (!/^[!-~]+$/.test(given)) return askForToken("A token has no spaces, and ASCII characters alone.");
+  keep(given, isDevices), begin();
+};
+for (const box of $$("section .remember")) box.onchange = () => keep(token, box.checked);
+
+document.onvisibilitychange = () => {  // six open streams would use up a browser's connections to this host
+  clearTimeout(rest);
+  if (document.hidden) rest = setTimeout(disconnect, REST);
+  else if (token && !isOpen) begin();
+};
+addEventListener("hashchange", () => takeFromLink() && begin());
+addEventListener("storage", ({ key, newValue }) => key === KEY && newValue === null && askForToken(""));
+addEventListener("pagehide", disconnect);
+addEventListener("pageshow", ({ persisted }) => persisted && begin());
+
+const kept = localStorage.getItem(KEY);
+if (!takeFromLink()) keep(sessionStorage.getItem(KEY) ?? kept ?? "", kept !== null);
+begin();
+setInterval(render, 1000), setInterval(followLog, 2000);
+</script>
+</body>
+</html>
+"""
+
+
+@functools.cache
+def page_headers(page: str = PAGE) -> dict[str, str]:
+    """Nothing is loaded but the page's own style and script, known by their SHA-256, and nobody frames it."""
+
+    def digest_of_text(tag: str) -> str:
+        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+
+    policy = [f"{name} 'none'" for name in ("default-src", "base-uri", "form-action", "frame-ancestors")]
+    policy += ["connect-src 'self'", "img-src data:"]
+    policy += [f"{tag}-src 'sha256-{digest_of_text(tag)}'" for tag in ("script", "style")]
+    return {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": "; ".join(policy)}
+
+
+def page(services: Services, request: Request) -> Response:
+    return Response(PAGE.encode(), 200, page_headers())
+
+
+_HTML = {**_TEXT, "contentMediaType": "text/html"}
+ROUTES += (Route("GET", "/", page, "open", "A page to look at.", {200: _HTML}),)
+
+
+# ======================================================================================================
 # Server: settings and sockets
 # ======================================================================================================
 
@@ -5809,6 +6351,38 @@ def url_of(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+def page_links(host: str, port: int, api_token: str) -> list[str]:
+    """Where a browser finds the page, with its token. 0.0.0.0 and :: are all addresses of this PC."""
+    hosts = [host]
+    if host in ("0.0.0.0", "::"):
+        family, far = (socket.AF_INET, "192.0.2.1") if host == "0.0.0.0" else (socket.AF_INET6, "2001:db8::1")
+        hosts = ["localhost"]
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((far, 9))  # sends nothing, and tells the address that others reach
+            hosts.append(probe.getsockname()[0])
+        with contextlib.suppress(OSError):
+            found = [str(row[4][0]) for row in socket.getaddrinfo(socket.gethostname(), None, family)]
+            hosts += [one for one in found if not is_loopback(one) and "%" not in one]  # %: good on this PC alone
+    return [f"{url_of(one, port)}/#token={page_token(api_token)}" for one in dict.fromkeys(hosts)]
+
+
+def print_links(settings: Settings) -> int:
+    """Print the page's link for each address, of the service that runs or will. Raises StartError."""
+    prepare_data_dir(settings, serves=False)
+    host, port, path = settings.host, settings.port, settings.data_dir / "running"
+    with contextlib.suppress(OSError, ValueError):
+        if path.exists():
+            if file := lock_file(path):
+                file.close()
+            else:
+                found = urllib.parse.urlsplit(path.read_text(encoding="utf-8").strip())
+                host, port = found.hostname or host, found.port or port
+    if not port:
+        raise StartError("STORYTELLER_PORT is 0, so the port is picked at the start: start the service first.")
+    print(*page_links(host, port, own_token(settings)), sep="\n")
+    return 0
+
+
 def check(arguments: Mapping[str, Any]) -> int:
     """Print a line for each check. The exit code is 1 when one FAILs."""
     failed = False
@@ -6001,7 +6575,8 @@ def serve(settings: Settings) -> int:
 
 
 def greet(settings: Settings, store: Store, port: int, token_place: str) -> None:
-    """Print what a person at the console needs, but never the token."""
+    """Print what a person at the console needs. Never the API token; the page's link where nothing but a terminal gets
+    it, and the log never."""
     name_window(f"StoryTeller automation, port {port}")
     level, _, program = check_swarmui_path(settings)
     nvidia_smi, advice = find_nvidia_smi(settings)
@@ -6014,8 +6589,10 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
         "log": str(settings.data_dir / "storyteller.log"),
     }
     say("StoryTeller automation service. Ctrl+C stops it.")
+    terminal = sys.stdout is not None and sys.stdout.isatty()
     for name, text in rows.items():
-        say(f"  {name:<11} {text}")
+        shown = page_links(settings.host, port, settings.api_token or "")[0] if name == "address" and terminal else text
+        say(f"  {name:<11} {shown}", f"{name} {text}")
     for text in doubtful_settings(os.environ):
         log.warning("settings: %s", text)
     places = [settings.data_dir / name for name in ("..", "", *DATA_FILES)]
@@ -6035,7 +6612,7 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
 # Command line: arguments
 # ======================================================================================================
 
-COMMANDS = ("serve", "check", "token")
+COMMANDS = ("serve", "check", "page", "token")
 
 
 def read_command(text: str) -> str:
@@ -6059,7 +6636,9 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=f"settings, from the environment or a .env file beside this module:\n{table}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = "serve (by default), check, token; of run.sh and run.bat also test, which runs the tests"
+    commands = (
+        "serve (by default), check, page (its link), token; of run.sh and run.bat also test, which runs the tests"
+    )
     parser.add_argument("command", nargs="?", type=read_command, default="serve", help=commands)
     parser.add_argument("--version", action="version", version=f"StoryTeller automation {__version__}")
     parser.add_argument("--host", help="overrides STORYTELLER_HOST")
@@ -6143,7 +6722,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             os._exit(code)  # Python's own end would wait for a console that takes no output
     try:
-        return check(given) if given["command"] == "check" else token_command(command_settings(given), given)
+        if given["command"] == "check":
+            return check(given)
+        settings = command_settings(given)
+        return print_links(settings) if given["command"] == "page" else token_command(settings, given)
     except (StartError, Unavailable) as error:
         print(error, file=sys.stderr)
         return 2

@@ -6,11 +6,13 @@ real: a redis-server, SQLite files, sockets, child processes, the service itself
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ctypes
 import dataclasses
 import email.utils
 import functools
+import hashlib
 import http.client
 import http.server
 import importlib
@@ -32,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import urllib.request
 import weakref
 import zipfile
@@ -10424,7 +10427,7 @@ def test_help_names_every_setting(run_module):
 
 def test_help_names_the_scripts_every_command_and_each_default(run_module):
     text = run_module("--help").stdout
-    assert not [word for word in ("run.sh", "run.bat", "serve", "check", "token", "test") if word not in text]
+    assert not [word for word in ("run.sh", "run.bat", "serve", "check", "page", "token", "test") if word not in text]
     rows = {line.split()[0]: line for line in text.split("\nsettings, ")[1].splitlines()[1:]}
     assert [name for name, row in rows.items() if "by default" not in row] == []
     shown = {
@@ -10438,7 +10441,7 @@ def test_help_names_the_scripts_every_command_and_each_default(run_module):
 @pytest.mark.parametrize(
     ("command", "advice"),
     [("tset", "did you mean test?"), ("chekc", "did you mean check?"), ("tokne", "did you mean token?"),
-     ("server", "did you mean serve?"), ("x", "serve, check, token, test"), ("test", "run.sh and run.bat")],
+     ("server", "did you mean serve?"), ("x", "serve, check, page, token, test"), ("test", "run.sh and run.bat")],
 )  # fmt: skip
 def test_a_command_that_is_none_is_refused_with_the_nearest(run_module, command, advice):
     done = run_module(command, "-k", "swarmui")
@@ -11786,3 +11789,83 @@ def test_a_time_to_live_is_read_in_its_unit(text, seconds):
 def test_check_warns_of_pages_that_see_too_little_or_too_much(settings, changed, words):
     said = [text for _, _, text in service.check_pages(dataclasses.replace(settings, **changed))]
     assert (words in said[0]) if words else said == []
+
+
+# ======================================================================================================
+# The page; .ci/test_page.py tests it in a browser
+# ======================================================================================================
+
+
+def test_the_page_is_open_and_may_load_nothing_but_its_own_script_and_style(make_app):
+    answer = as_caller(make_app(), None).get("/")
+    assert answer.content_type == "text/html"
+    assert answer.headers["Cache-Control"] == "no-store"
+    policy = dict(one.split(" ", 1) for one in answer.headers["Content-Security-Policy"].split("; "))
+    for tag in ("script", "style"):
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", answer.text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert policy.pop(f"{tag}-src") == f"'sha256-{digest}'"
+    assert policy == {
+        **dict.fromkeys(("default-src", "base-uri", "form-action", "frame-ancestors"), "'none'"),
+        "connect-src": "'self'",
+        "img-src": "data:",
+    }
+    assert len(answer.body) <= 60_000
+
+
+def test_the_pages_token_has_every_permission_but_admin_and_needs_no_store(authenticator, settings, store_away):
+    store_away()
+    token = service.page_token(settings.api_token)
+    known = authenticator.known({"HTTP_AUTHORIZATION": f"Bearer {token}"})
+    assert set(service.PERMISSIONS) - set(known.permissions) == {"admin"}
+    assert service.page_token("another-api-token") != token
+    assert settings.api_token not in token
+
+
+def page_token_of(link: str) -> str:
+    return re.fullmatch(r"http://localhost:[0-9]+/#token=([0-9a-f]{64})", link)[1]
+
+
+def test_the_command_page_prints_the_link_of_the_service_that_runs(start_service, run_module):
+    given = {"STORYTELLER_API_TOKEN": TOKEN}
+    stopped = run_module("page", **given)
+    assert (stopped.returncode, stopped.stdout) == (2, "")
+    assert stopped.stderr.startswith("STORYTELLER_PORT is 0")
+    assert run_module("page", "--port", "5", **given).stdout.startswith("http://localhost:5/#token=")
+    running = start_service()
+    (link,) = run_module("page", **given).stdout.splitlines()
+    assert link.startswith(f"http://localhost:{running.port}/#")
+    bearer = {"Authorization": f"Bearer {page_token_of(link)}"}
+    assert running.call("GET", "/api/v1/auth/session", headers=bearer)[1]["subject"] == "page"
+    assert running.call("POST", "/api/v1/auth/session", {}, headers=bearer)[0] == 403
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_host_of_all_addresses_has_a_link_for_each(host):
+    first, *others = service.page_links(host, 5, TOKEN)
+    assert page_token_of(first) == service.page_token(TOKEN)
+    hosts = [urllib.parse.urlsplit(link).hostname for link in others]
+    assert [one for one in hosts if service.is_loopback(one) or one in ("0.0.0.0", "::")] == []
+
+
+@pytest.mark.skipif(service.WINDOWS, reason="needs a pseudo-terminal")
+def test_a_start_in_a_terminal_prints_the_link_which_no_log_has(module_copy, clean_environment):
+    ours, theirs = os.openpty()
+    environment = {**clean_environment, "STORYTELLER_API_TOKEN": TOKEN, "STORYTELLER_PORT": "0"}
+    process = subprocess.Popen(
+        [sys.executable, str(module_copy)], env=environment, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    printed = ""
+    try:
+        while "  log " not in printed:
+            printed += os.read(ours, 4096).decode()
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+        os.close(ours)
+    (link,) = re.findall("http://localhost:[0-9]+/.*", printed)
+    assert page_token_of(link.strip()) == service.page_token(TOKEN)
+    log = (module_copy.parent / "data" / "storyteller.log").read_text("utf-8")
+    assert "server: address http://localhost:" in log
+    assert "token=" not in log
