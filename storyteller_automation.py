@@ -4558,8 +4558,9 @@ class Stream:
         self.is_closed = False  # by either side
 
     def open(self, tell: Callable[[], None], *, is_chunked: bool) -> None:
-        """`tell` is called when there is something to take, from now on. `is_chunked`: in HTTP/1.1's coding of that."""
+        """`tell` is called now, and when there is more to take. `is_chunked`: in HTTP/1.1's coding of that."""
         self._tell, self._is_chunked = tell, is_chunked
+        tell()
 
     def send(self, part: bytes, *, before_all: bool = False) -> None:
         """`before_all`: only before it is opened."""
@@ -4577,6 +4578,7 @@ class Stream:
         found = b"".join([self._parts.popleft() for _ in range(len(self._parts))])
         if self._is_chunked:
             found = (b"%x\r\n%b\r\n" % (len(found), found) if found else b"") + b"0\r\n\r\n" * is_last
+            self._is_chunked = not is_last
         return found, is_last
 
 
@@ -4589,12 +4591,12 @@ class Response:
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     stream: Stream | None = None  # instead of the body
 
-    def end(self) -> bytes:
-        """The body, of a stream what was sent by now."""
+    def whole(self) -> Response:
+        """With what was sent of a stream by now, which it closes."""
         if not self.stream:
-            return self.body
+            return self
         self.stream.close()
-        return self.stream.take()[0]
+        return dataclasses.replace(self, body=self.stream.take()[0], stream=None)
 
 
 def json_response(body: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] = {}) -> Response:
@@ -4931,17 +4933,18 @@ def swarmui_logs(services: Services, request: Request) -> Response:
 NOTHING = b'{"notifications":[]}'
 
 
-def notifications_check(services: Services, request: Request) -> Future[Any]:
+def notifications_check(services: Services, request: Request) -> Any:
     kind, limit, wait = request.query["type"], request.query["limit"], request.query["wait"]
     check = tuple(TOTALS) if kind == "all" else (kind,), limit, request.query["batch"] == "true"
 
     def decide(outcome: Any) -> Any:
         if isinstance(outcome, Future):
             return then(outcome, decide)
-        waits = wait and isinstance(outcome, Response) and outcome.body == NOTHING
-        return services.live.wait(check, wait) if waits else outcome
+        is_empty = isinstance(outcome, Response) and outcome.body == NOTHING
+        return services.live.wait(check, wait) if is_empty else outcome
 
-    return cast("Future[Any]", decide(services.checks.ask(check)))
+    asked = services.checks.ask(check)
+    return decide(asked) if wait else asked  # what waits may be withdrawn
 
 
 def notification_create(services: Services, request: Request) -> Future[Any]:
@@ -5519,7 +5522,8 @@ class Endpoint:
             try:
                 concurrent.futures.wait([next(steps)], timeout=86_400)
             except StopIteration as end:
-                return bottle.HTTPResponse(end.value.end(), end.value.status, end.value.headers)
+                whole = end.value.whole()
+                return bottle.HTTPResponse(whole.body, whole.status, whole.headers)
 
     def respond(self, environ: Mapping[str, Any], path: Mapping[str, str], *, refused: ApiError | None = None) -> Steps:
         """The one path of every request. `refused`: the server could not read it, or is stopping."""
@@ -5814,16 +5818,21 @@ class Live:
     def close(self) -> None:
         """End the events, answer who waits with an empty list, and end the thread. May be called again."""
         with self._lock:
-            self._is_closed = True
-            listeners, joining = list(self._listeners), list(self._joining)
-        for _, joined in joining:
-            if not joined.done() and joined.set_running_or_notify_cancel():
-                joined.set_exception(Unavailable("The service is stopping.", 5))
+            self._is_closed, listeners = True, list(self._listeners)
+        self._refuse(Unavailable("The service is stopping.", 5))
         for listener in listeners:
             listener.stream.close()
         for waiting in list(self._waiting):
             self._answer(waiting, Response(NOTHING))
         self._loop.close()
+
+    def _refuse(self, fault: Exception) -> None:
+        """Tell those who join."""
+        with self._lock:
+            joining, self._joining = self._joining, []
+        for _, joined in joining:
+            if joined.set_running_or_notify_cancel():
+                joined.set_exception(fault)
 
     def _answer(self, waiting: Future[Any], outcome: Any) -> None:
         if self._waiting.pop(waiting, None) and waiting.set_running_or_notify_cancel():
@@ -5834,9 +5843,8 @@ class Live:
     def _turn(self) -> float:
         now = time.monotonic()
         with self._lock:
-            joining, self._joining = self._joining, []
             self._listeners = [one for one in self._listeners if not one.stream.is_closed]
-            listeners = list(self._listeners)
+            joining, listeners = list(self._joining), list(self._listeners)
         if joining or listeners or self._waiting:
             self._left_at = now
         if now - self._left_at > self.LINGER:
@@ -5846,13 +5854,13 @@ class Live:
             return 3600.0
         is_whole = bool(joining) or now - self._looked_at >= self.INTERVAL
         try:
-            self._look(is_whole=is_whole)
-            self._store_up = True
-        except Unavailable:
-            self._store_up = False
-        if is_whole:
-            self._look_elsewhere(listeners)
-        self._admit(joining)
+            self._store_up = self._look(is_whole=is_whole)
+            if is_whole:
+                self._look_elsewhere(listeners)
+            self._admit(joining)
+        except Exception as fault:
+            self._refuse(fault)
+            raise
         self._answer_waiting()
         now = time.monotonic()
         for one in listeners:
@@ -5865,22 +5873,26 @@ class Live:
         ends = [self._looked_at + self.INTERVAL, *(one.deadline for one in list(self._waiting.values()))]
         return max(0.0, min(ends) - time.monotonic())
 
-    def _look(self, *, is_whole: bool) -> None:
-        # Sessions first: one that has announced its prompts then has them among what is pending, or acknowledged.
-        if is_whole:
-            self._looked_at = time.monotonic()
-            self._look_at_sessions()
-        self._tell_done()
-        store = self._services.store
-        count, newer = store.pending_since(self._newest)
-        self._take(newer)
-        if count != len(self._known) or time.monotonic() >= self._scan_at:
-            self._scan()
+    def _look(self, *, is_whole: bool) -> bool:
+        """At the store; whether it answers."""
+        try:
+            # Sessions first: one that has announced its prompts then has them among what is pending, or acknowledged.
+            if is_whole:
+                self._looked_at = time.monotonic()
+                self._look_at_sessions()
+            self._tell_done()
+            count, newer = self._services.store.pending_since(self._newest)
+            self._take(newer)
+            if count != len(self._known) or time.monotonic() >= self._scan_at:
+                self._scan()
+        except Unavailable:
+            return False
         self._tell_sessions()
         if self._is_new:
             with self._lock:  # nobody goes on from before that
                 self._is_new, self._number = False, self._number + 1
                 self._events.clear()
+        return True
 
     def _tell(self, type: str, data: Mapping[str, Any] | bytes | None) -> None:
         if not self._is_new:
@@ -6051,6 +6063,9 @@ class Live:
         for listener, joined in joining:
             found = re.fullmatch(rf"{self._run}-([0-9]{{1,15}})(\.[0-9]+)?", listener.last)
             with self._lock:
+                if (listener, joined) not in self._joining:  # it was refused
+                    continue
+                self._joining.remove((listener, joined))
                 self._listeners.append(listener)
                 number, after = self._number, int(found[1]) if found else -1
                 goes_on = number - min(len(self._events), self.KEPT - 1) <= after <= number
@@ -6060,10 +6075,10 @@ class Live:
             if not goes_on:  # what others tell meanwhile follows its state
                 listener.stream.send(self._state(listener, number), before_all=True)
                 listener.told_at = time.monotonic()
-            if self._is_closed or joined.done() or not joined.set_running_or_notify_cancel():
-                listener.stream.close()
-            else:
+            if joined.set_running_or_notify_cancel():
                 settle(joined, Response(b"", 200, STREAM_HEADERS, listener.stream))
+            else:
+                listener.stream.close()
 
     def _state(self, listener: Listener, number: int) -> bytes:
         services, types, shown = self._services, listener.types, dict[str, Any]()
@@ -6146,6 +6161,25 @@ WAITRESS: Mapping[str, Any] = {
     "log_socket_errors": False,  # a client that leaves is no error
 }
 
+# waitress documents a thread for each request. Here its event loop alone touches a channel (a connection), by these,
+# in the section below waitress's documentation:
+WAITRESS_NAMES = {
+    "server.create_server server.BaseWSGIServer.add_task": "puts listeners into map=, calls _dispatcher='s add_task()",
+    "server.BaseWSGIServer.channel_class channel.HTTPChannel.parser_class": "make a new connection and its parser",
+    "channel.HTTPChannel.received": "parses bytes into `request`, then `requests`, and calls add_task() for the first",
+    "channel.HTTPChannel.readable channel.HTTPChannel.will_close": "whether the loop reads; whether it closes instead",
+    "channel.HTTPChannel.write_soon": "sends, or adds to the output buffer; blocks while that is over its limit",
+    "channel.HTTPChannel.total_outbufs_len channel.HTTPChannel.close_when_flushed": "bytes to be sent; what follows",
+    "channel.HTTPChannel.current_outbuf_count": "at the limit, the next response gets a buffer of its own",
+    "channel.HTTPChannel.handle_write channel.HTTPChannel.handle_close": "sends output; also when the client leaves",
+    "channel.HTTPChannel.send_continue": "answers an Expect: 100-continue that came behind another request",
+    "parser.HTTPRequestParser.parse_header parser.HTTPRequestParser.error": "ParsingError; code, reason, body of it",
+    "parser.RequestHeaderFieldsTooLarge": "such an error",
+    "task.WSGITask.get_environment task.WSGITask.build_response_header": "what WSGI gives, with Date and Connection",
+    "task.WSGITask.chunked_response": "whether that header says so, of a response without content_length",
+    "wasyncore.loop wasyncore.close_all trigger.trigger.pull_trigger": "a turn over the map, its end; wakes the loop",
+}
+
 
 class Activity:
     """What moves on a connection. Times are monotonic seconds."""
@@ -6225,24 +6259,6 @@ def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
 # Server: below waitress's documentation
 # ======================================================================================================
 
-# waitress documents a thread for each request. Here its event loop alone touches a channel (a connection), by these:
-WAITRESS_NAMES = {
-    "server.create_server server.BaseWSGIServer.add_task": "puts listeners into map=, calls _dispatcher='s add_task()",
-    "server.BaseWSGIServer.channel_class channel.HTTPChannel.parser_class": "make a new connection and its parser",
-    "channel.HTTPChannel.received": "parses bytes into `request`, then `requests`, and calls add_task() for the first",
-    "channel.HTTPChannel.readable channel.HTTPChannel.will_close": "whether the loop reads; whether it closes instead",
-    "channel.HTTPChannel.write_soon": "sends, or adds to the output buffer; blocks while that is over its limit",
-    "channel.HTTPChannel.total_outbufs_len channel.HTTPChannel.close_when_flushed": "bytes to be sent; what follows",
-    "channel.HTTPChannel.current_outbuf_count": "at the limit, the next response gets a buffer of its own",
-    "channel.HTTPChannel.handle_write channel.HTTPChannel.handle_close": "sends output; also when the client leaves",
-    "channel.HTTPChannel.send_continue": "answers an Expect: 100-continue that came behind another request",
-    "parser.HTTPRequestParser.parse_header parser.HTTPRequestParser.error": "ParsingError; code, reason, body of it",
-    "parser.RequestHeaderFieldsTooLarge": "such an error",
-    "task.WSGITask.get_environment task.WSGITask.build_response_header": "what WSGI gives, with Date and Connection",
-    "task.WSGITask.chunked_response": "whether that header says so, of a response without content_length",
-    "wasyncore.loop wasyncore.close_all trigger.trigger.pull_trigger": "a turn over the map, its end; wakes the loop",
-}
-
 
 class Channel(waitress.channel.HTTPChannel):
     class parser_class(waitress.parser.HTTPRequestParser):
@@ -6270,7 +6286,7 @@ class Channel(waitress.channel.HTTPChannel):
         """As waitress's, in half its time; also where a client's leaving is to be noticed, so nothing is kept of it."""
         if self.requests:
             return len(self.requests) == 1 and self.exchange is not None and self.exchange.is_cancellable
-        return self.stream is not None or not (self.total_outbufs_len or self.close_when_flushed or self.will_close)
+        return bool(self.stream) or not (self.total_outbufs_len or self.close_when_flushed or self.will_close)
 
     def service(self) -> None:
         """Begin with the first of `requests`, once the response before is sent: so write_soon never blocks."""
@@ -6287,15 +6303,13 @@ class Channel(waitress.channel.HTTPChannel):
         self.exchange.advance()
 
     def _finish(self, task: Any, method: str, response: Response) -> None:
-        self.exchange, stream = None, response.stream
-        if stream and (method == "HEAD" or not self.connected):
-            stream.close()
-            stream = None
+        self.exchange = None
+        response = response if self.connected and method != "HEAD" else response.whole()
         if not self.connected:
             task.request.close()
             return
         task.status = f"{response.status} {HTTPStatus(response.status).phrase}"
-        task.content_length = None if stream else len(response.body)
+        task.content_length = None if response.stream else len(response.body)
         task.response_headers += response.headers.items()
         if task.request.error:
             task.set_close_on_finish()
@@ -6305,27 +6319,24 @@ class Channel(waitress.channel.HTTPChannel):
         self.current_outbuf_count = self.adj.outbuf_high_watermark
         self.activity.responded()
         self.requests.pop(0).close()
-        self.close_when_flushed = task.close_on_finish and not stream
+        self.close_when_flushed = task.close_on_finish and not response.stream
         if self.request and self.request.expect_continue and self.request.headers_finished and not self.requests:
             self.send_continue()
-        if stream:
-            self.stream = stream
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, stream.SEND_BUFFER)
-            call_soon = self.server.task_dispatcher.call_soon
-            stream.open(functools.partial(call_soon, self, self.send_parts), is_chunked=task.chunked_response)
-            self.send_parts()
+        if response.stream:
+            self.stream = response.stream
+            del self.requests[:]  # what was sent after it gets no response
+            more = functools.partial(self.server.task_dispatcher.call_soon, self, self.send_parts)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, Stream.SEND_BUFFER)
+            self.stream.open(more, is_chunked=task.chunked_response)
         self.handle_write()
 
     def send_parts(self) -> None:
-        if self.stream:
-            part, is_last = self.stream.take()
-            if self.total_outbufs_len and self.total_outbufs_len + len(part) > self.stream.LIMIT:
-                self.handle_close()
-                return
+        if self.stream and self.connected:
+            part, self.close_when_flushed = self.stream.take()
+            if self.total_outbufs_len and self.total_outbufs_len + len(part) > Stream.LIMIT:
+                self.will_close = True
             self.write_soon(part)
             self.current_outbuf_count = self.adj.outbuf_high_watermark
-            if is_last:
-                self.stream, self.close_when_flushed = None, True
             self.handle_write()
 
     def handle_write(self) -> None:
@@ -6339,7 +6350,6 @@ class Channel(waitress.channel.HTTPChannel):
         super().handle_close()
         if self.stream:
             self.stream.close()
-        self.stream = None
         if self.exchange and not self.exchange.cancel():
             self.requests[:1] = []  # it is carried out, and _finish() closes it
         while self.requests:
