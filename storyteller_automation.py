@@ -32,6 +32,7 @@ The sections, each under a banner, each depending only on those above it:
     HTTP: handlers                          one function per endpoint
     HTTP: routes                            one table, from which OpenAPI is generated
     HTTP: application                       the one path of every request
+    Live                                    the stream of events, and checks that wait
     Page                                    the page as text
     Server: settings and sockets            waitress's settings with their reasons
     Server: below waitress's documentation  connections and the event loop
@@ -1395,6 +1396,10 @@ class Store(Protocol):
         """None where there is no second copy."""
         return None
 
+    def newest_sessions(self, count: int) -> list[tuple[int, Any]]:
+        """Their timestamps, newest first, each with what is another value once the session was changed. It reads no
+        document, so of another program's change only that of a length counts, and what the bridge notes of it."""
+
     def announce(self, session: int, draft: Draft) -> bool:
         """Note the draft's type at the session and add its notification, unless that type was noted last (False)."""
 
@@ -1405,6 +1410,9 @@ class Store(Protocol):
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
         """Members within their TTL with their times, oldest first, read about `page` at a time. Another program may
         have scored its own in seconds: these come before all others, since their scores are lower."""
+
+    def pending_since(self, time: float) -> tuple[int, list[tuple[bytes, float]]]:
+        """How many there are; and those of a later time, 1000 at most, without what is scored in seconds."""
 
     def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
         """The oldest `count` of them, and whether one of `ids` is marked, in one round trip."""
@@ -1920,6 +1928,17 @@ class RedisStore(Store):
                 return
             below = f"({floor!r}"
 
+    def newest_sessions(self, count: int) -> list[tuple[int, Any]]:
+        indexes = self._redis.ask(*[("ZREVRANGE", key, 0, count - 1, "WITHSCORES") for key in self.INDEXES])
+        scores = {float(score) for values in indexes for score in values[1::2]}
+        newest = sorted({int(score) for score in scores if math.isfinite(score)}, reverse=True)[:count]
+        commands: list[_Command] = []
+        for ours, storyarts, meta in map(self._session_keys, newest):
+            commands += [("HMGET", meta, *self._META), ("STRLEN", ours), ("STRLEN", storyarts)]
+        replies = iter(self._redis.exchange(commands) if commands else ())
+        found = zip(newest, zip(replies, replies, replies))
+        return [(timestamp, str(parts)) for timestamp, parts in found if parts[1:] != (0, 0)]
+
     def trim(self, timestamp: int) -> None:
         """Remove a session from the indexes, if it is gone."""
         result_of(self._run(_LUA_TRIM, [((*self._session_keys(timestamp), *self.INDEXES), ())])[0])
@@ -2021,6 +2040,13 @@ class RedisStore(Store):
     def _select(self, lowest: str, highest: str, count: int) -> list[tuple[bytes, float]]:
         (values,) = self._redis.ask(("ZRANGEBYSCORE", self.PENDING, lowest, highest, "WITHSCORES", "LIMIT", 0, count))
         return list(zip(values[::2], map(float, values[1::2])))
+
+    def pending_since(self, time: float) -> tuple[int, list[tuple[bytes, float]]]:
+        counts = [("ZCOUNT", self.PENDING, *scores) for scores in self._scores(self._clock())]
+        later = f"({max(time, SECONDS_BELOW, self._clock() - TTL_MS)!r}"
+        newer = ("ZRANGEBYSCORE", self.PENDING, later, "+inf", "WITHSCORES", "LIMIT", 0, 1000)
+        *counted, values = self._redis.ask(*counts, newer)
+        return sum(counted), list(zip(values[::2], map(float, values[1::2])))
 
     def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
         # By the second, and so packed once a second: to pack them costs more than Redis's answer.
@@ -2422,6 +2448,10 @@ class SqliteStore(Store):
             yield StoredSession(*rows[0])
             below = rows[0][0]
 
+    def newest_sessions(self, count: int) -> list[tuple[int, Any]]:
+        query = "SELECT timestamp, saved, announced FROM session WHERE expires > ? ORDER BY timestamp DESC LIMIT ?"
+        return [(row[0], row[1:]) for row in self._read(query, self._clock(), count)]
+
     _SAVE = (
         "INSERT INTO session (timestamp, document, saved, expires) VALUES (?1, ?2, ?3, ?4) ON CONFLICT (timestamp)"
         " DO UPDATE SET document = ?2, saved = ?3, expires = ?4 WHERE ?5"
@@ -2475,6 +2505,11 @@ class SqliteStore(Store):
         while rows := self._read(self._PENDING, *last, page):
             yield from rows
             last = rows[-1][::-1]
+
+    def pending_since(self, time: float) -> tuple[int, list[tuple[bytes, float]]]:
+        oldest = self._clock() - TTL_MS
+        ((count,),) = self._read("SELECT count(*) FROM pending WHERE time > ?", oldest)
+        return count, self._read(self._PENDING, max(time, oldest), b"\xff", 1000)
 
     def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
         rows = self._read(self._PENDING, self._clock() - TTL_MS, b"\xff", count)
@@ -2582,6 +2617,7 @@ class Progress:
     total_beats: int
     total_prompts: int
     ready: bool
+    needed: int = dataclasses.field(default=0, compare=False)  # prompts, once it is ready
 
 
 def progress(document: dict[str, Any]) -> Progress:
@@ -2598,7 +2634,7 @@ def progress(document: dict[str, Any]) -> Progress:
         # An image that is reused, or none, needs no prompt: a finished session has fewer prompts than beats.
         elif (beat.get("imageDecision") or {}).get("type") not in ("REUSE_IMAGE", "NO_IMAGE"):
             waiting += 1
-    return Progress(len(beats), prompts, ready=bool(beats) and not waiting)
+    return Progress(len(beats), prompts, bool(beats) and not waiting, prompts + waiting)
 
 
 def summary(document: dict[str, Any]) -> dict[str, Any]:
@@ -3003,6 +3039,8 @@ ID_PATTERN = r"[^\x00-\x1f\x7f-\x9f/\\]{1,200}"  # of anybody's id: it is put in
 # half a surrogate pair; this service decodes %41.
 NOT_WHOLE = re.compile(r"[#?\ud800-\udfff]|%[0-9A-Fa-f]{2}|^\.\.?$")
 
+_IDS = re.compile(rb'"id"\s*:\s*"([^"\\]*)"')
+
 
 class Notification(NamedTuple):
     """One member of the pending set that is valid."""
@@ -3012,6 +3050,7 @@ class Notification(NamedTuple):
     text: bytes  # the JSON that callers get, made once: an answer of 100 is a join
     is_shown: bool  # else it is acknowledged by its own word, or a page could not acknowledge it
     fault: str = ""  # what is wrong with it
+    session: int = 0
 
 
 def read_member(member: bytes, time: float | None) -> Notification:
@@ -3043,7 +3082,7 @@ def read_member(member: bytes, time: float | None) -> Notification:
     fault = "its episodeNumber is not a whole number" if episode is not None and read_count(episode) is None else ""
     if is_cut := NOT_WHOLE.search(id):
         fault = f"its id {id!r:.250} does not come back whole from a path"
-    return Notification(id, kind, to_json(shown), value.get("acknowledged") is not True and not is_cut, fault)
+    return Notification(id, kind, to_json(shown), value.get("acknowledged") is not True and not is_cut, fault, session)
 
 
 def _story_fields(uuid: object, episode: object) -> dict[str, Any]:
@@ -3073,6 +3112,18 @@ def due_notification(timestamp: int, document: dict[str, Any]) -> Draft | None:
     kind = "prompts_ready" if found.ready else "beats_ready"
     story = _story_fields(document.get("storyUuid"), document["analyzedEpisode"].get("episodeNumber"))
     return draft_notification(kind, timestamp, **story, totalPrompts=found.total_prompts, totalBeats=found.total_beats)
+
+
+def newest_of_each(found: Iterable[Notification]) -> list[Notification]:
+    """Of each type and session the newest alone, whose text has all ids, oldest first."""
+    groups: dict[tuple[str, int], list[Notification]] = {}
+    for one in found:
+        key = one.type, one.session
+        groups[key] = [*groups.pop(key, ()), one]  # to the end: they are in the order of what is shown
+    more = [to_json({"count": len(some), "ids": [one.id for one in some]}) for some in groups.values()]
+    return [
+        some[-1]._replace(text=b"%b,%b" % (some[-1].text[:-1], end[1:])) for some, end in zip(groups.values(), more)
+    ]
 
 
 class Notifications:
@@ -3125,15 +3176,23 @@ class Notifications:
 
     def acknowledge(self, id: str) -> bool:
         """True when it was pending, or is acknowledged already."""
-        if result_of(self.acknowledge_own([id])[0]) or self._store.acknowledge(id, []):
-            return True
-        # Another program made it, or nobody did. JSON may also write the id with escapes.
-        rows = (row for row in self._store.pending(page=2000) if id.encode("utf-8") in row[0] or b"\\" in row[0])
-        members = [member for member, time in rows if (found := self._parse(member, time)) and found.id == id]
-        return bool(members) and self._store.acknowledge(id, members)
+        return bool(self.acknowledge_all([id]))
+
+    def acknowledge_all(self, ids: Sequence[str]) -> list[str]:
+        """The same for different ones: those for which it is true, in their order, after one search for all."""
+        done = {id for id, outcome in zip(ids, self.acknowledge_own(ids)) if result_of(outcome)}
+        done |= {id for id in ids if id not in done and self._store.acknowledge(id, [])}
+        left: dict[str, list[bytes]] = {id: [] for id in ids if id not in done}
+        # Another program made these, or nobody did. JSON may also write an id with escapes.
+        for member, at in self._store.pending(page=2000) if left else ():
+            if b"\\" in member or any(id.decode("utf-8", "replace") in left for id in _IDS.findall(member)):
+                found = self._parse(member, at)
+                if found and found.id in left:
+                    left[found.id].append(member)
+        return [id for id in ids if id in done or (left[id] and self._store.acknowledge(id, left[id]))]
 
     def acknowledge_own(self, ids: Sequence[str]) -> list[bool | ApiError]:
-        """The same for ids that were made here, which hold their time: no search. False for any other."""
+        """Whether it is so for ids that were made here, which hold their time: no search. False for any other."""
         times = [re.fullmatch(OWN_ID, id) for id in ids]
         ours = [(found[0], int(found[1])) for found in times if found]
         outcomes = iter(self._store.acknowledge_own(ours) if ours else ())
@@ -3145,6 +3204,10 @@ class Notifications:
             found = self._cached(member, at) if len(member) <= self.LARGEST else self._parse(member, at)
             if found is not None and found.is_shown:
                 yield found
+
+    def read(self, member: bytes, at: float | None) -> Notification | None:
+        """One that is valid and to be shown."""
+        return next(self._read([(member, at)]), None)
 
     def _parse(self, member: bytes, time: float | None) -> Notification | None:
         """None for an invalid one. What is wrong with a member is logged once."""
@@ -4217,7 +4280,7 @@ class SwarmUISupervisor:
 
 PERMISSIONS = (
     "gpu:read", "gpu:reserve", "swarmui:read", "swarmui:control", "notifications:read", "notifications:write",
-    "sessions:read", "sessions:write", "admin",
+    "sessions:read", "sessions:write", "events:read", "admin",
 )  # fmt: skip
 _ALL_BUT_ADMIN = tuple(one for one in PERMISSIONS if one != "admin")
 SUBJECT_PATTERN = r"[A-Za-z0-9._-]{1,64}"
@@ -4338,6 +4401,15 @@ class Authenticator:
             self._count_failure(str(environ.get("REMOTE_ADDR", "")))
             raise Unauthorized("The token is unknown, revoked or has expired: ask for another one.")
         return caller
+
+    def is_still_good(self, caller: Caller) -> bool:
+        """Whether the token of a caller who stays is good, as the store said within TTL seconds, else says now."""
+        at, known = self._cache.get(caller.digest or "", (-math.inf, None))
+        if caller.digest is None or (known and self._clock() - at < self.TTL):
+            return caller.digest is None or self._is_good(caller)
+        with contextlib.suppress(Unavailable):
+            return self._look_up(caller.digest) is not None
+        return False
 
     def revoke(self, digest: str) -> None:
         """At once for this instance; within TTL seconds for others on the same store."""
@@ -4468,7 +4540,8 @@ def refused_origins(settings: Settings) -> list[str]:
 MAX_BODY = 50 * 1024 * 1024  # bytes; as much as StoryArt's own server takes
 
 # A subset of JSON Schema: type, const, enum, minimum, maximum, minLength, maxLength, pattern with ^ and $, items,
-# minItems, properties, required, additionalProperties: False, anyOf whose `title` says in words what is expected.
+# minItems, maxItems, properties, required, additionalProperties: False, anyOf whose `title` says in words what is
+# expected.
 Schema = Mapping[str, Any]
 
 
@@ -4481,8 +4554,45 @@ class Request:
     path: Mapping[str, Any]
     query: Mapping[str, Any]
     barred_by: Reservation | None = None  # of which it does not carry the id
+    last_event: str = ""  # the id of the last one that its client has
     body: Any = None
     raw_body: bytes = b""
+
+
+class Stream:
+    """The body of a response in parts, which any thread sends and the server takes."""
+
+    LIMIT, SEND_BUFFER = 256 * 1024, 64 * 1024  # bytes: a client for whom more wait is cut off; the system's own buffer
+
+    def __init__(self) -> None:
+        self._parts: collections.deque[bytes] = collections.deque()
+        self._tell: Callable[[], None] = lambda: None
+        self._is_chunked = False
+        self.is_closed = False  # by either side
+
+    def open(self, tell: Callable[[], None], *, is_chunked: bool) -> None:
+        """`tell` is called now, and when there is more to take. `is_chunked`: in HTTP/1.1's coding of that."""
+        self._tell, self._is_chunked = tell, is_chunked
+        tell()
+
+    def send(self, part: bytes, *, before_all: bool = False) -> None:
+        """`before_all`: only before it is opened."""
+        (self._parts.appendleft if before_all else self._parts.append)(part)
+        self._tell()
+
+    def close(self) -> None:
+        """End it after what was sent. May be called again."""
+        self.is_closed = True
+        self._tell()
+
+    def take(self) -> tuple[bytes, bool]:
+        """What was sent since the last call, and whether that is all."""
+        is_last = self.is_closed
+        found = b"".join([self._parts.popleft() for _ in range(len(self._parts))])
+        if self._is_chunked:
+            found = (b"%x\r\n%b\r\n" % (len(found), found) if found else b"") + b"0\r\n\r\n" * is_last
+            self._is_chunked = not is_last
+        return found, is_last
 
 
 @dataclass(frozen=True)
@@ -4492,6 +4602,14 @@ class Response:
     body: bytes
     status: int = 200
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stream: Stream | None = None  # instead of the body
+
+    def whole(self) -> Response:
+        """With what was sent of a stream by now, which it closes."""
+        if not self.stream:
+            return self
+        self.stream.close()
+        return dataclasses.replace(self, body=self.stream.take()[0], stream=None)
 
 
 def json_response(body: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] = {}) -> Response:
@@ -4511,7 +4629,8 @@ def _expected(schema: Schema) -> str:
         pattern = f" of the pattern {schema['pattern'][1:-1]}" if "pattern" in schema else ""
         return f"a string of {schema.get('minLength', 0)} to {schema['maxLength']} characters{pattern}"
     if "minItems" in schema:
-        return f"an array of at least {schema['minItems']}"
+        most = schema.get("maxItems")
+        return f"an array of {schema['minItems']} to {most}" if most else f"an array of at least {schema['minItems']}"
     return {"string": "a string", "object": "a JSON object", "array": "an array"}.get(str(kind), "it otherwise")
 
 
@@ -4530,7 +4649,7 @@ def _fits(value: Any, schema: Schema) -> bool:
         short, long = schema.get("minLength", 0), schema.get("maxLength", len(value))
         return bool(short <= len(value) <= long and re.fullmatch(schema.get("pattern", "(?s:.*)"), value))
     if isinstance(value, list):
-        return len(value) >= int(schema.get("minItems", 0))
+        return bool(schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)))
     return not is_whole(value) or bool(schema.get("minimum", value) <= value <= schema.get("maximum", value))
 
 
@@ -4615,6 +4734,7 @@ POOL_THREADS = 24  # the bulkhead: at most so many requests use the store at onc
 POOL_TIMEOUT = 2.0  # seconds that a request may wait for one of them
 LARGE_BODY_TIMEOUT = 30.0  # the same for the thread that reads large bodies
 
+Check = tuple[tuple[str, ...], int, bool]  # types, limit, whether they are batched
 Outcome = Response | ApiError | Future[Any]  # of a question to a batcher; a future's result is an outcome again
 
 
@@ -4633,8 +4753,9 @@ class Services:
         self.bridge = Bridge(store, self.sessions, due_notification) if isinstance(store, BridgedStore) else None
         self.pool = ThreadPoolExecutor(POOL_THREADS, "pool")  # for what works
         self.large_bodies = ThreadPoolExecutor(1, "large-bodies")
-        # Questions: types and limit; the session's timestamp; what to create; the id.
-        self.checks = Batcher[tuple[tuple[str, ...], int], Outcome](functools.partial(answer_checks, self), "checks")
+        self.live = Live(self)
+        # Questions: types, limit and whether they are batched; the session's timestamp; what to create; the id.
+        self.checks = Batcher[Check, Outcome](functools.partial(answer_checks, self), "checks")
         self.progress = Batcher[int, Outcome](functools.partial(answer_progress, self), "progress")
         self.creations = Batcher[Draft, Outcome](functools.partial(answer_creations, self), "creations")
         self.acknowledgements = Batcher[str, Outcome](functools.partial(answer_acknowledgements, self), "acknowledge")
@@ -4656,6 +4777,7 @@ class Services:
 
     def close(self) -> None:
         """End the threads: what waits for one is dropped, what is at work ends within the store's own timeouts."""
+        self.live.close()
         self._loop.close()
         if self.bridge:
             self.bridge.close()
@@ -4787,10 +4909,11 @@ def swarmui_stop(services: Services, request: Request) -> Response | Future[Resp
     return then(stopped, lambda message: json_response({"success": True, "message": message}))
 
 
-def swarmui_status(services: Services, request: Request) -> Response:
+def swarmui_json(services: Services) -> dict[str, Any]:
+    """Without the end of its log."""
     known, settings, now = services.swarmui.status(), services.settings, services.swarmui.clock()
     found, is_known = known.probe or Probe(False, False, ""), bool(known.probe and known.probe.queue is not None)
-    shown = {
+    return {
         "state": known.state,
         "since": iso_time(known.since),
         "ours": known.ours,
@@ -4804,9 +4927,15 @@ def swarmui_status(services: Services, request: Request) -> Response:
         "idleFor": round(now - known.used) if is_known else None,
         "queue": found.queue,
         "backends": {name: str(found.backends.get(name, "")) for name in BACKENDS} if found.backends else None,
-        "logTail": last_lines(services.settings.data_dir / SWARMUI_LOG),
     }
-    return json_response(shown)
+
+
+def swarmui_with_log(services: Services) -> dict[str, Any]:
+    return {**swarmui_json(services), "logTail": last_lines(services.settings.data_dir / SWARMUI_LOG)}
+
+
+def swarmui_status(services: Services, request: Request) -> Response:
+    return json_response(swarmui_with_log(services))
 
 
 def swarmui_logs(services: Services, request: Request) -> Response:
@@ -4814,9 +4943,21 @@ def swarmui_logs(services: Services, request: Request) -> Response:
     return Response("".join(f"{line}\n" for line in lines).encode(), 200, {"Content-Type": "text/plain; charset=utf-8"})
 
 
-def notifications_check(services: Services, request: Request) -> Future[Any]:
-    kind, limit = request.query["type"], request.query["limit"]
-    return services.checks.ask((tuple(TOTALS) if kind == "all" else (kind,), limit))
+NOTHING = b'{"notifications":[]}'
+
+
+def notifications_check(services: Services, request: Request) -> Any:
+    kind, limit, wait = request.query["type"], request.query["limit"], request.query["wait"]
+    check = tuple(TOTALS) if kind == "all" else (kind,), limit, request.query["batch"] == "true"
+
+    def decide(outcome: Any) -> Any:
+        if isinstance(outcome, Future):
+            return then(outcome, decide)
+        is_empty = isinstance(outcome, Response) and outcome.body == NOTHING
+        return services.live.wait(check, wait) if is_empty else outcome
+
+    asked = services.checks.ask(check)
+    return decide(asked) if wait else asked  # what waits may be withdrawn
 
 
 def notification_create(services: Services, request: Request) -> Future[Any]:
@@ -4830,20 +4971,53 @@ def notification_ack(services: Services, request: Request) -> Future[Any]:
     return services.acknowledgements.ask(request.path["notification_id"])
 
 
+def notification_ack_all(services: Services, request: Request) -> Response:
+    wanted = list(dict.fromkeys(request.body["ids"]))
+    found = services.notifications.acknowledge_all([id for id in wanted if re.fullmatch(r"[^\ud800-\udfff]+", id)])
+    services.live.note(*found)
+    missing = [id for id in wanted if id not in set(found)]
+    return json_response({"success": True, "acknowledged": found, "notFound": missing})
+
+
+# Each event that may be asked for, and the permission that it needs.
+EVENTS: Mapping[str, str] = {
+    "state": "events:read", "notification": "notifications:read", "acknowledged": "notifications:read",
+    "session": "sessions:read", "gpu": "gpu:read", "reservation": "gpu:read", "swarmui": "swarmui:read",
+    "alert": "events:read",
+}  # fmt: skip
+
+
+def events(services: Services, request: Request) -> Future[Response]:
+    given = request.query["types"].split(",") if request.query["types"] else list(EVENTS)
+    for name in given if request.query["types"] else ():
+        if not request.caller.may(EVENTS[name]):
+            raise Forbidden(f"This token lacks the permission {EVENTS[name]}.")
+    types = frozenset(name for name in given if request.caller.may(EVENTS[name]))
+    return services.live.join(request.caller, types, request.last_event)
+
+
 def prompts_status(services: Services, request: Request) -> Future[Any]:
     return services.progress.ask(request.path["timestamp"])
 
 
-def answer_checks(services: Services, questions: list[tuple[tuple[str, ...], int]]) -> list[Outcome]:
+def answer_checks(services: Services, questions: list[Check]) -> list[Outcome]:
     """A batcher's step: one snapshot of the store for all. A check that needs more than that runs in the pool."""
 
-    def respond(found: Sequence[Notification]) -> Response:
-        return Response(b'{"notifications":[%b]}' % b",".join([one.text for one in found]))
+    def respond(question: Check, found: Sequence[Notification]) -> Response:
+        shown = newest_of_each(found)[: question[1]] if question[2] else found
+        return Response(b'{"notifications":[%b]}' % b",".join([one.text for one in shown]))
 
-    check = services.notifications.check
+    def read_on(question: Check) -> Response:
+        return respond(question, services.notifications.check(question[0], LARGEST if question[2] else question[1]))
+
+    # What is batched needs all of them: one more than any limit, of which the snapshot has at most as many.
+    asked = [(types, 1000 if is_batched else limit) for types, limit, is_batched in questions]
+    answers = zip(questions, asked, services.notifications.check_many(asked))
     return [
-        then(services.submit(check, *question), respond) if shown is None else respond(shown)
-        for question, shown in zip(questions, services.notifications.check_many(questions))
+        services.submit(read_on, question)
+        if shown is None or (question[2] and len(shown) == most)
+        else respond(question, shown)
+        for question, (_, most), shown in answers
     ]
 
 
@@ -4879,23 +5053,30 @@ def announce_progress(services: Services, asked: StoredSession) -> Outcome:
         try:
             if draft:
                 services.store.announce(stored.timestamp, draft)
+                services.live.look_soon()
         except Unavailable as error:
             log.warning("notifications: session %d announces its prompts at a later poll: %s", stored.timestamp, error)
     return progress_response(stored, facts)
+
+
+def last_update(stored: StoredSession, facts: Facts) -> int:
+    return max((time for time in (stored.saved, facts.updated) if time is not None), default=stored.timestamp)
 
 
 def progress_response(stored: StoredSession, facts: Facts) -> Outcome:
     found = facts.fault or facts.progress
     if not isinstance(found, Progress):
         return ApiError(f"Session {stored.timestamp} is not a session: {found}.")
-    updated = max((time for time in (stored.saved, facts.updated) if time is not None), default=stored.timestamp)
     shown = {"promptsReady": found.ready, "sessionTimestamp": stored.timestamp, "totalBeats": found.total_beats}
-    return json_response({**shown, "totalPrompts": found.total_prompts, "lastUpdated": iso_time(updated)})
+    return json_response(
+        {**shown, "totalPrompts": found.total_prompts, "lastUpdated": iso_time(last_update(stored, facts))}
+    )
 
 
 def answer_creations(services: Services, drafts: list[Draft]) -> Sequence[Outcome]:
     """A batcher's step: one step of the store for all."""
     made = services.notifications.create(drafts)
+    services.live.note(*(one[0] for one in made if not isinstance(one, ApiError) and one[1]))
     return map_results(lambda one: Response(one[0].text, 201 if one[1] else 200), made)
 
 
@@ -4905,6 +5086,8 @@ def answer_acknowledgements(services: Services, ids: list[str]) -> list[Outcome]
     def respond(id: str, done: bool | ApiError) -> Outcome:
         if isinstance(done, ApiError):
             return done
+        if done:
+            services.live.note(id)
         return json_response({"success": True, "notificationId": id}) if done else services.submit(search, id)
 
     def search(id: str) -> Outcome:
@@ -4983,6 +5166,7 @@ def _save(services: Services, request: Request, timestamp: int, *, by_storyart: 
                 storyart = to_json(document)
     if not services.store.save(timestamp, text, draft, replace=replace, storyart=storyart, by_storyart=by_storyart):
         raise Conflict(f"Session {timestamp} exists.")
+    services.live.look_soon()
     saved = {"success": True, "message": "Session saved", "sessionKey": f"session:{timestamp}"}
     return json_response({**saved, "storage": services.store.name})
 
@@ -5107,7 +5291,7 @@ _NOTIFICATION: Schema = {
         ["id", "type", "sessionTimestamp", "storyUuid", "episodeNumber", "timestamp"], (),
         id=_ID, type=_TYPE, sessionTimestamp=_schema("integer", 1738195200000), storyUuid=_schema("string", _UUID),
         episodeNumber=_schema("integer", 2), **{total: _schema("integer", 48) for total in TOTALS.values()},
-        timestamp=_TIME,
+        timestamp=_TIME, count=_schema("integer", 1), ids=_array(_schema("string", "notif_1")),
     ),
     "additionalProperties": False,
 }  # fmt: skip
@@ -5127,7 +5311,16 @@ _NEW_TOKEN = _body(
 _CHECK_QUERY: Mapping[str, Schema] = {
     "limit": _schema("integer", 100, minimum=1, maximum=1000, default=100),
     "type": _schema("string", "all", enum=[*TOTALS, "all"], default="prompts_ready"),
+    "wait": _schema("integer", 4, minimum=0, maximum=60, default=0),
+    "batch": _schema("string", "true", enum=["true", "false"], default="false"),
 }
+_ANY_EVENT = "|".join(EVENTS)
+_EVENTS_QUERY: Mapping[str, Schema] = {
+    "types": _schema("string", "gpu,alert", maxLength=200, pattern=f"^({_ANY_EVENT})(,({_ANY_EVENT}))*$", default="")
+}
+_ACKNOWLEDGED = _body(
+    ["ids"], ids=_array(_schema("string", "notif_1", minLength=1, maxLength=200), minItems=1, maxItems=1000)
+)
 _STOP_QUERY: Mapping[str, Schema] = {"force": _schema("string", "false", enum=["true", "false"], default="false")}
 _LOGS_QUERY: Mapping[str, Schema] = {"lines": _schema("integer", 200, minimum=1, maximum=5000, default=200)}
 _LIST_QUERY: Mapping[str, Schema] = {"limit": _schema("integer", 5, minimum=1, maximum=1000, default=200)}
@@ -5190,6 +5383,11 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", f"{_API}/notifications/check", notifications_check, "notifications:read",
           "What is not acknowledged, oldest first.", {200: _object(notifications=_array(_NOTIFICATION))},
           query=_CHECK_QUERY),
+    Route("POST", f"{_API}/notifications/ack", notification_ack_all, "notifications:read", "Acknowledge notifications.",
+          {200: _object(success=_FLAG, acknowledged=_array(_ID), notFound=_array(_TEXT))}, _FAILED,
+          body=_ACKNOWLEDGED, in_pool=True),
+    Route("GET", f"{_API}/events", events, "events:read", "What happens, as server-sent events.",
+          {200: {**_TEXT, "contentMediaType": "text/event-stream"}}, query=_EVENTS_QUERY),
     Route("POST", f"{_API}/notifications", notification_create, "notifications:write", "Make a notification.",
           {201: _NOTIFICATION, 200: _NOTIFICATION}, body=_NEW_NOTIFICATION),
     Route("POST", f"{_API}/notifications/<notification_id>/ack", notification_ack, "notifications:read",
@@ -5337,7 +5535,8 @@ class Endpoint:
             try:
                 concurrent.futures.wait([next(steps)], timeout=86_400)
             except StopIteration as end:
-                return bottle.HTTPResponse(end.value.body, end.value.status, end.value.headers)
+                whole = end.value.whole()
+                return bottle.HTTPResponse(whole.body, whole.status, whole.headers)
 
     def respond(self, environ: Mapping[str, Any], path: Mapping[str, str], *, refused: ApiError | None = None) -> Steps:
         """The one path of every request. `refused`: the server could not read it, or is stopping."""
@@ -5364,7 +5563,9 @@ class Endpoint:
             if route:
                 if not caller.may(route.permission):
                     raise Forbidden(f"This token lacks the permission {route.permission}.")
-                request = Request(caller, origin, read_path(environ, path), read_query(environ, route.query))
+                last = environ.get("HTTP_LAST_EVENT_ID", "")
+                query = read_query(environ, route.query)
+                request = Request(caller, origin, read_path(environ, path), query, last_event=last)
                 response = yield from self._handle(route, request, environ)
             elif method == "OPTIONS":
                 response = Response(b"", 204, self._preflight(origin, environ))
@@ -5391,7 +5592,7 @@ class Endpoint:
             headers["Access-Control-Expose-Headers"] = "Retry-After, WWW-Authenticate"
         if not response.body and "Content-Type" not in response.headers:
             del headers["Content-Type"]
-        return Response(response.body, response.status, headers)
+        return dataclasses.replace(response, headers=headers)
 
     def _handle(self, route: Route, request: Request, environ: Mapping[str, Any]) -> Steps:
         if route.body:
@@ -5458,6 +5659,491 @@ def respond(app: bottle.Bottle, environ: dict[str, Any], *, refused: ApiError | 
     environ["PATH_INFO"] = path.encode("latin-1").decode("utf-8", "ignore")  # as Bottle does under WSGI
     route, parameters = app.match(environ)
     return cast(Endpoint, route.callback).respond(environ, parameters, refused=refused)
+
+
+# ======================================================================================================
+# Live
+# ======================================================================================================
+
+LISTENERS = min(350, descriptor_limit() - 200)  # and checks that wait, together
+STREAM_HEADERS = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}  # the second one for nginx
+_OWN_PENDING = re.compile(OWN_MEMBER % b"(%b)" % OWN_ID.encode() + rb'"type":"(\w+)","sessionTimestamp":(\d+),')
+
+
+class Event(NamedTuple):
+    number: int
+    type: str
+    permission: str
+    text: bytes
+
+
+@dataclass(eq=False)
+class Listener:
+    """Who listens. A client that has left closes the stream."""
+
+    caller: Caller
+    types: frozenset[str]
+    last: str  # the id of the last event that it has
+    stream: Stream = dataclasses.field(default_factory=Stream)
+    told_at: float = -math.inf  # monotonic seconds
+    lacks_store: bool = False  # its state was made while the store was away
+
+    def wants(self, event: Event) -> bool:
+        return event.type in self.types and self.caller.may(event.permission)
+
+    def send(self, text: bytes) -> None:
+        self.told_at = time.monotonic()
+        self.stream.send(text)
+
+
+@dataclass
+class Waiting:
+    """A check that waits."""
+
+    check: Check
+    deadline: float  # monotonic seconds
+    is_due: bool = True  # it is to be asked again
+
+
+class Shown(NamedTuple):
+    """A session as it was last read."""
+
+    mark: str
+    shown: dict[str, Any]
+    is_announced: bool  # as ready
+
+
+def shown_session(stored: StoredSession, facts: Facts) -> Shown:
+    found = facts.progress if isinstance(facts.progress, Progress) else Progress(0, 0, False)
+    listed = cast("Mapping[str, Any]", facts.summary)
+    steps = [("ready", found.ready), ("prompts", found.total_prompts), ("beats_ready", found.total_beats)]
+    shown = {
+        "sessionTimestamp": stored.timestamp,
+        "step": next((step for step, is_reached in steps if is_reached), "saved"),
+        "totalBeats": found.total_beats,
+        "totalPrompts": found.total_prompts,
+        "promptsNeeded": found.needed,
+        "title": listed["analyzedEpisode"]["title"],
+        "episodeNumber": listed["analyzedEpisode"]["episodeNumber"],
+        "storyUuid": listed["storyUuid"],
+        "lastUpdated": iso_time(last_update(stored, facts)),
+    }
+    return Shown(stored.mark, shown, stored.announced == "prompts_ready")
+
+
+class Live:
+    """Tells listeners what changes, and checks that wait when they may be answered. While somebody is here, and for a
+    while afterwards, a thread compares the store with what is known; what is done here wakes it."""
+
+    INTERVAL = 0.75  # seconds between two looks at what other programs may change
+    KEPT = 1000  # events after which a client may go on
+    SILENCE, LINGER = 15.0, 60.0  # seconds
+    SESSIONS, NOTIFICATIONS = 50, 100  # in `state`
+    GPU_INTERVAL, GPU_WAIT = 5.0, 1.0  # seconds between two runs of nvidia-smi; that `state` waits for one
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self.addresses: Sequence[str] = ()
+        # What other parts add to `state`: figures of the GPU, and the alerts that a caller may see.
+        self.gpu_history: Callable[[], list[Any]] = list
+        self.alerts: Callable[[Caller], list[Any]] = lambda caller: []
+        self._started_at, self._run = now_ms(), secrets.token_hex(4)
+        self._states = itertools.count(1)
+        self._lock = threading.Lock()  # over these
+        self._number = 0  # of the newest event
+        self._events: collections.deque[Event] = collections.deque(maxlen=self.KEPT)
+        self._listeners: list[Listener] = []
+        self._joining: list[tuple[Listener, Future[Response]]] = []
+        self._waiting: dict[Future[Any], Waiting] = {}
+        self._is_closed = self._is_started = False
+        self._done: queue.SimpleQueue[Notification | str] = queue.SimpleQueue()  # made here; acknowledged here, by id
+        self._gpu: dict[str, Any] | None = None  # the newest figures
+        self._gpu_due = -math.inf
+        self._loop = Loop(self._turn, "live")
+        # The thread's alone. What is pending: by id where this service made it, else by member; its type and session,
+        # None for what is not told of: an invalid one, or one whose end was told.
+        self._known: dict[bytes, tuple[str, int] | None] = {}
+        self._unread: collections.Counter[int] = collections.Counter()  # prompts_ready of ours that are pending
+        self._newest, self._scan_at = 0.0, -math.inf
+        self._sessions: dict[int, Shown] = {}
+        self._versions: dict[int, Any] = {}  # by which Store.newest_sessions() knows those, also of what is no session
+        self._told: dict[Any, Any] = {}  # of sessions by timestamp, else by type
+        self._is_new = True  # what differs from what is known is no news
+        self._left_at = self._looked_at = -math.inf
+        self._store_up = True
+
+    # ---- from any thread ----
+
+    def publish(self, type: str, data: Mapping[str, Any] | bytes | None, permission: str = "") -> None:
+        """Tell an event, to those who want it and may see it."""
+        text = data if isinstance(data, bytes) else to_json(data)
+        with self._lock:
+            self._number += 1
+            event = Event(self._number, type, permission or EVENTS[type], self._frame(type, text, f"{self._number}"))
+            self._events.append(event)
+            for one in self._listeners:
+                if one.wants(event):
+                    one.send(event.text)
+
+    def join(self, caller: Caller, types: frozenset[str], last: str) -> Future[Response]:
+        """A stream of these events, after that one. Raises Unavailable when there are too many."""
+        listener, joined = Listener(caller, types, last), Future[Response]()
+        with self._place():
+            self._joining.append((listener, joined))
+        self._loop.wake()
+        return joined
+
+    def wait(self, check: Check, seconds: float) -> Any:
+        """The response to a check once something matches, after so many seconds an empty one. Raises the same."""
+        waiting: Future[Any] = Future()
+        with self._place():
+            self._waiting[waiting] = Waiting(check, time.monotonic() + seconds)
+        waiting.add_done_callback(lambda done: self._waiting.pop(done, None))
+        self._loop.wake()
+        return waiting
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        with self._lock:
+            self._listeners = [one for one in self._listeners if not one.stream.is_closed]
+            if self._is_closed:
+                raise Unavailable("The service is stopping.", 5)
+            if len(self._listeners) + len(self._joining) + len(self._waiting) >= LISTENERS:
+                raise Unavailable(f"{LISTENERS} others listen or wait already: ask again later.", 5)
+            yield
+            if not self._is_started:
+                self._is_started = True
+                self._loop.start()
+
+    def note(self, *done: Notification | str) -> None:
+        """Notifications that were made here, or ids of those that were acknowledged here."""
+        if self._is_started and done:
+            for one in done:
+                self._done.put(one)
+            self._loop.wake()
+
+    def look_soon(self) -> None:
+        """A session, or what it announces, was changed here."""
+        self._looked_at = -math.inf
+        if self._is_started:
+            self._loop.wake()
+
+    def close(self) -> None:
+        """End the events, answer who waits with an empty list, and end the thread. May be called again."""
+        with self._lock:
+            self._is_closed, listeners = True, list(self._listeners)
+        self._refuse(Unavailable("The service is stopping.", 5))
+        for listener in listeners:
+            listener.stream.close()
+        for waiting in list(self._waiting):
+            self._answer(waiting, Response(NOTHING))
+        self._loop.close()
+
+    def _refuse(self, fault: Exception) -> None:
+        """Tell those who join."""
+        with self._lock:
+            joining, self._joining = self._joining, []
+        for _, joined in joining:
+            if joined.set_running_or_notify_cancel():
+                joined.set_exception(fault)
+
+    def _answer(self, waiting: Future[Any], outcome: Any) -> None:
+        if self._waiting.pop(waiting, None) and waiting.set_running_or_notify_cancel():
+            settle(waiting, outcome)
+
+    # ---- in the thread ----
+
+    def _turn(self) -> float:
+        now = time.monotonic()
+        with self._lock:
+            self._listeners = [one for one in self._listeners if not one.stream.is_closed]
+            joining, listeners = list(self._joining), list(self._listeners)
+        if joining or listeners or self._waiting:
+            self._left_at = now
+        if now - self._left_at > self.LINGER:
+            self._is_new, self._gpu = True, None
+            while not self._done.empty():
+                self._done.get()
+            return 3600.0
+        is_whole = bool(joining) or now - self._looked_at >= self.INTERVAL
+        try:
+            self._store_up = self._look(is_whole=is_whole)
+            if is_whole:
+                self._look_elsewhere(listeners)
+            self._admit(joining)
+        except Exception as fault:
+            self._refuse(fault)
+            raise
+        self._answer_waiting()
+        now = time.monotonic()
+        for one in listeners:
+            if one.lacks_store and self._store_up:
+                one.lacks_store = False
+                one.send(self._state(one, self._number))
+            with self._lock:
+                if now - one.told_at >= self.SILENCE:
+                    one.send(self._comment())
+        ends = [self._looked_at + self.INTERVAL, *(one.deadline for one in list(self._waiting.values()))]
+        return max(0.0, min(ends) - time.monotonic())
+
+    def _look(self, *, is_whole: bool) -> bool:
+        """At the store; whether it answers."""
+        try:
+            # Sessions first: one that has announced its prompts then has them among what is pending, or acknowledged.
+            if is_whole:
+                self._looked_at = time.monotonic()
+                self._look_at_sessions()
+            self._tell_done()
+            count, newer = self._services.store.pending_since(self._newest)
+            self._take(newer)
+            if count != len(self._known) or time.monotonic() >= self._scan_at:
+                self._scan()
+        except Unavailable:
+            return False
+        self._tell_sessions()
+        if self._is_new:
+            with self._lock:  # nobody goes on from before that
+                self._is_new, self._number = False, self._number + 1
+                self._events.clear()
+        return True
+
+    def _tell(self, type: str, data: Mapping[str, Any] | bytes | None) -> None:
+        if not self._is_new:
+            self.publish(type, data)
+
+    def _tell_done(self) -> None:
+        while not self._done.empty():
+            one = self._done.get()
+            key = (one if isinstance(one, str) else one.id).encode()
+            if isinstance(one, str):
+                self._forget(key)
+            elif key not in self._known:
+                self._keep(key, one)
+
+    def _keep(self, key: bytes, found: Notification | None) -> None:
+        """What is new: tell it, unless it is not to be shown."""
+        self._known[key] = found and (found.type, found.session)
+        if found:
+            self._count(key, self._known[key], 1)
+            self._tell("notification", found.text)
+            for waiting in list(self._waiting.values()):
+                waiting.is_due = True
+
+    def _take(self, rows: Sequence[tuple[bytes, float]]) -> None:
+        fresh: dict[bytes, Notification | None] = {}
+        for member, at in rows:
+            self._newest = max(self._newest, at)
+            key, own = self._key(member)
+            if key in self._known:
+                continue
+            if self._is_new:  # to parse 100,000 takes 2 s
+                self._known[key] = own or ("", 0)
+                self._count(key, own, 1)
+            else:
+                fresh[key] = self._services.notifications.read(member, at)
+        others = [found.id for key, found in fresh.items() if found and key != found.id.encode()]
+        marked = self._services.store.acknowledged(others) if others else set()
+        for key, found in fresh.items():
+            self._keep(key, None if found and found.id in marked else found)
+
+    @staticmethod
+    def _key(member: bytes) -> tuple[bytes, tuple[str, int] | None]:
+        """By which it is known; its type and session where this service made it."""
+        own = _OWN_PENDING.match(member)
+        return (own[1], (own[3].decode(), int(own[4]))) if own else (member, None)
+
+    def _forget(self, key: bytes, *, is_gone: bool = True) -> None:
+        """Tell its end, unless that was told."""
+        known = self._known.pop(key, None)
+        if not is_gone:
+            self._known[key] = None
+        if not known:
+            return
+        id, (kind, session) = key.decode("utf-8", "replace"), known
+        if not re.fullmatch(OWN_ID, id):
+            found = self._services.notifications.read(key, 0)
+            if not found:
+                return
+            id, kind, session = found.id, found.type, found.session
+        self._count(key, known, -1)
+        self._tell("acknowledged", {"id": id, "type": kind, "sessionTimestamp": session})
+
+    def _count(self, key: bytes, known: tuple[str, int] | None, change: int) -> None:
+        if known and known[0] == "prompts_ready" and re.fullmatch(OWN_ID.encode(), key):
+            self._unread[known[1]] += change
+            if not self._unread[known[1]]:
+                del self._unread[known[1]]
+
+    def _scan(self) -> None:
+        """Compare all that is pending with what is known; of the oldest also whether another program marked them."""
+        began, before, seen = time.monotonic(), set(self._known), set[bytes]()
+        fresh, oldest = [], dict[str, bytes]()
+        for number, (member, at) in enumerate(self._services.store.pending(page=2000)):
+            key, own = self._key(member)
+            seen.add(key)
+            if key not in before:
+                fresh.append((member, at))
+            elif len(oldest) < 1000 and self._known.get(key):
+                found = None if own else self._services.notifications.read(member, at)
+                if own or found:
+                    oldest[found.id if found else key.decode()] = key
+            if number % 2000 == 1999:
+                self._tell_done()
+        for key in before - seen:
+            if key in self._known:
+                self._forget(key)
+        marked = self._services.store.acknowledged(list(oldest))
+        for id, key in oldest.items():
+            if id in marked and self._known.get(key):
+                self._forget(key, is_gone=False)
+        self._take(fresh)
+        ended = time.monotonic()
+        self._scan_at = ended + max(2.0, 5 * (ended - began))
+
+    def _look_at_sessions(self) -> None:
+        services, before = self._services, self._versions
+        found = dict(services.store.newest_sessions(self.SESSIONS))
+        oldest = min(before) if len(before) >= self.SESSIONS else 0
+        self._versions = {timestamp: version for timestamp, version in before.items() if timestamp in found}
+        self._sessions = {timestamp: seen for timestamp, seen in self._sessions.items() if timestamp in found}
+        self._told = {key: told for key, told in self._told.items() if key in found or isinstance(key, str)}
+        changed = [timestamp for timestamp, version in found.items() if before.get(timestamp) != version]
+        for at in range(0, len(changed), 8):  # so few documents are in memory at once
+            for timestamp, outcome in zip(changed[at:], services.store.read_sessions(changed[at : at + 8])):
+                stored = services.in_step(result_of(outcome)) if outcome else None
+                facts = services.sessions.facts_of(stored) if stored else None
+                if stored and facts and not facts.fault and not isinstance(facts.summary, str):
+                    if is_announcement_due(stored, facts):
+                        announce_progress(services, stored)
+                    self._sessions[timestamp] = shown_session(stored, facts)
+                    if timestamp < oldest:  # it is no news: a newer one is gone
+                        self._told.setdefault(timestamp, self._session_data(timestamp))
+                self._versions[timestamp] = found[timestamp]
+
+    def _session_data(self, timestamp: int) -> tuple[str, dict[str, Any]]:
+        mark, shown, is_announced = self._sessions[timestamp]
+        if shown["step"] == "ready" and is_announced and not self._unread[timestamp]:
+            shown = {**shown, "step": "acknowledged"}
+        return mark, shown
+
+    def _tell_sessions(self) -> None:
+        for timestamp in sorted(self._sessions):
+            data = self._session_data(timestamp)
+            if self._told.get(timestamp) != data:
+                self._told[timestamp] = data
+                self._tell("session", data[1])
+
+    def _look_elsewhere(self, listeners: Sequence[Listener]) -> None:
+        """At SwarmUI, the GPU and who reserved it; whether tokens are still good."""
+        services, shown = self._services, swarmui_json(self._services)
+        known = {**shown, "startingFor": None, "idleFor": None}  # without what changes by itself
+        if self._told.setdefault("swarmui", known) != known:
+            self.publish("swarmui", swarmui_with_log(services))
+        self._told["swarmui"] = known
+        with contextlib.suppress(Unavailable, concurrent.futures.TimeoutError):
+            current = services.reservations.current()
+            held = current.result(5.0) if isinstance(current, Future) else current
+            found = reservation_json(held) if held else None
+            if self._told.setdefault("reservation", found) != found:
+                self.publish("reservation", found)
+            self._told["reservation"] = found
+        if any("gpu" in one.types for one in listeners):
+            self._ask_gpu()
+        callers = {one.caller for one in listeners}
+        good = {caller for caller in callers if services.authenticator.is_still_good(caller)}
+        for one in listeners:
+            if one.caller not in good:
+                one.stream.close()
+
+    def _ask_gpu(self) -> GpuStatus | Future[GpuStatus] | None:
+        """Tell what nvidia-smi says, when that is due."""
+        if time.monotonic() < self._gpu_due:
+            return None
+        self._gpu_due = time.monotonic() + self.GPU_INTERVAL
+
+        def tell(status: GpuStatus) -> GpuStatus:
+            self._gpu_due = time.monotonic() + self.GPU_INTERVAL
+            self._gpu = {**gpu_json(status), "at": now_ms()}
+            self.publish("gpu", self._gpu)
+            return status
+
+        return then(self._services.gpu.ask(), tell)
+
+    def _admit(self, joining: Sequence[tuple[Listener, Future[Response]]]) -> None:
+        asked = self._ask_gpu() if any("gpu" in one.types for one, _ in joining) else None
+        if isinstance(asked, Future):
+            concurrent.futures.wait([asked], self.GPU_WAIT)
+        for listener, joined in joining:
+            found = re.fullmatch(rf"{self._run}-([0-9]{{1,15}})(\.[0-9]+)?", listener.last)
+            with self._lock:
+                if (listener, joined) not in self._joining:  # it was refused
+                    continue
+                self._joining.remove((listener, joined))
+                self._listeners.append(listener)
+                number, after = self._number, int(found[1]) if found else -1
+                goes_on = number - min(len(self._events), self.KEPT - 1) <= after <= number
+                if goes_on:
+                    due = [one.text for one in self._events if one.number > after and listener.wants(one)]
+                    listener.send(b"".join(due) or self._comment())
+            if not goes_on:  # what others tell meanwhile follows its state
+                listener.stream.send(self._state(listener, number), before_all=True)
+                listener.told_at = time.monotonic()
+            if joined.set_running_or_notify_cancel():
+                settle(joined, Response(b"", 200, STREAM_HEADERS, listener.stream))
+            else:
+                listener.stream.close()
+
+    def _state(self, listener: Listener, number: int) -> bytes:
+        services, types, shown = self._services, listener.types, dict[str, Any]()
+        if "gpu" in types:
+            shown = {"gpu": self._gpu, "gpuHistory": self.gpu_history()}
+        if "reservation" in types:
+            shown["reservation"] = self._told.get("reservation")
+        if "swarmui" in types:
+            shown["swarmui"] = swarmui_with_log(services)
+        if "notification" in types:
+            shown["notifications"] = []
+            with contextlib.suppress(Unavailable):
+                pending = services.notifications.check(tuple(TOTALS), self.NOTIFICATIONS)
+                # Without those of ours that this thread has not told yet.
+                known = [one for one in pending if not re.fullmatch(OWN_ID, one.id) or self._known.get(one.id.encode())]
+                shown["notifications"] = [json.loads(one.text) for one in known]
+        if "session" in types:
+            shown["sessions"] = [self._session_data(one)[1] for one in sorted(self._sessions, reverse=True)]
+        if "alert" in types:
+            shown["alerts"] = self.alerts(listener.caller)
+        listener.lacks_store = not self._store_up
+        shown["service"] = {
+            "version": __version__, "store": services.store.name, "storeUp": self._store_up,
+            "startedAt": iso_time(self._started_at), "addresses": list(self.addresses), "now": now_ms(),
+        }  # fmt: skip
+        return self._frame("state", to_json(shown), f"{number}.{next(self._states)}")
+
+    def _frame(self, type: str, text: bytes, number: str) -> bytes:
+        return b"id: %b-%b\nevent: %b\ndata: %b\n\n" % (self._run.encode(), number.encode(), type.encode(), text)
+
+    def _comment(self) -> bytes:
+        """With the newest id, which its client takes for that of the last event that it has."""
+        return f": {self._run}-{self._number}\nid: {self._run}-{self._number}\n\n".encode()
+
+    def _answer_waiting(self) -> None:
+        due = [(future, one) for future, one in list(self._waiting.items()) if one.is_due]
+        asked = [(future, self._services.checks.ask(one.check)) for future, one in due]
+        for _, one in due:
+            one.is_due = False
+        for future, answer in asked:
+            outcome: Any = answer
+            try:
+                while isinstance(outcome, Future):
+                    outcome = outcome.result(5.0)
+            except Exception as error:
+                outcome = error
+            if not isinstance(outcome, Response) or outcome.body != NOTHING:
+                self._answer(future, outcome)
+        now = time.monotonic()
+        for future, one in list(self._waiting.items()):
+            if now >= one.deadline:
+                self._answer(future, Response(NOTHING))
 
 
 # ======================================================================================================
@@ -5682,7 +6368,7 @@ function showSessions() {
 }
 
 function showGpu() {
-  const { gpu, reservation, gpuHistory } = data, chip = $("#gpu .chip"), isKnown = gpu.memoryTotal > 0;
+  const { reservation, gpuHistory } = data, gpu = data.gpu ?? {}, chip = $("#gpu .chip"), isKnown = gpu.memoryTotal > 0;
   const { utilization: use, memoryUsed: used, memoryTotal: total, temperature: heat } = gpu;
   const isFree = gpu.available && use < 80 && total - used > 4096 && heat < 85;  // StoryArt's rule
   const [word, mood] = !isKnown ? ["Unknown", ""] : isFree ? ["Free", "good"] : ["Busy", "work"];
@@ -5760,8 +6446,8 @@ function render() {
   const shows = { alerts: () => showAlerts(raised), sessions: showSessions, gpu: showGpu, swarmui: showSwarmUI,
     notifications: showNotifications, service: showService };
   for (const [name, draw] of Object.entries(data.service ? shows : {})) {
-    $(`#${name}`).classList.toggle("lacks", !data[name]);
-    if (data[name]) draw();
+    $(`#${name}`).classList.toggle("lacks", data[name] === undefined);
+    if (data[name] !== undefined) draw();
   }
 }
 
@@ -5993,7 +6679,7 @@ ROUTES += (Route("GET", "/", page, "open", "A page to look at.", {200: _HTML}),)
 # Server: settings and sockets
 # ======================================================================================================
 
-CONNECTIONS = min(450, descriptor_limit() - 100)  # below what `select` on Windows takes, files and Redis beside them
+CONNECTIONS = LISTENERS + 100  # 450: below what `select` on Windows takes, files and Redis beside them
 KEEPALIVE_TIMEOUT = 120.0  # seconds that a connection may be idle
 REQUEST_TIMEOUT = 60.0  # seconds in which at least something of a request or a response must move,
 SLOWEST_CLIENT = 1024  # and on average so many bytes a second
@@ -6015,6 +6701,25 @@ WAITRESS: Mapping[str, Any] = {
     "ident": None,  # no Server header
     "clear_untrusted_proxy_headers": False,  # a request that a proxy marks as forwarded is never trusted: see them
     "log_socket_errors": False,  # a client that leaves is no error
+}
+
+# waitress documents a thread for each request. Here its event loop alone touches a channel (a connection), by these,
+# in the section below waitress's documentation:
+WAITRESS_NAMES = {
+    "server.create_server server.BaseWSGIServer.add_task": "puts listeners into map=, calls _dispatcher='s add_task()",
+    "server.BaseWSGIServer.channel_class channel.HTTPChannel.parser_class": "make a new connection and its parser",
+    "channel.HTTPChannel.received": "parses bytes into `request`, then `requests`, and calls add_task() for the first",
+    "channel.HTTPChannel.readable channel.HTTPChannel.will_close": "whether the loop reads; whether it closes instead",
+    "channel.HTTPChannel.write_soon": "sends, or adds to the output buffer; blocks while that is over its limit",
+    "channel.HTTPChannel.total_outbufs_len channel.HTTPChannel.close_when_flushed": "bytes to be sent; what follows",
+    "channel.HTTPChannel.current_outbuf_count": "at the limit, the next response gets a buffer of its own",
+    "channel.HTTPChannel.handle_write channel.HTTPChannel.handle_close": "sends output; also when the client leaves",
+    "channel.HTTPChannel.send_continue": "answers an Expect: 100-continue that came behind another request",
+    "parser.HTTPRequestParser.parse_header parser.HTTPRequestParser.error": "ParsingError; code, reason, body of it",
+    "parser.RequestHeaderFieldsTooLarge": "such an error",
+    "task.WSGITask.get_environment task.WSGITask.build_response_header": "what WSGI gives, with Date and Connection",
+    "task.WSGITask.chunked_response": "whether that header says so, of a response without content_length",
+    "wasyncore.loop wasyncore.close_all trigger.trigger.pull_trigger": "a turn over the map, its end; wakes the loop",
 }
 
 
@@ -6096,23 +6801,6 @@ def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
 # Server: below waitress's documentation
 # ======================================================================================================
 
-# waitress documents a thread for each request. Here its event loop alone touches a channel (a connection), by these:
-WAITRESS_NAMES = {
-    "server.create_server server.BaseWSGIServer.add_task": "puts listeners into map=, calls _dispatcher='s add_task()",
-    "server.BaseWSGIServer.channel_class channel.HTTPChannel.parser_class": "make a new connection and its parser",
-    "channel.HTTPChannel.received": "parses bytes into `request`, then `requests`, and calls add_task() for the first",
-    "channel.HTTPChannel.readable channel.HTTPChannel.will_close": "whether the loop reads; whether it closes instead",
-    "channel.HTTPChannel.write_soon": "sends, or adds to the output buffer; blocks while that is over its limit",
-    "channel.HTTPChannel.total_outbufs_len channel.HTTPChannel.close_when_flushed": "bytes to be sent; what follows",
-    "channel.HTTPChannel.current_outbuf_count": "at the limit, the next response gets a buffer of its own",
-    "channel.HTTPChannel.handle_write channel.HTTPChannel.handle_close": "sends output; also when the client leaves",
-    "channel.HTTPChannel.send_continue": "answers an Expect: 100-continue that came behind another request",
-    "parser.HTTPRequestParser.parse_header parser.HTTPRequestParser.error": "ParsingError; code, reason, body of it",
-    "parser.RequestHeaderFieldsTooLarge": "such an error",
-    "task.WSGITask.get_environment task.WSGITask.build_response_header": "what WSGI gives, with Date and Connection",
-    "wasyncore.loop wasyncore.close_all trigger.trigger.pull_trigger": "a turn over the map, its end; wakes the loop",
-}
-
 
 class Channel(waitress.channel.HTTPChannel):
     class parser_class(waitress.parser.HTTPRequestParser):
@@ -6127,19 +6815,20 @@ class Channel(waitress.channel.HTTPChannel):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.exchange: Exchange | None = None  # of the first of `requests`
+        self.stream: Stream | None = None  # of the response that is being sent
         self.activity = Activity(time.monotonic())
 
     def received(self, data: bytes) -> bool:
         if self.request is None:
             self.activity.begun = time.monotonic()
         self.activity.moved(len(data))
-        return bool(super().received(data))
+        return self.stream is None and bool(super().received(data))
 
     def readable(self) -> bool:
         """As waitress's, in half its time; also where a client's leaving is to be noticed, so nothing is kept of it."""
         if self.requests:
             return len(self.requests) == 1 and self.exchange is not None and self.exchange.is_cancellable
-        return not (self.total_outbufs_len or self.close_when_flushed or self.will_close)
+        return bool(self.stream) or not (self.total_outbufs_len or self.close_when_flushed or self.will_close)
 
     def service(self) -> None:
         """Begin with the first of `requests`, once the response before is sent: so write_soon never blocks."""
@@ -6157,10 +6846,12 @@ class Channel(waitress.channel.HTTPChannel):
 
     def _finish(self, task: Any, method: str, response: Response) -> None:
         self.exchange = None
+        response = response if self.connected and method != "HEAD" else response.whole()
         if not self.connected:
             task.request.close()
             return
-        task.status, task.content_length = f"{response.status} {HTTPStatus(response.status).phrase}", len(response.body)
+        task.status = f"{response.status} {HTTPStatus(response.status).phrase}"
+        task.content_length = None if response.stream else len(response.body)
         task.response_headers += response.headers.items()
         if task.request.error:
             task.set_close_on_finish()
@@ -6170,10 +6861,25 @@ class Channel(waitress.channel.HTTPChannel):
         self.current_outbuf_count = self.adj.outbuf_high_watermark
         self.activity.responded()
         self.requests.pop(0).close()
-        self.close_when_flushed = task.close_on_finish
+        self.close_when_flushed = task.close_on_finish and not response.stream
         if self.request and self.request.expect_continue and self.request.headers_finished and not self.requests:
             self.send_continue()
+        if response.stream:
+            self.stream = response.stream
+            del self.requests[:]  # what was sent after it gets no response
+            more = functools.partial(self.server.task_dispatcher.call_soon, self, self.send_parts)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, Stream.SEND_BUFFER)
+            self.stream.open(more, is_chunked=task.chunked_response)
         self.handle_write()
+
+    def send_parts(self) -> None:
+        if self.stream and self.connected:
+            part, self.close_when_flushed = self.stream.take()
+            if self.total_outbufs_len and self.total_outbufs_len + len(part) > Stream.LIMIT:
+                self.will_close = True
+            self.write_soon(part)
+            self.current_outbuf_count = self.adj.outbuf_high_watermark
+            self.handle_write()
 
     def handle_write(self) -> None:
         unsent = self.total_outbufs_len
@@ -6184,6 +6890,8 @@ class Channel(waitress.channel.HTTPChannel):
 
     def handle_close(self) -> None:
         super().handle_close()
+        if self.stream:
+            self.stream.close()
         if self.exchange and not self.exchange.cancel():
             self.requests[:1] = []  # it is carried out, and _finish() closes it
         while self.requests:
@@ -6192,7 +6900,7 @@ class Channel(waitress.channel.HTTPChannel):
     def state(self) -> tuple[bool, bool]:
         """Whether its client is owed a response, or the rest of one; whether bytes are expected to come or to go."""
         unsent = self.total_outbufs_len
-        return bool(self.requests or unsent), bool(unsent or (self.request and not self.requests))
+        return bool(self.requests or unsent or self.stream), bool(unsent or (self.request and not self.requests))
 
 
 class Dispatcher:
@@ -6269,6 +6977,10 @@ class Server:
         for _ in range(100):  # requests that were sent before may still be in the backlog
             self._turn(0.0)
         self._dispatcher.stop_listening()
+        for channel in self._channels():
+            if channel.stream:
+                channel.stream.close()
+        self._turn(0.0)
         self._on_stop(sum(any(one.state()) for one in self._channels()))
         deadline = time.monotonic() + self._grace
         while time.monotonic() < deadline and any(any(one.state()) for one in self._channels()):
@@ -6288,7 +7000,7 @@ class Server:
                 except Exception:
                     log.exception("server: a request failed")
                     channel.handle_close()
-                due += bool(channel.exchange) - (function != channel.service)
+                due += bool(channel.exchange) - (function not in (channel.service, channel.send_parts))
                 left = until - time.monotonic()
         self._dispatcher.is_awake = False
 
@@ -6393,10 +7105,10 @@ def check(arguments: Mapping[str, Any]) -> int:
 
 
 STORYARTS_REDIS = "redis://127.0.0.1:6379/0"  # the one that StoryArt's own server uses by default
-Check = tuple[str, str, str]  # OK, WARN or FAIL; the subject; what was found, and what to do
+Finding = tuple[str, str, str]  # OK, WARN or FAIL; the subject; what was found, and what to do
 
 
-def run_checks(arguments: Mapping[str, Any]) -> Iterator[Check]:
+def run_checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
     try:
         settings = command_settings(arguments)
     except StartError as error:
@@ -6429,7 +7141,7 @@ def missed_sessions(settings: Settings) -> str | None:
     return None
 
 
-def check_storyart(settings: Settings) -> Iterator[Check]:
+def check_storyart(settings: Settings) -> Iterator[Finding]:
     """Whether StoryArt's own server has another store."""
     if missed := missed_sessions(settings):
         yield "WARN", "StoryArt", missed
@@ -6437,7 +7149,7 @@ def check_storyart(settings: Settings) -> Iterator[Check]:
         yield "WARN", "StoryArt", "its own server always uses database 0: name that one in REDIS_URL"
 
 
-def check_pages(settings: Settings) -> Iterator[Check]:
+def check_pages(settings: Settings) -> Iterator[Finding]:
     """Whether the right pages can call this service, and see SwarmUI."""
     for origin in refused_origins(settings):
         yield "WARN", "pages", f"{origin} sent no token and is not trusted: {TRUST_ADVICE}"
@@ -6449,7 +7161,7 @@ def check_pages(settings: Settings) -> Iterator[Check]:
         yield "WARN", "SwarmUI's pages", f"{pages[0]} cannot see SwarmUI as installed: set SWARMUI_ALLOW_ORIGIN to it"
 
 
-def check_store(settings: Settings) -> Check:
+def check_store(settings: Settings) -> Finding:
     try:
         prepare_data_dir(settings)
         if token_path(settings).exists():
@@ -6464,7 +7176,7 @@ def check_store(settings: Settings) -> Check:
         return "FAIL", "store", f"{str(error).rstrip('.')}: {error.advice or 'try again'}."
 
 
-def check_swarmui_path(settings: Settings) -> Check:
+def check_swarmui_path(settings: Settings) -> Finding:
     try:
         return "OK", "SWARMUI_PATH", str(find_swarmui(settings))
     except LaunchError as error:
@@ -6472,7 +7184,7 @@ def check_swarmui_path(settings: Settings) -> Check:
         return "FAIL" if wrong else "WARN", "SWARMUI_PATH", str(error)
 
 
-def check_port(settings: Settings, status: GpuStatus) -> Iterator[Check]:
+def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
     """Whether the port is free, or this service has it; and whether that service finds other GPUs than `status`."""
     try:
         for one in open_sockets(settings.host, settings.port):
@@ -6545,6 +7257,7 @@ def serve(settings: Settings) -> int:
         def on_stop(requests: int) -> None:
             waits = f": waiting for {requests} request{'s' * (requests > 1)}; Ctrl+C again ends it at once"
             say(f"Stopping{waits * (requests > 0)}.")
+            services.live.close()
             swarmui.close()
             reservations.close()
 
@@ -6562,6 +7275,7 @@ def serve(settings: Settings) -> int:
         running.truncate(0)
         print(url_of(settings.host, port), file=running, flush=True)
         greet(settings, store, port, token_place)
+        services.live.addresses = [url_of(*one.getsockname()[:2]) for one in sockets]
         services.start()
         if settings.autostart:
             swarmui.start()  # its outcome is in the log
