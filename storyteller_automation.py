@@ -6193,11 +6193,11 @@ button, [type=password] { flex: none; min-height: 40px; padding: 6px 14px; borde
   border-radius: 8px; background: var(--back); color: inherit; font: inherit; font-weight: 600; }
 button:hover { border-color: var(--muted); cursor: pointer; }
 #alerts .head, #alerts .on { min-height: 1.5em; } #alerts.bad { border-color: var(--red); }
-#alerts .on:empty::before { content: "None"; color: var(--muted); }
+#alerts .on:empty::before { content: "None"; color: var(--muted); } .ended:empty { display: none; }
 .steps { display: grid; grid-template-columns: 3fr 3fr 7fr 2fr 4fr; gap: 5px; margin-top: 4px; }
 .steps li { font-size: .8rem; color: var(--muted); white-space: nowrap; }
-.steps li:not(:nth-child(3))::before { content: ""; height: 4px; margin: 2px 0; background: var(--track); }
-.steps .done::before { background: var(--green); } .steps [aria-current]::before { background: var(--blue); }
+.steps li:not(:nth-child(3))::before { content: ""; height: 4px; margin: 2px 0; background: var(--c); }
+.steps li { --c: var(--track); } .steps .done { --c: var(--green); } .steps [aria-current] { --c: var(--blue); }
 .steps [aria-current] { color: var(--text); font-weight: 700; }
 progress { appearance: none; width: 100%; height: 8px; border: 0; border-radius: 4px; overflow: hidden;
   --c: var(--blue); background: var(--track); }
@@ -6425,7 +6425,7 @@ function showNotifications() {
   fill($("#notifications ul"), items, (one) => one.id, (row, one) => {
     const { type, sessionTimestamp: session, episodeNumber: episode } = one, button = $("button", row);
     show($("h3", row), `${capital(type)}, e${nameOf(episode, data.sessions?.get(session)?.title).slice(1)}`);
-    const total = type === "beats_ready" ? `${one.totalBeats} beats` : `${one.totalPrompts} prompts`;
+    const total = type === "beats_ready" ? plural(one.totalBeats, "beat") : plural(one.totalPrompts, "prompt");
     show($("span", row), `${total} · waits ${since(one.timestamp)}`);
     button.ariaLabel = `Acknowledge ${type}, episode ${episode}, session ${session}`;
     button.onclick = () => acknowledge([one]);
@@ -6584,7 +6584,8 @@ async function stopSwarmUI() {
 }
 
 async function acknowledge(asked) {
-  const what = asked.length > 1 ? `all ${asked.length} notifications` : "this notification";
+  const [{ type, episodeNumber: episode }] = asked;
+  const what = asked.length > 1 ? `all ${asked.length} notifications` : `${type} of episode ${episode}`;
   if (!await confirm(`Acknowledge ${what}?`, "Who has not seen it will not see it any more.", "Acknowledge")) return;
   tell("notifications", {});
   for (const { id } of asked) {

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import storyteller_automation as service  # noqa: E402
+import test_storyteller_automation as tests  # noqa: E402
 
 PATIENCE = 20.0
 TOKEN = "a-token-of-the-tests-0123456789"
@@ -445,6 +446,10 @@ def test_a_session_is_shown_by_its_steps(open_page, server):
     script = "return [...document.querySelectorAll('.session:first-child li')].map((e) => [e.innerText, e.ariaCurrent])"
     words = [["Saved", None], ["Beats ready", None], ["31 of 48 prompts", "step"], ["Ready", None]]
     assert browser.run(script) == [*words, ["Acknowledged", None]]
+    colour = """return [0, 1, 3].map((place) => getComputedStyle(
+        document.querySelectorAll('.session:first-child li')[place], '::before').backgroundColor)"""
+    done, same, later = browser.run(colour)
+    assert done == same != later
     bars = [found for found in browser.tree() if found[0] == "progressbar"]
     assert (len(bars), bars[0][1], bars[0][2]["valuemax"]) == (8, "Episode 10 · Title 10", 48)
     assert "12 s ago" in shown
@@ -582,7 +587,7 @@ def test_a_notification_is_acknowledged_after_a_question_and_the_focus_survives(
     assert [name for name in browser.names("button") if name.startswith("Ack")] == ["Acknowledge all", *names]
     browser.reach(names[0])
     browser.press(ENTER)
-    until(lambda: browser.names("dialog") == ["Acknowledge this notification?"])
+    until(lambda: browser.names("dialog") == ["Acknowledge prompts_ready of episode 2?"])
     assert "Who has not seen it will not" in browser.text()
     assert browser.names("button") == ["Cancel", "Acknowledge"]
     browser.press(ESCAPE)
@@ -659,6 +664,55 @@ def test_a_hidden_page_gives_its_connection_back_and_is_back_when_it_is_shown(qu
         browser.call("POST", "/window", {"handle": handle})
     until(lambda: server.streams)
     browser.shows("All is well")
+
+
+# The service itself -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[tests.Service]:
+    """The service, with the tests' stand-ins of nvidia-smi and SwarmUI."""
+    with contextlib.ExitStack() as stack:
+        leash = stack.enter_context(contextlib.closing(tests.Leash()))
+        known = {"gpus": tests.GOOD, "processes": {"print": "41\n"}, "runs": str(tmp_path / "runs")}
+        settings = {
+            "STORYTELLER_PORT": "0",
+            "STORYTELLER_DATA_DIR": str(tmp_path / "data"),
+            "STORYTELLER_API_TOKEN": TOKEN,
+            "NVIDIA_SMI": str(tests.write_program(tmp_path / "nvidia-smi", tests.NVIDIA_SMI, known)),
+            "SWARMUI_PATH": str(tests.write_swarmui_folder(tmp_path / "SwarmUI", {"leash": leash.port})),
+            "SWARMUI_API_URL": f"http://localhost:{tests.free_port()}",
+        }
+        made = tests.Service(ROOT / "storyteller_automation.py", [], {**os.environ, **settings})
+        stack.callback(made.close)
+        yield made
+
+
+def test_the_service_itself_is_shown_and_operated(running, browser):
+    bearer = {"Authorization": f"Bearer {TOKEN}"}
+    browser.go(service.page_links("localhost", running.port, TOKEN)[0])
+    browser.shows("All is well: no session in work")
+    browser.shows("45 °C", "GPU")
+    browser.click("Start SwarmUI")
+    browser.shows("Ready", "SwarmUI")
+    beats = [{"beatId": number, "prompts": {"cinematic": "a"} if number else {}} for number in range(2)]
+    episode = {"title": "The Clockmaker", "episodeNumber": 2, "scenes": [{"beats": beats}]}
+    document = {"timestamp": 5, "promptMode": "storyswarm", "analyzedEpisode": episode}
+    assert running.call("PUT", "/api/v1/session/5", document, bearer)[0] == 200
+    browser.shows("1 of 2 prompts", "Sessions")
+    browser.shows("Beats ready, episode 2 · The Clockmaker", "Notifications")
+    browser.click("Acknowledge beats_ready, episode 2, session 5")
+    browser.click("Acknowledge")
+    browser.shows("None waits", "Notifications")
+    reservation = {"holder": "me", "purpose": "a test", "ttlSeconds": 60}
+    assert running.call("POST", "/api/v1/gpu/reservation", reservation, bearer)[0] == 201
+    browser.shows("Reserved by me (a test)", "GPU")
+    browser.click("Stop SwarmUI")
+    browser.click("Stop")
+    browser.shows("Stopped", "SwarmUI")
+    browser.shows("GetNewSession", "SwarmUI")  # its log
+    running.stop()
+    browser.shows("No connection since")
 
 
 # Its look, its speed ---------------------------------------------------------------------------------
