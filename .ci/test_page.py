@@ -334,11 +334,14 @@ def open_page(browser: Browser, server: StandIn) -> Callable[..., Browser]:
 
 
 @pytest.fixture
-def quick(server: StandIn) -> None:
-    """A page that waits a twentieth of the time."""
-    for wait in ("40_000", "10_000"):
+def hasten(server: StandIn) -> Callable[[str], None]:
+    """Makes the page wait a hundredth of that time."""
+
+    def hasten_it(wait: str) -> None:
         assert server.page.count(wait) == 1
-        server.page = server.page.replace(wait, str(int(wait) // 20))
+        server.page = server.page.replace(wait, str(int(wait) // 100))
+
+    return hasten_it
 
 
 # The token -------------------------------------------------------------------------------------------
@@ -381,6 +384,8 @@ def test_a_token_is_remembered_on_the_device_until_it_is_forgotten(browser, serv
     browser.press(" ", ENTER)
     browser.shows("All is well")
     assert browser.run("return [localStorage.length, sessionStorage.length]") == [1, 0]
+    browser.call("POST", "/refresh")
+    browser.shows("All is well")
     browser.run("document.querySelector('section .remember').click()")
     assert browser.run("return [localStorage.length, sessionStorage.length]") == [0, 1]
     browser.run("document.querySelector('section .remember').click()")
@@ -388,6 +393,14 @@ def test_a_token_is_remembered_on_the_device_until_it_is_forgotten(browser, serv
     assert browser.names("button") == ["Open"]
     assert browser.run("return [localStorage.length, sessionStorage.length]") == [0, 0]
     until(lambda: not server.streams)
+
+
+def test_when_the_token_ends_it_asks_for_another(open_page, server):
+    browser = open_page(swarmui=swarmui("stopped"))
+    server.answers["/api/v1/swarmui/start"] = 401, {"error": "The token has expired."}
+    browser.click("Start SwarmUI")
+    browser.shows("The token has expired.")
+    assert (browser.names("button"), browser.focus()) == (["Open"], "Token")
 
 
 def test_a_permission_that_lacks_is_named(browser, server, open_page):
@@ -557,6 +570,15 @@ def test_a_stop_asks_and_after_a_409_again_and_then_by_force(open_page, server):
     assert server.calls == ["/api/v1/swarmui/stop", "/api/v1/swarmui/stop?force=true"]
 
 
+def test_the_focus_survives_a_stop_that_came_while_the_question_was_asked(open_page, server):
+    browser = open_page()
+    browser.click("Stop SwarmUI")
+    server.send("swarmui", swarmui("stopped"))
+    until(lambda: browser.run("return document.querySelector('#stop').hidden"))
+    browser.press(ESCAPE)
+    until(lambda: browser.focus() == "Start SwarmUI")
+
+
 def test_the_log_is_live_and_follows_unless_scrolled_up(open_page, server):
     browser = open_page()
     where = "const log = document.querySelector('#log'); "
@@ -572,6 +594,7 @@ def test_the_log_is_live_and_follows_unless_scrolled_up(open_page, server):
     assert browser.run(where + "return [log.clientHeight, log.childElementCount]") == [height, 200]
     assert browser.run(where + "return log.children[99].marked")  # only what is new was added
     assert [found for found in browser.tree() if found[:2] == ("log", "SwarmUI log")]
+    browser.reach("SwarmUI log")  # by whose keys it is scrolled
 
 
 # Notifications ---------------------------------------------------------------------------------------
@@ -647,12 +670,14 @@ def test_a_service_that_is_away_is_told_and_what_is_true_then_is_shown(open_page
     assert browser.run("return getComputedStyle(document.querySelector('#parts')).filter") == "none"
 
 
-def test_silence_counts_as_lost(quick, open_page, server):
+def test_silence_counts_as_lost(hasten, open_page, server):
+    hasten("40_000")
     open_page()
     until(lambda: server.opened >= 2)
 
 
-def test_a_hidden_page_gives_its_connection_back_and_is_back_when_it_is_shown(quick, open_page, server):
+def test_a_hidden_page_gives_its_connection_back_and_is_back_when_it_is_shown(hasten, open_page, server):
+    hasten("10_000")
     browser = open_page()
     handle = browser.call("GET", "/window")
     other = browser.call("POST", "/window/new", {"type": "tab"})["handle"]
@@ -750,7 +775,9 @@ def forget(browser: Browser, server: StandIn) -> None:
 @pytest.mark.parametrize("act", [None, show_dialog, lose, forget])
 def test_axe_core_finds_no_violation(open_page, server, axe, theme, width, act):
     alerts = [alert("gpu_hot"), alert("disk", "ended")]
+    server.log = "a line\n" * 100
     browser = open_page(alerts=alerts, gpu=gpu(error="What?"), swarmui=swarmui(lastError="It died"))
+    until(lambda: browser.run("return document.querySelector('#log').childElementCount") == 100)
     browser.size(width)
     browser.theme(theme)
     if act:
@@ -832,7 +859,8 @@ def test_pictures_for_the_readme(open_page, server, name, theme, width):
     found = [session(5 - n, *step, title=title) for n, (title, step) in enumerate(zip(titles, steps))]
     alerts = [alert("gpu_hot", text="The GPU is at 93 °C.", since=NOW - 3000)] if name == "phone" else []
     server.log = "".join(f"23:{n:02}:04.123 [Init] Loading extension {n}: SwarmUI\n" for n in range(1, 12))
-    browser = open_page(sessions=found, gpuHistory=history, gpu=history[-1], alerts=alerts)
+    latest = gpu(temperature=93, utilization=97) if alerts else history[-1]
+    browser = open_page(sessions=found, gpuHistory=[*history, latest], gpu=latest, alerts=alerts)
     browser.size(width)
     browser.theme(theme)
     until(lambda: browser.run("return document.querySelector('#log').childElementCount") == 11)
