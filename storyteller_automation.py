@@ -1927,15 +1927,17 @@ class RedisStore(Store):
             below = f"({floor!r}"
 
     def newest_sessions(self, count: int) -> list[tuple[int, Any]]:
-        indexes = self._redis.ask(*[("ZREVRANGE", key, 0, count - 1, "WITHSCORES") for key in self.INDEXES])
-        scores = {float(score) for values in indexes for score in values[1::2]}
+        replies = self._redis.exchange([("ZREVRANGE", key, 0, count - 1, "WITHSCORES") for key in self.INDEXES])
+        # One may be of another type: then the sessions of the other one.
+        indexes = [one for one in replies if not (isinstance(one, ApiError) and "WRONGTYPE" in one.refusal)]
+        scores = {float(score) for values in map(result_of, indexes) for score in values[1::2]}
         newest = sorted({int(score) for score in scores if math.isfinite(score)}, reverse=True)[:count]
         commands: list[_Command] = []
         for ours, storyarts, meta in map(self._session_keys, newest):
             commands += [("HMGET", meta, *self._META), ("STRLEN", ours), ("STRLEN", storyarts)]
-        replies = iter(self._redis.exchange(commands) if commands else ())
-        found = zip(newest, zip(replies, replies, replies))
-        return [(timestamp, str(parts)) for timestamp, parts in found if parts[1:] != (0, 0)]
+        parts = iter(self._redis.exchange(commands) if commands else ())
+        found = zip(newest, zip(parts, parts, parts))
+        return [(timestamp, str(version)) for timestamp, version in found if version[1:] != (0, 0)]
 
     def trim(self, timestamp: int) -> None:
         """Remove a session from the indexes, if it is gone."""
@@ -4764,7 +4766,7 @@ class Services:
 
     def close(self) -> None:
         """End the threads: what waits for one is dropped, what is at work ends within the store's own timeouts."""
-        self.live.close()
+        self.live.close(timeout=0.5)
         self._loop.close()
         if self.bridge:
             self.bridge.close()
@@ -5754,6 +5756,7 @@ class Live:
         self._newest, self._scan_at = 0.0, -math.inf
         self._sessions: dict[int, Shown] = {}
         self._versions: dict[int, Any] = {}  # by which Store.newest_sessions() knows those, also of what is no session
+        self._late: set[int] = set()  # that are announced once the store takes writes
         self._told: dict[Any, Any] = {}  # of sessions by timestamp, else by type
         self._is_new = True  # what differs from what is known is no news
         self._left_at = self._looked_at = -math.inf
@@ -5815,7 +5818,7 @@ class Live:
         if self._is_started:
             self._loop.wake()
 
-    def close(self) -> None:
+    def close(self, timeout: float = 0.0) -> None:
         """End the events, answer who waits with an empty list, and end the thread. May be called again."""
         with self._lock:
             self._is_closed, listeners = True, list(self._listeners)
@@ -5824,7 +5827,7 @@ class Live:
             listener.stream.close()
         for waiting in list(self._waiting):
             self._answer(waiting, Response(NOTHING))
-        self._loop.close()
+        self._loop.close(timeout)
 
     def _refuse(self, fault: Exception) -> None:
         """Tell those who join."""
@@ -5989,19 +5992,24 @@ class Live:
 
     def _look_at_sessions(self) -> None:
         services, before = self._services, self._versions
+        services.carry_latest()
         found = dict(services.store.newest_sessions(self.SESSIONS))
         oldest = min(before) if len(before) >= self.SESSIONS else 0
         self._versions = {timestamp: version for timestamp, version in before.items() if timestamp in found}
         self._sessions = {timestamp: seen for timestamp, seen in self._sessions.items() if timestamp in found}
         self._told = {key: told for key, told in self._told.items() if key in found or isinstance(key, str)}
-        changed = [timestamp for timestamp, version in found.items() if before.get(timestamp) != version]
+        self._late &= found.keys()
+        late = set() if services.store.writes.refusal else self._late
+        changed = [one for one, version in found.items() if before.get(one) != version or one in late]
         for at in range(0, len(changed), 8):  # so few documents are in memory at once
             for timestamp, outcome in zip(changed[at:], services.store.read_sessions(changed[at : at + 8])):
                 stored = services.in_step(result_of(outcome)) if outcome else None
                 facts = services.sessions.facts_of(stored) if stored else None
                 if stored and facts and not facts.fault and not isinstance(facts.summary, str):
                     if is_announcement_due(stored, facts):
-                        announce_progress(services, stored)
+                        if not services.store.writes.refusal:
+                            announce_progress(services, stored)
+                        (self._late.add if services.store.writes.refusal else self._late.discard)(timestamp)
                     self._sessions[timestamp] = shown_session(stored, facts)
                     if timestamp < oldest:  # it is no news: a newer one is gone
                         self._told.setdefault(timestamp, self._session_data(timestamp))
