@@ -6215,6 +6215,7 @@ WAITRESS_NAMES = {
     "channel.HTTPChannel.received": "parses bytes into `request`, then `requests`, and calls add_task() for the first",
     "channel.HTTPChannel.readable channel.HTTPChannel.will_close": "whether the loop reads; whether it closes instead",
     "channel.HTTPChannel.write_soon": "sends, or adds to the output buffer; blocks while that is over its limit",
+    "channel.HTTPChannel.send": "sends what the system takes, and returns how much; closes the channel of who left",
     "channel.HTTPChannel.total_outbufs_len channel.HTTPChannel.close_when_flushed": "bytes to be sent; what follows",
     "channel.HTTPChannel.current_outbuf_count": "at the limit, the next response gets a buffer of its own",
     "channel.HTTPChannel.handle_write channel.HTTPChannel.handle_close": "sends output; also when the client leaves",
@@ -6379,11 +6380,14 @@ class Channel(waitress.channel.HTTPChannel):
     def send_parts(self) -> None:
         if self.stream and self.connected:
             part, self.close_when_flushed = self.stream.take()
-            if self.total_outbufs_len and self.total_outbufs_len + len(part) > Stream.LIMIT:
-                self.will_close = True
-            self.write_soon(part)
-            self.current_outbuf_count = self.adj.outbuf_high_watermark
-            self.handle_write()
+            if part and not self.total_outbufs_len:  # by a buffer it takes twice as long
+                self.activity.moved(sent := self.send(part))
+                part = part[sent:]
+            if self.connected and (part or self.close_when_flushed):
+                self.will_close = bool(self.total_outbufs_len) and self.total_outbufs_len + len(part) > Stream.LIMIT
+                self.write_soon(part)
+                self.current_outbuf_count = self.adj.outbuf_high_watermark
+                self.handle_write()
 
     def handle_write(self) -> None:
         unsent = self.total_outbufs_len
