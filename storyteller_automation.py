@@ -5671,7 +5671,8 @@ class PendingChanges:
         # invalid one, or one whose end was told. What is pending is mostly not parsed: 100,000 take 2 s.
         self._known: dict[bytes, tuple[str, int] | None] = {}
         self.unread: collections.Counter[int] = collections.Counter()  # by session, prompts_ready that was made here
-        self._newest, self._scan_at = 0.0, -math.inf
+        self._oldest: dict[str, bytes] = {}  # MARKED of those, by id
+        self._newest, self._scan_at, self._marks_at = 0.0, -math.inf, -math.inf
         self._is_new = True
         self._done: queue.SimpleQueue[Notification | str] = queue.SimpleQueue()
 
@@ -5692,6 +5693,11 @@ class PendingChanges:
         self._take(newer)
         if count != len(self._known) or time.monotonic() >= self._scan_at:
             self._scan()
+        if time.monotonic() >= self._marks_at:
+            self._marks_at = time.monotonic() + 1.0
+            for id in self._store.acknowledged(list(self._oldest)):
+                if self._known.get(self._oldest[id]):
+                    self._forget(self._oldest[id], is_gone=False)
 
     def _tell_done(self) -> None:
         while not self._done.empty():
@@ -5705,6 +5711,8 @@ class PendingChanges:
         self._known[key] = found and (found.type, found.session)
         if found:
             self._count(key, self._known[key], 1)
+            if len(self._oldest) < self.MARKED:
+                self._oldest[found.id] = key
             self._tell("notification", found.text)
 
     def _take(self, rows: Sequence[tuple[bytes, float]]) -> None:
@@ -5755,28 +5763,25 @@ class PendingChanges:
     def _scan(self) -> None:
         """Compare all that is pending with what is known."""
         began, before, seen = time.monotonic(), set(self._known), set[bytes]()
-        fresh, oldest = [], dict[str, bytes]()
+        fresh: list[tuple[bytes, float]] = []
+        self._oldest = {}
         for number, (member, at) in enumerate(self._store.pending(page=2000)):
             key, own = self._key(member)
             seen.add(key)
             if key not in before:
                 fresh.append((member, at))
-            elif len(oldest) < self.MARKED and self._known.get(key):
+            elif number < self.MARKED and self._known.get(key):
                 found = None if own else self._notifications.read(member, at)
                 if own or found:
-                    oldest[found.id if found else key.decode()] = key
+                    self._oldest[found.id if found else key.decode()] = key
             if number % 2000 == 1999:
                 self._tell_done()  # what is done here does not wait for all of 100,000
         for key in before - seen:
             if key in self._known:
                 self._forget(key)
-        marked = self._store.acknowledged(list(oldest))
-        for id, key in oldest.items():
-            if id in marked and self._known.get(key):
-                self._forget(key, is_gone=False)
         self._take(fresh)
         ended = time.monotonic()
-        self._scan_at = ended + max(2.0, 5 * (ended - began))
+        self._scan_at = ended + max(2.0, 10 * (ended - began))
 
 
 class SessionChanges:
@@ -5903,7 +5908,8 @@ class Live:
     """Tells listeners what changes, and checks that wait when they may be answered. While somebody is here, and for a
     while afterwards, a thread compares the store with what is known; what is done here wakes it."""
 
-    INTERVAL = 0.75  # seconds between two looks at what other programs may change
+    # Seconds between two looks at what others may change; between two at how many notifications are pending.
+    INTERVAL, PENDING_INTERVAL = 0.75, 0.25
     KEPT = 1000  # events after which a client may go on
     SILENCE, LINGER = 15.0, 60.0  # seconds
     NOTIFICATIONS = 100  # in `state`
@@ -6043,7 +6049,11 @@ class Live:
             with self._lock:
                 if now - one.told_at >= self.SILENCE:
                     one.send(self._comment())
-        ends = [self._looked_at + self.INTERVAL, *(one.deadline for one in list(self._waiting.values()))]
+        ends = [
+            now + self.PENDING_INTERVAL,
+            self._looked_at + self.INTERVAL,
+            *(one.deadline for one in list(self._waiting.values())),
+        ]
         return max(0.0, min(ends) - time.monotonic())
 
     def _look(self, *, is_whole: bool) -> bool:
