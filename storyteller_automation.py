@@ -32,7 +32,8 @@ The sections, each under a banner, each depending only on those above it:
     HTTP: handlers                          one function per endpoint
     HTTP: routes                            one table, from which OpenAPI is generated
     HTTP: application                       the one path of every request
-    Live                                    the stream of events, and checks that wait
+    Live: what changes                      among what is pending, and of the newest sessions
+    Live: who is told                       the stream of events, and checks that wait
     Page                                    the page as text
     Server: settings and sockets            waitress's settings with their reasons
     Server: below waitress's documentation  connections and the event loop
@@ -1929,15 +1930,17 @@ class RedisStore(Store):
             below = f"({floor!r}"
 
     def newest_sessions(self, count: int) -> list[tuple[int, Any]]:
-        indexes = self._redis.ask(*[("ZREVRANGE", key, 0, count - 1, "WITHSCORES") for key in self.INDEXES])
-        scores = {float(score) for values in indexes for score in values[1::2]}
+        replies = self._redis.exchange([("ZREVRANGE", key, 0, count - 1, "WITHSCORES") for key in self.INDEXES])
+        # One may be of another type: then the sessions of the other one.
+        indexes = [one for one in replies if not (isinstance(one, ApiError) and "WRONGTYPE" in one.refusal)]
+        scores = {float(score) for values in map(result_of, indexes) for score in values[1::2]}
         newest = sorted({int(score) for score in scores if math.isfinite(score)}, reverse=True)[:count]
         commands: list[_Command] = []
         for ours, storyarts, meta in map(self._session_keys, newest):
             commands += [("HMGET", meta, *self._META), ("STRLEN", ours), ("STRLEN", storyarts)]
-        replies = iter(self._redis.exchange(commands) if commands else ())
-        found = zip(newest, zip(replies, replies, replies))
-        return [(timestamp, str(parts)) for timestamp, parts in found if parts[1:] != (0, 0)]
+        parts = iter(self._redis.exchange(commands) if commands else ())
+        found = zip(newest, zip(parts, parts, parts))
+        return [(timestamp, str(version)) for timestamp, version in found if version[1:] != (0, 0)]
 
     def trim(self, timestamp: int) -> None:
         """Remove a session from the indexes, if it is gone."""
@@ -4777,7 +4780,7 @@ class Services:
 
     def close(self) -> None:
         """End the threads: what waits for one is dropped, what is at work ends within the store's own timeouts."""
-        self.live.close()
+        self.live.close(timeout=0.5)
         self._loop.close()
         if self.bridge:
             self.bridge.close()
@@ -5662,12 +5665,221 @@ def respond(app: bottle.Bottle, environ: dict[str, Any], *, refused: ApiError | 
 
 
 # ======================================================================================================
-# Live
+# Live: what changes
+# ======================================================================================================
+
+_OWN_PENDING = re.compile(OWN_MEMBER % b"(%b)" % OWN_ID.encode() + rb'"type":"(\w+)","sessionTimestamp":(\d+),')
+
+Tell = Callable[[str, Any], None]  # the type of an event, and its data
+
+
+class PendingChanges:
+    """Tells of what is new among the pending notifications, and of what ended. One thread looks."""
+
+    MARKED = 1000  # of so many, the oldest, it is noticed that another program marked them
+
+    def __init__(self, store: Store, notifications: Notifications, tell: Tell) -> None:
+        self._store, self._notifications, self._tell = store, notifications, tell
+        # By id where this service made it, else by member; its type and session. None for what is not told of: an
+        # invalid one, or one whose end was told. What is pending is mostly not parsed: 100,000 take 2 s.
+        self._known: dict[bytes, tuple[str, int] | None] = {}
+        self.unread: collections.Counter[int] = collections.Counter()  # by session, prompts_ready that was made here
+        self._oldest: dict[str, bytes] = {}  # MARKED of those, by id
+        self._newest, self._scan_at, self._marks_at = 0.0, -math.inf, -math.inf
+        self._is_new = True
+        self._done: queue.SimpleQueue[Notification | str] = queue.SimpleQueue()
+
+    def note(self, *done: Notification | str) -> None:
+        """Notifications that were made here, or ids of those that were acknowledged here. From any thread."""
+        for one in done:
+            self._done.put(one)
+
+    def knows(self, id: str) -> bool:
+        """False for one that is to be told; True for any of another program."""
+        return not re.fullmatch(OWN_ID, id) or bool(self._known.get(id.encode()))
+
+    def look(self, *, is_new: bool) -> None:
+        """`is_new`: what differs from what is known is no news. Raises Unavailable."""
+        self._is_new = is_new
+        self._tell_done()
+        count, newer = self._store.pending_since(self._newest)
+        self._take(newer)
+        if count != len(self._known) or time.monotonic() >= self._scan_at:
+            self._scan()
+        if time.monotonic() >= self._marks_at:
+            self._marks_at = time.monotonic() + 1.0
+            for id in self._store.acknowledged(list(self._oldest)):
+                if self._known.get(self._oldest[id]):
+                    self._forget(self._oldest[id], is_gone=False)
+
+    def _tell_done(self) -> None:
+        while not self._done.empty():
+            one = self._done.get()
+            if isinstance(one, str):
+                self._forget(one.encode())
+            elif one.id.encode() not in self._known:
+                self._keep(one.id.encode(), one)
+
+    def _keep(self, key: bytes, found: Notification | None) -> None:
+        self._known[key] = found and (found.type, found.session)
+        if found:
+            self._count(key, self._known[key], 1)
+            if len(self._oldest) < self.MARKED:
+                self._oldest[found.id] = key
+            self._tell("notification", found.text)
+
+    def _take(self, rows: Sequence[tuple[bytes, float]]) -> None:
+        fresh: dict[bytes, Notification | None] = {}
+        for member, at in rows:
+            self._newest = max(self._newest, at)
+            key, own = self._key(member)
+            if key in self._known:
+                continue
+            if self._is_new:
+                self._known[key] = own or ("", 0)
+                self._count(key, own, 1)
+            else:
+                fresh[key] = self._notifications.read(member, at)
+        others = [found.id for key, found in fresh.items() if found and key != found.id.encode()]
+        marked = self._store.acknowledged(others) if others else set()
+        for key, found in fresh.items():
+            self._keep(key, None if found and found.id in marked else found)
+
+    @staticmethod
+    def _key(member: bytes) -> tuple[bytes, tuple[str, int] | None]:
+        """By which it is known; its type and session where this service made it."""
+        own = _OWN_PENDING.match(member)
+        return (own[1], (own[3].decode(), int(own[4]))) if own else (member, None)
+
+    def _count(self, key: bytes, known: tuple[str, int] | None, change: int) -> None:
+        if known and known[0] == "prompts_ready" and re.fullmatch(OWN_ID.encode(), key):
+            self.unread[known[1]] += change
+            if not self.unread[known[1]]:
+                del self.unread[known[1]]
+
+    def _forget(self, key: bytes, *, is_gone: bool = True) -> None:
+        """Tell its end, unless that was told."""
+        known = self._known.pop(key, None)
+        if not is_gone:
+            self._known[key] = None
+        if not known:
+            return
+        id, (kind, session) = key.decode("utf-8", "replace"), known
+        if not re.fullmatch(OWN_ID, id):
+            found = self._notifications.read(key, 0)
+            if not found:
+                return
+            id, kind, session = found.id, found.type, found.session
+        self._count(key, known, -1)
+        self._tell("acknowledged", {"id": id, "type": kind, "sessionTimestamp": session})
+
+    def _scan(self) -> None:
+        """Compare all that is pending with what is known."""
+        began, before, seen = time.monotonic(), set(self._known), set[bytes]()
+        fresh: list[tuple[bytes, float]] = []
+        self._oldest = {}
+        for number, (member, at) in enumerate(self._store.pending(page=2000)):
+            key, own = self._key(member)
+            seen.add(key)
+            if key not in before:
+                fresh.append((member, at))
+            elif number < self.MARKED and self._known.get(key):
+                found = None if own else self._notifications.read(member, at)
+                if own or found:
+                    self._oldest[found.id if found else key.decode()] = key
+            if number % 2000 == 1999:
+                self._tell_done()  # what is done here does not wait for all of 100,000
+        for key in before - seen:
+            if key in self._known:
+                self._forget(key)
+        self._take(fresh)
+        ended = time.monotonic()
+        self._scan_at = ended + max(2.0, 10 * (ended - began))
+
+
+class SessionChanges:
+    """Tells of the newest sessions, once for each change of one. One thread looks."""
+
+    NEWEST = 50
+
+    def __init__(self, services: Services, unread: Mapping[int, int], tell: Tell) -> None:
+        self._services, self._unread, self._tell = services, unread, tell
+        self._versions: dict[int, Any] = {}  # by which Store.newest_sessions() knows those, also of what is no session
+        self._found: dict[int, tuple[str, bool, dict[str, Any]]] = {}  # mark, whether it announced its prompts, data
+        self._told: dict[int, Any] = {}
+        self._late: set[int] = set()  # that announce their prompts once the store takes writes
+
+    def look(self) -> None:
+        """Read what was changed, and announce what is complete, as prompts-status does. Raises Unavailable."""
+        services, before = self._services, self._versions
+        services.carry_latest()
+        newest = dict(services.store.newest_sessions(self.NEWEST))
+        oldest = min(before) if len(before) >= self.NEWEST else 0
+        self._versions, self._found, self._told = (
+            {one: value for one, value in known.items() if one in newest}
+            for known in (self._versions, self._found, self._told)
+        )
+        self._late &= newest.keys()
+        late = set() if services.store.writes.refusal else self._late
+        changed = [one for one, version in newest.items() if before.get(one) != version or one in late]
+        for at in range(0, len(changed), 8):  # so few documents are in memory at once
+            for timestamp, outcome in zip(changed[at:], services.store.read_sessions(changed[at : at + 8])):
+                if stored := services.in_step(result_of(outcome)):
+                    self._read(stored)
+                    if timestamp < oldest:  # it is no news: a newer one is gone
+                        self._told.setdefault(timestamp, self._data(timestamp))
+                self._versions[timestamp] = newest[timestamp]
+
+    def _read(self, stored: StoredSession) -> None:
+        services, timestamp = self._services, stored.timestamp
+        facts = services.sessions.facts_of(stored)
+        if is_announcement_due(stored, facts):
+            if not services.store.writes.refusal:
+                announce_progress(services, stored)
+            (self._late.add if services.store.writes.refusal else self._late.discard)(timestamp)
+        if isinstance(facts.summary, str):  # it is no session
+            self._found.pop(timestamp, None)
+            return
+        found = facts.progress if isinstance(facts.progress, Progress) else Progress(0, 0, False)
+        steps = [("ready", found.ready), ("prompts", found.total_prompts), ("beats_ready", found.total_beats)]
+        episode = facts.summary["analyzedEpisode"]
+        shown = {
+            "sessionTimestamp": timestamp,
+            "step": next((step for step, is_reached in steps if is_reached), "saved"),
+            "totalBeats": found.total_beats,
+            "totalPrompts": found.total_prompts,
+            "promptsNeeded": found.needed,
+            "title": episode["title"],
+            "episodeNumber": episode["episodeNumber"],
+            "storyUuid": facts.summary["storyUuid"],
+            "lastUpdated": iso_time(last_update(stored, facts)),
+        }
+        self._found[timestamp] = stored.mark, stored.announced == "prompts_ready", shown
+
+    def _data(self, timestamp: int) -> tuple[str, dict[str, Any]] | None:
+        mark, is_announced, shown = self._found.get(timestamp, ("", False, {}))
+        is_over = is_announced and shown["step"] == "ready" and not self._unread.get(timestamp)
+        return (mark, {**shown, "step": "acknowledged"} if is_over else shown) if shown else None
+
+    def tell(self) -> None:
+        """After a look at what is pending: a session that has announced its prompts then has them there, or had."""
+        for timestamp in sorted(self._found):
+            data = self._data(timestamp)
+            if data and self._told.get(timestamp) != data:
+                self._told[timestamp] = data
+                self._tell("session", data[1])
+
+    def shown(self) -> list[dict[str, Any]]:
+        """Newest first, as they were told."""
+        return [self._told[one][1] for one in sorted(self._told, reverse=True) if self._told[one]]
+
+
+# ======================================================================================================
+# Live: who is told
 # ======================================================================================================
 
 LISTENERS = min(350, descriptor_limit() - 200)  # and checks that wait, together
 STREAM_HEADERS = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}  # the second one for nginx
-_OWN_PENDING = re.compile(OWN_MEMBER % b"(%b)" % OWN_ID.encode() + rb'"type":"(\w+)","sessionTimestamp":(\d+),')
 
 
 class Event(NamedTuple):
@@ -5705,40 +5917,15 @@ class Waiting:
     is_due: bool = True  # it is to be asked again
 
 
-class Shown(NamedTuple):
-    """A session as it was last read."""
-
-    mark: str
-    shown: dict[str, Any]
-    is_announced: bool  # as ready
-
-
-def shown_session(stored: StoredSession, facts: Facts) -> Shown:
-    found = facts.progress if isinstance(facts.progress, Progress) else Progress(0, 0, False)
-    listed = cast("Mapping[str, Any]", facts.summary)
-    steps = [("ready", found.ready), ("prompts", found.total_prompts), ("beats_ready", found.total_beats)]
-    shown = {
-        "sessionTimestamp": stored.timestamp,
-        "step": next((step for step, is_reached in steps if is_reached), "saved"),
-        "totalBeats": found.total_beats,
-        "totalPrompts": found.total_prompts,
-        "promptsNeeded": found.needed,
-        "title": listed["analyzedEpisode"]["title"],
-        "episodeNumber": listed["analyzedEpisode"]["episodeNumber"],
-        "storyUuid": listed["storyUuid"],
-        "lastUpdated": iso_time(last_update(stored, facts)),
-    }
-    return Shown(stored.mark, shown, stored.announced == "prompts_ready")
-
-
 class Live:
     """Tells listeners what changes, and checks that wait when they may be answered. While somebody is here, and for a
     while afterwards, a thread compares the store with what is known; what is done here wakes it."""
 
-    INTERVAL = 0.75  # seconds between two looks at what other programs may change
+    # Seconds between two looks at what others may change; between two at how many notifications are pending.
+    INTERVAL, PENDING_INTERVAL = 0.75, 0.25
     KEPT = 1000  # events after which a client may go on
     SILENCE, LINGER = 15.0, 60.0  # seconds
-    SESSIONS, NOTIFICATIONS = 50, 100  # in `state`
+    NOTIFICATIONS = 100  # in `state`
     GPU_INTERVAL, GPU_WAIT = 5.0, 1.0  # seconds between two runs of nvidia-smi; that `state` waits for one
 
     def __init__(self, services: Services) -> None:
@@ -5756,18 +5943,13 @@ class Live:
         self._joining: list[tuple[Listener, Future[Response]]] = []
         self._waiting: dict[Future[Any], Waiting] = {}
         self._is_closed = self._is_started = False
-        self._done: queue.SimpleQueue[Notification | str] = queue.SimpleQueue()  # made here; acknowledged here, by id
         self._gpu: dict[str, Any] | None = None  # the newest figures
         self._gpu_due = -math.inf
         self._loop = Loop(self._turn, "live")
-        # The thread's alone. What is pending: by id where this service made it, else by member; its type and session,
-        # None for what is not told of: an invalid one, or one whose end was told.
-        self._known: dict[bytes, tuple[str, int] | None] = {}
-        self._unread: collections.Counter[int] = collections.Counter()  # prompts_ready of ours that are pending
-        self._newest, self._scan_at = 0.0, -math.inf
-        self._sessions: dict[int, Shown] = {}
-        self._versions: dict[int, Any] = {}  # by which Store.newest_sessions() knows those, also of what is no session
-        self._told: dict[Any, Any] = {}  # of sessions by timestamp, else by type
+        # The thread's alone.
+        self._pending = PendingChanges(services.store, services.notifications, self._tell)
+        self._sessions = SessionChanges(services, self._pending.unread, self._tell)
+        self._told: dict[str, Any] = {}  # by type
         self._is_new = True  # what differs from what is known is no news
         self._left_at = self._looked_at = -math.inf
         self._store_up = True
@@ -5817,9 +5999,8 @@ class Live:
 
     def note(self, *done: Notification | str) -> None:
         """Notifications that were made here, or ids of those that were acknowledged here."""
-        if self._is_started and done:
-            for one in done:
-                self._done.put(one)
+        if not self._is_new:  # somebody is here
+            self._pending.note(*done)
             self._loop.wake()
 
     def look_soon(self) -> None:
@@ -5828,7 +6009,7 @@ class Live:
         if self._is_started:
             self._loop.wake()
 
-    def close(self) -> None:
+    def close(self, timeout: float = 0.0) -> None:
         """End the events, answer who waits with an empty list, and end the thread. May be called again."""
         with self._lock:
             self._is_closed, listeners = True, list(self._listeners)
@@ -5837,7 +6018,7 @@ class Live:
             listener.stream.close()
         for waiting in list(self._waiting):
             self._answer(waiting, Response(NOTHING))
-        self._loop.close()
+        self._loop.close(timeout)
 
     def _refuse(self, fault: Exception) -> None:
         """Tell those who join."""
@@ -5862,8 +6043,6 @@ class Live:
             self._left_at = now
         if now - self._left_at > self.LINGER:
             self._is_new, self._gpu = True, None
-            while not self._done.empty():
-                self._done.get()
             return 3600.0
         is_whole = bool(joining) or now - self._looked_at >= self.INTERVAL
         try:
@@ -5883,155 +6062,34 @@ class Live:
             with self._lock:
                 if now - one.told_at >= self.SILENCE:
                     one.send(self._comment())
-        ends = [self._looked_at + self.INTERVAL, *(one.deadline for one in list(self._waiting.values()))]
+        ends = [
+            now + self.PENDING_INTERVAL,
+            self._looked_at + self.INTERVAL,
+            *(one.deadline for one in list(self._waiting.values())),
+        ]
         return max(0.0, min(ends) - time.monotonic())
 
     def _look(self, *, is_whole: bool) -> bool:
         """At the store; whether it answers."""
         try:
-            # Sessions first: one that has announced its prompts then has them among what is pending, or acknowledged.
             if is_whole:
                 self._looked_at = time.monotonic()
-                self._look_at_sessions()
-            self._tell_done()
-            count, newer = self._services.store.pending_since(self._newest)
-            self._take(newer)
-            if count != len(self._known) or time.monotonic() >= self._scan_at:
-                self._scan()
+                self._sessions.look()
+            self._pending.look(is_new=self._is_new)
         except Unavailable:
             return False
-        self._tell_sessions()
+        self._sessions.tell()
         if self._is_new:
             with self._lock:  # nobody goes on from before that
                 self._is_new, self._number = False, self._number + 1
                 self._events.clear()
         return True
 
-    def _tell(self, type: str, data: Mapping[str, Any] | bytes | None) -> None:
+    def _tell(self, type: str, data: Any) -> None:
         if not self._is_new:
             self.publish(type, data)
-
-    def _tell_done(self) -> None:
-        while not self._done.empty():
-            one = self._done.get()
-            key = (one if isinstance(one, str) else one.id).encode()
-            if isinstance(one, str):
-                self._forget(key)
-            elif key not in self._known:
-                self._keep(key, one)
-
-    def _keep(self, key: bytes, found: Notification | None) -> None:
-        """What is new: tell it, unless it is not to be shown."""
-        self._known[key] = found and (found.type, found.session)
-        if found:
-            self._count(key, self._known[key], 1)
-            self._tell("notification", found.text)
-            for waiting in list(self._waiting.values()):
-                waiting.is_due = True
-
-    def _take(self, rows: Sequence[tuple[bytes, float]]) -> None:
-        fresh: dict[bytes, Notification | None] = {}
-        for member, at in rows:
-            self._newest = max(self._newest, at)
-            key, own = self._key(member)
-            if key in self._known:
-                continue
-            if self._is_new:  # to parse 100,000 takes 2 s
-                self._known[key] = own or ("", 0)
-                self._count(key, own, 1)
-            else:
-                fresh[key] = self._services.notifications.read(member, at)
-        others = [found.id for key, found in fresh.items() if found and key != found.id.encode()]
-        marked = self._services.store.acknowledged(others) if others else set()
-        for key, found in fresh.items():
-            self._keep(key, None if found and found.id in marked else found)
-
-    @staticmethod
-    def _key(member: bytes) -> tuple[bytes, tuple[str, int] | None]:
-        """By which it is known; its type and session where this service made it."""
-        own = _OWN_PENDING.match(member)
-        return (own[1], (own[3].decode(), int(own[4]))) if own else (member, None)
-
-    def _forget(self, key: bytes, *, is_gone: bool = True) -> None:
-        """Tell its end, unless that was told."""
-        known = self._known.pop(key, None)
-        if not is_gone:
-            self._known[key] = None
-        if not known:
-            return
-        id, (kind, session) = key.decode("utf-8", "replace"), known
-        if not re.fullmatch(OWN_ID, id):
-            found = self._services.notifications.read(key, 0)
-            if not found:
-                return
-            id, kind, session = found.id, found.type, found.session
-        self._count(key, known, -1)
-        self._tell("acknowledged", {"id": id, "type": kind, "sessionTimestamp": session})
-
-    def _count(self, key: bytes, known: tuple[str, int] | None, change: int) -> None:
-        if known and known[0] == "prompts_ready" and re.fullmatch(OWN_ID.encode(), key):
-            self._unread[known[1]] += change
-            if not self._unread[known[1]]:
-                del self._unread[known[1]]
-
-    def _scan(self) -> None:
-        """Compare all that is pending with what is known; of the oldest also whether another program marked them."""
-        began, before, seen = time.monotonic(), set(self._known), set[bytes]()
-        fresh, oldest = [], dict[str, bytes]()
-        for number, (member, at) in enumerate(self._services.store.pending(page=2000)):
-            key, own = self._key(member)
-            seen.add(key)
-            if key not in before:
-                fresh.append((member, at))
-            elif len(oldest) < 1000 and self._known.get(key):
-                found = None if own else self._services.notifications.read(member, at)
-                if own or found:
-                    oldest[found.id if found else key.decode()] = key
-            if number % 2000 == 1999:
-                self._tell_done()
-        for key in before - seen:
-            if key in self._known:
-                self._forget(key)
-        marked = self._services.store.acknowledged(list(oldest))
-        for id, key in oldest.items():
-            if id in marked and self._known.get(key):
-                self._forget(key, is_gone=False)
-        self._take(fresh)
-        ended = time.monotonic()
-        self._scan_at = ended + max(2.0, 5 * (ended - began))
-
-    def _look_at_sessions(self) -> None:
-        services, before = self._services, self._versions
-        found = dict(services.store.newest_sessions(self.SESSIONS))
-        oldest = min(before) if len(before) >= self.SESSIONS else 0
-        self._versions = {timestamp: version for timestamp, version in before.items() if timestamp in found}
-        self._sessions = {timestamp: seen for timestamp, seen in self._sessions.items() if timestamp in found}
-        self._told = {key: told for key, told in self._told.items() if key in found or isinstance(key, str)}
-        changed = [timestamp for timestamp, version in found.items() if before.get(timestamp) != version]
-        for at in range(0, len(changed), 8):  # so few documents are in memory at once
-            for timestamp, outcome in zip(changed[at:], services.store.read_sessions(changed[at : at + 8])):
-                stored = services.in_step(result_of(outcome)) if outcome else None
-                facts = services.sessions.facts_of(stored) if stored else None
-                if stored and facts and not facts.fault and not isinstance(facts.summary, str):
-                    if is_announcement_due(stored, facts):
-                        announce_progress(services, stored)
-                    self._sessions[timestamp] = shown_session(stored, facts)
-                    if timestamp < oldest:  # it is no news: a newer one is gone
-                        self._told.setdefault(timestamp, self._session_data(timestamp))
-                self._versions[timestamp] = found[timestamp]
-
-    def _session_data(self, timestamp: int) -> tuple[str, dict[str, Any]]:
-        mark, shown, is_announced = self._sessions[timestamp]
-        if shown["step"] == "ready" and is_announced and not self._unread[timestamp]:
-            shown = {**shown, "step": "acknowledged"}
-        return mark, shown
-
-    def _tell_sessions(self) -> None:
-        for timestamp in sorted(self._sessions):
-            data = self._session_data(timestamp)
-            if self._told.get(timestamp) != data:
-                self._told[timestamp] = data
-                self._tell("session", data[1])
+        for waiting in list(self._waiting.values()) if type == "notification" else ():
+            waiting.is_due = True
 
     def _look_elsewhere(self, listeners: Sequence[Listener]) -> None:
         """At SwarmUI, the GPU and who reserved it; whether tokens are still good."""
@@ -6105,11 +6163,9 @@ class Live:
             shown["notifications"] = []
             with contextlib.suppress(Unavailable):
                 pending = services.notifications.check(tuple(TOTALS), self.NOTIFICATIONS)
-                # Without those of ours that this thread has not told yet.
-                known = [one for one in pending if not re.fullmatch(OWN_ID, one.id) or self._known.get(one.id.encode())]
-                shown["notifications"] = [json.loads(one.text) for one in known]
+                shown["notifications"] = [json.loads(one.text) for one in pending if self._pending.knows(one.id)]
         if "session" in types:
-            shown["sessions"] = [self._session_data(one)[1] for one in sorted(self._sessions, reverse=True)]
+            shown["sessions"] = self._sessions.shown()
         if "alert" in types:
             shown["alerts"] = self.alerts(listener.caller)
         listener.lacks_store = not self._store_up
@@ -6712,6 +6768,7 @@ WAITRESS_NAMES = {
     "channel.HTTPChannel.received": "parses bytes into `request`, then `requests`, and calls add_task() for the first",
     "channel.HTTPChannel.readable channel.HTTPChannel.will_close": "whether the loop reads; whether it closes instead",
     "channel.HTTPChannel.write_soon": "sends, or adds to the output buffer; blocks while that is over its limit",
+    "channel.HTTPChannel.send": "sends what the system takes, and returns how much; closes the channel of who left",
     "channel.HTTPChannel.total_outbufs_len channel.HTTPChannel.close_when_flushed": "bytes to be sent; what follows",
     "channel.HTTPChannel.current_outbuf_count": "at the limit, the next response gets a buffer of its own",
     "channel.HTTPChannel.handle_write channel.HTTPChannel.handle_close": "sends output; also when the client leaves",
@@ -6876,11 +6933,14 @@ class Channel(waitress.channel.HTTPChannel):
     def send_parts(self) -> None:
         if self.stream and self.connected:
             part, self.close_when_flushed = self.stream.take()
-            if self.total_outbufs_len and self.total_outbufs_len + len(part) > Stream.LIMIT:
-                self.will_close = True
-            self.write_soon(part)
-            self.current_outbuf_count = self.adj.outbuf_high_watermark
-            self.handle_write()
+            if part and not self.total_outbufs_len:  # by a buffer it takes twice as long
+                self.activity.moved(sent := self.send(part))
+                part = part[sent:]
+            if self.connected and (part or self.close_when_flushed):
+                self.will_close = bool(self.total_outbufs_len) and self.total_outbufs_len + len(part) > Stream.LIMIT
+                self.write_soon(part)
+                self.current_outbuf_count = self.adj.outbuf_high_watermark
+                self.handle_write()
 
     def handle_write(self) -> None:
         unsent = self.total_outbufs_len
