@@ -7124,19 +7124,20 @@ def url_of(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def page_links(host: str, port: int, api_token: str) -> list[str]:
+def page_links(host: str, port: int, api_token: str) -> Iterator[str]:
     """Where a browser finds the page, with its token. 0.0.0.0 and :: are all addresses of this PC."""
-    hosts = [host]
-    if host in ("0.0.0.0", "::"):
-        family, far = (socket.AF_INET, "192.0.2.1") if host == "0.0.0.0" else (socket.AF_INET6, "2001:db8::1")
-        hosts = ["localhost"]
+    end, is_all, found = f"/#token={page_token(api_token)}", host in ("0.0.0.0", "::"), list[str]()
+    yield url_of("localhost" if is_all else host, port) + end
+    family, far = (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")
+    if is_all:
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((far, 9))  # sends nothing, and tells the address that others reach
-            hosts.append(probe.getsockname()[0])
+            found.append(probe.getsockname()[0])
         with contextlib.suppress(OSError):
-            found = [str(row[4][0]) for row in socket.getaddrinfo(socket.gethostname(), None, family)]
-            hosts += [one for one in found if not is_loopback(one) and "%" not in one]  # %: good on this PC alone
-    return [f"{url_of(one, port)}/#token={page_token(api_token)}" for one in dict.fromkeys(hosts)]
+            found += [str(row[4][0]) for row in socket.getaddrinfo(socket.gethostname(), None, family)]
+    for one in dict.fromkeys(found):
+        if not is_loopback(one) and "%" not in one:  # with it, an address is good on this PC alone
+            yield url_of(one, port) + end
 
 
 def print_links(settings: Settings) -> int:
@@ -7364,9 +7365,10 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
         "log": str(settings.data_dir / "storyteller.log"),
     }
     say("StoryTeller automation service. Ctrl+C stops it.")
-    terminal = sys.stdout is not None and sys.stdout.isatty()
+    link = next(page_links(settings.host, port, settings.api_token or ""))
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
     for name, text in rows.items():
-        shown = page_links(settings.host, port, settings.api_token or "")[0] if name == "address" and terminal else text
+        shown = link if name == "address" and is_terminal else text
         say(f"  {name:<11} {shown}", f"{name} {text}")
     for text in doubtful_settings(os.environ):
         log.warning("settings: %s", text)
