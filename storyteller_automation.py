@@ -6415,7 +6415,7 @@ function showSessions() {
     const count = session.totalPrompts ?? 0, needed = session.promptsNeeded ?? 0, bar = $("progress", row);
     show($("h3", row), name), show($(".top span", row), `${since(session.lastUpdated)} ago`);
     show($("progress + span", row), `${count} of ${needed} prompts`);
-    bar.ariaLabel = name, bar.max = needed || 1, bar.value = count;
+    bar.ariaLabel = session.title || name, bar.max = needed || 1, bar.value = count;
     for (const [place, step] of [...$("ol", row).children].entries()) {
       const at = STEPS.indexOf(session.step);
       step.className = place < at ? "done" : "", step.ariaCurrent = place === at ? "step" : null;

@@ -464,7 +464,7 @@ def test_a_session_is_shown_by_its_steps(open_page, server):
     done, same, later = browser.run(colour)
     assert done == same != later
     bars = [found for found in browser.tree() if found[0] == "progressbar"]
-    assert (len(bars), bars[0][1], bars[0][2]["valuemax"]) == (8, "Episode 10 · Title 10", 48)
+    assert (len(bars), bars[0][1], bars[0][2]["valuemax"]) == (8, "Title 10", 48)
     assert "12 s ago" in shown
 
 
