@@ -5819,7 +5819,8 @@ class SessionChanges:
         for at in range(0, len(changed), 8):  # so few documents are in memory at once
             for timestamp, outcome in zip(changed[at:], services.store.read_sessions(changed[at : at + 8])):
                 if stored := services.in_step(result_of(outcome)):
-                    self._read(stored)
+                    with contextlib.suppress(OverflowError):  # a time past the year 9999
+                        self._read(stored)
                     if timestamp < oldest:  # it is no news: a newer one is gone
                         self._told.setdefault(timestamp, self._data(timestamp))
                 self._versions[timestamp] = newest[timestamp]
