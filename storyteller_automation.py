@@ -3121,12 +3121,15 @@ def newest_of_each(found: Iterable[Notification]) -> list[Notification]:
     """Of each type and session the newest alone, whose text has all ids, oldest first."""
     groups: dict[tuple[str, int], list[Notification]] = {}
     for one in found:
-        key = one.type, one.session
-        groups[key] = [*groups.pop(key, ()), one]  # to the end: they are in the order of what is shown
-    more = [to_json({"count": len(some), "ids": [one.id for one in some]}) for some in groups.values()]
-    return [
-        some[-1]._replace(text=b"%b,%b" % (some[-1].text[:-1], end[1:])) for some, end in zip(groups.values(), more)
-    ]
+        group = groups.pop((one.type, one.session), [])
+        group.append(one)
+        groups[one.type, one.session] = group  # at the end: they are in the order of what is shown
+
+    def text(group: Sequence[Notification]) -> bytes:
+        more = to_json({"count": len(group), "ids": [one.id for one in group]})
+        return b"%b,%b" % (group[-1].text[:-1], more[1:])
+
+    return [group[-1]._replace(text=text(group)) for group in groups.values()]
 
 
 class Notifications:
@@ -3151,7 +3154,7 @@ class Notifications:
         rows = (row for row in self._store.pending(page=1000) if ours.search(row[0]) or not others.search(row[0]))
         wanted = (one for one in self._read(rows) if one.type in types)
         found: list[Notification] = []
-        while len(found) < limit and (batch := list(itertools.islice(wanted, limit))):
+        while len(found) < limit and (batch := list(itertools.islice(wanted, min(limit, 1000)))):
             marked = self._store.acknowledged([one.id for one in batch])
             found += [one for one in batch if one.id not in marked]
         return found[:limit]
@@ -5676,7 +5679,7 @@ Tell = Callable[[str, Any], None]  # the type of an event, and its data
 class PendingChanges:
     """Tells of what is new among the pending notifications, and of what ended. One thread looks."""
 
-    MARKED = 1000  # of so many, the oldest, it is noticed that another program marked them
+    MARKED = 1000  # of so many, the oldest and the newest, it is noticed that another program marked them
 
     def __init__(self, store: Store, notifications: Notifications, tell: Tell) -> None:
         self._store, self._notifications, self._tell = store, notifications, tell
@@ -5685,6 +5688,7 @@ class PendingChanges:
         self._known: dict[bytes, tuple[str, int] | None] = {}
         self.unread: collections.Counter[int] = collections.Counter()  # by session, prompts_ready that was made here
         self._oldest: dict[str, bytes] = {}  # MARKED of those, by id
+        self._newest_ones: dict[str, bytes] = {}  # the same
         self._newest, self._scan_at, self._marks_at = 0.0, -math.inf, -math.inf
         self._is_new = True
         self._done: queue.SimpleQueue[Notification | str] = queue.SimpleQueue()
@@ -5704,13 +5708,10 @@ class PendingChanges:
         self._tell_done()
         count, newer = self._store.pending_since(self._newest)
         self._take(newer)
+        if count != len(self._known) or time.monotonic() >= self._marks_at:
+            self._look_at_marks(is_gone=count < len(self._known))
         if count != len(self._known) or time.monotonic() >= self._scan_at:
             self._scan()
-        if time.monotonic() >= self._marks_at:
-            self._marks_at = time.monotonic() + 1.0
-            for id in self._store.acknowledged(list(self._oldest)):
-                if self._known.get(self._oldest[id]):
-                    self._forget(self._oldest[id], is_gone=False)
 
     def _tell_done(self) -> None:
         while not self._done.empty():
@@ -5724,8 +5725,8 @@ class PendingChanges:
         self._known[key] = found and (found.type, found.session)
         if found:
             self._count(key, self._known[key], 1)
-            if len(self._oldest) < self.MARKED:
-                self._oldest[found.id] = key
+            self._newest_ones[found.id] = key
+            bound(self._newest_ones, self.MARKED)
             self._tell("notification", found.text)
 
     def _take(self, rows: Sequence[tuple[bytes, float]]) -> None:
@@ -5740,8 +5741,7 @@ class PendingChanges:
                 self._count(key, own, 1)
             else:
                 fresh[key] = self._notifications.read(member, at)
-        others = [found.id for key, found in fresh.items() if found and key != found.id.encode()]
-        marked = self._store.acknowledged(others) if others else set()
+        marked = self._store.acknowledged([found.id for found in fresh.values() if found])
         for key, found in fresh.items():
             self._keep(key, None if found and found.id in marked else found)
 
@@ -5772,6 +5772,13 @@ class PendingChanges:
             id, kind, session = found.id, found.type, found.session
         self._count(key, known, -1)
         self._tell("acknowledged", {"id": id, "type": kind, "sessionTimestamp": session})
+
+    def _look_at_marks(self, *, is_gone: bool) -> None:
+        """Another instance marks what it removes: so most ends are found without a scan of all that is pending."""
+        keys = {**self._oldest, **self._newest_ones}
+        for id in self._store.acknowledged([id for id, key in keys.items() if self._known.get(key)]):
+            self._forget(keys[id], is_gone=is_gone)
+        self._marks_at = time.monotonic() + 1.0
 
     def _scan(self) -> None:
         """Compare all that is pending with what is known."""
@@ -5825,7 +5832,8 @@ class SessionChanges:
         for at in range(0, len(changed), 8):  # so few documents are in memory at once
             for timestamp, outcome in zip(changed[at:], services.store.read_sessions(changed[at : at + 8])):
                 if stored := services.in_step(result_of(outcome)):
-                    self._read(stored)
+                    with contextlib.suppress(OverflowError):  # a time past the year 9999
+                        self._read(stored)
                     if timestamp < oldest:  # it is no news: a newer one is gone
                         self._told.setdefault(timestamp, self._data(timestamp))
                 self._versions[timestamp] = newest[timestamp]

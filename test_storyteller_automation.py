@@ -8268,6 +8268,24 @@ def test_a_session_that_another_program_completed_is_announced_though_nobody_pol
     assert heard.next("notification")["type"] == PROMPTS
 
 
+@pytest.mark.usefixtures("quick_looks")
+@pytest.mark.parametrize("write", [by_its_key, by_latest])
+def test_what_storyswarm_writes_is_told_once_and_announced(
+    poll_service, redis_url, other_program, storyart, listen, write
+):
+    with contextlib.closing(service.BridgedStore(redis_url)) as bridged_store:
+        polled = poll_service(bridged_store)
+        polled.services.bridge._look()
+        storyart.save(story("w", None, None))
+        heard = listen(polled, "?types=session,notification")
+        assert [one["step"] for one in heard.next()["sessions"]] == ["beats_ready"]
+        write(None, other_program, story("w", "a cat", "a dog"))
+        assert [heard.next("notification")["type"], heard.next()["step"]] == [PROMPTS, "ready"]
+        polled.services.bridge._look()
+        polled.ask("PUT", f"/api/v1/session/{T + 1}", SESSION)
+        assert heard.next()["sessionTimestamp"] == T + 1
+
+
 def test_a_client_goes_on_after_the_last_event_that_it_has(polled, listen):
     heard = listen(polled, "?types=notification,acknowledged")
     heard.next()
