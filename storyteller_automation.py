@@ -32,6 +32,9 @@ The sections, each under a banner, each depending only on those above it:
     HTTP: handlers                          one function per endpoint
     HTTP: routes                            one table, from which OpenAPI is generated
     HTTP: application                       the one path of every request
+    Live: what changes                      among what is pending, and of the newest sessions
+    Live: who is told                       the stream of events, and checks that wait
+    Page                                    the page as text
     Server: settings and sockets            waitress's settings with their reasons
     Server: below waitress's documentation  connections and the event loop
     Server: how it runs                     until a signal, and through a graceful shutdown
@@ -47,6 +50,7 @@ of the store, the thread pool, nvidia-smi or SwarmUI completes; the event loop s
 from __future__ import annotations
 
 import argparse
+import base64
 import collections
 import concurrent.futures
 import contextlib
@@ -1023,9 +1027,9 @@ class LogFile(logging.handlers.RotatingFileHandler):
             super().doRollover()
 
 
-def say(text: str) -> None:
-    """For the person at the console; the log has it too."""
-    log.info("server: %s", " ".join(text.split()), extra={"console": text})
+def say(text: str, logged: str = "") -> None:
+    """For the person at the console; the log has it too, or `logged` instead."""
+    log.info("server: %s", " ".join((logged or text).split()), extra={"console": text})
 
 
 def start_console() -> Callable[[], None]:
@@ -1389,6 +1393,10 @@ class Store(Protocol):
         """None where there is no second copy."""
         return None
 
+    def newest_sessions(self, count: int) -> list[tuple[int, Any]]:
+        """Their timestamps, newest first, each with what is another value once the session was changed. It reads no
+        document, so of another program's change only that of a length counts, and what the bridge notes of it."""
+
     def announce(self, session: int, draft: Draft) -> bool:
         """Note the draft's type at the session and add its notification, unless that type was noted last (False)."""
 
@@ -1399,6 +1407,9 @@ class Store(Protocol):
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
         """Members within their TTL with their times, oldest first, read about `page` at a time. Another program may
         have scored its own in seconds: these come before all others, since their scores are lower."""
+
+    def pending_since(self, time: float) -> tuple[int, list[tuple[bytes, float]]]:
+        """How many there are; and those of a later time, 1000 at most, without what is scored in seconds."""
 
     def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
         """The oldest `count` of them, and whether one of `ids` is marked, in one round trip."""
@@ -1914,6 +1925,19 @@ class RedisStore(Store):
                 return
             below = f"({floor!r}"
 
+    def newest_sessions(self, count: int) -> list[tuple[int, Any]]:
+        replies = self._redis.exchange([("ZREVRANGE", key, 0, count - 1, "WITHSCORES") for key in self.INDEXES])
+        # One may be of another type: then the sessions of the other one.
+        indexes = [one for one in replies if not (isinstance(one, ApiError) and "WRONGTYPE" in one.refusal)]
+        scores = {float(score) for values in map(result_of, indexes) for score in values[1::2]}
+        newest = sorted({int(score) for score in scores if math.isfinite(score)}, reverse=True)[:count]
+        commands: list[_Command] = []
+        for ours, storyarts, meta in map(self._session_keys, newest):
+            commands += [("HMGET", meta, *self._META), ("STRLEN", ours), ("STRLEN", storyarts)]
+        parts = iter(self._redis.exchange(commands) if commands else ())
+        found = zip(newest, zip(parts, parts, parts))
+        return [(timestamp, str(version)) for timestamp, version in found if version[1:] != (0, 0)]
+
     def trim(self, timestamp: int) -> None:
         """Remove a session from the indexes, if it is gone."""
         result_of(self._run(_LUA_TRIM, [((*self._session_keys(timestamp), *self.INDEXES), ())])[0])
@@ -2015,6 +2039,13 @@ class RedisStore(Store):
     def _select(self, lowest: str, highest: str, count: int) -> list[tuple[bytes, float]]:
         (values,) = self._redis.ask(("ZRANGEBYSCORE", self.PENDING, lowest, highest, "WITHSCORES", "LIMIT", 0, count))
         return list(zip(values[::2], map(float, values[1::2])))
+
+    def pending_since(self, time: float) -> tuple[int, list[tuple[bytes, float]]]:
+        counts = [("ZCOUNT", self.PENDING, *scores) for scores in self._scores(self._clock())]
+        later = f"({max(time, SECONDS_BELOW, self._clock() - TTL_MS)!r}"
+        newer = ("ZRANGEBYSCORE", self.PENDING, later, "+inf", "WITHSCORES", "LIMIT", 0, 1000)
+        *counted, values = self._redis.ask(*counts, newer)
+        return sum(counted), list(zip(values[::2], map(float, values[1::2])))
 
     def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
         # By the second, and so packed once a second: to pack them costs more than Redis's answer.
@@ -2416,6 +2447,10 @@ class SqliteStore(Store):
             yield StoredSession(*rows[0])
             below = rows[0][0]
 
+    def newest_sessions(self, count: int) -> list[tuple[int, Any]]:
+        query = "SELECT timestamp, saved, announced FROM session WHERE expires > ? ORDER BY timestamp DESC LIMIT ?"
+        return [(row[0], row[1:]) for row in self._read(query, self._clock(), count)]
+
     _SAVE = (
         "INSERT INTO session (timestamp, document, saved, expires) VALUES (?1, ?2, ?3, ?4) ON CONFLICT (timestamp)"
         " DO UPDATE SET document = ?2, saved = ?3, expires = ?4 WHERE ?5"
@@ -2469,6 +2504,11 @@ class SqliteStore(Store):
         while rows := self._read(self._PENDING, *last, page):
             yield from rows
             last = rows[-1][::-1]
+
+    def pending_since(self, time: float) -> tuple[int, list[tuple[bytes, float]]]:
+        oldest = self._clock() - TTL_MS
+        ((count,),) = self._read("SELECT count(*) FROM pending WHERE time > ?", oldest)
+        return count, self._read(self._PENDING, max(time, oldest), b"\xff", 1000)
 
     def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
         rows = self._read(self._PENDING, self._clock() - TTL_MS, b"\xff", count)
@@ -2576,6 +2616,7 @@ class Progress:
     total_beats: int
     total_prompts: int
     ready: bool
+    needed: int = dataclasses.field(default=0, compare=False)  # prompts, once it is ready
 
 
 def progress(document: dict[str, Any]) -> Progress:
@@ -2592,7 +2633,7 @@ def progress(document: dict[str, Any]) -> Progress:
         # An image that is reused, or none, needs no prompt: a finished session has fewer prompts than beats.
         elif (beat.get("imageDecision") or {}).get("type") not in ("REUSE_IMAGE", "NO_IMAGE"):
             waiting += 1
-    return Progress(len(beats), prompts, ready=bool(beats) and not waiting)
+    return Progress(len(beats), prompts, bool(beats) and not waiting, prompts + waiting)
 
 
 def summary(document: dict[str, Any]) -> dict[str, Any]:
@@ -2997,6 +3038,8 @@ ID_PATTERN = r"[^\x00-\x1f\x7f-\x9f/\\]{1,200}"  # of anybody's id: it is put in
 # half a surrogate pair; this service decodes %41.
 NOT_WHOLE = re.compile(r"[#?\ud800-\udfff]|%[0-9A-Fa-f]{2}|^\.\.?$")
 
+_IDS = re.compile(rb'"id"\s*:\s*"([^"\\]*)"')
+
 
 class Notification(NamedTuple):
     """One member of the pending set that is valid."""
@@ -3006,6 +3049,7 @@ class Notification(NamedTuple):
     text: bytes  # the JSON that callers get, made once: an answer of 100 is a join
     is_shown: bool  # else it is acknowledged by its own word, or a page could not acknowledge it
     fault: str = ""  # what is wrong with it
+    session: int = 0
 
 
 def read_member(member: bytes, time: float | None) -> Notification:
@@ -3037,7 +3081,7 @@ def read_member(member: bytes, time: float | None) -> Notification:
     fault = "its episodeNumber is not a whole number" if episode is not None and read_count(episode) is None else ""
     if is_cut := NOT_WHOLE.search(id):
         fault = f"its id {id!r:.250} does not come back whole from a path"
-    return Notification(id, kind, to_json(shown), value.get("acknowledged") is not True and not is_cut, fault)
+    return Notification(id, kind, to_json(shown), value.get("acknowledged") is not True and not is_cut, fault, session)
 
 
 def _story_fields(uuid: object, episode: object) -> dict[str, Any]:
@@ -3069,6 +3113,21 @@ def due_notification(timestamp: int, document: dict[str, Any]) -> Draft | None:
     return draft_notification(kind, timestamp, **story, totalPrompts=found.total_prompts, totalBeats=found.total_beats)
 
 
+def newest_of_each(found: Iterable[Notification]) -> list[Notification]:
+    """Of each type and session the newest alone, whose text has all ids, oldest first."""
+    groups: dict[tuple[str, int], list[Notification]] = {}
+    for one in found:
+        group = groups.pop((one.type, one.session), [])
+        group.append(one)
+        groups[one.type, one.session] = group  # at the end: they are in the order of what is shown
+
+    def text(group: Sequence[Notification]) -> bytes:
+        more = to_json({"count": len(group), "ids": [one.id for one in group]})
+        return b"%b,%b" % (group[-1].text[:-1], more[1:])
+
+    return [group[-1]._replace(text=text(group)) for group in groups.values()]
+
+
 class Notifications:
     """The pending notifications of a store."""
 
@@ -3091,7 +3150,7 @@ class Notifications:
         rows = (row for row in self._store.pending(page=1000) if ours.search(row[0]) or not others.search(row[0]))
         wanted = (one for one in self._read(rows) if one.type in types)
         found: list[Notification] = []
-        while len(found) < limit and (batch := list(itertools.islice(wanted, limit))):
+        while len(found) < limit and (batch := list(itertools.islice(wanted, min(limit, 1000)))):
             marked = self._store.acknowledged([one.id for one in batch])
             found += [one for one in batch if one.id not in marked]
         return found[:limit]
@@ -3119,15 +3178,23 @@ class Notifications:
 
     def acknowledge(self, id: str) -> bool:
         """True when it was pending, or is acknowledged already."""
-        if result_of(self.acknowledge_own([id])[0]) or self._store.acknowledge(id, []):
-            return True
-        # Another program made it, or nobody did. JSON may also write the id with escapes.
-        rows = (row for row in self._store.pending(page=2000) if id.encode("utf-8") in row[0] or b"\\" in row[0])
-        members = [member for member, time in rows if (found := self._parse(member, time)) and found.id == id]
-        return bool(members) and self._store.acknowledge(id, members)
+        return bool(self.acknowledge_all([id]))
+
+    def acknowledge_all(self, ids: Sequence[str]) -> list[str]:
+        """The same for different ones: those for which it is true, in their order, after one search for all."""
+        done = {id for id, outcome in zip(ids, self.acknowledge_own(ids)) if result_of(outcome)}
+        done |= {id for id in ids if id not in done and self._store.acknowledge(id, [])}
+        left: dict[str, list[bytes]] = {id: [] for id in ids if id not in done}
+        # Another program made these, or nobody did. JSON may also write an id with escapes.
+        for member, at in self._store.pending(page=2000) if left else ():
+            if b"\\" in member or any(id.decode("utf-8", "replace") in left for id in _IDS.findall(member)):
+                found = self._parse(member, at)
+                if found and found.id in left:
+                    left[found.id].append(member)
+        return [id for id in ids if id in done or (left[id] and self._store.acknowledge(id, left[id]))]
 
     def acknowledge_own(self, ids: Sequence[str]) -> list[bool | ApiError]:
-        """The same for ids that were made here, which hold their time: no search. False for any other."""
+        """Whether it is so for ids that were made here, which hold their time: no search. False for any other."""
         times = [re.fullmatch(OWN_ID, id) for id in ids]
         ours = [(found[0], int(found[1])) for found in times if found]
         outcomes = iter(self._store.acknowledge_own(ours) if ours else ())
@@ -3139,6 +3206,10 @@ class Notifications:
             found = self._cached(member, at) if len(member) <= self.LARGEST else self._parse(member, at)
             if found is not None and found.is_shown:
                 yield found
+
+    def read(self, member: bytes, at: float | None) -> Notification | None:
+        """One that is valid and to be shown."""
+        return next(self._read([(member, at)]), None)
 
     def _parse(self, member: bytes, time: float | None) -> Notification | None:
         """None for an invalid one. What is wrong with a member is logged once."""
@@ -4209,8 +4280,9 @@ class SwarmUISupervisor:
 
 PERMISSIONS = (
     "gpu:read", "gpu:reserve", "swarmui:read", "swarmui:control", "notifications:read", "notifications:write",
-    "sessions:read", "sessions:write", "admin",
+    "sessions:read", "sessions:write", "events:read", "admin",
 )  # fmt: skip
+_ALL_BUT_ADMIN = tuple(one for one in PERMISSIONS if one != "admin")
 SUBJECT_PATTERN = r"[A-Za-z0-9._-]{1,64}"
 TOKEN_TTL = 12 * 3600  # seconds, by default
 TOKEN_TTL_RANGE = (60, 30 * 24 * 3600)
@@ -4252,6 +4324,11 @@ def issue_token(store: Store, subject: str, permissions: Iterable[str], ttl: int
     return token, caller
 
 
+def page_token(api_token: str) -> str:
+    """The token of the page. It follows from the API token, so it stays the same, and is kept nowhere."""
+    return hmac.new(api_token.encode("ascii"), b"page", hashlib.sha256).hexdigest()
+
+
 def read_token(digest: str, record: bytes) -> Caller | None:
     """What the store holds under a token's digest; None for what cannot be read."""
     try:
@@ -4275,8 +4352,11 @@ class Authenticator:
 
     def __init__(self, settings: Settings, store: Store, clock: Clock = time.monotonic, wall: Clock = now_ms) -> None:
         self._settings, self._store, self._clock, self._wall_clock = settings, store, clock, wall
-        self._api_token = (settings.api_token or "").encode("ascii")
-        self._owner = Caller("api-token", PERMISSIONS)
+        api_token = settings.api_token or ""
+        self._own_tokens = {  # of which the store knows nothing
+            api_token.encode("ascii"): Caller("api-token", PERMISSIONS),
+            page_token(api_token).encode("ascii"): Caller("page", _ALL_BUT_ADMIN),
+        }
         self._lock = threading.Lock()
         self._cache: dict[str, tuple[float, Caller | None]] = {}  # digest -> when the store was asked; None is revoked
         self._revoked: dict[str, None] = {}  # digests revoked here: also against a look-up in progress
@@ -4301,8 +4381,10 @@ class Authenticator:
                 advice += f" {origin} is not trusted: {TRUST_ADVICE}."
             raise Unauthorized(advice)
         # Bytes, since compare_digest refuses text beyond ASCII, which a header may contain.
-        if hmac.compare_digest(token.encode("utf-8", "surrogateescape"), self._api_token):
-            return self._owner
+        sent = token.encode("utf-8", "surrogateescape")
+        for own, owner in self._own_tokens.items():
+            if hmac.compare_digest(sent, own):
+                return owner
         at, caller = self._cache.get(digest_of(token), (-math.inf, None))
         return caller if caller and self._clock() - at < self.TTL and self._is_good(caller) else None
 
@@ -4319,6 +4401,15 @@ class Authenticator:
             self._count_failure(str(environ.get("REMOTE_ADDR", "")))
             raise Unauthorized("The token is unknown, revoked or has expired: ask for another one.")
         return caller
+
+    def is_still_good(self, caller: Caller) -> bool:
+        """Whether the token of a caller who stays is good, as the store said within TTL seconds, else says now."""
+        at, known = self._cache.get(caller.digest or "", (-math.inf, None))
+        if caller.digest is None or (known and self._clock() - at < self.TTL):
+            return caller.digest is None or self._is_good(caller)
+        with contextlib.suppress(Unavailable):
+            return self._look_up(caller.digest) is not None
+        return False
 
     def revoke(self, digest: str) -> None:
         """At once for this instance; within TTL seconds for others on the same store."""
@@ -4367,7 +4458,7 @@ class Authenticator:
         origin = environ.get("HTTP_ORIGIN")
         if origin not in self._settings.trusted_origins or not is_from_this_pc(environ):
             return None
-        return Caller(f"origin:{origin}", tuple(one for one in PERMISSIONS if one != "admin"))
+        return Caller(f"origin:{origin}", _ALL_BUT_ADMIN)
 
     def _note(self, origin: str) -> None:
         """Once a run, name a refused origin on the console, and keep it for `check` with the 19 before it."""
@@ -4449,7 +4540,8 @@ def refused_origins(settings: Settings) -> list[str]:
 MAX_BODY = 50 * 1024 * 1024  # bytes; as much as StoryArt's own server takes
 
 # A subset of JSON Schema: type, const, enum, minimum, maximum, minLength, maxLength, pattern with ^ and $, items,
-# minItems, properties, required, additionalProperties: False, anyOf whose `title` says in words what is expected.
+# minItems, maxItems, properties, required, additionalProperties: False, anyOf whose `title` says in words what is
+# expected.
 Schema = Mapping[str, Any]
 
 
@@ -4462,8 +4554,45 @@ class Request:
     path: Mapping[str, Any]
     query: Mapping[str, Any]
     barred_by: Reservation | None = None  # of which it does not carry the id
+    last_event: str = ""  # the id of the last one that its client has
     body: Any = None
     raw_body: bytes = b""
+
+
+class Stream:
+    """The body of a response in parts, which any thread sends and the server takes."""
+
+    LIMIT, SEND_BUFFER = 256 * 1024, 64 * 1024  # bytes: a client for whom more wait is cut off; the system's own buffer
+
+    def __init__(self) -> None:
+        self._parts: collections.deque[bytes] = collections.deque()
+        self._tell: Callable[[], None] = lambda: None
+        self._is_chunked = False
+        self.is_closed = False  # by either side
+
+    def open(self, tell: Callable[[], None], *, is_chunked: bool) -> None:
+        """`tell` is called now, and when there is more to take. `is_chunked`: in HTTP/1.1's coding of that."""
+        self._tell, self._is_chunked = tell, is_chunked
+        tell()
+
+    def send(self, part: bytes, *, before_all: bool = False) -> None:
+        """`before_all`: only before it is opened."""
+        (self._parts.appendleft if before_all else self._parts.append)(part)
+        self._tell()
+
+    def close(self) -> None:
+        """End it after what was sent. May be called again."""
+        self.is_closed = True
+        self._tell()
+
+    def take(self) -> tuple[bytes, bool]:
+        """What was sent since the last call, and whether that is all."""
+        is_last = self.is_closed
+        found = b"".join([self._parts.popleft() for _ in range(len(self._parts))])
+        if self._is_chunked:
+            found = (b"%x\r\n%b\r\n" % (len(found), found) if found else b"") + b"0\r\n\r\n" * is_last
+            self._is_chunked = not is_last
+        return found, is_last
 
 
 @dataclass(frozen=True)
@@ -4473,6 +4602,14 @@ class Response:
     body: bytes
     status: int = 200
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stream: Stream | None = None  # instead of the body
+
+    def whole(self) -> Response:
+        """With what was sent of a stream by now, which it closes."""
+        if not self.stream:
+            return self
+        self.stream.close()
+        return dataclasses.replace(self, body=self.stream.take()[0], stream=None)
 
 
 def json_response(body: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] = {}) -> Response:
@@ -4492,7 +4629,8 @@ def _expected(schema: Schema) -> str:
         pattern = f" of the pattern {schema['pattern'][1:-1]}" if "pattern" in schema else ""
         return f"a string of {schema.get('minLength', 0)} to {schema['maxLength']} characters{pattern}"
     if "minItems" in schema:
-        return f"an array of at least {schema['minItems']}"
+        most = schema.get("maxItems")
+        return f"an array of {schema['minItems']} to {most}" if most else f"an array of at least {schema['minItems']}"
     return {"string": "a string", "object": "a JSON object", "array": "an array"}.get(str(kind), "it otherwise")
 
 
@@ -4511,7 +4649,7 @@ def _fits(value: Any, schema: Schema) -> bool:
         short, long = schema.get("minLength", 0), schema.get("maxLength", len(value))
         return bool(short <= len(value) <= long and re.fullmatch(schema.get("pattern", "(?s:.*)"), value))
     if isinstance(value, list):
-        return len(value) >= int(schema.get("minItems", 0))
+        return bool(schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)))
     return not is_whole(value) or bool(schema.get("minimum", value) <= value <= schema.get("maximum", value))
 
 
@@ -4596,6 +4734,7 @@ POOL_THREADS = 24  # the bulkhead: at most so many requests use the store at onc
 POOL_TIMEOUT = 2.0  # seconds that a request may wait for one of them
 LARGE_BODY_TIMEOUT = 30.0  # the same for the thread that reads large bodies
 
+Check = tuple[tuple[str, ...], int, bool]  # types, limit, whether they are batched
 Outcome = Response | ApiError | Future[Any]  # of a question to a batcher; a future's result is an outcome again
 
 
@@ -4614,8 +4753,9 @@ class Services:
         self.bridge = Bridge(store, self.sessions, due_notification) if isinstance(store, BridgedStore) else None
         self.pool = ThreadPoolExecutor(POOL_THREADS, "pool")  # for what works
         self.large_bodies = ThreadPoolExecutor(1, "large-bodies")
-        # Questions: types and limit; the session's timestamp; what to create; the id.
-        self.checks = Batcher[tuple[tuple[str, ...], int], Outcome](functools.partial(answer_checks, self), "checks")
+        self.live = Live(self)
+        # Questions: types, limit and whether they are batched; the session's timestamp; what to create; the id.
+        self.checks = Batcher[Check, Outcome](functools.partial(answer_checks, self), "checks")
         self.progress = Batcher[int, Outcome](functools.partial(answer_progress, self), "progress")
         self.creations = Batcher[Draft, Outcome](functools.partial(answer_creations, self), "creations")
         self.acknowledgements = Batcher[str, Outcome](functools.partial(answer_acknowledgements, self), "acknowledge")
@@ -4637,6 +4777,7 @@ class Services:
 
     def close(self) -> None:
         """End the threads: what waits for one is dropped, what is at work ends within the store's own timeouts."""
+        self.live.close(timeout=0.5)
         self._loop.close()
         if self.bridge:
             self.bridge.close()
@@ -4777,9 +4918,21 @@ def swarmui_logs(services: Services, request: Request) -> Response:
     return Response("".join(f"{line}\n" for line in lines).encode(), 200, {"Content-Type": "text/plain; charset=utf-8"})
 
 
-def notifications_check(services: Services, request: Request) -> Future[Any]:
-    kind, limit = request.query["type"], request.query["limit"]
-    return services.checks.ask((tuple(TOTALS) if kind == "all" else (kind,), limit))
+NOTHING = b'{"notifications":[]}'
+
+
+def notifications_check(services: Services, request: Request) -> Any:
+    kind, limit, wait = request.query["type"], request.query["limit"], request.query["wait"]
+    check = tuple(TOTALS) if kind == "all" else (kind,), limit, request.query["batch"] == "true"
+
+    def decide(outcome: Any) -> Any:
+        if isinstance(outcome, Future):
+            return then(outcome, decide)
+        is_empty = isinstance(outcome, Response) and outcome.body == NOTHING
+        return services.live.wait(check, wait) if is_empty else outcome
+
+    asked = services.checks.ask(check)
+    return decide(asked) if wait else asked  # what waits may be withdrawn
 
 
 def notification_create(services: Services, request: Request) -> Future[Any]:
@@ -4793,20 +4946,53 @@ def notification_ack(services: Services, request: Request) -> Future[Any]:
     return services.acknowledgements.ask(request.path["notification_id"])
 
 
+def notification_ack_all(services: Services, request: Request) -> Response:
+    wanted = list(dict.fromkeys(request.body["ids"]))
+    found = services.notifications.acknowledge_all([id for id in wanted if re.fullmatch(r"[^\ud800-\udfff]+", id)])
+    services.live.note(*found)
+    missing = [id for id in wanted if id not in set(found)]
+    return json_response({"success": True, "acknowledged": found, "notFound": missing})
+
+
+# Each event that may be asked for, and the permission that it needs.
+EVENTS: Mapping[str, str] = {
+    "state": "events:read", "notification": "notifications:read", "acknowledged": "notifications:read",
+    "session": "sessions:read", "gpu": "gpu:read", "reservation": "gpu:read", "swarmui": "swarmui:read",
+    "alert": "events:read",
+}  # fmt: skip
+
+
+def events(services: Services, request: Request) -> Future[Response]:
+    given = request.query["types"].split(",") if request.query["types"] else list(EVENTS)
+    for name in given if request.query["types"] else ():
+        if not request.caller.may(EVENTS[name]):
+            raise Forbidden(f"This token lacks the permission {EVENTS[name]}.")
+    types = frozenset(name for name in given if request.caller.may(EVENTS[name]))
+    return services.live.join(request.caller, types, request.last_event)
+
+
 def prompts_status(services: Services, request: Request) -> Future[Any]:
     return services.progress.ask(request.path["timestamp"])
 
 
-def answer_checks(services: Services, questions: list[tuple[tuple[str, ...], int]]) -> list[Outcome]:
+def answer_checks(services: Services, questions: list[Check]) -> list[Outcome]:
     """A batcher's step: one snapshot of the store for all. A check that needs more than that runs in the pool."""
 
-    def respond(found: Sequence[Notification]) -> Response:
-        return Response(b'{"notifications":[%b]}' % b",".join([one.text for one in found]))
+    def respond(question: Check, found: Sequence[Notification]) -> Response:
+        shown = newest_of_each(found)[: question[1]] if question[2] else found
+        return Response(b'{"notifications":[%b]}' % b",".join([one.text for one in shown]))
 
-    check = services.notifications.check
+    def read_on(question: Check) -> Response:
+        return respond(question, services.notifications.check(question[0], LARGEST if question[2] else question[1]))
+
+    # What is batched needs all of them: one more than any limit, of which the snapshot has at most as many.
+    asked = [(types, 1000 if is_batched else limit) for types, limit, is_batched in questions]
+    answers = zip(questions, asked, services.notifications.check_many(asked))
     return [
-        then(services.submit(check, *question), respond) if shown is None else respond(shown)
-        for question, shown in zip(questions, services.notifications.check_many(questions))
+        services.submit(read_on, question)
+        if shown is None or (question[2] and len(shown) == most)
+        else respond(question, shown)
+        for question, (_, most), shown in answers
     ]
 
 
@@ -4842,23 +5028,30 @@ def announce_progress(services: Services, asked: StoredSession) -> Outcome:
         try:
             if draft:
                 services.store.announce(stored.timestamp, draft)
+                services.live.look_soon()
         except Unavailable as error:
             log.warning("notifications: session %d announces its prompts at a later poll: %s", stored.timestamp, error)
     return progress_response(stored, facts)
+
+
+def last_update(stored: StoredSession, facts: Facts) -> int:
+    return max((time for time in (stored.saved, facts.updated) if time is not None), default=stored.timestamp)
 
 
 def progress_response(stored: StoredSession, facts: Facts) -> Outcome:
     found = facts.fault or facts.progress
     if not isinstance(found, Progress):
         return ApiError(f"Session {stored.timestamp} is not a session: {found}.")
-    updated = max((time for time in (stored.saved, facts.updated) if time is not None), default=stored.timestamp)
     shown = {"promptsReady": found.ready, "sessionTimestamp": stored.timestamp, "totalBeats": found.total_beats}
-    return json_response({**shown, "totalPrompts": found.total_prompts, "lastUpdated": iso_time(updated)})
+    return json_response(
+        {**shown, "totalPrompts": found.total_prompts, "lastUpdated": iso_time(last_update(stored, facts))}
+    )
 
 
 def answer_creations(services: Services, drafts: list[Draft]) -> Sequence[Outcome]:
     """A batcher's step: one step of the store for all."""
     made = services.notifications.create(drafts)
+    services.live.note(*(one[0] for one in made if not isinstance(one, ApiError) and one[1]))
     return map_results(lambda one: Response(one[0].text, 201 if one[1] else 200), made)
 
 
@@ -4868,6 +5061,8 @@ def answer_acknowledgements(services: Services, ids: list[str]) -> list[Outcome]
     def respond(id: str, done: bool | ApiError) -> Outcome:
         if isinstance(done, ApiError):
             return done
+        if done:
+            services.live.note(id)
         return json_response({"success": True, "notificationId": id}) if done else services.submit(search, id)
 
     def search(id: str) -> Outcome:
@@ -4946,6 +5141,7 @@ def _save(services: Services, request: Request, timestamp: int, *, by_storyart: 
                 storyart = to_json(document)
     if not services.store.save(timestamp, text, draft, replace=replace, storyart=storyart, by_storyart=by_storyart):
         raise Conflict(f"Session {timestamp} exists.")
+    services.live.look_soon()
     saved = {"success": True, "message": "Session saved", "sessionKey": f"session:{timestamp}"}
     return json_response({**saved, "storage": services.store.name})
 
@@ -5070,7 +5266,7 @@ _NOTIFICATION: Schema = {
         ["id", "type", "sessionTimestamp", "storyUuid", "episodeNumber", "timestamp"], (),
         id=_ID, type=_TYPE, sessionTimestamp=_schema("integer", 1738195200000), storyUuid=_schema("string", _UUID),
         episodeNumber=_schema("integer", 2), **{total: _schema("integer", 48) for total in TOTALS.values()},
-        timestamp=_TIME,
+        timestamp=_TIME, count=_schema("integer", 1), ids=_array(_schema("string", "notif_1")),
     ),
     "additionalProperties": False,
 }  # fmt: skip
@@ -5090,7 +5286,16 @@ _NEW_TOKEN = _body(
 _CHECK_QUERY: Mapping[str, Schema] = {
     "limit": _schema("integer", 100, minimum=1, maximum=1000, default=100),
     "type": _schema("string", "all", enum=[*TOTALS, "all"], default="prompts_ready"),
+    "wait": _schema("integer", 4, minimum=0, maximum=60, default=0),
+    "batch": _schema("string", "true", enum=["true", "false"], default="false"),
 }
+_ANY_EVENT = "|".join(EVENTS)
+_EVENTS_QUERY: Mapping[str, Schema] = {
+    "types": _schema("string", "gpu,alert", maxLength=200, pattern=f"^({_ANY_EVENT})(,({_ANY_EVENT}))*$", default="")
+}
+_ACKNOWLEDGED = _body(
+    ["ids"], ids=_array(_schema("string", "notif_1", minLength=1, maxLength=200), minItems=1, maxItems=1000)
+)
 _STOP_QUERY: Mapping[str, Schema] = {"force": _schema("string", "false", enum=["true", "false"], default="false")}
 _LOGS_QUERY: Mapping[str, Schema] = {"lines": _schema("integer", 200, minimum=1, maximum=5000, default=200)}
 _LIST_QUERY: Mapping[str, Schema] = {"limit": _schema("integer", 5, minimum=1, maximum=1000, default=200)}
@@ -5153,6 +5358,11 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", f"{_API}/notifications/check", notifications_check, "notifications:read",
           "What is not acknowledged, oldest first.", {200: _object(notifications=_array(_NOTIFICATION))},
           query=_CHECK_QUERY),
+    Route("POST", f"{_API}/notifications/ack", notification_ack_all, "notifications:read", "Acknowledge notifications.",
+          {200: _object(success=_FLAG, acknowledged=_array(_ID), notFound=_array(_TEXT))}, _FAILED,
+          body=_ACKNOWLEDGED, in_pool=True),
+    Route("GET", f"{_API}/events", events, "events:read", "What happens, as server-sent events.",
+          {200: {**_TEXT, "contentMediaType": "text/event-stream"}}, query=_EVENTS_QUERY),
     Route("POST", f"{_API}/notifications", notification_create, "notifications:write", "Make a notification.",
           {201: _NOTIFICATION, 200: _NOTIFICATION}, body=_NEW_NOTIFICATION),
     Route("POST", f"{_API}/notifications/<notification_id>/ack", notification_ack, "notifications:read",
@@ -5300,7 +5510,8 @@ class Endpoint:
             try:
                 concurrent.futures.wait([next(steps)], timeout=86_400)
             except StopIteration as end:
-                return bottle.HTTPResponse(end.value.body, end.value.status, end.value.headers)
+                whole = end.value.whole()
+                return bottle.HTTPResponse(whole.body, whole.status, whole.headers)
 
     def respond(self, environ: Mapping[str, Any], path: Mapping[str, str], *, refused: ApiError | None = None) -> Steps:
         """The one path of every request. `refused`: the server could not read it, or is stopping."""
@@ -5327,7 +5538,9 @@ class Endpoint:
             if route:
                 if not caller.may(route.permission):
                     raise Forbidden(f"This token lacks the permission {route.permission}.")
-                request = Request(caller, origin, read_path(environ, path), read_query(environ, route.query))
+                last = environ.get("HTTP_LAST_EVENT_ID", "")
+                query = read_query(environ, route.query)
+                request = Request(caller, origin, read_path(environ, path), query, last_event=last)
                 response = yield from self._handle(route, request, environ)
             elif method == "OPTIONS":
                 response = Response(b"", 204, self._preflight(origin, environ))
@@ -5355,7 +5568,7 @@ class Endpoint:
             headers["Access-Control-Expose-Headers"] = "Retry-After, WWW-Authenticate"
         if not response.body and "Content-Type" not in response.headers:
             del headers["Content-Type"]
-        return Response(response.body, response.status, headers)
+        return dataclasses.replace(response, headers=headers)
 
     def _handle(self, route: Route, request: Request, environ: Mapping[str, Any]) -> Steps:
         if route.body:
@@ -5425,10 +5638,1082 @@ def respond(app: bottle.Bottle, environ: dict[str, Any], *, refused: ApiError | 
 
 
 # ======================================================================================================
+# Live: what changes
+# ======================================================================================================
+
+_OWN_PENDING = re.compile(OWN_MEMBER % b"(%b)" % OWN_ID.encode() + rb'"type":"(\w+)","sessionTimestamp":(\d+),')
+
+Tell = Callable[[str, Any], None]  # the type of an event, and its data
+
+
+class PendingChanges:
+    """Tells of what is new among the pending notifications, and of what ended. One thread looks."""
+
+    MARKED = 1000  # of so many, the oldest and the newest, it is noticed that another program marked them
+
+    def __init__(self, store: Store, notifications: Notifications, tell: Tell) -> None:
+        self._store, self._notifications, self._tell = store, notifications, tell
+        # By id where this service made it, else by member; its type and session. None for what is not told of: an
+        # invalid one, or one whose end was told. What is pending is mostly not parsed: 100,000 take 2 s.
+        self._known: dict[bytes, tuple[str, int] | None] = {}
+        self.unread: collections.Counter[int] = collections.Counter()  # by session, prompts_ready that was made here
+        self._oldest: dict[str, bytes] = {}  # MARKED of those, by id
+        self._newest_ones: dict[str, bytes] = {}  # the same
+        self._newest, self._scan_at, self._marks_at = 0.0, -math.inf, -math.inf
+        self._is_new = True
+        self._done: queue.SimpleQueue[Notification | str] = queue.SimpleQueue()
+
+    def note(self, *done: Notification | str) -> None:
+        """Notifications that were made here, or ids of those that were acknowledged here. From any thread."""
+        for one in done:
+            self._done.put(one)
+
+    def knows(self, id: str) -> bool:
+        """False for one that is to be told; True for any of another program."""
+        return not re.fullmatch(OWN_ID, id) or bool(self._known.get(id.encode()))
+
+    def look(self, *, is_new: bool) -> None:
+        """`is_new`: what differs from what is known is no news. Raises Unavailable."""
+        self._is_new = is_new
+        self._tell_done()
+        count, newer = self._store.pending_since(self._newest)
+        self._take(newer)
+        if count != len(self._known) or time.monotonic() >= self._marks_at:
+            self._look_at_marks(is_gone=count < len(self._known))
+        if count != len(self._known) or time.monotonic() >= self._scan_at:
+            self._scan()
+
+    def _tell_done(self) -> None:
+        while not self._done.empty():
+            one = self._done.get()
+            if isinstance(one, str):
+                self._forget(one.encode())
+            elif one.id.encode() not in self._known:
+                self._keep(one.id.encode(), one)
+
+    def _keep(self, key: bytes, found: Notification | None) -> None:
+        self._known[key] = found and (found.type, found.session)
+        if found:
+            self._count(key, self._known[key], 1)
+            self._newest_ones[found.id] = key
+            bound(self._newest_ones, self.MARKED)
+            self._tell("notification", found.text)
+
+    def _take(self, rows: Sequence[tuple[bytes, float]]) -> None:
+        fresh: dict[bytes, Notification | None] = {}
+        for member, at in rows:
+            self._newest = max(self._newest, at)
+            key, own = self._key(member)
+            if key in self._known:
+                continue
+            if self._is_new:
+                self._known[key] = own or ("", 0)
+                self._count(key, own, 1)
+            else:
+                fresh[key] = self._notifications.read(member, at)
+        marked = self._store.acknowledged([found.id for found in fresh.values() if found])
+        for key, found in fresh.items():
+            self._keep(key, None if found and found.id in marked else found)
+
+    @staticmethod
+    def _key(member: bytes) -> tuple[bytes, tuple[str, int] | None]:
+        """By which it is known; its type and session where this service made it."""
+        own = _OWN_PENDING.match(member)
+        return (own[1], (own[3].decode(), int(own[4]))) if own else (member, None)
+
+    def _count(self, key: bytes, known: tuple[str, int] | None, change: int) -> None:
+        if known and known[0] == "prompts_ready" and re.fullmatch(OWN_ID.encode(), key):
+            self.unread[known[1]] += change
+            if not self.unread[known[1]]:
+                del self.unread[known[1]]
+
+    def _forget(self, key: bytes, *, is_gone: bool = True) -> None:
+        """Tell its end, unless that was told."""
+        known = self._known.pop(key, None)
+        if not is_gone:
+            self._known[key] = None
+        if not known:
+            return
+        id, (kind, session) = key.decode("utf-8", "replace"), known
+        if not re.fullmatch(OWN_ID, id):
+            found = self._notifications.read(key, 0)
+            if not found:
+                return
+            id, kind, session = found.id, found.type, found.session
+        self._count(key, known, -1)
+        self._tell("acknowledged", {"id": id, "type": kind, "sessionTimestamp": session})
+
+    def _look_at_marks(self, *, is_gone: bool) -> None:
+        """Another instance marks what it removes: so most ends are found without a scan of all that is pending."""
+        keys = {**self._oldest, **self._newest_ones}
+        for id in self._store.acknowledged([id for id, key in keys.items() if self._known.get(key)]):
+            self._forget(keys[id], is_gone=is_gone)
+        self._marks_at = time.monotonic() + 1.0
+
+    def _scan(self) -> None:
+        """Compare all that is pending with what is known."""
+        began, before, seen = time.monotonic(), set(self._known), set[bytes]()
+        fresh: list[tuple[bytes, float]] = []
+        self._oldest = {}
+        for number, (member, at) in enumerate(self._store.pending(page=2000)):
+            key, own = self._key(member)
+            seen.add(key)
+            if key not in before:
+                fresh.append((member, at))
+            elif number < self.MARKED and self._known.get(key):
+                found = None if own else self._notifications.read(member, at)
+                if own or found:
+                    self._oldest[found.id if found else key.decode()] = key
+            if number % 2000 == 1999:
+                self._tell_done()  # what is done here does not wait for all of 100,000
+        for key in before - seen:
+            if key in self._known:
+                self._forget(key)
+        self._take(fresh)
+        ended = time.monotonic()
+        self._scan_at = ended + max(2.0, 10 * (ended - began))
+
+
+class SessionChanges:
+    """Tells of the newest sessions, once for each change of one. One thread looks."""
+
+    NEWEST = 50
+
+    def __init__(self, services: Services, unread: Mapping[int, int], tell: Tell) -> None:
+        self._services, self._unread, self._tell = services, unread, tell
+        self._versions: dict[int, Any] = {}  # by which Store.newest_sessions() knows those, also of what is no session
+        self._found: dict[int, tuple[str, bool, dict[str, Any]]] = {}  # mark, whether it announced its prompts, data
+        self._told: dict[int, Any] = {}
+        self._late: set[int] = set()  # that announce their prompts once the store takes writes
+
+    def look(self) -> None:
+        """Read what was changed, and announce what is complete, as prompts-status does. Raises Unavailable."""
+        services, before = self._services, self._versions
+        services.carry_latest()
+        newest = dict(services.store.newest_sessions(self.NEWEST))
+        oldest = min(before) if len(before) >= self.NEWEST else 0
+        self._versions, self._found, self._told = (
+            {one: value for one, value in known.items() if one in newest}
+            for known in (self._versions, self._found, self._told)
+        )
+        self._late &= newest.keys()
+        late = set() if services.store.writes.refusal else self._late
+        changed = [one for one, version in newest.items() if before.get(one) != version or one in late]
+        for at in range(0, len(changed), 8):  # so few documents are in memory at once
+            for timestamp, outcome in zip(changed[at:], services.store.read_sessions(changed[at : at + 8])):
+                if stored := services.in_step(result_of(outcome)):
+                    with contextlib.suppress(OverflowError):  # a time past the year 9999
+                        self._read(stored)
+                    if timestamp < oldest:  # it is no news: a newer one is gone
+                        self._told.setdefault(timestamp, self._data(timestamp))
+                self._versions[timestamp] = newest[timestamp]
+
+    def _read(self, stored: StoredSession) -> None:
+        services, timestamp = self._services, stored.timestamp
+        facts = services.sessions.facts_of(stored)
+        if is_announcement_due(stored, facts):
+            if not services.store.writes.refusal:
+                announce_progress(services, stored)
+            (self._late.add if services.store.writes.refusal else self._late.discard)(timestamp)
+        if isinstance(facts.summary, str):  # it is no session
+            self._found.pop(timestamp, None)
+            return
+        found = facts.progress if isinstance(facts.progress, Progress) else Progress(0, 0, False)
+        steps = [("ready", found.ready), ("prompts", found.total_prompts), ("beats_ready", found.total_beats)]
+        episode = facts.summary["analyzedEpisode"]
+        shown = {
+            "sessionTimestamp": timestamp,
+            "step": next((step for step, is_reached in steps if is_reached), "saved"),
+            "totalBeats": found.total_beats,
+            "totalPrompts": found.total_prompts,
+            "promptsNeeded": found.needed,
+            "title": episode["title"],
+            "episodeNumber": episode["episodeNumber"],
+            "storyUuid": facts.summary["storyUuid"],
+            "lastUpdated": iso_time(last_update(stored, facts)),
+        }
+        self._found[timestamp] = stored.mark, stored.announced == "prompts_ready", shown
+
+    def _data(self, timestamp: int) -> tuple[str, dict[str, Any]] | None:
+        mark, is_announced, shown = self._found.get(timestamp, ("", False, {}))
+        is_over = is_announced and shown["step"] == "ready" and not self._unread.get(timestamp)
+        return (mark, {**shown, "step": "acknowledged"} if is_over else shown) if shown else None
+
+    def tell(self) -> None:
+        """After a look at what is pending: a session that has announced its prompts then has them there, or had."""
+        for timestamp in sorted(self._found):
+            data = self._data(timestamp)
+            if data and self._told.get(timestamp) != data:
+                self._told[timestamp] = data
+                self._tell("session", data[1])
+
+    def shown(self) -> list[dict[str, Any]]:
+        """Newest first, as they were told."""
+        return [self._told[one][1] for one in sorted(self._told, reverse=True) if self._told[one]]
+
+
+# ======================================================================================================
+# Live: who is told
+# ======================================================================================================
+
+LISTENERS = min(350, descriptor_limit() - 200)  # and checks that wait, together
+STREAM_HEADERS = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}  # the second one for nginx
+
+
+class Event(NamedTuple):
+    number: int
+    type: str
+    permission: str
+    text: bytes
+
+
+@dataclass(eq=False)
+class Listener:
+    """Who listens. A client that has left closes the stream."""
+
+    caller: Caller
+    types: frozenset[str]
+    last: str  # the id of the last event that it has
+    stream: Stream = dataclasses.field(default_factory=Stream)
+    told_at: float = -math.inf  # monotonic seconds
+    lacks_store: bool = False  # its state was made while the store was away
+
+    def wants(self, event: Event) -> bool:
+        return event.type in self.types and self.caller.may(event.permission)
+
+    def send(self, text: bytes) -> None:
+        self.told_at = time.monotonic()
+        self.stream.send(text)
+
+
+@dataclass
+class Waiting:
+    """A check that waits."""
+
+    check: Check
+    deadline: float  # monotonic seconds
+    is_due: bool = True  # it is to be asked again
+
+
+class Live:
+    """Tells listeners what changes, and checks that wait when they may be answered. While somebody is here, and for a
+    while afterwards, a thread compares the store with what is known; what is done here wakes it."""
+
+    # Seconds between two looks at what others may change; between two at how many notifications are pending.
+    INTERVAL, PENDING_INTERVAL = 0.75, 0.25
+    KEPT = 1000  # events after which a client may go on
+    SILENCE, LINGER = 15.0, 60.0  # seconds
+    NOTIFICATIONS = 100  # in `state`
+    GPU_INTERVAL, GPU_WAIT = 5.0, 1.0  # seconds between two runs of nvidia-smi; that `state` waits for one
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self.addresses: Sequence[str] = ()
+        # What other parts add to `state`: figures of the GPU, and the alerts that a caller may see.
+        self.gpu_history: Callable[[], list[Any]] = list
+        self.alerts: Callable[[Caller], list[Any]] = lambda caller: []
+        self._started_at, self._run = now_ms(), secrets.token_hex(4)
+        self._states = itertools.count(1)
+        self._lock = threading.Lock()  # over these
+        self._number = 0  # of the newest event
+        self._events: collections.deque[Event] = collections.deque(maxlen=self.KEPT)
+        self._listeners: list[Listener] = []
+        self._joining: list[tuple[Listener, Future[Response]]] = []
+        self._waiting: dict[Future[Any], Waiting] = {}
+        self._is_closed = self._is_started = False
+        self._gpu: dict[str, Any] | None = None  # the newest figures
+        self._gpu_due = -math.inf
+        self._loop = Loop(self._turn, "live")
+        # The thread's alone.
+        self._pending = PendingChanges(services.store, services.notifications, self._tell)
+        self._sessions = SessionChanges(services, self._pending.unread, self._tell)
+        self._told: dict[str, Any] = {}  # by type
+        self._is_new = True  # what differs from what is known is no news
+        self._left_at = self._looked_at = -math.inf
+        self._store_up = True
+
+    # ---- from any thread ----
+
+    def publish(self, type: str, data: Mapping[str, Any] | bytes | None, permission: str = "") -> None:
+        """Tell an event, to those who want it and may see it."""
+        text = data if isinstance(data, bytes) else to_json(data)
+        with self._lock:
+            self._number += 1
+            event = Event(self._number, type, permission or EVENTS[type], self._frame(type, text, f"{self._number}"))
+            self._events.append(event)
+            for one in self._listeners:
+                if one.wants(event):
+                    one.send(event.text)
+
+    def join(self, caller: Caller, types: frozenset[str], last: str) -> Future[Response]:
+        """A stream of these events, after that one. Raises Unavailable when there are too many."""
+        listener, joined = Listener(caller, types, last), Future[Response]()
+        with self._place():
+            self._joining.append((listener, joined))
+        self._loop.wake()
+        return joined
+
+    def wait(self, check: Check, seconds: float) -> Any:
+        """The response to a check once something matches, after so many seconds an empty one. Raises the same."""
+        waiting: Future[Any] = Future()
+        with self._place():
+            self._waiting[waiting] = Waiting(check, time.monotonic() + seconds)
+        waiting.add_done_callback(lambda done: self._waiting.pop(done, None))
+        self._loop.wake()
+        return waiting
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        with self._lock:
+            self._listeners = [one for one in self._listeners if not one.stream.is_closed]
+            if self._is_closed:
+                raise Unavailable("The service is stopping.", 5)
+            if len(self._listeners) + len(self._joining) + len(self._waiting) >= LISTENERS:
+                raise Unavailable(f"{LISTENERS} others listen or wait already: ask again later.", 5)
+            yield
+            if not self._is_started:
+                self._is_started = True
+                self._loop.start()
+
+    def note(self, *done: Notification | str) -> None:
+        """Notifications that were made here, or ids of those that were acknowledged here."""
+        if not self._is_new:  # somebody is here
+            self._pending.note(*done)
+            self._loop.wake()
+
+    def look_soon(self) -> None:
+        """A session, or what it announces, was changed here."""
+        self._looked_at = -math.inf
+        if self._is_started:
+            self._loop.wake()
+
+    def close(self, timeout: float = 0.0) -> None:
+        """End the events, answer who waits with an empty list, and end the thread. May be called again."""
+        with self._lock:
+            self._is_closed, listeners = True, list(self._listeners)
+        self._refuse(Unavailable("The service is stopping.", 5))
+        for listener in listeners:
+            listener.stream.close()
+        for waiting in list(self._waiting):
+            self._answer(waiting, Response(NOTHING))
+        self._loop.close(timeout)
+
+    def _refuse(self, fault: Exception) -> None:
+        """Tell those who join."""
+        with self._lock:
+            joining, self._joining = self._joining, []
+        for _, joined in joining:
+            if joined.set_running_or_notify_cancel():
+                joined.set_exception(fault)
+
+    def _answer(self, waiting: Future[Any], outcome: Any) -> None:
+        if self._waiting.pop(waiting, None) and waiting.set_running_or_notify_cancel():
+            settle(waiting, outcome)
+
+    # ---- in the thread ----
+
+    def _turn(self) -> float:
+        now = time.monotonic()
+        with self._lock:
+            self._listeners = [one for one in self._listeners if not one.stream.is_closed]
+            joining, listeners = list(self._joining), list(self._listeners)
+        if joining or listeners or self._waiting:
+            self._left_at = now
+        if now - self._left_at > self.LINGER:
+            self._is_new, self._gpu = True, None
+            return 3600.0
+        is_whole = bool(joining) or now - self._looked_at >= self.INTERVAL
+        try:
+            self._store_up = self._look(is_whole=is_whole)
+            if is_whole:
+                self._look_elsewhere(listeners)
+            self._admit(joining)
+        except Exception as fault:
+            self._refuse(fault)
+            raise
+        self._answer_waiting()
+        now = time.monotonic()
+        for one in listeners:
+            if one.lacks_store and self._store_up:
+                one.lacks_store = False
+                one.send(self._state(one, self._number))
+            with self._lock:
+                if now - one.told_at >= self.SILENCE:
+                    one.send(self._comment())
+        ends = [
+            now + self.PENDING_INTERVAL,
+            self._looked_at + self.INTERVAL,
+            *(one.deadline for one in list(self._waiting.values())),
+        ]
+        return max(0.0, min(ends) - time.monotonic())
+
+    def _look(self, *, is_whole: bool) -> bool:
+        """At the store; whether it answers."""
+        try:
+            if is_whole:
+                self._looked_at = time.monotonic()
+                self._sessions.look()
+            self._pending.look(is_new=self._is_new)
+        except Unavailable:
+            return False
+        self._sessions.tell()
+        if self._is_new:
+            with self._lock:  # nobody goes on from before that
+                self._is_new, self._number = False, self._number + 1
+                self._events.clear()
+        return True
+
+    def _tell(self, type: str, data: Any) -> None:
+        if not self._is_new:
+            self.publish(type, data)
+        for waiting in list(self._waiting.values()) if type == "notification" else ():
+            waiting.is_due = True
+
+    def _look_elsewhere(self, listeners: Sequence[Listener]) -> None:
+        """At SwarmUI, the GPU and who reserved it; whether tokens are still good."""
+        services, shown = self._services, self._services.swarmui.status()
+        known = {**shown, "startingFor": None, "idleFor": None, "logTail": None}  # without what changes by itself
+        if self._told.setdefault("swarmui", known) != known:
+            self.publish("swarmui", shown)
+        self._told["swarmui"] = known
+        with contextlib.suppress(Unavailable, concurrent.futures.TimeoutError):
+            held = services.reservations.ask().result(5.0)
+            found = reservation_json(held) if held else None
+            if self._told.setdefault("reservation", found) != found:
+                self.publish("reservation", found)
+            self._told["reservation"] = found
+        if any("gpu" in one.types for one in listeners):
+            self._ask_gpu()
+        callers = {one.caller for one in listeners}
+        good = {caller for caller in callers if services.authenticator.is_still_good(caller)}
+        for one in listeners:
+            if one.caller not in good:
+                one.stream.close()
+
+    def _ask_gpu(self) -> GpuStatus | Future[GpuStatus] | None:
+        """Tell what nvidia-smi says, when that is due."""
+        if time.monotonic() < self._gpu_due:
+            return None
+        self._gpu_due = time.monotonic() + self.GPU_INTERVAL
+
+        def tell(status: GpuStatus) -> GpuStatus:
+            self._gpu_due = time.monotonic() + self.GPU_INTERVAL
+            self._gpu = {**gpu_json(status), "at": now_ms()}
+            self.publish("gpu", self._gpu)
+            return status
+
+        return then(self._services.gpu.ask(), tell)
+
+    def _admit(self, joining: Sequence[tuple[Listener, Future[Response]]]) -> None:
+        asked = self._ask_gpu() if any("gpu" in one.types for one, _ in joining) else None
+        if isinstance(asked, Future):
+            concurrent.futures.wait([asked], self.GPU_WAIT)
+        for listener, joined in joining:
+            found = re.fullmatch(rf"{self._run}-([0-9]{{1,15}})(\.[0-9]+)?", listener.last)
+            with self._lock:
+                if (listener, joined) not in self._joining:  # it was refused
+                    continue
+                self._joining.remove((listener, joined))
+                self._listeners.append(listener)
+                number, after = self._number, int(found[1]) if found else -1
+                goes_on = number - min(len(self._events), self.KEPT - 1) <= after <= number
+                if goes_on:
+                    due = [one.text for one in self._events if one.number > after and listener.wants(one)]
+                    listener.send(b"".join(due) or self._comment())
+            if not goes_on:  # what others tell meanwhile follows its state
+                listener.stream.send(self._state(listener, number), before_all=True)
+                listener.told_at = time.monotonic()
+            if joined.set_running_or_notify_cancel():
+                settle(joined, Response(b"", 200, STREAM_HEADERS, listener.stream))
+            else:
+                listener.stream.close()
+
+    def _state(self, listener: Listener, number: int) -> bytes:
+        services, types, shown = self._services, listener.types, dict[str, Any]()
+        if "gpu" in types:
+            shown = {"gpu": self._gpu, "gpuHistory": self.gpu_history()}
+        if "reservation" in types:
+            shown["reservation"] = self._told.get("reservation")
+        if "swarmui" in types:
+            shown["swarmui"] = services.swarmui.status()
+        if "notification" in types:
+            shown["notifications"] = []
+            with contextlib.suppress(Unavailable):
+                pending = services.notifications.check(tuple(TOTALS), self.NOTIFICATIONS)
+                shown["notifications"] = [json.loads(one.text) for one in pending if self._pending.knows(one.id)]
+        if "session" in types:
+            shown["sessions"] = self._sessions.shown()
+        if "alert" in types:
+            shown["alerts"] = self.alerts(listener.caller)
+        listener.lacks_store = not self._store_up
+        shown["service"] = {
+            "version": __version__, "store": services.store.name, "storeUp": self._store_up,
+            "startedAt": iso_time(self._started_at), "addresses": list(self.addresses), "now": now_ms(),
+        }  # fmt: skip
+        return self._frame("state", to_json(shown), f"{number}.{next(self._states)}")
+
+    def _frame(self, type: str, text: bytes, number: str) -> bytes:
+        return b"id: %b-%b\nevent: %b\ndata: %b\n\n" % (self._run.encode(), number.encode(), type.encode(), text)
+
+    def _comment(self) -> bytes:
+        """With the newest id, which its client takes for that of the last event that it has."""
+        return f": {self._run}-{self._number}\nid: {self._run}-{self._number}\n\n".encode()
+
+    def _answer_waiting(self) -> None:
+        due = [(future, one) for future, one in list(self._waiting.items()) if one.is_due]
+        asked = [(future, self._services.checks.ask(one.check)) for future, one in due]
+        for _, one in due:
+            one.is_due = False
+        for future, answer in asked:
+            outcome: Any = answer
+            try:
+                while isinstance(outcome, Future):
+                    outcome = outcome.result(5.0)
+            except Exception as error:
+                outcome = error
+            if not isinstance(outcome, Response) or outcome.body != NOTHING:
+                self._answer(future, outcome)
+        now = time.monotonic()
+        for future, one in list(self._waiting.items()):
+            if now >= one.deadline:
+                self._answer(future, Response(NOTHING))
+
+
+# ======================================================================================================
+# Page
+# ======================================================================================================
+
+# What GET / answers. It holds no data, and asks for all with the token that its link carries. What the service sends
+# goes into the document as text, never as HTML.
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>StoryTeller</title>
+<link rel="icon" href="data:,">
+<style>
+:root {
+  --back: #f3f4f7; --card: #fff; --edge: #d8dbe3; --track: #e2e5ec; --text: #171a21; --muted: #545b6d;
+  --blue: #2f5bd8; --green: #0d7341; --amber: #7a4f00; --red: #b3261a; --violet: #7a3fd0; --orange: #a34a08; }
+@media (prefers-color-scheme: dark) { :root {
+  --back: #0e0f13; --card: #181a21; --edge: #2b2e39; --track: #2b2e39; --text: #eceef4; --muted: #9fa6b8;
+  --blue: #809dff; --green: #4cd48c; --amber: #f2b84b; --red: #ff7b6b; --violet: #c49bff; --orange: #ff9a66; } }
+* { box-sizing: border-box; margin: 0; padding: 0; }
+[hidden] { display: none !important; } .stale { filter: grayscale(1); --text: var(--muted); }
+body { max-width: 1800px; margin: 0 auto; padding: 12px; background: var(--back); color: var(--text);
+  font: 15px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+ul, ol { list-style: none; } :focus-visible { outline: 2px solid var(--blue); outline-offset: 2px; }
+h1, h2, h3 { font-size: 1rem; } h1, h2, .muted, dt { color: var(--muted); } h2, .muted, dt { font-size: .87rem; }
+header { display: flex; flex-wrap: wrap; align-items: center; gap: 0 14px; min-height: 44px; padding: 0 6px 8px; }
+header::before { content: ""; width: 12px; height: 12px; margin-right: -6px; border-radius: 50%; background: var(--c); }
+#status { flex: 1 1 16rem; font-size: 1.3rem; font-weight: 700; } header, .chip { --c: var(--muted); }
+header.good, .chip.good { --c: var(--green); } header.bad, .chip.bad { --c: var(--red); } .work { --c: var(--amber); }
+.bad #status, #alerts b, [role=alert], .error { color: var(--red); }
+section, form, dialog, #log { padding: 12px; background: var(--card); border: 1px solid var(--edge);
+  border-radius: 12px; }
+section, .figures > div, .steps li { min-width: 0; display: flex; flex-direction: column; } section { gap: 8px; }
+#parts { display: grid; gap: 14px; grid-template-columns: 100%; } .row, .top { justify-content: space-between; }
+.lacks > :not(.head, .lack), .lacks .head > :not(h2), :not(.lacks) > .lack, p:empty, .chip:empty { display: none; }
+.head, .top, .row { display: flex; align-items: center; gap: 4px 12px; }
+.head { flex-wrap: wrap; min-height: 40px; } .head button { margin-left: auto; }
+.row + .row, .session + .session { border-top: 1px solid var(--edge); margin-top: 8px; padding-top: 8px; }
+.top h3 { min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; } .top .muted { flex: none; }
+.chip { padding: 2px 12px; border-radius: 99px; font-size: .87rem; font-weight: 600; color: var(--c);
+  background: color-mix(in srgb, var(--c) 14%, var(--card)); }
+button, [type=password] { flex: none; min-height: 40px; padding: 6px 14px; border: 1px solid var(--edge);
+  border-radius: 8px; background: var(--back); color: inherit; font: inherit; font-weight: 600; }
+button:hover { border-color: var(--muted); cursor: pointer; }
+#alerts .head, #alerts .on { min-height: 1.5em; } #alerts.bad { border-color: var(--red); }
+#alerts .on:empty::before { content: "None"; color: var(--muted); } .ended:empty { display: none; }
+.steps { display: grid; grid-template-columns: 3fr 3fr 7fr 2fr 4fr; gap: 5px; margin-top: 4px; }
+.steps li { font-size: .8rem; color: var(--muted); white-space: nowrap; }
+.steps li:not(:nth-child(3))::before { content: ""; height: 4px; margin: 2px 0; background: var(--c); }
+.steps li { --c: var(--track); } .steps .done { --c: var(--green); } .steps [aria-current] { --c: var(--blue); }
+.steps [aria-current] { color: var(--text); font-weight: 700; }
+progress { appearance: none; width: 100%; height: 8px; border: 0; border-radius: 4px; overflow: hidden;
+  --c: var(--blue); background: var(--track); }
+.done progress { --c: var(--green); } ::-webkit-progress-bar { background: var(--track); }
+progress::-webkit-progress-value { background: var(--c); } progress::-moz-progress-bar { background: var(--c); }
+.figures { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 12px; flex: 1; }
+.figures p { color: var(--muted); } .figures b { color: var(--text); font-size: 1.75rem; line-height: 1.3; }
+svg { --c: var(--blue); } div + div > svg { --c: var(--violet); } div:last-child > svg { --c: var(--orange); }
+svg { width: 100%; height: 66px; flex: 1 0 66px; margin-top: 8px; border-bottom: 1px solid var(--edge); }
+path { fill: none; stroke: var(--c); stroke-width: 1.5; stroke-linecap: round; vector-effect: non-scaling-stroke; }
+path:first-child { fill: var(--c); fill-opacity: .2; stroke: none; }
+#log { height: 150px; overflow: auto; background: var(--back); color: var(--muted);
+  font: .8rem/1.5 ui-monospace, monospace; white-space: pre-wrap; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: 4px 14px; align-items: baseline; }
+label { display: flex; align-items: center; gap: 8px; min-height: 32px; } [type=password] { max-width: 70vw; }
+form { max-width: 40rem; display: grid; gap: 10px; justify-items: start; }
+dialog { margin: auto; max-width: min(32rem, calc(100vw - 24px)); color: var(--text); }
+dialog::backdrop { background: rgb(0 0 0 / .55); } dialog h2 { color: var(--text); font-size: 1.1rem; }
+dialog p { margin: 8px 0 16px; white-space: pre-line; } dialog div { display: flex; justify-content: end; gap: 10px; }
+@media (max-width: 699px) {
+  .steps { grid-template-columns: 2fr 2fr 5fr 2fr 2fr; }
+  .steps li:nth-child(n + 4) span { align-self: flex-end; }
+  .steps li:not([aria-current]) span { position: absolute; clip-path: inset(50%); }
+}
+@media (min-width: 1000px) {
+  #parts { grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); grid-template-rows: auto auto 1fr auto; }
+  #alerts { grid-column: 1 / 3; } #sessions { grid-column: 2; grid-row: 2 / 4; } #notifications { grid-column: 2; }
+  #service { grid-column: 1; grid-row: 4; align-self: start; } #log { flex: 1 0 150px; height: 0; }
+}
+</style>
+</head><body>
+<header><h1>StoryTeller</h1><p id="status" role="status">Connecting</p><span id="clock" class="muted"></span></header>
+<main><form id="entry" hidden>
+  <p>This page needs a token. <code>./run.sh page</code> (on Windows <code>run.bat page</code>) prints a link that has
+    one, as does a start in a terminal. The API token, in the file api_token of the data folder, serves as well.</p>
+  <label>Token <input id="token" type="password" autocomplete="off" required></label>
+  <label><input type="checkbox" class="remember"> Remember on this device</label>
+  <p role="alert"></p><button>Open</button>
+</form><div id="parts" hidden>
+<section id="alerts" aria-label="Alerts"><div class="head"><h2 tabindex="-1">Alerts</h2></div>
+  <ul class="on"></ul><ul class="ended muted"></ul></section>
+<section id="sessions" aria-label="Sessions"><div class="head"><h2 tabindex="-1">Sessions</h2></div>
+  <p class="lack">This token lacks the permission sessions:read.</p><p class="none muted"></p><ul></ul></section>
+<section id="gpu" aria-label="GPU"><div class="head"><h2 tabindex="-1">GPU</h2><span class="chip"></span></div>
+  <p class="lack">This token lacks the permission gpu:read.</p>
+  <div class="figures">
+    <div><p><b id="use"></b> %</p><p>use</p>
+      <svg role="img" viewBox="0 -2 900 104" preserveAspectRatio="none"
+        aria-label="GPU use over the last 15 minutes"><path /><path /></svg></div>
+    <div><p><b id="memory"></b> GB</p><p>memory <span id="total"></span></p>
+      <svg role="img" viewBox="0 -2 900 104" preserveAspectRatio="none"
+        aria-label="GPU memory over the last 15 minutes"><path /><path /></svg></div>
+    <div><p><b id="heat"></b> °C</p><p>temperature</p>
+      <svg role="img" viewBox="0 -2 900 104" preserveAspectRatio="none"
+        aria-label="GPU temperature over the last 15 minutes"><path /><path /></svg></div>
+  </div>
+  <p class="error"></p><p class="holder muted"></p></section>
+<section id="swarmui" aria-label="SwarmUI"><div class="head"><h2 tabindex="-1">SwarmUI</h2><span class="chip"></span>
+    <button id="start" type="button">Start SwarmUI</button><button id="stop" type="button">Stop SwarmUI</button></div>
+  <p class="lack">This token lacks the permission swarmui:read.</p>
+  <p class="does muted"></p><p class="error"></p><p role="alert"></p>
+  <div id="log" role="log" aria-label="SwarmUI log" tabindex="0"></div></section>
+<section id="notifications" aria-label="Notifications">
+  <div class="head"><h2 tabindex="-1">Notifications</h2><span class="chip"></span>
+    <button id="all" type="button">Acknowledge all</button></div>
+  <p class="lack">This token lacks the permission notifications:read.</p>
+  <p role="alert"></p><p class="none muted"></p><ul></ul></section>
+<section id="service" aria-label="Service"><div class="head"><h2 tabindex="-1">Service</h2>
+    <button id="forget" type="button">Forget the token</button></div>
+  <dl><dt>Store</dt><dd id="store"></dd><dt>Version</dt><dd id="version"></dd>
+    <dt>Running for</dt><dd id="running"></dd><dt>Addresses</dt><dd id="addresses"></dd></dl>
+  <label><input type="checkbox" class="remember"> Remember on this device</label></section>
+</div></main>
+<dialog aria-labelledby="question" aria-describedby="loss">
+  <h2 id="question"></h2><p id="loss"></p>
+  <div><button id="no" type="button" autofocus>Cancel</button><button id="yes" type="button"></button></div>
+</dialog>
+<template id="of-sessions"><li class="session"><div class="top"><h3></h3><span class="muted"></span></div>
+  <ol class="steps"><li><span>Saved</span></li><li><span>Beats ready</span></li>
+    <li><progress></progress><span></span></li><li><span>Ready</span></li><li><span>Acknowledged</span></li></ol>
+</li></template>
+<template id="of-notifications"><li class="row"><div><h3></h3><span class="muted"></span></div>
+  <button type="button">Acknowledge</button></li></template>
+<template id="of-alerts"><li class="row"><b></b><span class="muted"></span></li></template>
+<script>
+const API = "/api/v1/", KEY = "storyteller-token", STEPS = ["saved", "beats_ready", "prompts", "ready", "acknowledged"];
+const SILENCE = 40_000, REST = 10_000;  // ms: of the service; that a page is hidden until it gives its connection back
+let token = "", data = {}, ahead = 0;  // `ahead`: the service's clock less ours, in ms
+let turn = 0, line = null, guard = 0, heard = Date.now(), lostSince = null, isOpen = false;  // of connect()
+let asker = null, rest = 0;  // what had the focus before the dialog; the timer of a hidden page
+
+const $ = (selector, within = document) => within.querySelector(selector);
+const $$ = (selector) => [...document.querySelectorAll(selector)];
+const show = (node, text) => { if (node.textContent !== text) node.textContent = text; };  // for a change alone
+const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
+const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1).replaceAll("_", " ");
+const ms = (time) => typeof time === "string" ? Date.parse(time) : time;  // ISO 8601, or in ms
+const clock = (time) => new Date(ms(time)).toLocaleTimeString();
+const since = (time) => {
+  const s = Math.max(0, Math.round((Date.now() + ahead - ms(time)) / 1000));
+  const min = Math.floor(s / 60), h = Math.floor(s / 3600);
+  return h > 23 ? `${Math.floor(h / 24)} d ${h % 24} h` : h ? `${h} h ${min % 60} min` : min ? `${min} min` : `${s} s`;
+};
+
+// What is shown ---------------------------------------------------------------------------------------
+// Rows are kept by their key, so that the focus stays; where its row goes, the next one gets it, else the heading.
+function fill(list, items, keyOf, change) {
+  const section = list.closest("section"), template = $(`#of-${section.id}`).content.firstElementChild;
+  const rows = new Map([...list.children].map((row) => [row.dataset.key, row])), wanted = new Set(items.map(keyOf));
+  for (const [key, row] of rows) {
+    if (wanted.has(key)) continue;
+    const next = row.nextElementSibling ?? row.previousElementSibling, isFocused = row.contains(document.activeElement);
+    row.remove();
+    const heir = $("button", next ?? list) ?? $("h2", section);
+    if (row.contains(asker)) asker = heir;
+    if (isFocused) heir.focus();
+  }
+  items.forEach((item, place) => {
+    const row = rows.get(keyOf(item)) ?? template.cloneNode(true);
+    row.dataset.key = keyOf(item);
+    if (list.children[place] !== row) list.insertBefore(row, list.children[place] ?? null);
+    change(row, item);
+  });
+}
+const nameOf = (episode, title) => [episode == null ? "" : `Episode ${episode}`, title].filter(Boolean).join(" · ");
+
+function showHeader(raised) {
+  const work = [...data.sessions?.values() ?? []].filter(({ step }) => /beats_ready|prompts/.test(step)).length;
+  const well = data.sessions ? `All is well: ${work ? plural(work, "session") : "no session"} in work` : "All is well";
+  const more = raised.length > 1 ? ` (and ${raised.length - 1} more)` : "";
+  const [mood, text] = !token ? ["", "A token is needed"]
+    : lostSince ? ["", `No connection since ${clock(lostSince)}`]
+    : !data.service ? ["", "Connecting"]
+    : raised.length ? ["bad", raised[0].text + more] : ["good", well];
+  show($("#status"), text), show($("title"), `${text} · StoryTeller`);
+  show($("#clock"), new Date().toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" }));
+  if ($("header").className === mood && $("link").href !== "data:,") return;
+  $("header").className = mood;
+  const colour = { good: "#2aa866", bad: "#e0402f" }[mood] ?? "#808590", circle = "<circle cx='4' cy='4' r='3.5'";
+  const icon = `<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'>${circle} fill='${colour}'/></svg>`;
+  $("link").href = `data:image/svg+xml,${encodeURIComponent(icon)}`;
+}
+
+function showAlerts(raised) {
+  const key = (alert) => `${alert.kind} ${alert.since}`;
+  const ended = data.alerts.filter((alert) => alert.state === "ended").sort((a, b) => ms(b.until) - ms(a.until));
+  const change = (row, { text, since: from, until: to }) => {
+    show($("b", row), text), show($("span", row), to ? `ended ${since(to)} ago` : `for ${since(from)}`);
+  };
+  $("#alerts").classList.toggle("bad", raised.length > 0);
+  fill($("#alerts .on"), raised, key, change), fill($("#alerts .ended"), ended.slice(0, 3), key, change);
+}
+
+function showSessions() {
+  const newest = [...data.sessions.values()].sort((a, b) => b.sessionTimestamp - a.sessionTimestamp).slice(0, 8);
+  show($("#sessions .none"), newest.length ? "" : "None");
+  fill($("#sessions ul"), newest, (session) => `${session.sessionTimestamp}`, (row, session) => {
+    const name = nameOf(session.episodeNumber, session.title) || `Session ${session.sessionTimestamp}`;
+    const count = session.totalPrompts ?? 0, needed = session.promptsNeeded ?? 0, bar = $("progress", row);
+    show($("h3", row), name), show($(".top span", row), `${since(session.lastUpdated)} ago`);
+    show($("progress + span", row), `${count} of ${needed} prompts`);
+    bar.ariaLabel = session.title || name, bar.max = needed || 1, bar.value = count;
+    for (const [place, step] of [...$("ol", row).children].entries()) {
+      const at = STEPS.indexOf(session.step);
+      step.className = place < at ? "done" : "", step.ariaCurrent = place === at ? "step" : null;
+    }
+  });
+}
+
+function showGpu() {
+  const { reservation, gpuHistory } = data, gpu = data.gpu ?? {}, chip = $("#gpu .chip"), isKnown = gpu.memoryTotal > 0;
+  const { utilization: use, memoryUsed: used, memoryTotal: total, temperature: heat } = gpu;
+  const isFree = gpu.available && use < 80 && total - used > 4096 && heat < 85;  // StoryArt's rule
+  const [word, mood] = !isKnown ? ["Unknown", ""] : isFree ? ["Free", "good"] : ["Busy", "work"];
+  show(chip, word), chip.className = `chip ${mood}`;
+  show($("#use"), isKnown ? `${use}` : "?"), show($("#heat"), isKnown ? `${heat}` : "?");
+  show($("#memory"), isKnown ? (used / 1024).toFixed(1) : "?"), show($("#gpu .error"), gpu.error ?? "");
+  show($("#total"), isKnown ? `of ${(total / 1024).toFixed(1)} GB` : "");
+  const { holder, purpose, expiresAt } = reservation ?? {}, what = purpose ? ` (${purpose})` : "";
+  show($("#gpu .holder"), holder ? `Reserved by ${holder}${what} until ${clock(expiresAt)}` : "Not reserved");
+  const heights = [(one) => one.utilization, (one) => 100 * one.memoryUsed / one.memoryTotal, (one) => one.temperature];
+  $$("svg").forEach((svg, number) => drawLine(svg, gpuHistory, heights[number]));
+}
+
+function drawLine(svg, history, height) {
+  if (svg.history === history) return;
+  svg.history = history;
+  const runs = [], end = history.at(-1)?.at;  // runs of points that are a minute apart at most, if nobody looked
+  let before = -Infinity;
+  for (const gpu of history) {
+    const isKnown = gpu.memoryTotal > 0, y = 100 - Math.min(100, Math.max(0, height(gpu)));
+    if (isKnown && gpu.at - before > 90_000) runs.push([]);
+    if (isKnown) runs.at(-1).push(`${(900 - (end - gpu.at) / 1000).toFixed(1)} ${y.toFixed(1)}`);
+    before = isKnown ? gpu.at : -Infinity;
+  }
+  const foot = (point) => `${point.split(" ")[0]} 100`;
+  const areas = runs.map((run) => `M${foot(run[0])}L${run.join("L")}L${foot(run.at(-1))}z`);
+  [areas, runs.map((run) => `M${run.join("L")}h.1`)].forEach((shapes, number) =>
+    svg.children[number].setAttribute("d", shapes.join("")));
+}
+
+function showSwarmUI() {
+  const { state, since: from, queue, backends, lastError } = data.swarmui, chip = $("#swarmui .chip");
+  show(chip, capital(state) + (state === "starting" ? ` for ${since(from)}` : ""));
+  chip.className = `chip ${{ ready: "good", starting: "work", stopping: "work", stopped: "" }[state] ?? "bad"}`;
+  const work = queue ? `${queue.live} in work, ${queue.waiting} waiting` +
+    (queue.loading ? `, ${queue.loading} loading a model` : "") +
+    (queue.waitingBackends ? `, ${queue.waitingBackends} waiting for a backend` : "") : "queue not known";
+  const runs = backends && `backends ${backends.status}${backends.message ? ` (${backends.message})` : ""}`;
+  const first = state === "ready" ? work : state === "starting" ? "it answers mostly within 30 s" : "";
+  show($("#swarmui .does"), capital([first, runs, `for ${since(from)}`].filter(Boolean).join(" · ")));
+  show($("#swarmui .error"), lastError ?? "");
+  const [shown, gone] = ["stopped", "failed"].includes(state) ? [$("#start"), $("#stop")] : [$("#stop"), $("#start")];
+  const heir = document.activeElement === gone ? shown : null;
+  shown.hidden = false, gone.hidden = true, heir?.focus();
+  if (asker === gone) asker = shown;
+}
+
+function showNotifications() {
+  const items = [...data.notifications.values()], all = $("#all");
+  show($("#notifications .none"), items.length ? "" : "None waits to be acknowledged");
+  show($("#notifications .chip"), items.length ? `${items.length}` : "");
+  if (document.activeElement === all && items.length < 2) $("#notifications h2").focus();
+  all.hidden = items.length < 2;
+  fill($("#notifications ul"), items, (one) => one.id, (row, one) => {
+    const { type, sessionTimestamp: session, episodeNumber: episode } = one, button = $("button", row);
+    show($("h3", row), `${capital(type)}, e${nameOf(episode, data.sessions?.get(session)?.title).slice(1)}`);
+    const total = type === "beats_ready" ? plural(one.totalBeats, "beat") : plural(one.totalPrompts, "prompt");
+    show($("span", row), `${total} · waits ${since(one.timestamp)}`);
+    button.ariaLabel = `Acknowledge ${type}, episode ${episode}, session ${session}`;
+    button.onclick = () => acknowledge([one]);
+  });
+}
+
+function showService() {
+  const { store, storeUp, version, startedAt, addresses } = data.service;
+  show($("#store"), store + (storeUp === false ? ", which does not answer" : "")), show($("#version"), version);
+  show($("#running"), since(startedAt)), show($("#addresses"), addresses.join(" "));
+}
+
+function render() {
+  const raised = (data.alerts ?? []).filter((alert) => alert.state === "raised");
+  showHeader(raised);
+  $("#entry").hidden = Boolean(token), $("#parts").hidden = !token || !data.service;
+  $("#parts").classList.toggle("stale", !isOpen);
+  const shows = { alerts: () => showAlerts(raised), sessions: showSessions, gpu: showGpu, swarmui: showSwarmUI,
+    notifications: showNotifications, service: showService };
+  for (const [name, draw] of Object.entries(data.service ? shows : {})) {
+    $(`#${name}`).classList.toggle("lacks", data[name] === undefined);
+    if (data[name] !== undefined) draw();
+  }
+}
+
+// What is told: events, and SwarmUI's log -------------------------------------------------------------
+const byKey = (items, key) => items && new Map(items.map((item) => [item[key], item]));
+const EVENTS = {
+  state(given) {
+    data = { gpuHistory: [], alerts: [], ...given, sessions: byKey(given.sessions, "sessionTimestamp"),
+      notifications: byKey(given.notifications, "id"), isCut: given.notifications?.length >= 100 };
+    ahead = given.service.now - Date.now(), isOpen = true, lostSince = null;
+  },
+  notification: (given) => data.notifications.set(given.id, given),
+  acknowledged: ({ id }) => data.notifications.delete(id) && data.isCut && !data.notifications.size && begin(),
+  session: (given) => data.sessions.set(given.sessionTimestamp, given),
+  gpu: (given) => Object.assign(data, { gpu: given,
+    gpuHistory: [...data.gpuHistory, given].filter((one) => given.at - one.at <= 900_000) }),
+  reservation: (given) => data.reservation = given,
+  swarmui: (given) => data.swarmui = given,
+  alert(given) {
+    data.alerts = [...data.alerts.filter((one) => one.kind !== given.kind || one.state === "ended"), given].slice(-50);
+  },
+};
+
+async function readEvents(reader) {
+  const decoder = new TextDecoder();
+  for (let text = ""; ;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    heard = Date.now();
+    watch(line, SILENCE);  // after 15 s without an event comes a comment
+    const blocks = (text + decoder.decode(value, { stream: true })).split("\n\n");
+    text = blocks.pop();
+    for (const block of blocks) {
+      const field = (name) => new RegExp(`^${name}: ?(.*)$`, "m").exec(block)?.[1];
+      EVENTS[field("event")]?.(JSON.parse(field("data")));
+    }
+    if (blocks.length) render();
+  }
+}
+
+const watch = (one, wait) => { clearTimeout(guard), guard = setTimeout(() => one.abort(), wait); };
+const ask = (path, more) => fetch(API + path, { ...more, headers: { Authorization: `Bearer ${token}` } });
+const errorOf = async (answer) => (await answer.json().catch(() => ({}))).error ?? `It answered with ${answer.status}.`;
+
+// One connection, until disconnect(). Each begins with `state`, so none needs to go on after the last event.
+async function connect() {
+  const mine = ++turn;
+  for (let pause = 1000; mine === turn; pause = Math.min(pause + 1000, 3000)) {
+    line = new AbortController();
+    watch(line, 7000);
+    try {
+      const answer = await ask("events", { signal: line.signal }), why = answer.ok ? "" : await errorOf(answer);
+      if (answer.ok) await readEvents(answer.body.getReader());
+      else if (answer.status < 500 && mine === turn) askForToken(why);
+    } catch { /* it cannot be reached, or was silent for too long */ }
+    if (mine !== turn) return;
+    line.abort();
+    if (lostSince === null) [pause, lostSince] = [1000, heard];
+    isOpen = false, render();
+    await new Promise((done) => setTimeout(done, pause));
+  }
+}
+
+function disconnect() {
+  turn++, isOpen = false;
+  clearTimeout(guard);
+  line?.abort();
+}
+
+let lines = [], isAsking = false;
+async function followLog() {
+  if (!isOpen || isAsking || !data.swarmui) return;
+  isAsking = true;
+  try {
+    const answer = await ask("swarmui/logs?lines=200", { signal: AbortSignal.timeout(5000) });
+    if (answer.ok && isOpen) addLines((await answer.text()).split("\n").slice(0, -1));
+  } catch { /* the next one tells */ }
+  isAsking = false;
+}
+
+function addLines(found) {  // only what is new, as a screen reader reads what is added
+  const log = $("#log"), follows = log.scrollHeight - log.scrollTop - log.clientHeight < 8;
+  let same = Math.min(lines.length, found.length);
+  while (same > 0 && lines.slice(-same).join("\n") !== found.slice(0, same).join("\n")) same--;
+  if (same === 0) log.replaceChildren();
+  for (const text of found.slice(same)) log.appendChild(document.createElement("div")).textContent = text || " ";
+  while (log.childElementCount > found.length) log.firstChild.remove();
+  lines = found;
+  if (follows) log.scrollTop = log.scrollHeight;
+}
+
+// What is done: buttons -------------------------------------------------------------------------------
+async function post(path) {  // status and error where it failed
+  try {
+    const answer = await ask(path, { method: "POST" }), error = answer.ok ? "" : await errorOf(answer);
+    if (answer.status === 401) askForToken(error);
+    return { status: answer.status, error };
+  } catch {
+    return { error: "The service does not answer: try again once it does." };
+  }
+}
+
+$("#start").onclick = async () => tell("swarmui", await post("swarmui/start"));
+$("#all").onclick = () => acknowledge([...data.notifications.values()]);
+$("#stop").onclick = stopSwarmUI, $("#forget").onclick = () => askForToken("");
+
+const tell = (name, { error = "" }) => { $(`#${name} [role=alert]`).textContent = error; };
+
+function confirm(question, loss, yes) {
+  const dialog = $("dialog");
+  asker = document.activeElement;
+  const heading = asker.closest("section")?.querySelector("h2");
+  show($("#question"), question), show($("#loss"), loss), show($("#yes"), yes);
+  dialog.returnValue = "";
+  for (const answer of ["yes", "no"]) $(`#${answer}`).onclick = () => dialog.close(answer);
+  dialog.showModal();
+  return new Promise((done) => dialog.onclose = () => {
+    (asker.isConnected && asker.checkVisibility() ? asker : heading)?.focus(), asker = null;
+    done(dialog.returnValue === "yes");
+  });
+}
+
+async function stopSwarmUI() {
+  const { live, waiting } = data.swarmui.queue ?? {};
+  let loss = live + waiting === 0 ? "It makes no image, so none is lost."
+    : live + waiting ? `${live} in work and ${plural(waiting, "waiting image")} are lost.`
+    : "Whether it is at work is not known: images that it makes, and those that wait, are lost.";
+  for (let force = ""; await confirm("Stop SwarmUI?", loss, "Stop"); force = "?force=true") {
+    tell("swarmui", {});
+    const failed = await post(`swarmui/stop${force}`);
+    if (failed.status !== 409 || force) return tell("swarmui", failed);
+    loss = `${failed.error}\nStop it all the same?`;
+  }
+}
+
+async function acknowledge(asked) {
+  const [{ type, episodeNumber: episode }] = asked;
+  const what = asked.length > 1 ? `all ${asked.length} notifications` : `${type} of episode ${episode}`;
+  if (!await confirm(`Acknowledge ${what}?`, "Who has not seen it will not see it any more.", "Acknowledge")) return;
+  tell("notifications", {});
+  for (const { id } of asked) {
+    const failed = await post(`notifications/${encodeURIComponent(id)}/ack`);
+    if (failed.error) return tell("notifications", failed);
+    if (data.notifications) EVENTS.acknowledged({ id });
+    render();
+  }
+}
+
+// The token: in the link, then kept for the tab or for the device -------------------------------------
+function keep(given, isForDevice) {
+  token = given;
+  for (const [store, isWanted] of [[sessionStorage, !isForDevice], [localStorage, isForDevice]]) {
+    token && isWanted ? store.setItem(KEY, token) : store.removeItem(KEY);
+  }
+  for (const box of $$(".remember")) box.checked = isForDevice;
+}
+
+function begin() {
+  disconnect(), lostSince = null, render();
+  if (token && !document.hidden) connect();
+}
+
+function askForToken(why) {
+  if ($("dialog").open) $("dialog").close();
+  keep("", false), data = {}, addLines([]), begin();
+  $("#entry [role=alert]").textContent = why;
+  $("#token").focus();
+}
+
+function takeFromLink() {
+  const found = /^#token=([!-~]+)$/.exec(location.hash);
+  if (!found) return false;
+  history.replaceState(null, "", location.pathname + location.search);
+  keep(found[1], localStorage.getItem(KEY) !== null);
+  return true;
+}
+
+$("#entry").onsubmit = (event) => {
+  event.preventDefault();
+  const given = $("#token").value.trim(), isDevices = $("#entry .remember").checked;
+  $("#token").value = $("#entry [role=alert]").textContent = "";
+  if (!/^[!-~]+$/.test(given)) return askForToken("A token has no spaces, and ASCII characters alone.");
+  keep(given, isDevices), begin();
+};
+for (const box of $$("section .remember")) box.onchange = () => keep(token, box.checked);
+
+document.onvisibilitychange = () => {  // six open streams would use up a browser's connections to this host
+  clearTimeout(rest);
+  if (document.hidden) rest = setTimeout(disconnect, REST);
+  else if (token && !isOpen) begin();
+};
+addEventListener("hashchange", () => takeFromLink() && begin());
+addEventListener("storage", ({ key, newValue }) => key === KEY && newValue === null && askForToken(""));
+addEventListener("pagehide", disconnect);
+addEventListener("pageshow", ({ persisted }) => persisted && begin());
+
+const kept = localStorage.getItem(KEY);
+if (!takeFromLink()) keep(sessionStorage.getItem(KEY) ?? kept ?? "", kept !== null);
+begin();
+setInterval(render, 1000), setInterval(followLog, 2000);
+</script>
+</body>
+</html>
+"""
+
+
+@functools.cache
+def page_headers(page: str = PAGE) -> dict[str, str]:
+    """Nothing is loaded but the page's own style and script, known by their SHA-256, and nobody frames it."""
+
+    def digest_of_text(tag: str) -> str:
+        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+
+    policy = [f"{name} 'none'" for name in ("default-src", "base-uri", "form-action", "frame-ancestors")]
+    policy += ["connect-src 'self'", "img-src data:"]
+    policy += [f"{tag}-src 'sha256-{digest_of_text(tag)}'" for tag in ("script", "style")]
+    return {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": "; ".join(policy)}
+
+
+def page(services: Services, request: Request) -> Response:
+    return Response(PAGE.encode(), 200, page_headers())
+
+
+_HTML = {**_TEXT, "contentMediaType": "text/html"}
+ROUTES += (Route("GET", "/", page, "open", "A page to look at.", {200: _HTML}),)
+
+
+# ======================================================================================================
 # Server: settings and sockets
 # ======================================================================================================
 
-CONNECTIONS = min(450, descriptor_limit() - 100)  # below what `select` on Windows takes, files and Redis beside them
+CONNECTIONS = LISTENERS + 100  # 450: below what `select` on Windows takes, files and Redis beside them
 KEEPALIVE_TIMEOUT = 120.0  # seconds that a connection may be idle
 REQUEST_TIMEOUT = 60.0  # seconds in which at least something of a request or a response must move,
 SLOWEST_CLIENT = 1024  # and on average so many bytes a second
@@ -5450,6 +6735,26 @@ WAITRESS: Mapping[str, Any] = {
     "ident": None,  # no Server header
     "clear_untrusted_proxy_headers": False,  # a request that a proxy marks as forwarded is never trusted: see them
     "log_socket_errors": False,  # a client that leaves is no error
+}
+
+# waitress documents a thread for each request. Here its event loop alone touches a channel (a connection), by these,
+# in the section below waitress's documentation:
+WAITRESS_NAMES = {
+    "server.create_server server.BaseWSGIServer.add_task": "puts listeners into map=, calls _dispatcher='s add_task()",
+    "server.BaseWSGIServer.channel_class channel.HTTPChannel.parser_class": "make a new connection and its parser",
+    "channel.HTTPChannel.received": "parses bytes into `request`, then `requests`, and calls add_task() for the first",
+    "channel.HTTPChannel.readable channel.HTTPChannel.will_close": "whether the loop reads; whether it closes instead",
+    "channel.HTTPChannel.write_soon": "sends, or adds to the output buffer; blocks while that is over its limit",
+    "channel.HTTPChannel.send": "sends what the system takes, and returns how much; closes the channel of who left",
+    "channel.HTTPChannel.total_outbufs_len channel.HTTPChannel.close_when_flushed": "bytes to be sent; what follows",
+    "channel.HTTPChannel.current_outbuf_count": "at the limit, the next response gets a buffer of its own",
+    "channel.HTTPChannel.handle_write channel.HTTPChannel.handle_close": "sends output; also when the client leaves",
+    "channel.HTTPChannel.send_continue": "answers an Expect: 100-continue that came behind another request",
+    "parser.HTTPRequestParser.parse_header parser.HTTPRequestParser.error": "ParsingError; code, reason, body of it",
+    "parser.RequestHeaderFieldsTooLarge": "such an error",
+    "task.WSGITask.get_environment task.WSGITask.build_response_header": "what WSGI gives, with Date and Connection",
+    "task.WSGITask.chunked_response": "whether that header says so, of a response without content_length",
+    "wasyncore.loop wasyncore.close_all trigger.trigger.pull_trigger": "a turn over the map, its end; wakes the loop",
 }
 
 
@@ -5531,23 +6836,6 @@ def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
 # Server: below waitress's documentation
 # ======================================================================================================
 
-# waitress documents a thread for each request. Here its event loop alone touches a channel (a connection), by these:
-WAITRESS_NAMES = {
-    "server.create_server server.BaseWSGIServer.add_task": "puts listeners into map=, calls _dispatcher='s add_task()",
-    "server.BaseWSGIServer.channel_class channel.HTTPChannel.parser_class": "make a new connection and its parser",
-    "channel.HTTPChannel.received": "parses bytes into `request`, then `requests`, and calls add_task() for the first",
-    "channel.HTTPChannel.readable channel.HTTPChannel.will_close": "whether the loop reads; whether it closes instead",
-    "channel.HTTPChannel.write_soon": "sends, or adds to the output buffer; blocks while that is over its limit",
-    "channel.HTTPChannel.total_outbufs_len channel.HTTPChannel.close_when_flushed": "bytes to be sent; what follows",
-    "channel.HTTPChannel.current_outbuf_count": "at the limit, the next response gets a buffer of its own",
-    "channel.HTTPChannel.handle_write channel.HTTPChannel.handle_close": "sends output; also when the client leaves",
-    "channel.HTTPChannel.send_continue": "answers an Expect: 100-continue that came behind another request",
-    "parser.HTTPRequestParser.parse_header parser.HTTPRequestParser.error": "ParsingError; code, reason, body of it",
-    "parser.RequestHeaderFieldsTooLarge": "such an error",
-    "task.WSGITask.get_environment task.WSGITask.build_response_header": "what WSGI gives, with Date and Connection",
-    "wasyncore.loop wasyncore.close_all trigger.trigger.pull_trigger": "a turn over the map, its end; wakes the loop",
-}
-
 
 class Channel(waitress.channel.HTTPChannel):
     class parser_class(waitress.parser.HTTPRequestParser):
@@ -5562,19 +6850,20 @@ class Channel(waitress.channel.HTTPChannel):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.exchange: Exchange | None = None  # of the first of `requests`
+        self.stream: Stream | None = None  # of the response that is being sent
         self.activity = Activity(time.monotonic())
 
     def received(self, data: bytes) -> bool:
         if self.request is None:
             self.activity.begun = time.monotonic()
         self.activity.moved(len(data))
-        return bool(super().received(data))
+        return self.stream is None and bool(super().received(data))
 
     def readable(self) -> bool:
         """As waitress's, in half its time; also where a client's leaving is to be noticed, so nothing is kept of it."""
         if self.requests:
             return len(self.requests) == 1 and self.exchange is not None and self.exchange.is_cancellable
-        return not (self.total_outbufs_len or self.close_when_flushed or self.will_close)
+        return bool(self.stream) or not (self.total_outbufs_len or self.close_when_flushed or self.will_close)
 
     def service(self) -> None:
         """Begin with the first of `requests`, once the response before is sent: so write_soon never blocks."""
@@ -5592,10 +6881,12 @@ class Channel(waitress.channel.HTTPChannel):
 
     def _finish(self, task: Any, method: str, response: Response) -> None:
         self.exchange = None
+        response = response if self.connected and method != "HEAD" else response.whole()
         if not self.connected:
             task.request.close()
             return
-        task.status, task.content_length = f"{response.status} {HTTPStatus(response.status).phrase}", len(response.body)
+        task.status = f"{response.status} {HTTPStatus(response.status).phrase}"
+        task.content_length = None if response.stream else len(response.body)
         task.response_headers += response.headers.items()
         if task.request.error:
             task.set_close_on_finish()
@@ -5605,10 +6896,28 @@ class Channel(waitress.channel.HTTPChannel):
         self.current_outbuf_count = self.adj.outbuf_high_watermark
         self.activity.responded()
         self.requests.pop(0).close()
-        self.close_when_flushed = task.close_on_finish
+        self.close_when_flushed = task.close_on_finish and not response.stream
         if self.request and self.request.expect_continue and self.request.headers_finished and not self.requests:
             self.send_continue()
+        if response.stream:
+            self.stream = response.stream
+            del self.requests[:]  # what was sent after it gets no response
+            more = functools.partial(self.server.task_dispatcher.call_soon, self, self.send_parts)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, Stream.SEND_BUFFER)
+            self.stream.open(more, is_chunked=task.chunked_response)
         self.handle_write()
+
+    def send_parts(self) -> None:
+        if self.stream and self.connected:
+            part, self.close_when_flushed = self.stream.take()
+            if part and not self.total_outbufs_len:  # by a buffer it takes twice as long
+                self.activity.moved(sent := self.send(part))
+                part = part[sent:]
+            if self.connected and (part or self.close_when_flushed):
+                self.will_close = bool(self.total_outbufs_len) and self.total_outbufs_len + len(part) > Stream.LIMIT
+                self.write_soon(part)
+                self.current_outbuf_count = self.adj.outbuf_high_watermark
+                self.handle_write()
 
     def handle_write(self) -> None:
         unsent = self.total_outbufs_len
@@ -5619,6 +6928,8 @@ class Channel(waitress.channel.HTTPChannel):
 
     def handle_close(self) -> None:
         super().handle_close()
+        if self.stream:
+            self.stream.close()
         if self.exchange and not self.exchange.cancel():
             self.requests[:1] = []  # it is carried out, and _finish() closes it
         while self.requests:
@@ -5627,7 +6938,7 @@ class Channel(waitress.channel.HTTPChannel):
     def state(self) -> tuple[bool, bool]:
         """Whether its client is owed a response, or the rest of one; whether bytes are expected to come or to go."""
         unsent = self.total_outbufs_len
-        return bool(self.requests or unsent), bool(unsent or (self.request and not self.requests))
+        return bool(self.requests or unsent or self.stream), bool(unsent or (self.request and not self.requests))
 
 
 class Dispatcher:
@@ -5704,6 +7015,10 @@ class Server:
         for _ in range(100):  # requests that were sent before may still be in the backlog
             self._turn(0.0)
         self._dispatcher.stop_listening()
+        for channel in self._channels():
+            if channel.stream:
+                channel.stream.close()
+        self._turn(0.0)
         self._on_stop(sum(any(one.state()) for one in self._channels()))
         deadline = time.monotonic() + self._grace
         while time.monotonic() < deadline and any(any(one.state()) for one in self._channels()):
@@ -5723,7 +7038,7 @@ class Server:
                 except Exception:
                     log.exception("server: a request failed")
                     channel.handle_close()
-                due += bool(channel.exchange) - (function != channel.service)
+                due += bool(channel.exchange) - (function not in (channel.service, channel.send_parts))
                 left = until - time.monotonic()
         self._dispatcher.is_awake = False
 
@@ -5786,6 +7101,39 @@ def url_of(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+def page_links(host: str, port: int, api_token: str) -> Iterator[str]:
+    """Where a browser finds the page, with its token. 0.0.0.0 and :: are all addresses of this PC."""
+    end, is_all, found = f"/#token={page_token(api_token)}", host in ("0.0.0.0", "::"), list[str]()
+    yield url_of("localhost" if is_all else host, port) + end
+    family, far = (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")
+    if is_all:
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((far, 9))  # sends nothing, and tells the address that others reach
+            found.append(probe.getsockname()[0])
+        with contextlib.suppress(OSError):
+            found += [str(row[4][0]) for row in socket.getaddrinfo(socket.gethostname(), None, family)]
+    for one in dict.fromkeys(found):
+        if not is_loopback(one) and "%" not in one:  # with it, an address is good on this PC alone
+            yield url_of(one, port) + end
+
+
+def print_links(settings: Settings) -> int:
+    """Print the page's link for each address, of the service that runs or will. Raises StartError."""
+    prepare_data_dir(settings, serves=False)
+    host, port, path = settings.host, settings.port, settings.data_dir / "running"
+    with contextlib.suppress(OSError, ValueError):
+        if path.exists():
+            if file := lock_file(path):
+                file.close()
+            else:
+                found = urllib.parse.urlsplit(path.read_text(encoding="utf-8").strip())
+                host, port = found.hostname or host, found.port or port
+    if not port:
+        raise StartError("STORYTELLER_PORT is 0, so the port is picked at the start: start the service first.")
+    print(*page_links(host, port, own_token(settings)), sep="\n")
+    return 0
+
+
 def check(arguments: Mapping[str, Any]) -> int:
     """Print a line for each check. The exit code is 1 when one FAILs."""
     failed = False
@@ -5796,10 +7144,10 @@ def check(arguments: Mapping[str, Any]) -> int:
 
 
 STORYARTS_REDIS = "redis://127.0.0.1:6379/0"  # the one that StoryArt's own server uses by default
-Check = tuple[str, str, str]  # OK, WARN or FAIL; the subject; what was found, and what to do
+Finding = tuple[str, str, str]  # OK, WARN or FAIL; the subject; what was found, and what to do
 
 
-def run_checks(arguments: Mapping[str, Any]) -> Iterator[Check]:
+def run_checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
     try:
         settings = command_settings(arguments)
     except StartError as error:
@@ -5832,7 +7180,7 @@ def missed_sessions(settings: Settings) -> str | None:
     return None
 
 
-def check_storyart(settings: Settings) -> Iterator[Check]:
+def check_storyart(settings: Settings) -> Iterator[Finding]:
     """Whether StoryArt's own server has another store."""
     if missed := missed_sessions(settings):
         yield "WARN", "StoryArt", missed
@@ -5840,7 +7188,7 @@ def check_storyart(settings: Settings) -> Iterator[Check]:
         yield "WARN", "StoryArt", "its own server always uses database 0: name that one in REDIS_URL"
 
 
-def check_pages(settings: Settings) -> Iterator[Check]:
+def check_pages(settings: Settings) -> Iterator[Finding]:
     """Whether the right pages can call this service, and see SwarmUI."""
     for origin in refused_origins(settings):
         yield "WARN", "pages", f"{origin} sent no token and is not trusted: {TRUST_ADVICE}"
@@ -5852,7 +7200,7 @@ def check_pages(settings: Settings) -> Iterator[Check]:
         yield "WARN", "SwarmUI's pages", f"{pages[0]} cannot see SwarmUI as installed: set SWARMUI_ALLOW_ORIGIN to it"
 
 
-def check_store(settings: Settings) -> Check:
+def check_store(settings: Settings) -> Finding:
     try:
         prepare_data_dir(settings)
         if token_path(settings).exists():
@@ -5867,7 +7215,7 @@ def check_store(settings: Settings) -> Check:
         return "FAIL", "store", f"{str(error).rstrip('.')}: {error.advice or 'try again'}."
 
 
-def check_swarmui_path(settings: Settings) -> Check:
+def check_swarmui_path(settings: Settings) -> Finding:
     try:
         return "OK", "SWARMUI_PATH", str(find_swarmui(settings))
     except LaunchError as error:
@@ -5875,7 +7223,7 @@ def check_swarmui_path(settings: Settings) -> Check:
         return "FAIL" if wrong else "WARN", "SWARMUI_PATH", str(error)
 
 
-def check_port(settings: Settings, status: GpuStatus) -> Iterator[Check]:
+def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
     """Whether the port is free, or this service has it; and whether that service finds other GPUs than `status`."""
     try:
         for one in open_sockets(settings.host, settings.port):
@@ -5949,6 +7297,7 @@ def serve(settings: Settings) -> int:
         def on_stop(requests: int) -> None:
             waits = f": waiting for {requests} request{'s' * (requests > 1)}; Ctrl+C again ends it at once"
             say(f"Stopping{waits * (requests > 0)}.")
+            services.live.close()
             swarmui.close()
             reservations.close()
 
@@ -5966,6 +7315,7 @@ def serve(settings: Settings) -> int:
         running.truncate(0)
         print(url_of(settings.host, port), file=running, flush=True)
         greet(settings, store, port, token_place)
+        services.live.addresses = [url_of(*one.getsockname()[:2]) for one in sockets]
         services.start()
         if settings.autostart:
             swarmui.start()  # its outcome is in the log
@@ -5979,7 +7329,8 @@ def serve(settings: Settings) -> int:
 
 
 def greet(settings: Settings, store: Store, port: int, token_place: str) -> None:
-    """Print what a person at the console needs, but never the token."""
+    """Print what a person at the console needs. Never the API token; the page's link where nothing but a terminal gets
+    it, and the log never."""
     name_window(f"StoryTeller automation, port {port}")
     level, _, program = check_swarmui_path(settings)
     nvidia_smi, advice = find_nvidia_smi(settings)
@@ -5992,8 +7343,11 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
         "log": str(settings.data_dir / "storyteller.log"),
     }
     say("StoryTeller automation service. Ctrl+C stops it.")
+    link = next(page_links(settings.host, port, settings.api_token or ""))
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
     for name, text in rows.items():
-        say(f"  {name:<11} {text}")
+        shown = link if name == "address" and is_terminal else text
+        say(f"  {name:<11} {shown}", f"{name} {text}")
     for text in doubtful_settings(os.environ):
         log.warning("settings: %s", text)
     places = [settings.data_dir / name for name in ("..", "", *DATA_FILES)]
@@ -6013,7 +7367,7 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
 # Command line: arguments
 # ======================================================================================================
 
-COMMANDS = ("serve", "check", "token")
+COMMANDS = ("serve", "check", "page", "token")
 
 
 def read_command(text: str) -> str:
@@ -6037,7 +7391,9 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=f"settings, from the environment or a .env file beside this module:\n{table}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = "serve (by default), check, token; of run.sh and run.bat also test, which runs the tests"
+    commands = (
+        "serve (by default), check, page (its link), token; of run.sh and run.bat also test, which runs the tests"
+    )
     parser.add_argument("command", nargs="?", type=read_command, default="serve", help=commands)
     parser.add_argument("--version", action="version", version=f"StoryTeller automation {__version__}")
     parser.add_argument("--host", help="overrides STORYTELLER_HOST")
@@ -6121,7 +7477,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             os._exit(code)  # Python's own end would wait for a console that takes no output
     try:
-        return check(given) if given["command"] == "check" else token_command(command_settings(given), given)
+        if given["command"] == "check":
+            return check(given)
+        settings = command_settings(given)
+        return print_links(settings) if given["command"] == "page" else token_command(settings, given)
     except (StartError, Unavailable) as error:
         print(error, file=sys.stderr)
         return 2

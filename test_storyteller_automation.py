@@ -6,11 +6,13 @@ real: a redis-server, SQLite files, sockets, child processes, the service itself
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ctypes
 import dataclasses
 import email.utils
 import functools
+import hashlib
 import http.client
 import http.server
 import importlib
@@ -32,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import urllib.request
 import weakref
 import zipfile
@@ -5100,7 +5103,9 @@ ENDPOINTS = [
     ("GET", "/api/v1/swarmui/status", {}),
     ("GET", "/api/v1/swarmui/logs", {}),
     ("GET", "/api/v1/notifications/check", {}),
+    ("GET", "/api/v1/events", {}),
     ("POST", "/api/v1/notifications", {}),
+    ("POST", "/api/v1/notifications/ack", {"success": False}),
     ("POST", "/api/v1/notifications/notif_1/ack", {"success": False}),
     ("GET", "/api/v1/session/1738195200000/prompts-status", {"promptsReady": False}),
     ("POST", "/api/v1/session/save", {"success": False}),
@@ -5199,10 +5204,10 @@ def test_health_tells_that_the_store_is_away(dead_app):
 
 @pytest.mark.parametrize(
     ("method", "path", "shape"),
-    [one for one in ENDPOINTS if not re.search("gpu|swarmui|auth", one[1])],
+    [one for one in ENDPOINTS if not re.search("gpu|swarmui|auth|events", one[1])],
 )
 def test_while_the_store_is_away_calls_that_need_it_are_503_in_their_own_shape(dead_app, method, path, shape):
-    bodies = {"/api/v1/notifications": {**NOTIFICATION, "totalPrompts": 1}}
+    bodies = {"/api/v1/notifications": {**NOTIFICATION, "totalPrompts": 1}, "/api/v1/notifications/ack": {"ids": ["x"]}}
     body = json.dumps(bodies.get(path, SESSION)).encode()
     answer = dead_app.request(path, method=method, body=body, content_type="application/json", status=503)
     assert answer.json == {**shape, "error": answer.json["error"]}
@@ -6217,6 +6222,8 @@ def test_real_answers_fit_what_their_routes_declare(recorded):
     for path in ("notifications/check?type=all", "session/latest", "session/list", "session/1738195200000"):
         recorded("GET", f"/api/v1/{path}")
     recorded("POST", f"/api/v1/notifications/{made['id']}/ack")
+    recorded("GET", "/api/v1/notifications/check?type=all&batch=true")
+    recorded("POST", "/api/v1/notifications/ack", {"ids": [made["id"], "x"]})
     recorded("GET", "/api/v1/session/x/prompts-status")
     held = recorded("POST", RESERVATION, {"holder": "a", "ttlSeconds": 60})["reservationId"]
     recorded("POST", RESERVATION, {"holder": "b", "ttlSeconds": 60})
@@ -8187,6 +8194,497 @@ def test_what_the_server_rests_on_below_waitresss_documentation_is_there():
     assert {"map", "_dispatcher"} <= set(create), next(iter(service.WAITRESS_NAMES.values()))
     channel = service.waitress.channel.HTTPChannel
     assert (channel.request, channel.total_outbufs_len, channel.close_when_flushed) == (None, 0, False)
+
+
+# ======================================================================================================
+# Live
+# ======================================================================================================
+
+EVENTS, CHECK = "/api/v1/events", "/api/v1/notifications/check"
+MADE = {**NOTIFICATION, "totalPrompts": 1}
+
+
+class Listening:
+    """A client of the event stream."""
+
+    def __init__(self, port: int, query: str = "", last: str = "", token: str = TOKEN) -> None:
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        headers = {"Authorization": f"Bearer {token}", **({"Last-Event-ID": last} if last else {})}
+        self.connection.request("GET", EVENTS + query, headers=headers)
+        self.response = self.connection.getresponse()
+        self.status, self.last = self.response.status, last
+
+    def next_block(self) -> dict[str, str]:
+        """The fields of the next event or comment; none at the end."""
+        found: dict[str, str] = {}
+        while line := self.response.readline().decode().rstrip("\n"):
+            name, _, value = line.partition(": ")
+            found[name] = value
+        self.last = found.get("id", self.last)
+        return found
+
+    def next(self, *types: str) -> Any:
+        """The data of the next event of one of these types, of any if none is given; None at the end."""
+        while found := self.next_block():
+            if "event" in found and (not types or found["event"] in types):
+                return json.loads(found["data"])
+        return None
+
+    def types(self, count: int) -> list[str]:
+        return [self.next_block()["event"] for _ in range(count)]
+
+    def close(self) -> None:
+        self.response.close()
+        self.connection.close()
+
+
+@pytest.fixture
+def listen() -> Iterator[Callable[..., Listening]]:
+    with contextlib.ExitStack() as stack:
+
+        def make(polled: Any, *arguments: Any, **named: Any) -> Listening:
+            return stack.enter_context(contextlib.closing(Listening(polled.port, *arguments, **named)))
+
+        yield make
+
+
+@pytest.fixture
+def quick_looks(monkeypatch) -> None:
+    monkeypatch.setattr(service.Live, "INTERVAL", 0.02)
+
+
+def make_one(polled: Polled, session: int = T, **fields: Any) -> Any:
+    status, _, made = polled.ask("POST", "/api/v1/notifications", {**MADE, "sessionTimestamp": session, **fields})
+    assert status == 201
+    return made
+
+
+def listeners(polled: Polled) -> int:
+    return sum(not one.stream.is_closed for one in polled.services.live._listeners)
+
+
+def test_the_state_comes_first_and_then_what_changes(polled, listen):
+    before = make_one(polled, T)
+    polled.ask("PUT", f"/api/v1/session/{T}", with_beats(OPEN, promptMode="storyart"))
+    heard = listen(polled)
+    assert (heard.status, heard.response.headers["Content-Type"]) == (200, "text/event-stream")
+    state = heard.next()
+    parts = ["gpu", "gpuHistory", "reservation", "swarmui", "notifications", "sessions", "alerts", "service"]
+    assert list(state) == parts
+    assert (state["notifications"], [one["step"] for one in state["sessions"]]) == ([before], ["beats_ready"])
+    assert list(state["service"]) == ["version", "store", "storeUp", "startedAt", "addresses", "now"]
+    assert (state["service"]["store"], state["service"]["storeUp"]) == (polled.services.store.name, True)
+    assert [state["swarmui"].keys(), state["gpu"].keys()] == [
+        polled.ask("GET", "/api/v1/swarmui/status")[2].keys(),
+        {**polled.ask("GET", "/api/v1/gpu/status")[2], "at": 0}.keys(),
+    ]
+    made = make_one(polled, T + 1)
+    assert heard.next("notification") == made
+    polled.ask("POST", f"/api/v1/notifications/{made['id']}/ack")
+    assert heard.next("acknowledged") == {"id": made["id"], "type": PROMPTS, "sessionTimestamp": T + 1}
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_a_sessions_steps_are_told_once_each_and_in_order(polled, listen):
+    heard = listen(polled, "?types=session")
+    assert list(heard.next()) == ["sessions", "service"]
+    told = []
+    for document in (SESSION, with_beats(OPEN, OPEN), with_beats(DONE, OPEN), with_beats(DONE, DONE)):
+        polled.ask("PUT", f"/api/v1/session/{T}", document)
+        told.append(heard.next())
+    for id in polled.check("?type=all"):
+        polled.ask("POST", f"/api/v1/notifications/{id}/ack")
+    told.append(heard.next())
+    assert [one["step"] for one in told] == ["saved", "beats_ready", "prompts", "ready", "acknowledged"]
+    assert [(one["totalPrompts"], one["promptsNeeded"]) for one in told] == [(0, 0), (0, 2), (1, 2), (2, 2), (2, 2)]
+    assert list(told[0]) == [
+        "sessionTimestamp", "step", "totalBeats", "totalPrompts", "promptsNeeded", "title", "episodeNumber",
+        "storyUuid", "lastUpdated",
+    ]  # fmt: skip
+    polled.ask("PUT", f"/api/v1/session/{T + 1}", SESSION)
+    assert heard.next()["sessionTimestamp"] == T + 1
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_what_another_instance_does_is_told(polled, twin, listen):
+    heard = listen(polled, "?types=notification,acknowledged,session")
+    heard.next()
+    id = json.loads(add(twin, draft())[0])["id"]
+    assert heard.next("notification")["id"] == id
+    assert result_of_ack(twin, id)
+    assert heard.next("acknowledged")["id"] == id
+    twin.save(T, json.dumps(with_beats(OPEN)).encode(), None)
+    assert heard.next("session")["step"] == "beats_ready"
+
+
+def result_of_ack(store: service.Store, id: str) -> bool:
+    return service.Notifications(store).acknowledge(id)
+
+
+@pytest.mark.usefixtures("quick_looks")
+@pytest.mark.parametrize("score", [T, service.now_ms() // 1000, service.now_ms() + 3_000])
+def test_what_another_program_plants_is_told_whatever_its_score(
+    poll_service, redis_store, other_program, score, listen
+):
+    polled = poll_service(redis_store)
+    redis_store._clock = lambda: T if score == T else service.now_ms()
+    heard = listen(polled, "?types=notification,acknowledged")
+    heard.next()
+    for number in range(2):
+        member = json.dumps({"id": f"x-{number}", "type": PROMPTS, "sessionTimestamp": T, "totalPrompts": 3})
+        other_program.zadd("notifications:pending", {member: score - number, b"no JSON": score})
+        assert heard.next("notification")["id"] == f"x-{number}"
+    other_program.zrem("notifications:pending", member)
+    assert heard.next()["id"] == "x-1"
+    other_program.set("notifications:ack:x-0", "1")
+    assert heard.next() == {"id": "x-0", "type": PROMPTS, "sessionTimestamp": T}
+    other_program.delete("notifications:pending")
+    made = make_one(polled, T + 5)
+    assert heard.next() == made  # its end was told
+
+
+@pytest.mark.slow
+def test_however_many_are_pending_one_more_is_told_at_once(poll_service, redis_store, other_program, listen):
+    for part in range(50):
+        members = [json.dumps({"id": f"x-{part}-{n}", "type": PROMPTS, "sessionTimestamp": T, "totalPrompts": 3})
+                   for n in range(1000)]  # fmt: skip
+        other_program.zadd("notifications:pending", dict.fromkeys(members, service.now_ms() - 1000))
+    polled = poll_service(redis_store)
+    heard = listen(polled, "?types=notification,acknowledged")
+    assert len(heard.next()["notifications"]) == 100
+    took = []
+    for number in range(20):
+        began = time.monotonic()
+        made = make_one(polled, T + number)
+        assert heard.next("notification") == made
+        polled.ask("POST", f"/api/v1/notifications/{made['id']}/ack")
+        assert heard.next("acknowledged")["id"] == made["id"]
+        took.append(time.monotonic() - began)
+    assert sorted(took)[10] < 0.2
+
+
+def test_of_many_sessions_only_what_was_changed_is_read_again(polled, listen, monkeypatch):
+    for number in range(60):
+        polled.services.store.save(T + number, json.dumps(SESSION).encode(), None)
+    monkeypatch.setattr(service.Live, "INTERVAL", 0.02)
+    heard = listen(polled, "?types=session")
+    assert [one["sessionTimestamp"] for one in heard.next()["sessions"]] == [T + 59 - number for number in range(50)]
+    store, seen = polled.services.store, []
+    read = store.read_sessions
+    monkeypatch.setattr(store, "read_sessions", lambda given: (seen.extend(given), read(given))[1])
+    polled.ask("PUT", f"/api/v1/session/{T + 1}", SESSION)  # none of the newest
+    for number in (15, 30):
+        polled.ask("PUT", f"/api/v1/session/{T + number}", SESSION)
+        assert heard.next()["sessionTimestamp"] == T + number
+    assert seen == [T + 15, T + 30]
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_a_session_that_another_program_completed_is_announced_though_nobody_polls(
+    poll_service, redis_store, other_program, listen
+):
+    polled = poll_service(redis_store)
+    polled.ask("PUT", f"/api/v1/session/{T}", with_beats(OPEN))
+    heard = listen(polled, "?types=notification,session")
+    heard.next()
+    other_program.set(f"session:{T}", json.dumps(with_beats(DONE)))
+    assert heard.next("notification")["type"] == PROMPTS
+
+
+@pytest.mark.usefixtures("quick_looks")
+@pytest.mark.parametrize("write", [by_its_key, by_latest])
+def test_what_storyswarm_writes_is_told_once_and_announced(
+    poll_service, redis_url, other_program, storyart, listen, write
+):
+    with contextlib.closing(service.BridgedStore(redis_url)) as bridged_store:
+        polled = poll_service(bridged_store)
+        polled.services.bridge._look()
+        storyart.save(story("w", None, None))
+        heard = listen(polled, "?types=session,notification")
+        assert [one["step"] for one in heard.next()["sessions"]] == ["beats_ready"]
+        write(None, other_program, story("w", "a cat", "a dog"))
+        assert [heard.next("notification")["type"], heard.next()["step"]] == [PROMPTS, "ready"]
+        polled.services.bridge._look()
+        polled.ask("PUT", f"/api/v1/session/{T + 1}", SESSION)
+        assert heard.next()["sessionTimestamp"] == T + 1
+
+
+def test_a_client_goes_on_after_the_last_event_that_it_has(polled, listen):
+    heard = listen(polled, "?types=notification,acknowledged")
+    heard.next()
+    ids = [make_one(polled, T + number)["id"] for number in range(3)]
+    assert [heard.next()["id"] for _ in range(2)] == ids[:2]
+    last = heard.last
+    heard.close()
+    wait_until(lambda: not listeners(polled))
+    for id in ids:  # meanwhile one is made and acknowledged, too
+        polled.ask("POST", f"/api/v1/notifications/{id}/ack")
+    passing = make_one(polled, T + 9)["id"]
+    polled.ask("POST", f"/api/v1/notifications/{passing}/ack")
+    heard = listen(polled, "?types=notification,acknowledged", last)
+    found = [heard.next_block() for _ in range(6)]
+    told = [(one["event"], json.loads(one["data"])["id"]) for one in found]
+    ends = [("acknowledged", id) for id in ids]
+    assert told == [("notification", ids[2]), *ends, ("notification", passing), ("acknowledged", passing)]
+    assert len({one["id"] for one in found}) == 6
+    again = listen(polled, "?types=notification", heard.last)
+    assert (again.next_block()["id"], again.last) == (heard.last, heard.last)  # a comment: there is nothing new
+
+
+@pytest.mark.parametrize("last", ["nonsense", "0123abcd-1", "{run}-99999", "{run}--1", "{run}-\u0663", "{run}-1"])
+def test_who_cannot_go_on_gets_the_state_again(poll_service, listen, monkeypatch, last):
+    polled = poll_service()
+    heard = listen(polled, "?types=notification")
+    assert "notifications" in heard.next()
+    live = polled.services.live
+    for _ in range(service.Live.KEPT):
+        live.publish("alert", {})
+    last = last.replace("{run}", live._run).encode("utf-8").decode("latin-1")
+    assert "notifications" in listen(polled, "?types=notification", last).next()
+    number = live._number - service.Live.KEPT + 1
+    assert "event" not in listen(polled, "?types=notification", f"{live._run}-{number}").next_block()
+
+
+def test_silence_is_broken_by_a_comment_with_the_newest_id(poll_service, listen, monkeypatch):
+    polled = poll_service()
+    heard = listen(polled, "?types=session")
+    heard.next()
+    make_one(polled)
+    wait_until(lambda: polled.services.live._events)
+    monkeypatch.setattr(service.Live, "SILENCE", 0.0)
+    polled.services.live.look_soon()
+    found = heard.next_block()
+    newest = f"{polled.services.live._run}-{polled.services.live._number}"
+    assert found == {"": newest, "id": newest}
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "word"),
+    [("?types=gpu,nothing", 400, "types"), ("?types=", 400, "types"), ("?types=gpu,", 400, "types"),
+     ("?types=notification,gpu", 403, "gpu:read"), ("?types=session", 403, "sessions:read"), ("", 200, ""),
+     ("?types=notification", 200, "")],
+)  # fmt: skip
+def test_only_what_is_known_and_allowed_may_be_asked_for(make_app, query, status, word):
+    app = make_app()
+    caller = as_caller(app, make_token(app, "events:read", "notifications:read"))
+    answer = caller.get(EVENTS + query, status=status)
+    if status == 200:
+        state = json.loads(answer.text.split("data: ")[1])
+        assert list(state) == ["notifications", *(["alerts"] if not query else []), "service"]
+    else:
+        assert word in answer.json["error"]
+
+
+def test_an_event_is_told_to_those_who_may_see_it(poll_service, listen):
+    polled = poll_service()
+    app = webtest.TestApp(service.create_app(polled.services), extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"})
+    own, other = listen(polled), listen(polled, token=make_token(app, "events:read", "gpu:read"))
+    for heard in (own, other):
+        heard.next("state")
+    live = polled.services.live
+    live.publish("alert", {"kind": "stuck"}, "sessions:read")
+    live.publish("alert", {"kind": "gpu_hot"}, "gpu:read")
+    assert [own.next("alert")["kind"], own.next("alert")["kind"]] == ["stuck", "gpu_hot"]
+    assert other.next("alert")["kind"] == "gpu_hot"
+
+
+@pytest.mark.usefixtures("quick_looks")
+@pytest.mark.parametrize("how", ["revoked", "over"])
+def test_a_token_that_ends_ends_its_events(poll_service, listen, how, monkeypatch):
+    polled = poll_service()
+    app = webtest.TestApp(service.create_app(polled.services), extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"})
+    token = make_token(app, "events:read")
+    heard, stays = listen(polled, token=token), listen(polled)
+    for one in (heard, stays):
+        one.next()
+    if how == "revoked":
+        as_caller(app, token).delete("/api/v1/auth/session")
+    else:
+        monkeypatch.setattr(polled.services.authenticator, "_wall_clock", lambda: service.now_ms() + 10**8)
+    assert heard.next() is None
+    assert stays.next("notification") if make_one(polled) else None
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_swarmui_the_gpu_and_its_reservation_are_told(poll_service, nvidia_smi, listen, monkeypatch):
+    monkeypatch.setattr(service.Live, "GPU_INTERVAL", 0.1)
+    polled = poll_service(nvidia_smi=nvidia_smi(GOOD, {"print": "41\n"}))
+    heard = listen(polled, "?types=gpu,reservation,swarmui")
+    state = heard.next()
+    assert (state["gpu"]["available"], state["reservation"], state["swarmui"]["state"]) == (True, None, "stopped")
+    assert heard.next("gpu")["at"] > state["gpu"]["at"]
+    held = polled.ask("POST", RESERVATION, {"holder": "a", "ttlSeconds": 60})[2]
+    told = heard.next("reservation")
+    assert told == {name: held[name] for name in ("fence", *HOLDER_KEYS)}
+    polled.ask("DELETE", RESERVATION)
+    assert heard.next("reservation") is None
+    monkeypatch.setattr(polled.services.swarmui, "_status", service.SwarmUIStatus(state="failed", error="gone"))
+    assert heard.next("swarmui")["state"] in ("failed", "stopped")
+
+
+def test_a_listener_that_takes_nothing_is_cut_off_and_others_get_everything(poll_service, listen):
+    polled = poll_service()
+    slow = send_request(polled.port, request_of("GET", f"{EVENTS}?types=alert"), 4096)
+    heard = listen(polled, "?types=alert")
+    heard.next()
+    wait_until(lambda: listeners(polled) == 2)
+    sent = 0
+    while listeners(polled) == 2:
+        polled.services.live.publish("alert", {"number": sent, "text": "x" * 10_000})
+        assert heard.next()["number"] == sent
+        sent += 1
+        assert sent < 200  # 2 MB
+    assert sent * 10_000 > service.Stream.LIMIT
+    slow.close()
+
+
+@pytest.mark.parametrize("path", [EVENTS, f"{CHECK}?wait=60"])
+def test_who_left_frees_a_place_and_past_the_limit_others_are_told_when_to_come_back(
+    poll_service, listen, monkeypatch, path
+):
+    monkeypatch.setattr(service, "LISTENERS", 2)
+    polled = poll_service()
+    live = polled.services.live
+    clients = [send_request(polled.port, request_of("GET", path)) for _ in range(2)]
+    wait_until(lambda: listeners(polled) + len(live._waiting) == 2)
+    for refused in (EVENTS, f"{CHECK}?wait=60"):
+        status, headers, _ = polled.ask("GET", refused)
+        assert (status, int(headers["Retry-After"]) >= 1) == (503, True)
+    assert polled.check() == []
+    for client in clients:
+        client.close()
+    wait_until(lambda: listeners(polled) + len(live._waiting) == 0)
+    assert listen(polled).status == 200
+
+
+def test_many_listen_and_wait_without_a_thread_each(polled, listen):
+    heard = [listen(polled, "?types=notification") for _ in range(40)]
+    waits = [send_request(polled.port, request_of("GET", f"{CHECK}?wait=60")) for _ in range(40)]
+    wait_until(lambda: len(polled.services.live._waiting) == 40)
+    assert threading.active_count() < 40
+    made = make_one(polled)
+    for one in heard:
+        assert one.next("notification") == made
+    for client in waits:
+        with client:
+            assert json.loads(answer_of(client)[2])["notifications"] == [made]
+
+
+def test_a_check_waits_until_something_matches(polled):
+    make_one(polled, type=BEATS, totalBeats=1)
+    with send_request(polled.port, request_of("GET", f"{CHECK}?wait=60")) as client:
+        wait_until(lambda: polled.services.live._waiting)
+        make_one(polled, T + 1, type=BEATS, totalBeats=1)
+        made = make_one(polled, T + 1)
+        assert json.loads(answer_of(client)[2])["notifications"] == [made]
+    assert polled.check("?wait=60") == [made["id"]]  # at once
+
+
+def test_a_check_in_vain_is_an_empty_list_once_its_time_is_over(polled):
+    began = time.monotonic()
+    assert polled.check("?wait=1") == []
+    assert time.monotonic() - began >= 1.0
+
+
+def test_what_is_made_while_a_wait_begins_answers_it(polled, twin, monkeypatch):
+    wait = polled.services.live.wait
+
+    def late(*given: Any) -> Any:
+        add(twin, draft())
+        return wait(*given)
+
+    monkeypatch.setattr(polled.services.live, "wait", late)
+    assert len(polled.check("?wait=60")) == 1
+
+
+@pytest.mark.parametrize("value", ["-1", "61", "x", "1.5"])
+def test_a_wait_is_a_whole_number_of_seconds_up_to_60(app, value):
+    assert "wait" in app.get(f"{CHECK}?wait={value}", status=400).json["error"]
+
+
+def test_at_the_end_waits_are_answered_and_events_end(start_service, redis_url):
+    running = start_service(REDIS_URL=redis_url)
+    with contextlib.closing(Listening(running.port)) as heard:
+        assert f"http://127.0.0.1:{running.port}" in heard.next()["service"]["addresses"]
+        with send_request(running.port, request_of("GET", f"{CHECK}?wait=60")) as client:
+            time.sleep(0.3)
+            began = time.monotonic()
+            running.press_ctrl_c()
+            status, _, body = answer_of(client)
+            assert (status, json.loads(body)) == (200, {"notifications": []})
+            while heard.next() is not None:
+                pass
+        assert running.process.wait(PATIENCE) == 0
+        assert time.monotonic() - began < 3
+
+
+def test_while_the_store_is_away_events_go_on_and_the_state_comes_again(poll_service, forwarder, listen, monkeypatch):
+    monkeypatch.setattr(service.Live, "INTERVAL", 0.05)
+    with contextlib.closing(service.RedisStore(forwarder.url)) as store:
+        polled = poll_service(store)
+        made = make_one(polled)
+        forwarder.refuse()
+        forwarder.end_connections()
+        heard = listen(polled, "?types=notification,alert")
+        state = heard.next()
+        assert (state["notifications"], state["service"]["storeUp"]) == ([], False)
+        polled.services.live.publish("alert", {"kind": "store"}, "any")
+        assert heard.next("alert") == {"kind": "store"}
+        forwarder.restore()
+        state = heard.next("state")
+        assert (state["notifications"], state["service"]["storeUp"]) == ([made], True)
+
+
+def test_looks_repeat_no_log_line(poll_service, redis_store, other_program, listen, caplog, monkeypatch):
+    monkeypatch.setattr(service.Live, "INTERVAL", 0.01)
+    other_program.zadd("notifications:pending", {"no JSON": service.now_ms()})
+    other_program.set(f"session:{T}", "no JSON")
+    other_program.zadd("storyteller:sessions", {f"session:{T}": T})
+    polled = poll_service(redis_store)
+    heard = listen(polled)
+    heard.next()
+    for number in range(5):
+        make_one(polled, T + number)
+        heard.next("notification")
+    assert len([one for one in caplog.records if "no JSON" in one.getMessage()]) <= 1
+
+
+def test_many_are_acknowledged_at_once(app, store, plant):
+    foreign = {"id": "a#b", "type": PROMPTS, "sessionTimestamp": T, "totalPrompts": 1}
+    plant(foreign, store._clock())
+    ids = [json.loads(add(store, draft(session=T + number))[0])["id"] for number in range(3)]
+    wanted = [ids[2], "x", ids[0], "\ud83d", ids[2], "a#b", "y" * 200]
+    answer = app.post_json("/api/v1/notifications/ack", {"ids": wanted}).json
+    assert answer == {
+        "success": True, "acknowledged": [ids[2], ids[0], "a#b"], "notFound": ["x", "\ud83d", "y" * 200],
+    }  # fmt: skip
+    assert [one["id"] for one in pending(app)] == [ids[1]]
+    again = app.post_json("/api/v1/notifications/ack", {"ids": ids}).json
+    assert (again["acknowledged"], again["notFound"]) == (ids, [])
+
+
+@pytest.mark.parametrize("ids", [[], ["x"] * 1001, [""], ["x" * 201], [5], "x", None])
+def test_ids_are_1_to_1000_strings(make_app, ids):
+    answer = make_app().post_json("/api/v1/notifications/ack", {"ids": ids}, status=400).json
+    assert (answer["success"], "ids" in answer["error"]) == (False, True)
+
+
+@pytest.mark.parametrize("others", [0, 1200])
+def test_a_batch_has_of_each_type_and_session_the_newest_alone(app, store, plant, clock, others):
+    now = clock()
+    for number, (kind, session) in enumerate([(PROMPTS, 1), (BEATS, 1), (PROMPTS, 2), (PROMPTS, 1), (PROMPTS, 1)]):
+        total = {service.TOTALS[kind]: number}
+        plant({"id": f"x-{number}", "type": kind, "sessionTimestamp": session, **total}, now - 100 + number)
+    for number in range(others):
+        one = {"id": f"y-{number}", "type": PROMPTS, "sessionTimestamp": 1, "totalPrompts": 1}
+        plant(one, now - 50)
+    found = pending(app, "?type=all&batch=true")
+    assert [(one["type"], one["sessionTimestamp"], one["count"]) for one in found] == [
+        (BEATS, 1, 1), (PROMPTS, 2, 1), (PROMPTS, 1, 3 + others),
+    ]  # fmt: skip
+    assert found[-1]["ids"][:3] == ["x-0", "x-3", "x-4"]
+    assert found[-1]["id"] == found[-1]["ids"][-1]
+    assert [one["ids"] for one in pending(app, "?type=all&batch=true&limit=2")] == [["x-1"], ["x-2"]]
 
 
 # ======================================================================================================
@@ -10548,7 +11046,7 @@ def test_help_names_every_setting(run_module):
 
 def test_help_names_the_scripts_every_command_and_each_default(run_module):
     text = run_module("--help").stdout
-    assert not [word for word in ("run.sh", "run.bat", "serve", "check", "token", "test") if word not in text]
+    assert not [word for word in ("run.sh", "run.bat", "serve", "check", "page", "token", "test") if word not in text]
     rows = {line.split()[0]: line for line in text.split("\nsettings, ")[1].splitlines()[1:]}
     assert [name for name, row in rows.items() if "by default" not in row] == []
     shown = {
@@ -10562,7 +11060,7 @@ def test_help_names_the_scripts_every_command_and_each_default(run_module):
 @pytest.mark.parametrize(
     ("command", "advice"),
     [("tset", "did you mean test?"), ("chekc", "did you mean check?"), ("tokne", "did you mean token?"),
-     ("server", "did you mean serve?"), ("x", "serve, check, token, test"), ("test", "run.sh and run.bat")],
+     ("server", "did you mean serve?"), ("x", "serve, check, page, token, test"), ("test", "run.sh and run.bat")],
 )  # fmt: skip
 def test_a_command_that_is_none_is_refused_with_the_nearest(run_module, command, advice):
     done = run_module(command, "-k", "swarmui")
@@ -11911,3 +12409,83 @@ def test_a_time_to_live_is_read_in_its_unit(text, seconds):
 def test_check_warns_of_pages_that_see_too_little_or_too_much(settings, changed, words):
     said = [text for _, _, text in service.check_pages(dataclasses.replace(settings, **changed))]
     assert (words in said[0]) if words else said == []
+
+
+# ======================================================================================================
+# The page; .ci/test_page.py tests it in a browser
+# ======================================================================================================
+
+
+def test_the_page_is_open_and_may_load_nothing_but_its_own_script_and_style(make_app):
+    answer = as_caller(make_app(), None).get("/")
+    assert answer.content_type == "text/html"
+    assert answer.headers["Cache-Control"] == "no-store"
+    policy = dict(one.split(" ", 1) for one in answer.headers["Content-Security-Policy"].split("; "))
+    for tag in ("script", "style"):
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", answer.text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert policy.pop(f"{tag}-src") == f"'sha256-{digest}'"
+    assert policy == {
+        **dict.fromkeys(("default-src", "base-uri", "form-action", "frame-ancestors"), "'none'"),
+        "connect-src": "'self'",
+        "img-src": "data:",
+    }
+    assert len(answer.body) <= 60_000
+
+
+def test_the_pages_token_has_every_permission_but_admin_and_needs_no_store(authenticator, settings, store_away):
+    store_away()
+    token = service.page_token(settings.api_token)
+    known = authenticator.known({"HTTP_AUTHORIZATION": f"Bearer {token}"})
+    assert set(service.PERMISSIONS) - set(known.permissions) == {"admin"}
+    assert service.page_token("another-api-token") != token
+    assert settings.api_token not in token
+
+
+def page_token_of(link: str) -> str:
+    return re.fullmatch(r"http://localhost:[0-9]+/#token=([0-9a-f]{64})", link)[1]
+
+
+def test_the_command_page_prints_the_link_of_the_service_that_runs(start_service, run_module):
+    given = {"STORYTELLER_API_TOKEN": TOKEN}
+    stopped = run_module("page", **given)
+    assert (stopped.returncode, stopped.stdout) == (2, "")
+    assert stopped.stderr.startswith("STORYTELLER_PORT is 0")
+    assert run_module("page", "--port", "5", **given).stdout.startswith("http://localhost:5/#token=")
+    running = start_service()
+    (link,) = run_module("page", **given).stdout.splitlines()
+    assert link.startswith(f"http://localhost:{running.port}/#")
+    bearer = {"Authorization": f"Bearer {page_token_of(link)}"}
+    assert running.call("GET", "/api/v1/auth/session", headers=bearer)[1]["subject"] == "page"
+    assert running.call("POST", "/api/v1/auth/session", {}, headers=bearer)[0] == 403
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_host_of_all_addresses_has_a_link_for_each(host):
+    first, *others = service.page_links(host, 5, TOKEN)
+    assert page_token_of(first) == service.page_token(TOKEN)
+    hosts = [urllib.parse.urlsplit(link).hostname for link in others]
+    assert [one for one in hosts if service.is_loopback(one) or one in ("0.0.0.0", "::")] == []
+
+
+@pytest.mark.skipif(service.WINDOWS, reason="needs a pseudo-terminal")
+def test_a_start_in_a_terminal_prints_the_link_which_no_log_has(module_copy, clean_environment):
+    ours, theirs = os.openpty()
+    environment = {**clean_environment, "STORYTELLER_API_TOKEN": TOKEN, "STORYTELLER_PORT": "0"}
+    process = subprocess.Popen(
+        [sys.executable, str(module_copy)], env=environment, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    printed = ""
+    try:
+        while "  log " not in printed:
+            printed += os.read(ours, 4096).decode()
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+        os.close(ours)
+    (link,) = re.findall("http://localhost:[0-9]+/.*", printed)
+    assert page_token_of(link.strip()) == service.page_token(TOKEN)
+    log = (module_copy.parent / "data" / "storyteller.log").read_text("utf-8")
+    assert "server: address http://localhost:" in log
+    assert "token=" not in log

@@ -852,6 +852,74 @@ def waiting_starts(bench: Bench) -> tuple[Race, float]:
         return found, service.status("Threads") - threads
 
 
+@contextlib.contextmanager
+def listening(service: Server, count: int) -> Iterator[Callable[[bytes], None]]:
+    """So many listeners to events; what is given reads from all of them until each has got that text."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(service.client()) for _ in range(count)]
+        poll, sockets = select.poll(), {}
+        for client in clients:
+            client.begin("GET", f"{API}/events")
+            sockets[client.sock.fileno()] = client.sock
+            poll.register(client.sock, select.POLLIN)
+
+        def read_until(text: bytes) -> None:
+            left, deadline = set(sockets), time.monotonic() + 10
+            while left:
+                if time.monotonic() > deadline:
+                    raise BenchError(f"{len(left)} of {count} listeners did not get {text!r}")
+                left -= {one for one, _ in poll.poll(100) if text in sockets[one].recv(1 << 20)}
+
+        read_until(b"event: state")
+        yield read_until
+
+
+@cache
+def told(bench: Bench, store: str) -> tuple[float, float, float]:
+    """Ms from a create's beginning until the last of 300 listeners has the event, median and p99; MB that they take."""
+    bench.flush()
+    with bench.start(store) as service, service.client() as client:
+        for _ in range(300):
+            client.ask(*CHECK.sample)
+        before, took = service.megabytes(), []
+        with listening(service, 300) as read_until:
+            time.sleep(2)
+            memory = service.megabytes() - before
+            for number in range(20 if bench.quick else 300):
+                body = {**tests.NOTIFICATION, "sessionTimestamp": STAMP + number, "totalPrompts": 1}
+                began = time.perf_counter()
+                made = client.ask("POST", f"{API}/notifications", json.dumps(body).encode())
+                read_until(made["id"].encode())
+                took.append((time.perf_counter() - began) * 1000)
+                client.ask("POST", f"{API}/notifications/{made['id']}/ack")
+                time.sleep(0.02)
+        return statistics.median(took), sorted(took)[int(len(took) * 0.99)], memory
+
+
+def beside_listeners(bench: Bench, store: str) -> Race:
+    """Checks of a service that tells 300 listeners of an event a second, beside those of one without."""
+    bench.flush()
+    with bench.start(store) as service, service.client() as client, listening(service, 300) as read_until:
+        done = threading.Event()
+
+        def tell() -> None:
+            for number in itertools.count():
+                body = {**tests.NOTIFICATION, "sessionTimestamp": STAMP + number, "totalPrompts": 1}
+                made = client.ask("POST", f"{API}/notifications", json.dumps(body).encode())
+                read_until(made["id"].encode())
+                client.ask("POST", f"{API}/notifications/{made['id']}/ack")
+                if done.wait(1):
+                    return
+
+        with concurrent.futures.ThreadPoolExecutor(1) as threads:
+            telling = threads.submit(tell)
+            try:
+                return race_loads(bench, service, bench.service(store), CHECK)
+            finally:
+                done.set()
+                telling.result()
+
+
 def start_time(bench: Bench) -> float:
     """Seconds from the start of the process to its first 200, with an existing data folder."""
     took = []
@@ -951,6 +1019,10 @@ ROWS = (
     Row("check, 400 idle connections", "without them", beside_idle, 0.6),
     Row("check, 400 waiting calls of swarmui/start", "without them", lambda bench: waiting_starts(bench)[0], 0.6),
     Row("threads for 300 more of these", "", lambda bench: waiting_starts(bench)[1], 4, "threads"),
+    *rows("create to the last of 300 listeners, median", "", lambda *which: told(*which)[0], 20, "ms"),
+    *rows("create to the last of 300 listeners, p99", "", lambda *which: told(*which)[1], 100, "ms"),
+    *rows("memory of 300 listeners", "", lambda *which: told(*which)[2], 5, "MB"),
+    *rows("check, 300 listeners, an event a second", "without them", beside_listeners, 0.7),
     Row("process start to the first 200", "", start_time, 0.4, "s", quick=True),
     *rows("memory, idle", "", idle_memory, 50, "MB", quick=STORES),
     Row("memory growth, 50,000th to 200,000th request", "", memory_growth, 5, "MB"),
