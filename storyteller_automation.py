@@ -4594,6 +4594,7 @@ class Observer:
     """Looks at all parts, and has nvidia-smi run as often as somebody needs it."""
 
     WATCHED, UNWATCHED, SCRAPE_LASTS = 5.0, 60.0, 30.0  # seconds between two runs; for which a scrape is a watcher
+    GPU_WAIT = 1.0  # seconds that a scrape waits for nvidia-smi
 
     def __init__(
         self, settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUISupervisor, sessions: Sessions,
@@ -4628,11 +4629,11 @@ class Observer:
         )  # fmt: skip
 
     def scrape(self) -> Situation:
-        """The same for a scrape, which waits up to 1 s for nvidia-smi."""
+        """The same for a scrape, with the GPU's present status if that comes in time."""
         self._scraped_at = self._clock()
         asked = self._gpu.ask()
         if isinstance(asked, Future):
-            concurrent.futures.wait([asked], timeout=1.0)
+            concurrent.futures.wait([asked], timeout=self.GPU_WAIT)
         return self.look(0.0, 0.0, share=0.1)
 
     def watch_gpu(self) -> None:
