@@ -4610,7 +4610,7 @@ class Observer:
         self._scraped_at = -math.inf
         self._run: Future[GpuStatus] | GpuStatus | None = None  # the last one that this started
 
-    def look(self, pending_age: float, waiting_age: float, share: float = 0.003) -> Situation:
+    def look(self, pending_age: float, waiting_age: float, share: float = 0.001) -> Situation:
         """What is known now; ages in seconds and share as for Throttled. It waits for the store."""
         fault, pending, waiting, free = "", None, None, None
         try:
@@ -4724,7 +4724,7 @@ def ended(alert: Alert, now: int) -> Alert:
 def format_of(url: str, given: str | None) -> str:
     """How an alert is shaped for that URL."""
     host = urllib.parse.urlsplit(url).hostname or ""
-    hosts = {"ntfy": r"(.+\.)?ntfy\..+", "discord": r"(.+\.)?discord(app)?\.com", "slack": r"(.+\.)?slack\.com"}
+    hosts = {"ntfy": r"(.+\.)?ntfy(\..+)?", "discord": r"(.+\.)?discord(app)?\.com", "slack": r"(.+\.)?slack\.com"}
     return (given or next((name for name, known in hosts.items() if re.fullmatch(known, host)), "json")).lower()
 
 
@@ -4885,8 +4885,8 @@ Metric = tuple[str, str, str, Mapping[str, "float | None"]]
 
 
 def labels(**given: str) -> str:
-    escaped = {name: re.sub(r'([\\"])', r"\\\1", value).replace("\n", r"\n") for name, value in given.items()}
-    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped.items()) + "}"
+    """No value has a character to escape."""
+    return "{" + ",".join(f'{name}="{value}"' for name, value in given.items()) + "}"
 
 
 def find_metrics(seen: Situation, raised: Iterable[str], counts: RequestCounts, started_at: int) -> tuple[Metric, ...]:

@@ -6393,11 +6393,6 @@ def test_a_step_that_fails_while_it_waits_fails_outside_too():
     assert waits == []
 
 
-def test_labels_are_escaped():
-    written = service.metrics_text([("a", "gauge", "A.", {service.labels(b='c"\\\n'): 1, "{x}": None})])
-    assert written == b'# HELP a A.\n# TYPE a gauge\na{b="c\\"\\\\\\n"} 1\n'
-
-
 # ------------------------------------------------------------------------------------ what is seen ----
 
 
@@ -6704,6 +6699,7 @@ def test_an_alert_is_in_the_metrics_while_it_is_on(make_app, make_services, stor
     [
         ("https://ntfy.sh/topic", None, "ntfy"),
         ("https://ntfy.example.org/topic", None, "ntfy"),
+        ("http://ntfy:8080/topic", None, "ntfy"),
         ("https://discord.com/api/webhooks/1/x", None, "discord"),
         ("https://canary.discord.com/api/webhooks/1/x", None, "discord"),
         ("https://hooks.slack.com/services/x", None, "slack"),
