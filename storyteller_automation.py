@@ -3171,7 +3171,7 @@ class Notifications:
         """All that are not acknowledged, with their times in ms."""
         rows, found = self._store.pending(page=1000), list[tuple[int, Notification]]()
         while batch := list(itertools.islice(rows, 1000)):
-            known = [(int(in_ms(time)), one) for member, time in batch for one in self._read([(member, time)])]
+            known = [(int(time), one) for member, time in batch for one in self._read([(member, time)])]
             marked = self._store.acknowledged([one.id for _, one in known])
             found += [row for row in known if row[1].id not in marked]
         return found
@@ -4608,7 +4608,6 @@ class Observer:
         self._waiting = Throttled(self._find_waiting, clock)
         self._known: dict[int, Waiting] | None = None
         self._scraped_at = -math.inf
-        self._run: Future[GpuStatus] | GpuStatus | None = None  # the last one that this started
 
     def look(self, pending_age: float, waiting_age: float, share: float = 0.001) -> Situation:
         """What is known now; ages in seconds and share as for Throttled. It waits for the store."""
@@ -4636,16 +4635,15 @@ class Observer:
             concurrent.futures.wait([asked], timeout=self.GPU_WAIT)
         return self.look(0.0, 0.0, share=0.1)
 
-    def watch_gpu(self) -> None:
-        """Run nvidia-smi if that is due; nobody waits for it."""
+    def watch_gpu(self) -> Future[GpuStatus] | GpuStatus | None:
+        """Run nvidia-smi if that is due. Those that ask while it runs share the next run, as everywhere."""
         last, now = self._gpu.last, self._clock()
         is_watched = self._is_gpu_watched() or now - self._scraped_at < self.SCRAPE_LASTS
         if last:
             is_watched = is_watched or is_hot(last[0], self._settings) or (last[0].failed and not last[0].is_missing)
             if now - last[1] < (self.WATCHED if is_watched else self.UNWATCHED):
-                return
-        if not isinstance(self._run, Future) or self._run.done():
-            self._run = self._gpu.ask()
+                return None
+        return self._gpu.ask()
 
     def _find_waiting(self) -> list[Waiting]:
         found, now = {}, self.wall()
@@ -5915,10 +5913,10 @@ class Endpoint:
 
     def _scraper(self, route: Route | None, environ: Mapping[str, Any]) -> Caller | None:
         """Who may read the metrics without a token."""
-        is_open = self.services.settings.metrics.lower() == "open"
-        if not is_open or not route or route.permission != "metrics:read" or "HTTP_AUTHORIZATION" in environ:
+        if not route or route.permission != "metrics:read" or "HTTP_AUTHORIZATION" in environ:
             return None
-        return SCRAPER if is_from_this_pc(environ) else None
+        is_open = self.services.settings.metrics.lower() == "open"
+        return SCRAPER if is_open and is_from_this_pc(environ) else None
 
     def _handle(self, route: Route, request: Request, environ: Mapping[str, Any]) -> Steps:
         if route.body:

@@ -6239,7 +6239,7 @@ def scrape(app: webtest.TestApp) -> dict[str, float]:
     return read_metrics(app.get("/metrics").text)
 
 
-def test_metrics_tell_of_gpu_store_sessions_and_notifications(make_app, store, nvidia_smi, plant):
+def test_metrics_tell_of_gpu_store_sessions_and_notifications(make_app, store, nvidia_smi, plant, request):
     app = make_app(store, nvidia_smi=nvidia_smi({"print": "57, 819, 8192, 45, 1\n"}, {"print": "41\n"}))
     assert (app.get("/metrics").content_type, app.get("/metrics").charset) == ("text/plain", "utf-8")
     before = scrape(app)
@@ -6252,8 +6252,10 @@ def test_metrics_tell_of_gpu_store_sessions_and_notifications(make_app, store, n
     app.put_json(f"/api/v1/session/{T + 2}", with_beats(OPEN, promptMode="storyart"))
     app.put_json(f"/api/v1/session/{T + 3}", with_beats())
     old = service.now_ms() - 60_000
-    if store.name == "redis":  # where others write, also times in seconds
-        plant({"id": "a", "type": BEATS, "sessionTimestamp": 1, "totalBeats": 1}, old / 1000)
+    if store.name == "redis":  # where others write, also times in seconds, and acknowledge by a mark alone
+        for id in ("a", "b"):
+            plant({"id": id, "type": BEATS, "sessionTimestamp": 1, "totalBeats": 1}, old / 1000)
+        request.getfixturevalue("other_program").set("notifications:ack:b", 1)
     expected = {
         "nvidia_smi_utilization_gpu_ratio": 0.57, "nvidia_smi_memory_used_bytes": 819 << 20,
         "nvidia_smi_memory_total_bytes": 8192 << 20, "nvidia_smi_temperature_gpu": 45, "storyteller_gpu_up": 1,
@@ -6271,6 +6273,16 @@ def test_metrics_tell_of_gpu_store_sessions_and_notifications(make_app, store, n
     assert abs(after["storyteller_notifications_oldest_timestamp_seconds"] - oldest / 1000) < PATIENCE
     assert sum(value for name, value in after.items() if "swarmui_state" in name) == 1
     assert len([name for name in after if name.startswith("storyteller_alerts{")]) == len(service.ALERTS)
+
+
+def test_metrics_tell_of_swarmui_and_a_start_of_it_is_no_duration_of_a_request(make_app, swarmui_folder, leash):
+    app = make_app(swarmui_path=swarmui_folder(delay=0.3))
+    began = time.monotonic()
+    app.post("/api/v1/swarmui/start")
+    leash.next()
+    took, found = time.monotonic() - began, scrape(app)
+    assert found["storyteller_swarmui_launches_total"] == found['storyteller_swarmui_state{state="ready"}'] == 1
+    assert found["storyteller_http_request_duration_seconds_sum"] < took / 2
 
 
 def test_metrics_tell_of_the_process(make_app):
@@ -6387,10 +6399,11 @@ def test_a_step_that_fails_while_it_waits_fails_outside_too():
     next(timed)
     with pytest.raises(service.Conflict):
         next(timed)
-    timed = service.without_waits(steps(), waits)
+    inner = steps()
+    timed = service.without_waits(inner, waits)
     next(timed)
     timed.close()
-    assert waits == []
+    assert (waits, inner.gi_frame) == ([], None)
 
 
 # ------------------------------------------------------------------------------------ what is seen ----
@@ -6417,9 +6430,9 @@ class Seen:
         before = self.runs
         for _ in range(seconds):
             self.clock.now += 1.0
-            self.observer.watch_gpu()
-            if isinstance(self.observer._run, Future):
-                self.observer._run.result(PATIENCE)
+            asked = self.observer.watch_gpu()
+            if isinstance(asked, Future):
+                asked.result(PATIENCE)
         return self.runs - before
 
 
@@ -6448,20 +6461,6 @@ def test_nvidia_smi_runs_once_a_minute_and_every_5_seconds_while_that_matters(se
         assert seen.runs_in(60) == 1
 
 
-def test_nobody_waits_for_nvidia_smi_and_it_does_not_run_twice_at_once(seen, monkeypatch):
-    runs = Runs()
-    seen._query = runs
-    monitor = service.GpuMonitor(runs, 0.0, seen.clock)
-    monkeypatch.setattr(seen.observer, "_gpu", monitor)
-    for _ in range(200):
-        seen.clock.now += 1.0
-        seen.observer.watch_gpu()
-    assert runs.began.acquire(timeout=PATIENCE)
-    runs.end.release()
-    monitor.close()
-    assert runs.count == 1
-
-
 def test_the_gpus_history_has_a_status_of_each_5_seconds_of_the_last_15_minutes(make_monitor, monkeypatch):
     wall, taken = Clock(T), iter(range(10_000))
     monkeypatch.setattr(service, "now_ms", wall)
@@ -6470,7 +6469,7 @@ def test_the_gpus_history_has_a_status_of_each_5_seconds_of_the_last_15_minutes(
         status_of(monitor)
         wall.now += 2500
     found = monitor.history(wall.now)
-    assert len(found) == 180
+    assert len(found) == len(monitor._history) == 180
     assert [at for at, _ in found] == sorted({at for at, _ in found})
     assert (found[-1][1].utilization, found[0][0] > wall.now - 900_000) == (999, True)
     wall.now += 600_000
