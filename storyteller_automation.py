@@ -4635,15 +4635,16 @@ class Observer:
             concurrent.futures.wait([asked], timeout=self.GPU_WAIT)
         return self.look(0.0, 0.0, share=0.1)
 
-    def watch_gpu(self) -> Future[GpuStatus] | GpuStatus | None:
-        """Run nvidia-smi if that is due. Those that ask while it runs share the next run, as everywhere."""
+    def watch_gpu(self) -> float:
+        """Run nvidia-smi if that is due, without waiting for it. The seconds until it is, if it is not."""
         last, now = self._gpu.last, self._clock()
         is_watched = self._is_gpu_watched() or now - self._scraped_at < self.SCRAPE_LASTS
         if last:
             is_watched = is_watched or is_hot(last[0], self._settings) or (last[0].failed and not last[0].is_missing)
-            if now - last[1] < (self.WATCHED if is_watched else self.UNWATCHED):
-                return None
-        return self._gpu.ask()
+            if (left := last[1] + (self.WATCHED if is_watched else self.UNWATCHED) - now) > 0:
+                return left
+        self._gpu.ask()
+        return math.inf
 
     def _find_waiting(self) -> list[Waiting]:
         found, now = {}, self.wall()
@@ -4800,13 +4801,13 @@ class Alerts:
 
     def look(self) -> float:
         """Raise what is wrong, end what is over. The seconds until the next look."""
-        self._observer.watch_gpu()
+        seconds = min(self.INTERVAL, self._observer.watch_gpu())
         limits = {"unacknowledged": self._settings.alert_unacknowledged, "stuck": self._settings.alert_stuck}
         ages = [1.0 if kind in self.raised else min(5.0, limit * 6) for kind, limit in limits.items()]
         for kind, text in find_conditions(self._observer.look(*ages), self._settings, self._observer.wall()).items():
             if text is not None:
                 self._advance(kind, text)
-        return self.INTERVAL
+        return seconds
 
     def _advance(self, kind: str, text: str) -> None:
         alert, now = self.raised.get(kind), self._clock()
