@@ -6680,7 +6680,8 @@ def test_the_last_3_alerts_that_ended_are_kept(shown):
     assert states == [("unacknowledged", "raised"), *[("disk", "ended")] * 3]
 
 
-def test_an_alert_is_in_the_metrics_while_it_is_on(make_app, make_services, store, plant):
+def test_an_alert_is_in_the_metrics_while_it_is_on(make_services, store, monkeypatch):
+    monkeypatch.setattr(service.Alerts, "INTERVAL", 0.05)
     services = make_services(store, alert_unacknowledged=0.001)
     app = webtest.TestApp(service.create_app(services), extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"})
     services.start()
