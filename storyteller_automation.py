@@ -28,6 +28,7 @@ The sections, each under a banner, each depending only on those above it:
     SwarmUI: its states                     what is seen, and which state follows from that
     SwarmUI: the supervisor                 one thread launches, probes and ends it
     Authentication                          tokens, permissions, trusted origins, allowed hosts
+    Metrics and alerts                      what is seen of all parts; what to alert of, and whom to tell
     HTTP: requests, and what serves them    validation against schemas; the thread pools and the batchers
     HTTP: handlers                          one function per endpoint
     HTTP: routes                            one table, from which OpenAPI is generated
@@ -147,6 +148,8 @@ _host_name = _matching(r"[A-Za-z0-9._%-]{1,253}", "host names without ports")
 _log_level = _matching("(?i)debug|info|warning|error", "debug, info, warning or error")
 _log_format = _matching("(?i)text|json", "text or json")
 _restart = _matching("(?i)no|on-failure", "no or on-failure")
+_metrics = _matching("(?i)token|open", "token or open")
+_alert_format = _matching("(?i)ntfy|discord|slack|json", "ntfy, discord, slack or json")
 
 
 def _host(text: str) -> str:
@@ -204,13 +207,24 @@ def _redis_url(text: str) -> str:
 
 
 def _http_url(text: str) -> str:
+    if _is_http_url(text) and "?" not in text:
+        return text.rstrip("/")
+    raise ValueError("http://host[:port] or https://host[:port], without user, query or fragment")
+
+
+def _webhook(text: str) -> str:
+    if _is_http_url(text):
+        return text
+    raise ValueError("a URL that begins with http:// or https://, without user or fragment")
+
+
+def _is_http_url(text: str) -> bool:
     with contextlib.suppress(ValueError):  # of a port out of range, too
         url = urllib.parse.urlsplit(text)
         good = url.scheme in ("http", "https") and url.port != 0 and url.username is None
         good = good and bool((url.hostname or "").encode("idna"))  # as the lookup will, which raises for a..b
-        if good and not re.search(r"[^!-~]|[?#]", text):
-            return text.rstrip("/")
-    raise ValueError("http://host[:port] or https://host[:port], without user, query or fragment")
+        return good and not re.search(r"[^!-~]|#", text)
+    return False
 
 
 def _origin(text: str) -> str:
@@ -296,6 +310,25 @@ class Settings:
         "SWARMUI_IDLE_SHUTDOWN", None, _decimal(0.001, "minutes"), "minutes without work after which it is ended"
     )
     restart: str = _row("SWARMUI_RESTART", "no", _restart, "on-failure: launched again when it dies")
+    metrics: str = _row("STORYTELLER_METRICS", "token", _metrics, "open: /metrics needs no token on this PC")
+    alert_url: str | None = _row("STORYTELLER_ALERT_URL", None, _webhook, "where alerts are POSTed", secret=True)
+    alert_format: str | None = _row(
+        "STORYTELLER_ALERT_FORMAT", None, _alert_format, "ntfy, discord, slack or json; by default as the host says"
+    )
+    alert_after: float = _row("STORYTELLER_ALERT_AFTER", 60.0, _decimal(0), "seconds for which GPU or store fail")
+    alert_gpu_temperature: float = _row(
+        "STORYTELLER_ALERT_GPU_TEMPERATURE", 90.0, _decimal(0, "degrees Celsius"), "above it the GPU is hot; 0 is off"
+    )
+    alert_disk: float = _row("STORYTELLER_ALERT_DISK", 1.0, _decimal(0, "GB"), "GB that are to stay free; 0 is off")
+    alert_unacknowledged: float = _row(
+        "STORYTELLER_ALERT_UNACKNOWLEDGED", 30.0, _decimal(0, "minutes"), "minutes for a notification; 0 is off"
+    )
+    alert_stuck: float = _row(
+        "STORYTELLER_ALERT_STUCK", 30.0, _decimal(0, "minutes"), "minutes for a session's next prompt; 0 is off"
+    )
+    heartbeat_url: str | None = _row(
+        "STORYTELLER_HEARTBEAT_URL", None, _webhook, "gets a GET each minute while the service runs", secret=True
+    )
 
     @property
     def redis_address(self) -> str | None:
@@ -977,6 +1010,23 @@ def process_identity(pid: int) -> str | None:
         return None
 
 
+def resident_memory() -> int | None:
+    """Bytes of memory that this process has; None where that is not known."""
+    try:
+        if sys.platform == "win32":
+            size = ctypes.sizeof(ctypes.c_size_t)
+            counters = (ctypes.c_size_t * 10)(10 * size)  # PROCESS_MEMORY_COUNTERS, which begins with its size
+            this_process = -1
+            _checked("kernel32.K32GetProcessMemoryInfo", "NPPN", this_process, counters, 10 * size)
+            return int(counters[2 if size == 8 else 3])  # WorkingSetSize, after two 32-bit numbers and another size
+        if sys.platform == "darwin":
+            command = ["ps", "-o", "rss=", "-p", str(os.getpid())]
+            return int(subprocess.run(command, capture_output=True, timeout=5, check=False).stdout) << 10
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
+        return None
+
+
 def _read_stat(path: Path) -> list[str]:
     """A process's fields behind its name, which may contain spaces and parentheses: state, parent, group; the 20th is
     its start in ticks since boot. [] when it has gone."""
@@ -1209,10 +1259,12 @@ class Loop:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.start, self.wake = self._thread.start, self._woken.set
 
-    def close(self) -> None:
-        """End the thread after its turn, without waiting for that."""
+    def close(self, timeout: float = 0.0) -> None:
+        """End the thread after its turn; wait for that at most `timeout` seconds."""
         self.is_closing = True
         self.wake()
+        if self._thread.ident:
+            self._thread.join(timeout)
 
     def _run(self) -> None:
         while True:
@@ -3172,6 +3224,15 @@ class Notifications:
         answers = [[one for one in found if one.type in types][:limit] for types, limit in queries]
         return [one if len(pending) < count or len(one) == limit else None for one, (_, limit) in zip(answers, queries)]
 
+    def dated(self) -> list[tuple[int, Notification]]:
+        """All that are not acknowledged, with their times in ms."""
+        rows, found = self._store.pending(page=1000), list[tuple[int, Notification]]()
+        while batch := list(itertools.islice(rows, 1000)):
+            known = [(int(time), one) for member, time in batch for one in self._read([(member, time)])]
+            marked = self._store.acknowledged([one.id for _, one in known])
+            found += [row for row in known if row[1].id not in marked]
+        return found
+
     def create(self, drafts: Sequence[Draft]) -> list[tuple[Notification, bool] | ApiError]:
         """Add each, and True; or the one of the same type and session that is pending already, and False."""
         return map_results(lambda made: (read_member(*made[:2]), made[2]), self._store.add(drafts))
@@ -3261,10 +3322,12 @@ class GpuStatus:
     error: str | None = None
     failed: bool = False  # nvidia-smi gave no usable output
     remarks: str = ""  # what nvidia-smi printed beside GPUs that can be used
+    unknown: tuple[str, ...] = ()  # fields that are 0 as no GPU tells them
+    is_missing: bool = False  # there is no nvidia-smi
 
 
-def _failed(error: str) -> GpuStatus:
-    return GpuStatus(error=error, failed=True)
+def _failed(error: str, *, is_missing: bool = False) -> GpuStatus:
+    return GpuStatus(error=error, failed=True, is_missing=is_missing)
 
 
 def _on_one_line(*texts: str) -> str:
@@ -3287,6 +3350,9 @@ def parse_gpus(output: str, errors: str = "", code: int = 0, memory: tuple[int, 
         return _failed(f"nvidia-smi {fault}: {words or 'it printed nothing'}")
     numbers = [[float(cell) if _NUMBER.fullmatch(cell) else 0 for cell in cells] for cells in gpus]
     utilization, used, total, temperature, _ = zip(*numbers)
+    names = ("utilization", "memory_used", "memory_total", "temperature")
+    told = {name for cells in gpus for name, cell in zip(names, cells) if _NUMBER.fullmatch(cell)}
+    told |= set(names[1:3] if memory and not own else ())
     memory_used, memory_total = memory if memory and not own else (sum(used), sum(total))
     return GpuStatus(
         available=True,
@@ -3296,6 +3362,7 @@ def parse_gpus(output: str, errors: str = "", code: int = 0, memory: tuple[int, 
         memory_total=int(memory_total + 0.5),
         temperature=int(max(temperature) + 0.5),
         remarks=_on_one_line(*(",".join(cells) for cells in lines if cells not in rows), errors),
+        unknown=tuple(name for name in names if name not in told),
     )
 
 
@@ -3311,7 +3378,7 @@ def query_gpus(settings: Settings, running: set[int]) -> GpuStatus:
     """Run both queries at the same time, as bounded children in `running`. Failures are in the status."""
     program, advice = find_nvidia_smi(settings)
     if not program:
-        return _failed(f"nvidia-smi not found or GPU not available: {advice}")
+        return _failed(f"nvidia-smi not found or GPU not available: {advice}", is_missing=True)
     timeout = settings.nvidia_smi_timeout
     deadline = time.monotonic() + timeout
     try:
@@ -3337,12 +3404,14 @@ class GpuMonitor:
     """The status, cached for `ttl` seconds, good or bad. Who asks during a run shares the next. `cancel` ends a run."""
 
     LOGGED = 100  # remarks of nvidia-smi, each once
+    HISTORY_MS, STEP_MS = 900_000, 5_000  # what the history covers; of so many ms it has the last status
 
     def __init__(
         self, query: Callable[[], GpuStatus], ttl: float, clock: Clock = time.monotonic, cancel: Any = lambda: None
     ) -> None:
         self._query, self._ttl, self._clock, self._cancel = query, ttl, clock, cancel
         self._cached: tuple[GpuStatus, float] | None = None  # and when its run ended
+        self._history: dict[int, tuple[int, GpuStatus]] = {}  # by step
         self._remarks: set[str] = set()  # that are logged
         self._closed = False
         self._batcher: Batcher[None, GpuStatus] = Batcher(self._answer, "gpu")
@@ -3350,6 +3419,15 @@ class GpuMonitor:
     def ask(self) -> GpuStatus | Future[GpuStatus]:
         """The cached status, or a future of the caller's own, which it may cancel. Not after close()."""
         return self._fresh() or self._batcher.ask(None, cancellable=True)
+
+    @property
+    def last(self) -> tuple[GpuStatus, float] | None:
+        """The last status, and when its run ended by the clock."""
+        return self._cached
+
+    def history(self, now: int) -> list[tuple[int, GpuStatus]]:
+        """The statuses of the last 15 minutes with their times in ms, oldest first."""
+        return [one for one in list(self._history.values()) if one[0] > now - self.HISTORY_MS]
 
     def close(self) -> None:
         """End the run that is at work, start no other, and end the thread."""
@@ -3366,7 +3444,9 @@ class GpuMonitor:
         status = _failed("the service is stopping") if self._closed else self._fresh()
         if status is None:
             status = self._query()
-            self._cached = status, self._clock()
+            self._cached, at = (status, self._clock()), now_ms()
+            self._history[at // self.STEP_MS] = at, status
+            bound(self._history, self.HISTORY_MS // self.STEP_MS)
             if status.remarks and status.remarks not in self._remarks and len(self._remarks) < self.LOGGED:
                 self._remarks.add(status.remarks)
                 log.warning("gpu: nvidia-smi works, but says: %s", status.remarks)
@@ -3957,6 +4037,7 @@ class SwarmUISupervisor:
         self._deaths: list[float] = []  # when it died in the last hour
         self._ending: Ending | None = None
         self._warn_once = functools.cache(log.warning)
+        self.launches = 0  # since the service started
         self._loop.start()
         self._log_loop.start()
 
@@ -4237,6 +4318,7 @@ class SwarmUISupervisor:
             raise LaunchError(self._of_port())
         self._has_failed, self._died_at = True, now_ms()  # should it raise
         self._ours.launch()
+        self.launches += 1
         self._launched_at, self._has_failed = self.clock(), False
         self._deadline = self._launched_at + self._settings.start_timeout
 
@@ -4280,7 +4362,7 @@ class SwarmUISupervisor:
 
 PERMISSIONS = (
     "gpu:read", "gpu:reserve", "swarmui:read", "swarmui:control", "notifications:read", "notifications:write",
-    "sessions:read", "sessions:write", "events:read", "admin",
+    "sessions:read", "sessions:write", "events:read", "metrics:read", "admin",
 )  # fmt: skip
 _ALL_BUT_ADMIN = tuple(one for one in PERMISSIONS if one != "admin")
 SUBJECT_PATTERN = r"[A-Za-z0-9._-]{1,64}"
@@ -4307,6 +4389,7 @@ class Caller:
 
 
 ANONYMOUS = Caller("-", ())  # on a route that is open to all
+SCRAPER = Caller("scraper", ("metrics:read",))  # without a token, where STORYTELLER_METRICS is open
 
 
 def digest_of(token: str) -> str:
@@ -4534,6 +4617,414 @@ def refused_origins(settings: Settings) -> list[str]:
 
 
 # ======================================================================================================
+# Metrics and alerts
+# ======================================================================================================
+
+DAY_MS = 86_400_000
+# What a caller needs to be told of an alert, by its kind.
+ALERTS: Mapping[str, str] = {
+    "gpu_hot": "gpu:read", "gpu_failing": "gpu:read", "store": "any", "swarmui": "swarmui:read", "disk": "any",
+    "unacknowledged": "notifications:read", "stuck": "sessions:read",
+}  # fmt: skip
+LASTING = ("gpu_hot", "gpu_failing", "store")  # these may pass by themselves: STORYTELLER_ALERT_AFTER
+WEBHOOK_TIMEOUT = 5.0  # seconds
+
+
+class Throttled(Generic[T]):
+    """What a function returned, for who can take an older value. Any thread may ask."""
+
+    def __init__(self, compute: Callable[[], T], clock: Clock) -> None:
+        self._compute, self._clock = compute, clock
+        self._known: tuple[T, float, float] | None = None  # when, and how long it took
+        self._lock = threading.Lock()
+
+    def get(self, age: float, share: float) -> T:
+        """The value, at most `age` seconds old; older where computing it would take more than `share` of the time."""
+        with self._lock:
+            began = self._clock()
+            if self._known and began - self._known[1] < max(age, self._known[2] / share):
+                return self._known[0]
+            value = self._compute()
+            self._known = value, (now := self._clock()), now - began
+            return value
+
+
+class WaitingSession(NamedTuple):
+    """A session that waits for StorySwarm."""
+
+    timestamp: int
+    prompts: int
+    since: int  # ms, when it got its last prompt, as far as that is known
+    title: str
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What is seen of all parts. None is what is not known."""
+
+    gpu: GpuStatus | None = None
+    swarmui: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # its status
+    launches: int = 0
+    store: str = ""
+    fault: str = ""  # of the store
+    pending: Sequence[tuple[int, Notification]] | None = None  # with their times in ms
+    waiting: Sequence[WaitingSession] | None = None
+    free: int | None = None  # bytes, where the data folder is
+    listeners: int = 0
+
+
+def is_hot(gpu: GpuStatus, settings: Settings) -> bool:
+    return gpu.available and 0 < settings.alert_gpu_temperature < gpu.temperature
+
+
+class Observer:
+    """Looks at all parts, and has nvidia-smi run as often as somebody needs it."""
+
+    WATCHED, UNWATCHED, SCRAPE_LASTS = 5.0, 60.0, 30.0  # seconds between two runs; for which a scrape is a watcher
+    GPU_WAIT = 1.0  # seconds that a scrape waits for nvidia-smi
+
+    def __init__(
+        self, settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUISupervisor, sessions: Sessions,
+        notifications: Notifications, listeners: Callable[[], int] = lambda: 0,
+        is_gpu_watched: Callable[[], bool] = lambda: False, clock: Clock = time.monotonic,
+        wall: Callable[[], int] = now_ms,
+    ) -> None:  # fmt: skip
+        self._settings, self._store, self._gpu, self._swarmui, self._sessions = settings, store, gpu, swarmui, sessions
+        self._listeners, self._is_gpu_watched, self._clock, self.wall = listeners, is_gpu_watched, clock, wall
+        self._pending = Throttled(notifications.dated, clock)
+        self._waiting = Throttled(self._find_waiting, clock)
+        self._known: dict[int, WaitingSession] | None = None
+        self._scraped_at = -math.inf
+
+    def look(self, pending_age: float, waiting_age: float, share: float = 0.001) -> Situation:
+        """What is known now; ages in seconds and share as for Throttled. It waits for the store."""
+        fault, pending, waiting, free = "", None, None, None
+        try:
+            self._store.ping()
+        except ApiError as error:
+            fault = str(error)
+        with contextlib.suppress(ApiError):  # reads may go on while writes are refused
+            pending = self._pending.get(pending_age, share)
+            waiting = self._waiting.get(waiting_age, share)
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(self._settings.data_dir).free
+        last, swarmui = self._gpu.last, self._swarmui
+        return Situation(
+            last[0] if last else None, swarmui.status(), swarmui.launches, self._store.name, fault, pending, waiting,
+            free, self._listeners(),
+        )  # fmt: skip
+
+    def scrape(self) -> Situation:
+        """The same for a scrape, with the GPU's present status if that comes in time."""
+        self._scraped_at = self._clock()
+        asked = self._gpu.ask()
+        if isinstance(asked, Future):
+            concurrent.futures.wait([asked], timeout=self.GPU_WAIT)
+        return self.look(0.0, 0.0, share=0.1)
+
+    def watch_gpu(self) -> float:
+        """Run nvidia-smi if that is due, without waiting for it. The seconds until it is, if it is not."""
+        last, now = self._gpu.last, self._clock()
+        is_watched = self._is_gpu_watched() or now - self._scraped_at < self.SCRAPE_LASTS
+        if last:
+            is_watched = is_watched or is_hot(last[0], self._settings) or (last[0].failed and not last[0].is_missing)
+            if (left := last[1] + (self.WATCHED if is_watched else self.UNWATCHED) - now) > 0:
+                return left
+        self._gpu.ask()
+        return math.inf
+
+    def _find_waiting(self) -> list[WaitingSession]:
+        found, now = {}, self.wall()
+        for stored in self._store.sessions():
+            facts = self._sessions.facts_of(stored)
+            done = facts.progress
+            if not facts.waits or isinstance(done, str) or done.ready or not done.total_beats:
+                continue
+            # What was there at the first look is as old as it says. A later one, or a new prompt, came just now.
+            since = now
+            if self._known is None:
+                since = min(now, max(stored.saved or 0, facts.updated or 0, stored.timestamp))
+            elif (known := self._known.get(stored.timestamp)) and done.total_prompts <= known.prompts:
+                since = known.since
+            title = "" if isinstance(facts.summary, str) else facts.summary["analyzedEpisode"]["title"]
+            found[stored.timestamp] = WaitingSession(stored.timestamp, done.total_prompts, since, title[:60])
+        self._known = found
+        return list(found.values())
+
+
+def find_conditions(seen: Situation, settings: Settings, now: int) -> dict[str, str | None]:
+    """By kind of alert what is wrong: "" where nothing is, None where that is not known. `now` in ms."""
+
+    def overdue(rows: Sequence[tuple[int, T]], minutes: float, what: str, words: str, name: Callable[[T], str]) -> str:
+        late = [one for since, one in rows if 0 < minutes * 60_000 <= now - since <= DAY_MS]
+        names = ", ".join(map(name, late[:5])) + f" and {len(late) - 5} more" * (len(late) > 5)
+        return f"{len(late)} {what}{'s' * (len(late) > 1)} {words} for {minutes:g} min: {names}." if late else ""
+
+    def name_notification(one: Notification) -> str:
+        shown = json.loads(one.text)
+        return f"{one.type} of session {shown['sessionTimestamp']} (episode {shown['episodeNumber']})"
+
+    def name_session(one: WaitingSession) -> str:
+        return f"{one.timestamp} ({one.title and f'{one.title}, '}{one.prompts} prompts)"
+
+    found: dict[str, str | None] = dict.fromkeys(ALERTS)
+    found["store"] = seen.fault
+    found["swarmui"] = f"SwarmUI failed: {seen.swarmui['lastError']}" if seen.swarmui.get("state") == "failed" else ""
+    if gpu := seen.gpu:
+        hottest, fails = settings.alert_gpu_temperature, gpu.failed and not gpu.is_missing
+        found["gpu_failing"] = f"The GPU cannot be read: {gpu.error}" if fails else ""
+        hot = f"The GPU is at {gpu.temperature} °C, above {hottest:g} °C." if is_hot(gpu, settings) else ""
+        found["gpu_hot"] = None if fails else hot
+    if seen.free is not None:
+        low = f"{seen.free / 10**9:.2f} GB are free for {settings.data_dir}: free space on that disk."
+        found["disk"] = low if seen.free < settings.alert_disk * 10**9 else ""
+    if seen.pending is not None:
+        limit = settings.alert_unacknowledged
+        found["unacknowledged"] = overdue(seen.pending, limit, "notification", "not acknowledged", name_notification)
+    if seen.waiting is not None:
+        rows = [(one.since, one) for one in seen.waiting]
+        found["stuck"] = overdue(rows, settings.alert_stuck, "session", "without a new prompt", name_session)
+    return found
+
+
+@dataclass(frozen=True)
+class Alert:
+    kind: str
+    state: str  # raised or ended
+    text: str
+    since: int  # ms, when what is wrong began
+    until: int | None = None  # and ended
+
+
+def alert_json(alert: Alert) -> dict[str, Any]:
+    until = None if alert.until is None else iso_time(alert.until)
+    return {**dataclasses.asdict(alert), "since": iso_time(alert.since), "until": until}
+
+
+def ended(alert: Alert, now: int) -> Alert:
+    seconds = (now - alert.since) / 1000
+    lasted = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return dataclasses.replace(alert, state="ended", text=f"Over after {lasted}: {alert.text}", until=now)
+
+
+def format_of(url: str, given: str | None) -> str:
+    """How an alert is shaped for that URL."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    hosts = {"ntfy": r"(.+\.)?ntfy(\..+)?", "discord": r"(.+\.)?discord(app)?\.com", "slack": r"(.+\.)?slack\.com"}
+    return (given or next((name for name, known in hosts.items() if re.fullmatch(known, host)), "json")).lower()
+
+
+def shape_alert(alert: Alert, format: str) -> tuple[bytes, dict[str, str]]:
+    """The body of the POST and its headers."""
+    if format == "ntfy":
+        is_on = alert.state == "raised"
+        headers = {"Title": f"StoryTeller: {alert.kind} {alert.state}", "Priority": "high" if is_on else "default"}
+        headers |= {"Tags": "warning" if is_on else "white_check_mark", "Content-Type": "text/plain; charset=utf-8"}
+        return alert.text.encode("utf-8", "backslashreplace"), headers
+    body = alert_json(alert)
+    if format == "discord":
+        body = {"content": alert.text[:2000], "allowed_mentions": {"parse": []}}
+    elif format == "slack":  # else <!channel> would notify everybody
+        body = {"text": alert.text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")}
+    return to_json(body), {"Content-Type": "application/json"}
+
+
+def call_webhook(url: str, data: bytes | None = None, headers: Mapping[str, str] = {}) -> tuple[bool, str]:
+    """Whether it answers 2xx; and its status, or why there is none. The URL is a secret, and so are the words of an
+    error, which may contain a part of it."""
+    try:
+        agent = {"User-Agent": f"StoryTeller/{__version__}"}  # Discord refuses Python's own
+        status = fetch(url, WEBHOOK_TIMEOUT, data=data, headers={**agent, **headers}).status
+        return 200 <= status < 300, f"{status} {http.client.responses.get(status, '')}".rstrip()
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        names = {"TimeoutError": f"not within {WEBHOOK_TIMEOUT:g} s", "ConnectionRefusedError": "nobody listens there"}
+        return False, f"no answer ({names.get(type(cause).__name__, type(cause).__name__)})"
+
+
+def deliver(settings: Settings, alert: Alert) -> tuple[bool, str]:
+    """POST it, as call_webhook() does."""
+    url = settings.alert_url or ""
+    return call_webhook(url, *shape_alert(alert, format_of(url, settings.alert_format)))
+
+
+class Alerts:
+    """Raises and ends the alerts of this instance, in a thread of its own; another one POSTs them, a third one sends
+    the heartbeat. `publish` gets each."""
+
+    INTERVAL, KEPT, UNSENT, TRIES, RETRY, HEARTBEAT = 1.0, 3, 100, 3, 2.0, 60.0
+
+    def __init__(
+        self, settings: Settings, observer: Observer, publish: Callable[[dict[str, Any]], None] = lambda alert: None,
+        clock: Clock = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._settings, self._observer, self._publish, self._clock = settings, observer, publish, clock
+        # Both are replaced and never changed, so any thread may read them.
+        self.raised: Mapping[str, Alert] = {}
+        self.ended: tuple[Alert, ...] = ()  # the last ones
+        self._changed: dict[str, float] = {}  # since when a kind is otherwise than its alert says
+        self._unsent: queue.Queue[Alert] = queue.Queue(self.UNSENT)
+        self._sending: tuple[Alert, int] | None = None  # and how often that was tried
+        self._is_heard = True
+        self._loop, self._posts = Loop(self.look, "alerts"), Loop(self._post, "alert-posts")
+        self._heartbeat = Loop(self._beat, "heartbeat")
+
+    def start(self) -> None:
+        self._loop.start()
+        if self._settings.alert_url:
+            self._posts.start()
+        if self._settings.heartbeat_url:
+            self._heartbeat.start()
+
+    def close(self) -> None:
+        """End the threads. What is not sent by then is dropped."""
+        for loop in (self._heartbeat, self._posts):
+            loop.close()
+        self._loop.close(0.5)
+
+    def shown(self) -> list[dict[str, Any]]:
+        """Those that are raised, and the last ones that ended."""
+        return [alert_json(one) for one in (*self.raised.values(), *self.ended)]
+
+    def look(self) -> float:
+        """Raise what is wrong, end what is over. The seconds until the next look."""
+        seconds = min(self.INTERVAL, self._observer.watch_gpu())
+        limits = {"unacknowledged": self._settings.alert_unacknowledged, "stuck": self._settings.alert_stuck}
+        ages = [1.0 if kind in self.raised else min(5.0, limit * 6) for kind, limit in limits.items()]
+        for kind, text in find_conditions(self._observer.look(*ages), self._settings, self._observer.wall()).items():
+            if text is not None:
+                self._advance(kind, text)
+        return seconds
+
+    def _advance(self, kind: str, text: str) -> None:
+        alert, now = self.raised.get(kind), self._clock()
+        if bool(text) == bool(alert):
+            self._changed.pop(kind, None)
+            if alert and alert.text != text:
+                self.raised = {**self.raised, kind: dataclasses.replace(alert, text=text)}
+            return
+        lasts = now - self._changed.setdefault(kind, now)
+        if lasts < self._settings.alert_after and kind in LASTING:
+            return
+        del self._changed[kind]
+        began = self._observer.wall() - int(lasts * 1000)
+        others = {name: one for name, one in self.raised.items() if name != kind}
+        alert = ended(alert, began) if alert else Alert(kind, "raised", text, began)
+        if alert.state == "raised":
+            self.raised = {**others, kind: alert}
+        else:
+            self.raised, self.ended = others, (alert, *self.ended)[: self.KEPT]
+        log.warning("alerts: %s %s: %s", kind, alert.state, alert.text)
+        self._publish(alert_json(alert))
+        if self._settings.alert_url:
+            with contextlib.suppress(queue.Full):  # nothing took them for half an hour
+                self._unsent.put_nowait(alert)
+            self._posts.wake()
+
+    def _post(self) -> float:
+        if not self._sending:
+            try:
+                self._sending = self._unsent.get_nowait(), 0
+            except queue.Empty:
+                return 3600.0
+        (alert, tries), self._sending = self._sending, None
+        is_taken, answer = deliver(self._settings, alert)
+        if not is_taken and tries + 1 < self.TRIES:
+            self._sending = alert, tries + 1
+            return self.RETRY
+        if not is_taken:
+            log.warning("alerts: %s was not delivered to STORYTELLER_ALERT_URL: %s", alert.kind, answer)
+        return 0.0
+
+    def _beat(self) -> float:
+        began = self._clock()
+        is_heard, answer = call_webhook(self._settings.heartbeat_url or "")
+        if is_heard != self._is_heard:
+            log.warning("alerts: the heartbeat to STORYTELLER_HEARTBEAT_URL: %s", answer)
+        self._is_heard = is_heard
+        return max(0.0, self.HEARTBEAT - (self._clock() - began))
+
+
+class RequestCounts:
+    """Counts responses by method, route and status, in any thread."""
+
+    METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[str, str, int], int] = {}
+        self._seconds = 0.0
+
+    def count(self, method: str, route: str, status: int, seconds: float) -> None:
+        key = method if method in self.METHODS else "other", route, status
+        with self._lock:
+            self._counts[key] = self._counts.get(key, 0) + 1
+            self._seconds += seconds
+
+    def read(self) -> tuple[dict[tuple[str, str, int], int], float]:
+        with self._lock:
+            return dict(self._counts), self._seconds
+
+
+# Name, type, help, and the samples: what follows the name (a suffix, labels), and the value; None where not known.
+Metric = tuple[str, str, str, Mapping[str, "float | None"]]
+
+
+def labels(**given: str) -> str:
+    """No value has a character to escape."""
+    return "{" + ",".join(f'{name}="{value}"' for name, value in given.items()) + "}"
+
+
+def find_metrics(seen: Situation, raised: Iterable[str], counts: RequestCounts, started_at: int) -> tuple[Metric, ...]:
+    gpu, (requests, seconds), on = seen.gpu, counts.read(), set(raised)
+    units = {"utilization": 0.01, "memory_used": 1 << 20, "memory_total": 1 << 20, "temperature": 1}
+    use, used, total, warmest = (
+        {"": round(getattr(gpu, name) * unit, 2) if gpu and gpu.available and name not in gpu.unknown else None}
+        for name, unit in units.items()
+    )
+    pending = collections.Counter(one.type for _, one in seen.pending or ())
+    return (
+        ("nvidia_smi_utilization_gpu_ratio", "gauge", "Use of the GPUs, on average.", use),
+        ("nvidia_smi_memory_used_bytes", "gauge", "Used memory of all GPUs.", used),
+        ("nvidia_smi_memory_total_bytes", "gauge", "Memory of all GPUs.", total),
+        ("nvidia_smi_temperature_gpu", "gauge", "Temperature of the warmest GPU in degrees Celsius.", warmest),
+        ("storyteller_gpu_up", "gauge", "Whether nvidia-smi finds a GPU.", {"": gpu.available if gpu else None}),
+        ("storyteller_swarmui_state", "gauge", "1 for the state that SwarmUI is in.",
+         {labels(state=state): state == seen.swarmui.get("state") for state, *_ in _STATES}),
+        ("storyteller_swarmui_launches_total", "counter", "Launches of SwarmUI by this service.", {"": seen.launches}),
+        ("storyteller_notifications_pending", "gauge", "Notifications that are not acknowledged.",
+         {labels(type=type): None if seen.pending is None else pending[type] for type in TOTALS}),
+        ("storyteller_notifications_oldest_timestamp_seconds", "gauge", "When the oldest of them was made.",
+         {"": min(time for time, _ in seen.pending) / 1000 if seen.pending else None}),
+        ("storyteller_sessions_waiting", "gauge", "Sessions that wait for prompts by StorySwarm.",
+         {"": None if seen.waiting is None else len(seen.waiting)}),
+        ("storyteller_store_up", "gauge", "Whether the store answers, and takes writes.",
+         {labels(store=seen.store): not seen.fault}),
+        ("storyteller_alerts", "gauge", "1 for an alert that is raised.",
+         {labels(kind=kind): kind in on for kind in ALERTS}),
+        ("storyteller_listeners", "gauge", "Clients that listen to events.", {"": seen.listeners}),
+        ("storyteller_http_requests_total", "counter", "Responses.",
+         {labels(method=method, route=route, status=str(status)): count
+          for (method, route, status), count in requests.items()}),
+        ("storyteller_http_request_duration_seconds", "summary", "Time to the responses, without waiting for an event.",
+         {"_sum": seconds, "_count": sum(requests.values())}),
+        ("storyteller_build_info", "gauge", "The version of the service.", {labels(version=__version__): 1}),
+        ("process_resident_memory_bytes", "gauge", "Memory of the service.", {"": resident_memory()}),
+        ("process_cpu_seconds_total", "counter", "CPU time of the service.", {"": time.process_time()}),
+        ("process_start_time_seconds", "gauge", "When the service started.", {"": started_at / 1000}),
+    )  # fmt: skip
+
+
+def metrics_text(metrics: Iterable[Metric]) -> bytes:
+    """In the text format of Prometheus. A metric of which nothing is known is absent."""
+    lines = []
+    for name, type, help, samples in metrics:
+        known = [f"{name}{rest} {value + 0!r}" for rest, value in samples.items() if value is not None]
+        lines += [f"# HELP {name} {help}", f"# TYPE {name} {type}", *known] if known else []
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+# ======================================================================================================
 # HTTP: requests, and what serves them
 # ======================================================================================================
 
@@ -4751,19 +5242,26 @@ class Services:
         self.sessions, self.notifications = Sessions(store), Notifications(store)
         self.authenticator = Authenticator(settings, store)
         self.bridge = Bridge(store, self.sessions, due_notification) if isinstance(store, BridgedStore) else None
+        self.live = Live(self)
+        listeners, watched = self.live.count_listeners, functools.partial(self.live.count_listeners, "gpu")
+        known = settings, store, gpu, swarmui, self.sessions, self.notifications
+        self.observer = Observer(*known, listeners, lambda: watched() > 0)
+        self.alerts = Alerts(settings, self.observer, self.live.publish_alert)
+        self.counts, self.started_at = RequestCounts(), now_ms()
         self.pool = ThreadPoolExecutor(POOL_THREADS, "pool")  # for what works
         self.large_bodies = ThreadPoolExecutor(1, "large-bodies")
-        self.live = Live(self)
         # Questions: types, limit and whether they are batched; the session's timestamp; what to create; the id.
         self.checks = Batcher[Check, Outcome](functools.partial(answer_checks, self), "checks")
         self.progress = Batcher[int, Outcome](functools.partial(answer_progress, self), "progress")
         self.creations = Batcher[Draft, Outcome](functools.partial(answer_creations, self), "creations")
         self.acknowledgements = Batcher[str, Outcome](functools.partial(answer_acknowledgements, self), "acknowledge")
+        self.scrapes = Batcher[None, Outcome](functools.partial(answer_scrapes, self), "scrapes")
         self._loop = Loop(self._watch, "store-watch")
 
     def start(self) -> None:
         """Begin with what is done without a request."""
         self._loop.start()
+        self.alerts.start()
         if self.bridge:
             self.bridge.start()
 
@@ -4779,9 +5277,10 @@ class Services:
         """End the threads: what waits for one is dropped, what is at work ends within the store's own timeouts."""
         self.live.close(timeout=0.5)
         self._loop.close()
+        self.alerts.close()
         if self.bridge:
             self.bridge.close()
-        for batcher in (self.checks, self.progress, self.creations, self.acknowledgements):
+        for batcher in (self.checks, self.progress, self.creations, self.acknowledgements, self.scrapes):
             batcher.close(timeout=0.5)
         for pool in (self.pool, self.large_bodies):
             pool.shutdown(wait=False, cancel_futures=True)
@@ -4826,6 +5325,17 @@ def health(services: Services, request: Request) -> Response:
 
 def openapi(services: Services, request: Request) -> Response:
     return json_response(describe_api())
+
+
+def metrics(services: Services, request: Request) -> Future[Any]:
+    return services.scrapes.ask(None)
+
+
+def answer_scrapes(services: Services, _: Sequence[None]) -> list[Outcome]:
+    """A batcher's step: scrapes that arrive together share one."""
+    seen = services.observer.scrape()
+    found = find_metrics(seen, services.alerts.raised, services.counts, services.started_at)
+    return [Response(metrics_text(found), 200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})]
 
 
 def gpu_json(status: GpuStatus) -> dict[str, Any]:
@@ -5197,6 +5707,7 @@ class Route:
     body: Schema | None = None
     gated: bool = False  # a reservation may bar who does not send its id
     in_pool: bool = False  # its handler computes or waits for the store, so it runs in the thread pool
+    waits: bool = False  # where its future can be withdrawn, it waits: that time is no duration of a request
 
 
 def _schema(kind: str | list[str], example: Any, **limits: Any) -> Schema:
@@ -5334,11 +5845,13 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/health", health, "open", "Does the service answer, and its store?",
           {200: _HEALTH, 503: _HEALTH}, in_pool=True),
     Route("GET", "/openapi.json", openapi, "open", "This description.", {200: _OBJECT}),
+    Route("GET", "/metrics", metrics, "metrics:read", "Figures for Prometheus.",
+          {200: {**_TEXT, "contentMediaType": "text/plain"}}),
     Route("GET", f"{_API}/gpu/status", gpu_status, "gpu:read", "Is the GPU free?", {200: _GPU}, gpu_json(GpuStatus()),
           gated=True),
     Route("POST", f"{_API}/gpu/reservation", reservation_create, "gpu:reserve", "Reserve the GPU.",
           {201: _object(reservationId=_TEXT, **_RESERVATION["properties"]), 409: _object(error=_TEXT, **_HOLDER)},
-          body=_NEW_RESERVATION),
+          body=_NEW_RESERVATION, waits=True),
     Route("GET", f"{_API}/gpu/reservation", reservation_show, "gpu:read", "Who has reserved the GPU?",
           {200: _object(reservation={**_RESERVATION, "type": ["object", "null"]})}),
     Route("DELETE", f"{_API}/gpu/reservation", reservation_end_any, "admin", "End whoever's reservation.",
@@ -5348,16 +5861,17 @@ ROUTES: tuple[Route, ...] = (
     Route("DELETE", f"{_API}/gpu/reservation/<reservation_id>", reservation_end, "gpu:reserve", "Give the GPU back.",
           {204: None}, errors=(404,)),
     Route("POST", f"{_API}/swarmui/start", swarmui_start, "swarmui:control", "Make SwarmUI ready.",
-          {200: _STARTED, 409: _object(success={"const": False}, error=_TEXT, **_HOLDER)}, _FAILED, gated=True),
+          {200: _STARTED, 409: _object(success={"const": False}, error=_TEXT, **_HOLDER)}, _FAILED, gated=True,
+          waits=True),
     Route("GET", f"{_API}/swarmui/status", swarmui_status, "swarmui:read", "What does SwarmUI do?",
           {200: _SWARMUI}, in_pool=True),
     Route("POST", f"{_API}/swarmui/stop", swarmui_stop, "swarmui:control", "Stop SwarmUI.",
-          {200: _object(success=_FLAG, message=_TEXT)}, _FAILED, (409,), query=_STOP_QUERY),
+          {200: _object(success=_FLAG, message=_TEXT)}, _FAILED, (409,), query=_STOP_QUERY, waits=True),
     Route("GET", f"{_API}/swarmui/logs", swarmui_logs, "swarmui:read", "The last lines of SwarmUI's log.",
           {200: {**_TEXT, "contentMediaType": "text/plain"}}, query=_LOGS_QUERY, in_pool=True),
     Route("GET", f"{_API}/notifications/check", notifications_check, "notifications:read",
           "What is not acknowledged, oldest first.", {200: _object(notifications=_array(_NOTIFICATION))},
-          query=_CHECK_QUERY),
+          query=_CHECK_QUERY, waits=True),
     Route("POST", f"{_API}/notifications/ack", notification_ack_all, "notifications:read", "Acknowledge notifications.",
           {200: _object(success=_FLAG, acknowledged=_array(_ID), notFound=_array(_TEXT))}, _FAILED,
           body=_ACKNOWLEDGED, in_pool=True),
@@ -5472,6 +5986,21 @@ def awaited(outcome: T | Future[Any]) -> Generator[Future[Any], None, T]:
     return result_of(outcome)
 
 
+def without_waits(steps: Steps, waits: list[float]) -> Steps:
+    """The same steps. `waits` gets the seconds of each wait for what can be withdrawn."""
+    try:
+        while True:
+            future, began = next(steps), time.monotonic()
+            waiting = not future.running()
+            yield future
+            if waiting:
+                waits.append(time.monotonic() - began)
+    except StopIteration as end:
+        return cast(Response, end.value)
+    finally:
+        steps.close()
+
+
 class Exchange:
     """Runs the steps in the event loop, to which `call_soon` returns when one is done. `done` gets the response."""
 
@@ -5504,6 +6033,12 @@ class Endpoint:
     services: Services
     routes: Mapping[str, Route]
 
+    @functools.cached_property
+    def template(self) -> str:
+        """The path as metrics name it."""
+        path = next((route.path for route in self.routes.values()), "other")
+        return re.sub(r"<(\w+)>", r"{\1}", path)
+
     def __call__(self, **path: str) -> bottle.HTTPResponse:
         steps = self.respond(bottle.request.environ, path)
         while True:
@@ -5524,7 +6059,7 @@ class Endpoint:
             request_id = secrets.token_hex(8)
         route = self.routes.get("GET" if method == "HEAD" else method)
         shape, is_open = (route.error_shape, route.permission == "open") if route else ({}, False)
-        caller = ANONYMOUS
+        caller, waits = ANONYMOUS, [0.0]
         try:
             if refused and not is_open:
                 raise refused
@@ -5532,16 +6067,16 @@ class Endpoint:
                 advice = "add its name to STORYTELLER_ALLOWED_HOSTS."
                 raise MisdirectedRequest(f"The Host header names another machine: {advice}")
             if method != "OPTIONS" and not is_open:
-                caller = services.authenticator.known(environ) or (
-                    yield from awaited(services.submit(services.authenticator.identify, environ))
-                )
+                known = self._scraper(route, environ) or services.authenticator.known(environ)
+                caller = known or (yield from awaited(services.submit(services.authenticator.identify, environ)))
             if route:
                 if not caller.may(route.permission):
                     raise Forbidden(f"This token lacks the permission {route.permission}.")
                 last = environ.get("HTTP_LAST_EVENT_ID", "")
                 query = read_query(environ, route.query)
                 request = Request(caller, origin, read_path(environ, path), query, last_event=last)
-                response = yield from self._handle(route, request, environ)
+                steps = self._handle(route, request, environ)
+                response = yield from without_waits(steps, waits) if route.waits else steps
             elif method == "OPTIONS":
                 response = Response(b"", 204, self._preflight(origin, environ))
             elif self.routes:
@@ -5558,7 +6093,9 @@ class Endpoint:
             response = json_response({**shape, "error": "Internal server error"}, 500)
         # Polls are many, so they are logged at DEBUG.
         level = logging.DEBUG if response.status < 400 and method in ("GET", "HEAD", "OPTIONS") else logging.INFO
-        ms = (time.monotonic() - began) * 1000
+        seconds = time.monotonic() - began
+        services.counts.count(method, self.template, response.status, seconds - sum(waits))
+        ms = seconds * 1000
         # The id of a reservation is a secret, also in a misspelt path.
         raw = re.sub(r"(?is)(?<=/reservation/).+|[\w-]{43,}", "...", environ.get("bottle.raw_path", ""))
         log.log(level, "http: %s %s %d %s %.1f ms %s", method, raw, response.status, caller.subject, ms, request_id)
@@ -5569,6 +6106,13 @@ class Endpoint:
         if not response.body and "Content-Type" not in response.headers:
             del headers["Content-Type"]
         return dataclasses.replace(response, headers=headers)
+
+    def _scraper(self, route: Route | None, environ: Mapping[str, Any]) -> Caller | None:
+        """Who may read the metrics without a token."""
+        if not route or route.permission != "metrics:read" or "HTTP_AUTHORIZATION" in environ:
+            return None
+        is_open = self.services.settings.metrics.lower() == "open"
+        return SCRAPER if is_open and is_from_this_pc(environ) else None
 
     def _handle(self, route: Route, request: Request, environ: Mapping[str, Any]) -> Steps:
         if route.body:
@@ -5909,9 +6453,6 @@ class Live:
     def __init__(self, services: Services) -> None:
         self._services = services
         self.addresses: Sequence[str] = ()
-        # What other parts add to `state`: figures of the GPU, and the alerts that a caller may see.
-        self.gpu_history: Callable[[], list[Any]] = list
-        self.alerts: Callable[[Caller], list[Any]] = lambda caller: []
         self._started_at, self._run = now_ms(), secrets.token_hex(4)
         self._states = itertools.count(1)
         self._lock = threading.Lock()  # over these
@@ -5944,6 +6485,14 @@ class Live:
             for one in self._listeners:
                 if one.wants(event):
                     one.send(event.text)
+
+    def publish_alert(self, alert: Mapping[str, Any]) -> None:
+        self.publish("alert", alert, ALERTS[alert["kind"]])
+
+    def count_listeners(self, type: str | None = None) -> int:
+        """Those to that type of events, by default to any."""
+        listeners = list(self._listeners)
+        return sum(not one.stream.is_closed and type in (None, *one.types) for one in listeners)
 
     def join(self, caller: Caller, types: frozenset[str], last: str) -> Future[Response]:
         """A stream of these events, after that one. Raises Unavailable when there are too many."""
@@ -6131,7 +6680,8 @@ class Live:
     def _state(self, listener: Listener, number: int) -> bytes:
         services, types, shown = self._services, listener.types, dict[str, Any]()
         if "gpu" in types:
-            shown = {"gpu": self._gpu, "gpuHistory": self.gpu_history()}
+            history = [{**gpu_json(status), "at": at} for at, status in services.gpu.history(now_ms())]
+            shown = {"gpu": self._gpu, "gpuHistory": history}
         if "reservation" in types:
             shown["reservation"] = self._told.get("reservation")
         if "swarmui" in types:
@@ -6144,7 +6694,7 @@ class Live:
         if "session" in types:
             shown["sessions"] = self._sessions.shown()
         if "alert" in types:
-            shown["alerts"] = self.alerts(listener.caller)
+            shown["alerts"] = [one for one in services.alerts.shown() if listener.caller.may(ALERTS[one["kind"]])]
         listener.lacks_store = not self._store_up
         shown["service"] = {
             "version": __version__, "store": services.store.name, "storeUp": self._store_up,
@@ -7367,7 +7917,7 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
 # Command line: arguments
 # ======================================================================================================
 
-COMMANDS = ("serve", "check", "page", "token")
+COMMANDS = ("serve", "check", "page", "token", "alert")
 
 
 def read_command(text: str) -> str:
@@ -7384,7 +7934,7 @@ def make_parser() -> argparse.ArgumentParser:
         default = " ".join(row.default) if isinstance(row.default, tuple) else row.default
         shown = f"; by default {default or 'none'}".removesuffix(".0")
         meaning = row.metadata["meaning"]
-        table += f"  {row.metadata['name']:<28} {meaning}{'' if 'by default' in meaning else shown}\n"
+        table += f"  {row.metadata['name']:<33} {meaning}{'' if 'by default' in meaning else shown}\n"
     parser = argparse.ArgumentParser(
         prog=START_SCRIPT,
         description="The StoryTeller automation service. Start it by run.sh, on Windows by run.bat.",
@@ -7392,7 +7942,8 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = (
-        "serve (by default), check, page (its link), token; of run.sh and run.bat also test, which runs the tests"
+        "serve (by default), check, page (its link), token, alert (sends a test); of run.sh and run.bat also test,"
+        " which runs the tests"
     )
     parser.add_argument("command", nargs="?", type=read_command, default="serve", help=commands)
     parser.add_argument("--version", action="version", version=f"StoryTeller automation {__version__}")
@@ -7448,6 +7999,16 @@ def list_tokens(store: Store, revoked: str | None) -> int:
     return 1
 
 
+def alert_command(settings: Settings) -> int:
+    """Send a test alert, and print what came back. Raises StartError."""
+    if not settings.alert_url:
+        raise StartError("There is no address for alerts: set STORYTELLER_ALERT_URL.")
+    text = "This is a test. Alerts of this service arrive here."
+    is_taken, answer = deliver(settings, Alert("test", "raised", text, now_ms()))
+    print(answer)
+    return int(not is_taken)
+
+
 def run_service(given: Mapping[str, Any]) -> int:
     """serve(), with its exit code. All that it says goes through the log."""
     try:
@@ -7463,7 +8024,7 @@ def run_service(given: Mapping[str, Any]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0; 1 when a check failed or no token was revoked; 2 when the service cannot start."""
+    """Exit codes: 0; 1 when a check failed, no token was revoked or an alert was refused; 2 when it cannot start."""
     prepare_console()
     given = vars(make_parser().parse_args(argv))
     if given["command"] == "serve":
@@ -7480,7 +8041,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given["command"] == "check":
             return check(given)
         settings = command_settings(given)
-        return print_links(settings) if given["command"] == "page" else token_command(settings, given)
+        if given["command"] == "page":
+            return print_links(settings)
+        return alert_command(settings) if given["command"] == "alert" else token_command(settings, given)
     except (StartError, Unavailable) as error:
         print(error, file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ real: a redis-server, SQLite files, sockets, child processes, the service itself
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
@@ -21,6 +22,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -870,6 +872,15 @@ def test_what_is_not_set_has_its_default(tmp_path):
         "SWARMUI_AUTOSTART": False,
         "SWARMUI_IDLE_SHUTDOWN": None,
         "SWARMUI_RESTART": "no",
+        "STORYTELLER_METRICS": "token",
+        "STORYTELLER_ALERT_URL": None,
+        "STORYTELLER_ALERT_FORMAT": None,
+        "STORYTELLER_ALERT_AFTER": 60,
+        "STORYTELLER_ALERT_GPU_TEMPERATURE": 90,
+        "STORYTELLER_ALERT_DISK": 1,
+        "STORYTELLER_ALERT_UNACKNOWLEDGED": 30,
+        "STORYTELLER_ALERT_STUCK": 30,
+        "STORYTELLER_HEARTBEAT_URL": None,
     }
 
 
@@ -1011,6 +1022,10 @@ def test_an_env_file_that_cannot_be_used_is_refused_by_name(tmp_path, data, word
         "SWARMUI_AUTOSTART": ["yes"],
         "SWARMUI_IDLE_SHUTDOWN": ["0", "-1", "1 h"],
         "SWARMUI_RESTART": ["always"],
+        "STORYTELLER_METRICS": ["on", "closed"],
+        "STORYTELLER_ALERT_URL": ["ntfy.sh/a", "ftp://a/b", "http://user:word@a/b", "http://a/#b", "http://a/b c"],
+        "STORYTELLER_ALERT_FORMAT": ["mail"],
+        "STORYTELLER_ALERT_STUCK": ["-1", "x"],
     }.items(),
 )
 def test_a_bad_value_is_refused_by_name(tmp_path, name, values):
@@ -1063,6 +1078,8 @@ def test_the_home_of_nobody(tmp_path):
         ("REDIS_URL", "redis://:pass-word@localhost:port"),
         ("REDIS_URL", "redis://:#prod42@127.0.0.1:6391/0"),
         ("SWARMUI_TOKEN", "not a cookie"),
+        ("STORYTELLER_ALERT_URL", "http://pass-word@localhost/"),
+        ("STORYTELLER_HEARTBEAT_URL", "pass-word"),
     ],
 )
 def test_the_refusal_of_a_secret_does_not_show_it(tmp_path, name, value):
@@ -1080,6 +1097,7 @@ def test_the_refusal_of_a_redis_url_says_how_to_write_what_ends_a_host(tmp_path)
 
 def test_settings_that_are_printed_show_no_secret(tmp_path):
     secrets = {"STORYTELLER_API_TOKEN": TOKEN, "REDIS_URL": "redis://:pass-word@a", "SWARMUI_TOKEN": "cookie-word"}
+    secrets |= {"STORYTELLER_ALERT_URL": "http://a/pass-word", "STORYTELLER_HEARTBEAT_URL": "http://a/pass-word"}
     printed = repr(read_settings(tmp_path, **secrets))
     assert not any(word in printed for word in (TOKEN, "pass-word", "cookie-word"))
 
@@ -1111,6 +1129,8 @@ def test_settings_that_are_printed_show_no_secret(tmp_path):
         ("STORYTELLER_BRIDGE", "on", "bridge", True),
         ("STORYTELLER_BRIDGE", "false", "bridge", False),
         ("STORYTELLER_RESERVATION_GATES", "True", "gates", True),
+        ("STORYTELLER_ALERT_URL", "https://a/b/?c=d&e", "alert_url", "https://a/b/?c=d&e"),
+        ("STORYTELLER_ALERT_UNACKNOWLEDGED", "0.5", "alert_unacknowledged", 0.5),
     ],
 )
 def test_a_good_value_is_taken(tmp_path, name, text, field, value):
@@ -6317,6 +6337,652 @@ def test_storyarts_own_calls_work_without_a_token(start_service, nvidia_smi, swa
 
 
 # ======================================================================================================
+# Metrics and alerts
+# ======================================================================================================
+
+
+def read_metrics(text: str) -> dict[str, float]:
+    """Samples by name and labels, of a text that is exactly as Prometheus's format wants it: each metric's HELP, TYPE
+    and samples stand together and once."""
+    found: dict[str, float] = {}
+    families: dict[str, str] = {}
+    name = helped = ""
+    label = r'[a-z]+="(?:[^"\\\n]|\\[\\"n])*"'
+    assert text.endswith("\n")
+    for line in text[:-1].split("\n"):
+        if about := re.fullmatch(r"# HELP ([a-z_]+) \S.*", line):
+            helped = about[1]
+        elif about := re.fullmatch(r"# TYPE ([a-z_]+) (gauge|counter|summary)", line):
+            name = about[1]
+            assert name == helped and name not in families
+            assert (about[2] == "counter") == name.endswith("_total")
+            families[name] = about[2]
+        else:
+            sample = re.fullmatch(rf"([a-z_]+)((?:\{{{label}(?:,{label})*\}})?) (-?[0-9.]+(?:e[+-]?[0-9]+)?)", line)
+            assert sample, line
+            assert sample[1] in ([name] if families[name] != "summary" else [f"{name}_sum", f"{name}_count"])
+            assert sample[1] + sample[2] not in found
+            found[sample[1] + sample[2]] = float(sample[3])
+    return found
+
+
+def scrape(app: webtest.TestApp) -> dict[str, float]:
+    return read_metrics(app.get("/metrics").text)
+
+
+def test_metrics_tell_of_gpu_store_sessions_and_notifications(make_app, store, nvidia_smi, plant, request):
+    app = make_app(store, nvidia_smi=nvidia_smi({"print": "57, 819, 8192, 45, 1\n"}, {"print": "41\n"}))
+    assert (app.get("/metrics").content_type, app.get("/metrics").charset) == ("text/plain", "utf-8")
+    before = scrape(app)
+    assert (
+        before['storyteller_notifications_pending{type="beats_ready"}'] == before["storyteller_sessions_waiting"] == 0
+    )
+    assert "storyteller_notifications_oldest_timestamp_seconds" not in before
+    app.put_json(f"/api/v1/session/{T}", with_beats(OPEN, DONE))
+    app.put_json(f"/api/v1/session/{T + 1}", with_beats(DONE))
+    app.put_json(f"/api/v1/session/{T + 2}", with_beats(OPEN, promptMode="storyart"))
+    app.put_json(f"/api/v1/session/{T + 3}", with_beats())
+    old = service.now_ms() - 60_000
+    if store.name == "redis":  # where others write, also times in seconds, and acknowledge by a mark alone
+        for id in ("a", "b"):
+            plant({"id": id, "type": BEATS, "sessionTimestamp": 1, "totalBeats": 1}, old / 1000)
+        request.getfixturevalue("other_program").set("notifications:ack:b", 1)
+    expected = {
+        "nvidia_smi_utilization_gpu_ratio": 0.57, "nvidia_smi_memory_used_bytes": 819 << 20,
+        "nvidia_smi_memory_total_bytes": 8192 << 20, "nvidia_smi_temperature_gpu": 45, "storyteller_gpu_up": 1,
+        'storyteller_swarmui_state{state="stopped"}': 1, 'storyteller_swarmui_state{state="ready"}': 0,
+        "storyteller_swarmui_launches_total": 0, "storyteller_sessions_waiting": 1, "storyteller_listeners": 0,
+        'storyteller_notifications_pending{type="prompts_ready"}': 1,
+        'storyteller_notifications_pending{type="beats_ready"}': 1 + (store.name == "redis"),
+        f'storyteller_store_up{{store="{store.name}"}}': 1, 'storyteller_alerts{kind="stuck"}': 0,
+        f'storyteller_build_info{{version="{service.__version__}"}}': 1,
+    }  # fmt: skip
+    wait_until(lambda: expected.items() <= scrape(app).items())
+    after = scrape(app)
+    oldest = old if store.name == "redis" else service.now_ms()
+    assert abs(after["storyteller_notifications_oldest_timestamp_seconds"] - oldest / 1000) < PATIENCE
+    assert sum(value for name, value in after.items() if "swarmui_state" in name) == 1
+    assert len([name for name in after if name.startswith("storyteller_alerts{")]) == len(service.ALERTS)
+
+
+def test_metrics_tell_of_swarmui_and_a_start_of_it_is_no_duration_of_a_request(make_app, swarmui_folder, leash):
+    app = make_app(swarmui_path=swarmui_folder(delay=0.3))
+    began = time.monotonic()
+    app.post("/api/v1/swarmui/start")
+    leash.next()
+    took, found = time.monotonic() - began, scrape(app)
+    assert found["storyteller_swarmui_launches_total"] == found['storyteller_swarmui_state{state="ready"}'] == 1
+    assert found["storyteller_http_request_duration_seconds_sum"] < took / 2
+
+
+def test_metrics_tell_of_the_process(make_app):
+    found = scrape(make_app())
+    if sys.platform != "darwin" or "process_resident_memory_bytes" in found:
+        assert 10e6 < found["process_resident_memory_bytes"] < 4e9
+    assert 0 < found["process_cpu_seconds_total"] <= time.process_time()
+    assert 0 <= time.time() - found["process_start_time_seconds"] < PATIENCE
+
+
+@pytest.mark.parametrize(
+    ("gpus", "up", "known"),
+    [
+        pytest.param("[N/A], 11125, 81559, [N/A], 1\n", 1, {"memory_used_bytes", "memory_total_bytes"}, id="MIG"),
+        pytest.param("No devices were found\n", 0, set(), id="no GPU"),
+        pytest.param("GPU is lost\n", 0, set(), id="a failure"),
+        pytest.param(None, 0, set(), id="no nvidia-smi"),
+    ],
+)
+def test_what_the_gpu_does_not_tell_is_absent_from_the_metrics(make_app, nvidia_smi, gpus, up, known):
+    found = scrape(make_app(**({"nvidia_smi": nvidia_smi({"print": gpus}, {})} if gpus else {})))
+    assert found["storyteller_gpu_up"] == up
+    assert {name.removeprefix("nvidia_smi_") for name in found if name.startswith("nvidia_smi_")} == known
+
+
+def test_metrics_are_there_while_the_store_is_away(make_app, tmp_path):
+    with contextlib.closing(service.RedisStore(f"redis://127.0.0.1:{free_port()}/0")) as away:
+        found = scrape(make_app(away))
+    assert found['storyteller_store_up{store="redis"}'] == 0
+    assert not [name for name in found if "notifications" in name or "sessions" in name]
+    assert found["storyteller_listeners"] == 0
+
+
+def test_a_scrape_does_not_wait_for_a_slow_nvidia_smi(make_app, nvidia_smi, tmp_path, monkeypatch):
+    monkeypatch.setattr(service.Observer, "GPU_WAIT", 0.05)
+    app = make_app(nvidia_smi=nvidia_smi({**GOOD, "after": str(tmp_path / "go")}, {}), nvidia_smi_timeout=PATIENCE)
+    assert "storyteller_gpu_up" not in scrape(app)
+    (tmp_path / "go").touch()
+    wait_until(lambda: scrape(app).get("storyteller_gpu_up"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "environ", "status"),
+    [
+        pytest.param("token", {}, 401, id="no token"),
+        pytest.param("token", {"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"}, 200, id="the API token"),
+        pytest.param("OPEN", {}, 200, id="open"),
+        pytest.param("open", {"REMOTE_ADDR": "::1"}, 200, id="open, IPv6"),
+        pytest.param("open", {"REMOTE_ADDR": "192.168.0.9"}, 401, id="open, another PC"),
+        pytest.param("open", {"HTTP_X_FORWARDED_FOR": "127.0.0.1"}, 401, id="open, a proxy"),
+        pytest.param("open", {"HTTP_AUTHORIZATION": "Bearer wrong"}, 401, id="open, a wrong token"),
+        pytest.param("open", {"HTTP_HOST": "evil.example"}, 421, id="open, rebound"),
+    ],
+)
+def test_who_may_scrape(make_app, setting, environ, status):
+    app = webtest.TestApp(make_app(metrics=setting).app, extra_environ={"REMOTE_ADDR": "127.0.0.1", **environ})
+    app.get("/metrics", status=status)
+    assert app.get("/api/v1/gpu/status", expect_errors=True).status_int != 200 or status == 200
+
+
+def test_a_token_for_the_metrics_reads_nothing_else(make_app):
+    app = make_app()
+    given = {"subject": "prometheus", "permissions": ["metrics:read"]}
+    scraper = as_caller(app, app.post_json("/api/v1/auth/session", given).json["token"])
+    scraper.get("/metrics", status=200)
+    scraper.get("/api/v1/gpu/status", status=403)
+
+
+def test_open_metrics_open_nothing_else(make_app):
+    app = as_caller(make_app(metrics="open"), None)
+    app.extra_environ["REMOTE_ADDR"] = "127.0.0.1"
+    for method, path in (("GET", "/api/v1/gpu/status"), ("GET", "/api/v1/session/list"), ("POST", "/metrics")):
+        assert app.request(path, method=method, expect_errors=True).status_int == 401
+
+
+def test_requests_are_counted_by_the_template_of_their_route(make_app):
+    app = make_app()
+    for path in (f"/api/v1/session/{T}", f"/api/v1/session/{T + 1}", "/api/v1/session/x", "/x", "/y/z"):
+        app.get(path, expect_errors=True)
+    app.head("/health")
+    app.post("/health", expect_errors=True)
+    app.request("/health", method="PATCH", expect_errors=True)
+    found = scrape(app)
+    names = [
+        'method="GET",route="/api/v1/session/{timestamp}",status="404"',
+        'method="GET",route="/api/v1/session/{timestamp}",status="400"', 'method="GET",route="other",status="404"',
+        'method="HEAD",route="/health",status="200"', 'method="POST",route="/health",status="405"',
+        'method="other",route="/health",status="405"',
+    ]  # fmt: skip
+    counted = {name: value for name, value in found.items() if name.startswith("storyteller_http_requests_total")}
+    assert counted == {f"storyteller_http_requests_total{{{name}}}": 2 if "404" in name else 1 for name in names}
+    assert found["storyteller_http_request_duration_seconds_count"] == 8
+    assert 0 < found["storyteller_http_request_duration_seconds_sum"] < PATIENCE
+
+
+def test_a_wait_for_the_gpu_is_no_duration_of_a_request(make_app):
+    app = make_app()
+    held = app.post_json(RESERVATION, {"holder": "a", "ttlSeconds": 60}).json["reservationId"]
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(app.post_json, RESERVATION, {"holder": "b", "ttlSeconds": 60, "waitSeconds": 60})
+        time.sleep(0.4)
+        app.delete(f"{RESERVATION}/{held}")
+        assert waits.result(PATIENCE).status_int == 201
+    assert scrape(app)["storyteller_http_request_duration_seconds_sum"] < (time.monotonic() - began) / 2
+
+
+def test_a_step_that_fails_while_it_waits_fails_outside_too():
+    def steps() -> Any:
+        yield Future()
+        raise service.Conflict("late")
+
+    timed, waits = service.without_waits(steps(), []), []
+    next(timed)
+    with pytest.raises(service.Conflict):
+        next(timed)
+    inner = steps()
+    timed = service.without_waits(inner, waits)
+    next(timed)
+    timed.close()
+    assert (waits, inner.gi_frame) == ([], None)
+
+
+# ------------------------------------------------------------------------------------ what is seen ----
+
+
+class Seen:
+    """An Observer of a store, with statuses of the GPU and clocks that the test sets."""
+
+    def __init__(self, services: service.Services, clock: Clock, wall: Clock, make_monitor: Any) -> None:
+        self.runs, self.status, self.clock, self.wall, self.is_watched = 0, service.GpuStatus(True), clock, wall, False
+        monitor = make_monitor(self._query, 0.0, clock)
+        self.asked: list[Any] = []
+        ask, monitor.ask = monitor.ask, lambda: self.asked.append(ask()) or self.asked[-1]
+        self.observer = service.Observer(
+            services.settings, services.store, monitor, services.swarmui, services.sessions, services.notifications,
+            lambda: 7, lambda: self.is_watched, clock, wall,
+        )  # fmt: skip
+
+    def _query(self) -> service.GpuStatus:
+        self.runs += 1
+        return self.status
+
+    def runs_in(self, seconds: int) -> int:
+        """How often nvidia-smi ran in these, with a look in each, and one when the next run is due."""
+        before, end = self.runs, self.clock.now + seconds
+        while self.clock.now < end:
+            seconds = self.observer.watch_gpu()
+            concurrent.futures.wait([one for one in self.asked if isinstance(one, Future)], PATIENCE)
+            self.clock.now += min(1.0, seconds)
+        return self.runs - before
+
+
+@pytest.fixture
+def seen(make_services, store, make_monitor) -> Seen:
+    return Seen(make_services(store), Clock(1000.0), Clock(T + 3_600_000), make_monitor)
+
+
+def test_nvidia_smi_runs_once_a_minute_and_every_5_seconds_while_that_matters(seen):
+    assert seen.runs_in(1) == 1  # at the start
+    assert seen.runs_in(120) == 2
+    seen.is_watched = True
+    assert seen.runs_in(60) == 12
+    seen.is_watched = False
+    assert seen.runs_in(60) == 1
+    seen.observer.scrape()
+    assert 5 <= seen.runs_in(29) <= 6
+    assert seen.runs_in(60) <= 2
+    for status in (service.GpuStatus(True, temperature=91), service.GpuStatus(failed=True)):
+        seen.status = status
+        seen.runs_in(60)  # it is noticed
+        assert seen.runs_in(60) == 12
+    for status in (service.GpuStatus(True, temperature=90), service.GpuStatus(failed=True, is_missing=True)):
+        seen.status = status
+        seen.runs_in(60)
+        assert seen.runs_in(60) == 1
+
+
+def test_the_gpus_history_has_a_status_of_each_5_seconds_of_the_last_15_minutes(make_monitor, monkeypatch):
+    wall, taken = Clock(T), iter(range(10_000))
+    monkeypatch.setattr(service, "now_ms", wall)
+    monitor = make_monitor(lambda: service.GpuStatus(True, utilization=next(taken)), 0.0)
+    for _ in range(1000):
+        status_of(monitor)
+        wall.now += 2500
+    found = monitor.history(wall.now)
+    assert len(found) == len(monitor._history) == 180
+    assert [at for at, _ in found] == sorted({at for at, _ in found})
+    assert (found[-1][1].utilization, found[0][0] > wall.now - 900_000) == (999, True)
+    wall.now += 600_000
+    assert len(monitor.history(wall.now)) == 60
+
+
+def test_a_session_waits_since_its_last_new_prompt(seen, store):
+    def save(at: int, *beats: dict[str, Any], **fields: Any) -> None:
+        store.save(at, json.dumps(with_beats(*beats, **fields)).encode(), None)
+
+    def waiting() -> dict[int, int]:
+        seen.clock.now += 100
+        return {one.timestamp: one.since for one in seen.observer.look(0.0, 0.0).waiting}
+
+    minute = 60_000
+    store.save(T, json.dumps(with_beats(OPEN, OPEN)).encode(), None)  # it says nothing of its time but its name
+    (saved,) = waiting().values()
+    assert T <= saved <= seen.wall.now
+    seen.wall.now += minute
+    save(T, OPEN, OPEN, scriptText="edited")
+    save(T + 1, OPEN)
+    assert waiting() == {T: saved, T + 1: seen.wall.now}
+    seen.wall.now += minute
+    save(T, OPEN, DONE)
+    assert waiting()[T] == seen.wall.now
+    save(T, DONE, DONE)
+    assert list(waiting()) == [T + 1]
+
+
+def test_what_is_read_of_the_store_takes_a_small_part_of_the_time():
+    clock, computed = Clock(0.0), []
+
+    def compute() -> int:
+        clock.now += 0.3
+        computed.append(clock.now)
+        return len(computed)
+
+    throttled = service.Throttled(compute, clock)
+    for _ in range(1000):
+        throttled.get(1.0, 0.003)
+        clock.now += 1.0
+    assert 9 <= len(computed) <= 11
+    clock.now += 3.1
+    assert throttled.get(0.0, 0.1) == len(computed)
+    clock.now += 0.1
+    assert throttled.get(math.inf, 0.1) == len(computed)
+
+
+# ---------------------------------------------------------------------------------- what to alert of ----
+
+
+def pending_since(*minutes: float) -> list[tuple[int, service.Notification]]:
+    members = [service.read_member(draft(session=T + n).member(T), None) for n in range(len(minutes))]
+    return [(T - int(one * 60_000), member) for one, member in zip(minutes, members)]
+
+
+def waiting_since(*minutes: float) -> list[service.Waiting]:
+    return [service.WaitingSession(T + n, 12, T - int(one * 60_000), "The end") for n, one in enumerate(minutes)]
+
+
+@pytest.mark.parametrize(
+    ("seen", "changed", "kind", "words"),
+    [
+        pytest.param({}, {}, "gpu_hot", None, id="nothing is known of the GPU"),
+        pytest.param({"gpu": service.GpuStatus(True, temperature=90)}, {}, "gpu_hot", "", id="as warm as it may be"),
+        pytest.param({"gpu": service.GpuStatus(True, temperature=91)}, {}, "gpu_hot", "at 91 °C, above 90", id="hot"),
+        pytest.param(
+            {"gpu": service.GpuStatus(True, temperature=91)}, {"alert_gpu_temperature": 0}, "gpu_hot", "", id="hot, off"
+        ),
+        pytest.param({"gpu": service.GpuStatus(failed=True)}, {}, "gpu_hot", None, id="who knows how hot"),
+        pytest.param(
+            {"gpu": service.GpuStatus(failed=True, error="GPU is lost")}, {}, "gpu_failing", "GPU is lost", id="failing"
+        ),
+        pytest.param(
+            {"gpu": service.GpuStatus(failed=True, is_missing=True)}, {}, "gpu_failing", "", id="no nvidia-smi"
+        ),
+        pytest.param({"gpu": service.GpuStatus(error="none")}, {}, "gpu_failing", "", id="no GPU"),
+        pytest.param({"fault": "Redis is away."}, {}, "store", "Redis is away.", id="store"),
+        pytest.param({}, {}, "store", "", id="store up"),
+        pytest.param(
+            {"swarmui": {"state": "failed", "lastError": "it exited"}}, {}, "swarmui", "it exited", id="swarmui"
+        ),
+        pytest.param({"swarmui": {"state": "starting", "lastError": "x"}}, {}, "swarmui", "", id="it starts"),
+        pytest.param({"free": 999_999_999}, {}, "disk", "1.00 GB are free", id="disk"),
+        pytest.param({"free": 1_000_000_000}, {}, "disk", "", id="as much as is to stay free"),
+        pytest.param({"free": 0}, {"alert_disk": 0}, "disk", "", id="disk, off"),
+        pytest.param({}, {}, "disk", None, id="a disk that cannot be asked"),
+        pytest.param({}, {}, "unacknowledged", None, id="pending unknown"),
+        pytest.param({"pending": pending_since(29.9, 1441)}, {}, "unacknowledged", "", id="too new and too old"),
+        pytest.param(
+            {"pending": pending_since(30, 1440, 5)}, {}, "unacknowledged",
+            f"2 notifications not acknowledged for 30 min: prompts_ready of session {T} (episode 2), prompts_ready "
+            f"of session {T + 1} (episode 2).", id="two",
+        ),
+        pytest.param(
+            {"pending": pending_since(*[40] * 8)}, {}, "unacknowledged", f"session {T + 4} (episode 2) and 3 more.",
+            id="many",
+        ),
+        pytest.param(
+            {"pending": pending_since(0.5)}, {"alert_unacknowledged": 0.25}, "unacknowledged",
+            "1 notification not acknowledged for 0.25 min", id="a fraction",
+        ),
+        pytest.param({"pending": pending_since(40)}, {"alert_unacknowledged": 0}, "unacknowledged", "", id="off"),
+        pytest.param({}, {}, "stuck", None, id="sessions unknown"),
+        pytest.param(
+            {"waiting": waiting_since(31, 29, 1441)}, {}, "stuck",
+            f"1 session without a new prompt for 30 min: {T} (The end, 12 prompts).", id="stuck",
+        ),
+        pytest.param({"waiting": waiting_since(31)}, {"alert_stuck": 0}, "stuck", "", id="stuck, off"),
+    ],
+)  # fmt: skip
+def test_what_is_alerted_of(settings, seen, changed, kind, words):
+    found = service.find_conditions(service.Situation(**seen), dataclasses.replace(settings, **changed), T)
+    assert found.keys() == service.ALERTS.keys()
+    assert found[kind] == words if not words else words in found[kind]
+
+
+class Shown:
+    """Alerts of what the test shows them."""
+
+    def __init__(self, settings: service.Settings) -> None:
+        self.situation, self.clock, self.wall, self.events = service.Situation(), Clock(50.0), Clock(T), []
+        self.alerts = service.Alerts(settings, self, lambda *event: self.events.append(event), self.clock)
+
+    def watch_gpu(self) -> float:
+        return math.inf
+
+    def look(self, *ages: float) -> service.Situation:
+        return self.situation
+
+    def after(self, seconds: float, **seen: Any) -> list[tuple[str, str]]:
+        """What is told in these seconds, with a look in each."""
+        self.situation, self.events[:] = service.Situation(**seen), []
+        for _ in range(int(seconds)):
+            self.alerts.look()
+            self.clock.now += 1
+            self.wall.now += 1000
+        return [(data["kind"], data["state"]) for name, data in self.events if name == "alert"]
+
+
+@pytest.fixture
+def shown(settings: service.Settings) -> Shown:
+    return Shown(settings)
+
+
+HOT, WARM = {"gpu": service.GpuStatus(True, temperature=95)}, {"gpu": service.GpuStatus(True, temperature=60)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "bad", "good"),
+    [
+        ("gpu_hot", HOT, WARM),
+        ("gpu_failing", {"gpu": service.GpuStatus(failed=True, error="lost")}, WARM),
+        ("store", {"fault": "Redis is away."}, {}),
+    ],
+)
+def test_what_may_pass_by_itself_is_raised_after_a_minute_and_ended_after_another(shown, caplog, kind, bad, good):
+    assert shown.after(60, **bad) == []
+    assert shown.after(1, **good) == []
+    assert shown.after(60, **bad) == []  # from the beginning
+    began = shown.wall.now - 60_000
+    assert shown.after(100, **bad) == [(kind, "raised")]
+    ((_, data),) = shown.events
+    assert (data["since"], data["until"]) == (service.iso_time(began), None)
+    assert list(shown.alerts.raised) == [kind]
+    gone = shown.wall.now
+    assert shown.after(60, **good) == []
+    assert shown.after(100, **good) == [(kind, "ended")]
+    ((_, data),) = shown.events
+    assert (data["since"], data["until"]) == (service.iso_time(began), service.iso_time(gone))
+    assert data["text"].startswith("Over after 3 min: ") and shown.alerts.raised == {}
+    logged = [one.getMessage() for one in caplog.records if one.getMessage().startswith("alerts: ")]
+    assert [re.match(r"alerts: (\S+ \S+): .", one)[1] for one in logged] == [f"{kind} raised", f"{kind} ended"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bad", "good"),
+    [
+        ("swarmui", {"swarmui": {"state": "failed", "lastError": "dead"}}, {}),
+        ("disk", {"free": 5}, {"free": 10**12}),
+        ("unacknowledged", {"pending": pending_since(40)}, {"pending": []}),
+        ("stuck", {"waiting": waiting_since(40)}, {"waiting": []}),
+    ],
+)
+def test_what_does_not_pass_by_itself_is_raised_and_ended_at_once(shown, kind, bad, good):
+    assert shown.after(5, **bad) == [(kind, "raised")]
+    assert shown.after(5, **good) == [(kind, "ended")]
+
+
+def test_what_is_not_known_neither_raises_nor_ends(shown):
+    assert shown.after(3, pending=pending_since(40)) == [("unacknowledged", "raised")]
+    assert shown.after(100) == []
+    assert shown.after(3, pending=pending_since(40)) == []
+    assert shown.after(3, pending=[]) == [("unacknowledged", "ended")]
+
+
+def test_an_alert_that_is_on_says_what_is_true_now_and_is_not_raised_again(shown):
+    shown.after(1, pending=pending_since(40))
+    assert shown.after(1, pending=pending_since(40, 40)) == []
+    assert shown.alerts.shown()[0]["text"].startswith("2 notifications")
+
+
+def test_the_last_3_alerts_that_ended_are_kept(shown):
+    for free in (5, 10**12) * 5:
+        shown.after(1, free=free)
+    shown.after(1, pending=pending_since(40))
+    states = [(one["kind"], one["state"]) for one in shown.alerts.shown()]
+    assert states == [("unacknowledged", "raised"), *[("disk", "ended")] * 3]
+
+
+def test_an_alert_is_in_the_metrics_while_it_is_on(make_services, store, monkeypatch):
+    monkeypatch.setattr(service.Alerts, "INTERVAL", 0.05)
+    services = make_services(store, alert_unacknowledged=0.001)
+    app = webtest.TestApp(service.create_app(services), extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"})
+    services.start()
+    made = app.post_json("/api/v1/notifications", {**NOTIFICATION, "totalPrompts": 1}).json["id"]
+    name = 'storyteller_alerts{kind="unacknowledged"}'
+    wait_until(lambda: scrape(app)[name] == 1)
+    app.post(f"/api/v1/notifications/{made}/ack")
+    wait_until(lambda: scrape(app)[name] == 0)
+
+
+# ------------------------------------------------------------------------------------- whom to tell ----
+
+
+@pytest.mark.parametrize(
+    ("url", "given", "format"),
+    [
+        ("https://ntfy.sh/topic", None, "ntfy"),
+        ("https://ntfy.example.org/topic", None, "ntfy"),
+        ("http://ntfy:8080/topic", None, "ntfy"),
+        ("https://discord.com/api/webhooks/1/x", None, "discord"),
+        ("https://canary.discord.com/api/webhooks/1/x", None, "discord"),
+        ("https://hooks.slack.com/services/x", None, "slack"),
+        ("https://notdiscord.com/x", None, "json"),
+        ("http://127.0.0.1:9/discord.com", None, "json"),
+        ("http://127.0.0.1:9/x", "Slack", "slack"),
+        ("https://ntfy.sh/topic", "json", "json"),
+    ],
+)
+def test_an_alert_is_shaped_by_the_host_unless_the_setting_says_otherwise(url, given, format):
+    assert service.format_of(url, given) == format
+
+
+@pytest.mark.parametrize(
+    ("format", "body"),
+    [
+        ("discord", {"content": "<!channel> & @everyone °", "allowed_mentions": {"parse": []}}),
+        ("slack", {"text": "&lt;!channel&gt; &amp; @everyone °"}),
+        (
+            "json",
+            {"kind": "disk", "state": "raised", "text": "<!channel> & @everyone °", "since": "2025-01-30T00:00:00Z",
+             "until": None},
+        ),
+    ],
+)  # fmt: skip
+def test_an_alert_has_the_shape_of_its_format(format, body):
+    data, headers = service.shape_alert(service.Alert("disk", "raised", "<!channel> & @everyone °", T), format)
+    assert (json.loads(data), headers) == (body, {"Content-Type": "application/json"})
+    long = service.Alert("disk", "raised", "x" * 3000, T)
+    assert len(json.loads(service.shape_alert(long, "discord")[0])["content"]) == 2000
+
+
+@pytest.mark.parametrize(
+    ("state", "priority", "tags"), [("raised", "high", "warning"), ("ended", "default", "white_check_mark")]
+)
+def test_ntfy_gets_the_text_and_headers_in_ascii(state, priority, tags):
+    body, headers = service.shape_alert(service.Alert("gpu_hot", state, "95 °C", T), "ntfy")
+    assert body.decode() == "95 °C"
+    assert {name: headers[name] for name in ("Title", "Priority", "Tags")} == {
+        "Title": f"StoryTeller: gpu_hot {state}", "Priority": priority, "Tags": tags,
+    }  # fmt: skip
+    assert all(value.isascii() for value in headers.values())
+
+
+class Receiver:
+    """What alerts and heartbeats are sent to; it answers with the statuses given, then with 200."""
+
+    def __init__(self, *statuses: int) -> None:
+        self.requests: list[tuple[str, str, bytes]] = []
+        left = list(statuses)
+        receiver = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                receiver.requests.append((self.command, self.path, body))
+                self.send_response(left.pop(0) if left else 200)
+                self.send_header("Location", "/elsewhere")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_GET = do_POST
+
+            def log_message(self, *_: Any) -> None: ...
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/secret-topic?key=secret"
+        threading.Thread(target=self.server.serve_forever, args=[0.01], daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def make_receiver() -> Iterator[Callable[..., Receiver]]:
+    with contextlib.ExitStack() as stack:
+        yield lambda *statuses: stack.enter_context(contextlib.closing(Receiver(*statuses)))
+
+
+def test_alerts_arrive_in_order_and_are_tried_three_times(settings, make_receiver, monkeypatch, caplog):
+    monkeypatch.setattr(service.Alerts, "RETRY", 0.01)
+    monkeypatch.setattr(service.Alerts, "INTERVAL", 3600.0)
+    receiver = make_receiver(500, 302, 200, 500, 500, 404)
+    shown = Shown(dataclasses.replace(settings, alert_url=receiver.url))
+    with contextlib.closing(shown.alerts):
+        shown.alerts.start()
+        for free in (5, 10**12, 5):
+            shown.after(1, free=free)
+        wait_until(lambda: len(receiver.requests) == 7)
+    sent = [json.loads(body)["state"] for _, _, body in receiver.requests]
+    assert sent == ["raised"] * 3 + ["ended"] * 3 + ["raised"]
+    assert {path for _, path, _ in receiver.requests} == {"/secret-topic?key=secret"}  # no redirect was followed
+    assert "disk was not delivered to STORYTELLER_ALERT_URL: 404 Not Found" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_nothing_waits_for_who_does_not_answer(settings, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        shown = Shown(dataclasses.replace(settings, alert_url=f"http://127.0.0.1:{silent.getsockname()[1]}/secret"))
+        began = time.monotonic()
+        shown.alerts.start()
+        for free in (5, 10**12) * 200:  # more than are kept
+            shown.after(1, free=free)
+        shown.alerts.close()
+        assert time.monotonic() - began < service.WEBHOOK_TIMEOUT
+
+
+def test_a_heartbeat_is_sent_at_the_start_and_its_loss_is_logged_once(settings, make_receiver, monkeypatch, caplog):
+    monkeypatch.setattr(service.Alerts, "HEARTBEAT", 0.02)
+    receiver = make_receiver(200, 500, 500, 500)
+    shown = Shown(dataclasses.replace(settings, heartbeat_url=receiver.url))
+    with contextlib.closing(shown.alerts):
+        shown.alerts.start()
+        wait_until(lambda: len(receiver.requests) > 6)
+    assert {(method, path) for method, path, _ in receiver.requests} == {("GET", "/secret-topic?key=secret")}
+    logged = [one.getMessage() for one in caplog.records if "heartbeat" in one.getMessage()]
+    assert [one.rpartition(": ")[2] for one in logged] == ["500 Internal Server Error", "200 OK"]
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "printed"), [(200, 0, "200 OK"), (403, 1, "403 Forbidden"), (302, 1, "302 Found")]
+)
+def test_a_test_alert_prints_the_status(run_module, make_receiver, status, code, printed):
+    receiver = make_receiver(status)
+    done = run_module("alert", STORYTELLER_ALERT_URL=receiver.url, STORYTELLER_ALERT_FORMAT="slack")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (code, printed, "")
+    ((method, _, body),) = receiver.requests
+    assert (method, "test" in json.loads(body)["text"]) == ("POST", True)
+
+
+def test_a_test_alert_that_nobody_takes_or_that_has_no_address(run_module):
+    done = run_module("alert", STORYTELLER_ALERT_URL=f"http://127.0.0.1:{free_port()}/secret")
+    assert (done.returncode, done.stdout.strip()) == (1, "no answer (nobody listens there)")
+    done = run_module("alert")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "set STORYTELLER_ALERT_URL" in done.stderr
+
+
+def test_the_service_tells_of_what_is_wrong_from_its_start(start_service, make_receiver):
+    alerts, beats = make_receiver(), make_receiver()
+    made = start_service(
+        STORYTELLER_ALERT_URL=alerts.url, STORYTELLER_HEARTBEAT_URL=beats.url, STORYTELLER_ALERT_DISK="86400"
+    )
+    wait_until(lambda: alerts.requests and beats.requests)
+    assert json.loads(alerts.requests[0][2])["kind"] == "disk"
+    log_text = (made.folder / "data" / "storyteller.log").read_text("utf-8")
+    assert "alerts: disk raised: " in log_text and "secret" not in log_text
+
+
+# ======================================================================================================
 # The bridge
 # ======================================================================================================
 
@@ -11046,7 +11712,8 @@ def test_help_names_every_setting(run_module):
 
 def test_help_names_the_scripts_every_command_and_each_default(run_module):
     text = run_module("--help").stdout
-    assert not [word for word in ("run.sh", "run.bat", "serve", "check", "page", "token", "test") if word not in text]
+    words = ("run.sh", "run.bat", "serve", "check", "page", "token", "alert", "test")
+    assert not [word for word in words if word not in text]
     rows = {line.split()[0]: line for line in text.split("\nsettings, ")[1].splitlines()[1:]}
     assert [name for name, row in rows.items() if "by default" not in row] == []
     shown = {
@@ -11060,7 +11727,8 @@ def test_help_names_the_scripts_every_command_and_each_default(run_module):
 @pytest.mark.parametrize(
     ("command", "advice"),
     [("tset", "did you mean test?"), ("chekc", "did you mean check?"), ("tokne", "did you mean token?"),
-     ("server", "did you mean serve?"), ("x", "serve, check, page, token, test"), ("test", "run.sh and run.bat")],
+     ("server", "did you mean serve?"), ("x", "serve, check, page, token, alert, test"),
+     ("test", "run.sh and run.bat")],
 )  # fmt: skip
 def test_a_command_that_is_none_is_refused_with_the_nearest(run_module, command, advice):
     done = run_module(command, "-k", "swarmui")
