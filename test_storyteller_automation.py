@@ -8891,7 +8891,9 @@ class Listening:
 
     def next(self, *types: str) -> Any:
         """The data of the next event of one of these types, of any if none is given; None at the end."""
+        deadline = time.monotonic() + PATIENCE
         while found := self.next_block():
+            assert time.monotonic() < deadline, "comments alone"
             if "event" in found and (not types or found["event"] in types):
                 return json.loads(found["data"])
         return None
@@ -9043,6 +9045,23 @@ def test_of_many_sessions_only_what_was_changed_is_read_again(polled, listen, mo
         polled.ask("PUT", f"/api/v1/session/{T + number}", SESSION)
         assert heard.next()["sessionTimestamp"] == T + number
     assert seen == [T + 15, T + 30]
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_an_older_session_is_no_news_when_a_newer_one_is_gone(
+    poll_service, redis_store, other_program, listen, monkeypatch
+):
+    monkeypatch.setattr(service.SessionChanges, "NEWEST", 3)
+    polled = poll_service(redis_store)
+    for number in range(4):
+        redis_store.save(T + number, json.dumps(SESSION).encode(), None)
+    heard = listen(polled, "?types=session")
+    assert [one["sessionTimestamp"] for one in heard.next()["sessions"]] == [T + 3, T + 2, T + 1]
+    other_program.delete(f"session:{T + 3}")
+    other_program.zrem("storyteller:sessions", f"session:{T + 3}")
+    wait_until(lambda: T in polled.services.live._sessions._told)
+    polled.ask("PUT", f"/api/v1/session/{T + 2}", SESSION)
+    assert heard.next()["sessionTimestamp"] == T + 2
 
 
 @pytest.mark.usefixtures("quick_looks")
