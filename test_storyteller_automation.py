@@ -6722,7 +6722,7 @@ class Shown:
 
     def __init__(self, settings: service.Settings) -> None:
         self.situation, self.clock, self.wall, self.events = service.Situation(), Clock(50.0), Clock(T), []
-        self.alerts = service.Alerts(settings, self, lambda *event: self.events.append(event), self.clock)
+        self.alerts = service.Alerts(settings, self, self.events.append, self.clock)
 
     def watch_gpu(self) -> float:
         return math.inf
@@ -6737,7 +6737,7 @@ class Shown:
             self.alerts.look()
             self.clock.now += 1
             self.wall.now += 1000
-        return [(data["kind"], data["state"]) for name, data in self.events if name == "alert"]
+        return [(data["kind"], data["state"]) for data in self.events]
 
 
 @pytest.fixture
@@ -9203,7 +9203,8 @@ def test_swarmui_the_gpu_and_its_reservation_are_told(poll_service, nvidia_smi, 
     assert told == {name: held[name] for name in ("fence", *HOLDER_KEYS)}
     polled.ask("DELETE", RESERVATION)
     assert heard.next("reservation") is None
-    monkeypatch.setattr(polled.services.swarmui, "_status", service.SwarmUIStatus(state="failed", error="gone"))
+    swarmui = polled.services.swarmui
+    monkeypatch.setattr(swarmui, "_status", {**swarmui._status, "state": "failed", "lastError": "gone"})
     assert heard.next("swarmui")["state"] in ("failed", "stopped")
 
 
