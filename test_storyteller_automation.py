@@ -5124,6 +5124,7 @@ ENDPOINTS = [
     ("GET", "/api/v1/swarmui/logs", {}),
     ("GET", "/api/v1/notifications/check", {}),
     ("GET", "/api/v1/events", {}),
+    ("GET", "/metrics", {}),
     ("POST", "/api/v1/notifications", {}),
     ("POST", "/api/v1/notifications/ack", {"success": False}),
     ("POST", "/api/v1/notifications/notif_1/ack", {"success": False}),
@@ -5242,7 +5243,7 @@ def test_while_the_store_is_away_gpu_and_swarmui_answer_as_before(dead_app):
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/", 404), ("GET", "/api/v1/gpu", 404), ("GET", "/api/v1/session/1/2/3", 404), ("POST", "/health", 405),
+    [("GET", "/api/v1/gpu", 404), ("GET", "/api/v1/session/1/2/3", 404), ("POST", "/health", 405),
      ("GET", "/api/v1/swarmui/start", 405), ("DELETE", "/api/v1/session/1", 405),
      ("PATCH", "/health", 405), ("PUT", "/api/v1/session/latest", 405)],
 )  # fmt: skip
