@@ -6763,13 +6763,13 @@ def test_what_may_pass_by_itself_is_raised_after_a_minute_and_ended_after_anothe
     assert shown.after(60, **bad) == []  # from the beginning
     began = shown.wall.now - 60_000
     assert shown.after(100, **bad) == [(kind, "raised")]
-    ((_, data),) = shown.events
+    (data,) = shown.events
     assert (data["since"], data["until"]) == (service.iso_time(began), None)
     assert list(shown.alerts.raised) == [kind]
     gone = shown.wall.now
     assert shown.after(60, **good) == []
     assert shown.after(100, **good) == [(kind, "ended")]
-    ((_, data),) = shown.events
+    (data,) = shown.events
     assert (data["since"], data["until"]) == (service.iso_time(began), service.iso_time(gone))
     assert data["text"].startswith("Over after 3 min: ") and shown.alerts.raised == {}
     logged = [one.getMessage() for one in caplog.records if one.getMessage().startswith("alerts: ")]
