@@ -28,7 +28,8 @@ The sections, each under a banner, each depending only on those above it:
     SwarmUI: its states                     what is seen, and which state follows from that
     SwarmUI: the supervisor                 one thread launches, probes and ends it
     Authentication                          tokens, permissions, trusted origins, allowed hosts
-    Metrics and alerts                      what is seen of all parts; what to alert of, and whom to tell
+    Alerts                                  what is seen of all parts; what to alert of, and whom to tell
+    Metrics                                 the same for Prometheus
     HTTP: requests, and what serves them    validation against schemas; the thread pools and the batchers
     HTTP: handlers                          one function per endpoint
     HTTP: routes                            one table, from which OpenAPI is generated
@@ -4617,7 +4618,7 @@ def refused_origins(settings: Settings) -> list[str]:
 
 
 # ======================================================================================================
-# Metrics and alerts
+# Alerts
 # ======================================================================================================
 
 DAY_MS = 86_400_000
@@ -4943,6 +4944,11 @@ class Alerts:
             log.warning("alerts: the heartbeat to STORYTELLER_HEARTBEAT_URL: %s", answer)
         self._is_heard = is_heard
         return max(0.0, self.HEARTBEAT - (self._clock() - began))
+
+
+# ======================================================================================================
+# Metrics
+# ======================================================================================================
 
 
 class RequestCounts:
