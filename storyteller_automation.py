@@ -22,16 +22,19 @@ The sections, each under a banner, each depending only on those above it:
     Sessions                                pure functions of a document; the cache of their results by SHA-256
     Bridge                                  the two copies of a session kept in step: who wins, and who looks
     Notifications                           what one is, which are valid, when a session announces one
-    GPU                                     the parser (pure); the monitor (one run at a time, cached); reservations
+    GPU                                     the parser (pure); the monitor (one run at a time, cached)
+    GPU: reservations                       a lease with a fence; who waits for it
     SwarmUI: the client                     what answers at its URL, whose pages it answers
     SwarmUI: what was launched              the program, and how it is known again
     SwarmUI: its states                     what is seen, and which state follows from that
     SwarmUI: the supervisor                 one thread launches, probes and ends it
     Authentication                          tokens, permissions, trusted origins, allowed hosts
-    Alerts                                  what is seen of all parts; what to alert of, and whom to tell
+    Alerts: what is seen                    of all parts; nvidia-smi runs as often as somebody needs it
+    Alerts: raised and ended                what to alert of, and whom to tell
     Metrics                                 the same for Prometheus
     HTTP: requests, and what serves them    validation against schemas; the thread pools and the batchers
     HTTP: handlers                          one function per endpoint
+    HTTP: handlers of sessions and tokens   the same
     HTTP: routes                            one table, from which OpenAPI is generated
     HTTP: application                       the one path of every request
     Live: what changes                      among what is pending, and of the newest sessions
@@ -1169,6 +1172,13 @@ def settle(future: Future[T], outcome: T | BaseException) -> None:
         future.set_result(outcome)
 
 
+def offer(future: Future[T], outcome: T | BaseException) -> bool:
+    """Settle one that its owner may have cancelled: whether it was not."""
+    if is_wanted := future.set_running_or_notify_cancel():
+        settle(future, outcome)
+    return is_wanted
+
+
 def settle_by(future: Future[T], function: Callable[..., T], *arguments: Any) -> None:
     """Settle it with what the function returns or raises."""
     try:
@@ -1252,10 +1262,10 @@ class Batcher(Generic[Q, T]):
 
 class Loop:
     """A thread that calls `turn` once started, and again after as many seconds as it returned or when woken; after 5 s
-    when it raised, which is logged."""
+    when it raised, which is logged. Once closed it calls `last`, and ends."""
 
-    def __init__(self, turn: Callable[[], float], name: str) -> None:
-        self._turn, self.is_closing = turn, False
+    def __init__(self, turn: Callable[[], float], name: str, last: Callable[[], Any] = lambda: None) -> None:
+        self._turn, self._last, self.is_closing = turn, last, False
         self._woken = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.start, self.wake = self._thread.start, self._woken.set
@@ -1268,16 +1278,16 @@ class Loop:
             self._thread.join(timeout)
 
     def _run(self) -> None:
-        while True:
+        is_closing = False
+        while not is_closing:
             self._woken.clear()
-            if self.is_closing:
-                return
+            is_closing, seconds = self.is_closing, 5.0
             try:
-                seconds = self._turn()
+                seconds = self._last() if is_closing else self._turn()
             except Exception:
-                seconds = 5.0
                 log.exception("%s: an unexpected error", self._thread.name)
-            self._woken.wait(seconds)
+            if not is_closing:
+                self._woken.wait(seconds)
 
 
 # ======================================================================================================
@@ -2966,16 +2976,11 @@ class Bridge:
         self._seen: dict[int, Seen] = {}
         self._latest = (-1, 0.0)  # the length of session:latest, and when it is read again
         self._report = functools.lru_cache(1000)(functools.partial(log.warning, "bridge: %s: %s"))  # each once
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="bridge", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
+        self._loop = Loop(self._turn, "bridge", last=self._give_lease_back)
+        self.start = self._loop.start
 
     def close(self) -> None:
-        self._closing.set()
-        if self._thread.ident:
-            self._thread.join(2.0)
+        self._loop.close(2.0)
 
     def bring(self, stored: StoredSession, *, whole: bool = False) -> StoredSession | None:
         """The session with its copies in step; as it was where Redis takes no writes. `whole`: also where a large copy
@@ -3021,20 +3026,21 @@ class Bridge:
             self._report(f"session {timestamp} is left as it is, since a copy is no session", str(fault))
             return None
 
-    def _run(self) -> None:
-        while True:
-            is_done = True
-            try:
-                is_done = self._look()
-            except ApiError as error:
-                if error.refusal and not self._store.writes.refusal:  # else the store has told of it
-                    self._report("sessions are not kept in step", str(error))
-            except Exception:
-                log.exception("bridge: sessions are not kept in step")
-            if self._closing.wait(self.INTERVAL if is_done else 0.0):
-                break
+    def _turn(self) -> float:
+        is_done = True
+        try:
+            is_done = self._look()
+        except ApiError as error:
+            if error.refusal and not self._store.writes.refusal:  # else the store has told of it
+                self._report("sessions are not kept in step", str(error))
+        except Exception:
+            log.exception("bridge: sessions are not kept in step")
+        return self.INTERVAL if is_done else 0.0
+
+    def _give_lease_back(self) -> None:
+        """To another service."""
         with contextlib.suppress(ApiError):
-            self._store.look(self._owner, 1, 1, ())  # let another service have the lease
+            self._store.look(self._owner, 1, 1, ())
 
     def _look(self) -> bool:
         """False when it took so long that the lease is to be extended before the next ones."""
@@ -3056,7 +3062,7 @@ class Bridge:
                 self._store.trim(timestamp)
             elif seen is None or seen.sizes != sizes or time.monotonic() >= seen.due:
                 self._read(timestamp, sizes)
-                if self._closing.is_set() or time.monotonic() - began > self.INTERVAL:
+                if self._loop.is_closing or time.monotonic() - began > self.INTERVAL:
                     return False
         if not is_met:
             self._store.note_met()
@@ -3454,6 +3460,11 @@ class GpuMonitor:
         return [status]
 
 
+# ======================================================================================================
+# GPU: reservations
+# ======================================================================================================
+
+
 @dataclass(frozen=True)
 class Reservation:
     """A lease of the GPU, as its record has it. After its end the record stays, for its fence."""
@@ -3523,7 +3534,7 @@ class Reservations:
         self._waiting: list[_Question] = []
         self._closed: ApiError | None = None
         self._lock = threading.Lock()  # over whether it is, so that nobody asks after the last turn
-        self._loop = Loop(self._turn, "reservations")
+        self._loop = Loop(self._turn, "reservations", last=self._turn)
         self._loop.start()
 
     @property
@@ -3553,20 +3564,19 @@ class Reservations:
         """Answer everyone who waits, and end the thread. May be called again."""
         with self._lock:
             self._closed = Unavailable("The service is stopping.", 5)
-        self._loop.wake()
+        self._loop.close()
 
     def _turn(self) -> float:
-        is_last = self._closed is not None
         asked = [self._asked.get() for _ in range(self._asked.qsize())]
         here = [one for one in (*self._waiting, *asked) if not one.future.cancelled()]
-        is_due = is_last or self._clock() - self._looked_at >= self.INTERVAL
+        is_due = self._closed is not None or self._clock() - self._looked_at >= self.INTERVAL
         if asked or (is_due and (here or self._watches)):
             self._look()
-        self._waiting, self._loop.is_closing = [], is_last
+        self._waiting = []
         for one in sorted(here, key=lambda one: one.deadline is not None):
             self._answer(one)
         if not (self._waiting or self._watches):
-            return 0.0 if is_last else 3600.0
+            return 3600.0
         times = [self._looked_at + self.INTERVAL]
         times += [self._seen[1], *(one.deadline or 0.0 for one in self._waiting)] if self._waiting else []
         return max(0.0, min(times) - self._clock())
@@ -4081,8 +4091,8 @@ class SwarmUISupervisor:
         for future in futures:
             with self._lock:  # not those whom close() or this has told
                 is_due = self._asked.pop(future, None)
-            if is_due and future.set_running_or_notify_cancel():
-                settle(future, outcome)
+            if is_due:
+                offer(future, outcome)
 
     def _answer(self, outcome: Any, *wishes: str) -> None:
         self._publish()
@@ -4618,7 +4628,7 @@ def refused_origins(settings: Settings) -> list[str]:
 
 
 # ======================================================================================================
-# Alerts
+# Alerts: what is seen
 # ======================================================================================================
 
 DAY_MS = 86_400_000
@@ -4751,6 +4761,11 @@ class Observer:
             found[stored.timestamp] = WaitingSession(stored.timestamp, done.total_prompts, since, title[:60])
         self._known = found
         return list(found.values())
+
+
+# ======================================================================================================
+# Alerts: raised and ended
+# ======================================================================================================
 
 
 def find_conditions(seen: Situation, settings: Settings, now: int) -> dict[str, str | None]:
@@ -5588,6 +5603,11 @@ def answer_acknowledgements(services: Services, ids: list[str]) -> list[Outcome]
     return list(map(respond, ids, services.notifications.acknowledge_own(ids)))
 
 
+# ======================================================================================================
+# HTTP: handlers of sessions and tokens
+# ======================================================================================================
+
+
 def _session_response(services: Services, stored: StoredSession, origin: str | None) -> Response:
     """The document as it is stored: to serialize it costs as much as to read it. A page gets StoryArt's dialect."""
     document, name = stored.document or b"", services.store.name.encode()
@@ -5714,6 +5734,11 @@ class Route:
     gated: bool = False  # a reservation may bar who does not send its id
     in_pool: bool = False  # its handler computes or waits for the store, so it runs in the thread pool
     waits: bool = False  # where its future can be withdrawn, it waits: that time is no duration of a request
+
+    @property
+    def template(self) -> str:
+        """The path as OpenAPI writes it."""
+        return re.sub(r"<(\w+)>", r"{\1}", self.path)
 
 
 def _schema(kind: str | list[str], example: Any, **limits: Any) -> Schema:
@@ -5964,7 +5989,7 @@ def describe_api() -> dict[str, Any]:
     """OpenAPI 3.1 of all routes."""
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
-        paths.setdefault(re.sub(r"<(\w+)>", r"{\1}", route.path), {})[route.method.lower()] = _describe(route)
+        paths.setdefault(route.template, {})[route.method.lower()] = _describe(route)
     info = {"title": "StoryTeller automation service", "version": __version__}
     components = {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}
     return {"openapi": "3.1.0", "info": info, "paths": paths, "components": components}
@@ -6042,8 +6067,7 @@ class Endpoint:
     @functools.cached_property
     def template(self) -> str:
         """The path as metrics name it."""
-        path = next((route.path for route in self.routes.values()), "other")
-        return re.sub(r"<(\w+)>", r"{\1}", path)
+        return next((route.template for route in self.routes.values()), "other")
 
     def __call__(self, **path: str) -> bottle.HTTPResponse:
         steps = self.respond(bottle.request.environ, path)
@@ -6101,10 +6125,11 @@ class Endpoint:
         level = logging.DEBUG if response.status < 400 and method in ("GET", "HEAD", "OPTIONS") else logging.INFO
         seconds = time.monotonic() - began
         services.counts.count(method, self.template, response.status, seconds - sum(waits))
-        ms = seconds * 1000
-        # The id of a reservation is a secret, also in a misspelt path.
-        raw = re.sub(r"(?is)(?<=/reservation/).+|[\w-]{43,}", "...", environ.get("bottle.raw_path", ""))
-        log.log(level, "http: %s %s %d %s %.1f ms %s", method, raw, response.status, caller.subject, ms, request_id)
+        if log.isEnabledFor(level):
+            # The id of a reservation is a secret, also in a misspelt path.
+            raw = re.sub(r"(?is)(?<=/reservation/).+|[\w-]{43,}", "...", environ.get("bottle.raw_path", ""))
+            said = method, raw, response.status, caller.subject, seconds * 1000, request_id
+            log.log(level, "http: %s %s %d %s %.1f ms %s", *said)
         headers = {**COMMON_HEADERS, **response.headers, "X-Request-Id": request_id}
         if origin:  # without these the page sees a network failure, whatever the status is
             headers["Access-Control-Allow-Origin"] = origin
@@ -6459,7 +6484,7 @@ class Live:
     def __init__(self, services: Services) -> None:
         self._services = services
         self.addresses: Sequence[str] = ()
-        self._started_at, self._run = now_ms(), secrets.token_hex(4)
+        self._run = secrets.token_hex(4)
         self._states = itertools.count(1)
         self._lock = threading.Lock()  # over these
         self._number = 0  # of the newest event
@@ -6558,12 +6583,11 @@ class Live:
         with self._lock:
             joining, self._joining = self._joining, []
         for _, joined in joining:
-            if joined.set_running_or_notify_cancel():
-                joined.set_exception(fault)
+            offer(joined, fault)
 
     def _answer(self, waiting: Future[Any], outcome: Any) -> None:
-        if self._waiting.pop(waiting, None) and waiting.set_running_or_notify_cancel():
-            settle(waiting, outcome)
+        if self._waiting.pop(waiting, None):
+            offer(waiting, outcome)
 
     # ---- in the thread ----
 
@@ -6678,9 +6702,7 @@ class Live:
             if not goes_on:  # what others tell meanwhile follows its state
                 listener.stream.send(self._state(listener, number), before_all=True)
                 listener.told_at = time.monotonic()
-            if joined.set_running_or_notify_cancel():
-                settle(joined, Response(b"", 200, STREAM_HEADERS, listener.stream))
-            else:
+            if not offer(joined, Response(b"", 200, STREAM_HEADERS, listener.stream)):
                 listener.stream.close()
 
     def _state(self, listener: Listener, number: int) -> bytes:
@@ -6704,7 +6726,7 @@ class Live:
         listener.lacks_store = not self._store_up
         shown["service"] = {
             "version": __version__, "store": services.store.name, "storeUp": self._store_up,
-            "startedAt": iso_time(self._started_at), "addresses": list(self.addresses), "now": now_ms(),
+            "startedAt": iso_time(services.started_at), "addresses": list(self.addresses), "now": now_ms(),
         }  # fmt: skip
         return self._frame("state", to_json(shown), f"{number}.{next(self._states)}")
 

@@ -3888,7 +3888,8 @@ def test_of_8_clients_at_two_instances_that_are_killed_never_two_have_it(start_s
     with ThreadPoolExecutor(8) as pool:
         working = [pool.submit(work, name) for name in range(8)]
         while time.monotonic() < until:
-            time.sleep(0.7)
+            before = len(spans)
+            wait_until(lambda: len(spans) > before + 1 or time.monotonic() >= until)  # noqa: B023
             victim = random.randrange(2)
             running[victim].process.kill()
             running[victim].process.wait(PATIENCE)
@@ -8137,7 +8138,7 @@ def test_where_redis_takes_no_writes_reads_answer_as_ever_and_the_next_look_trie
 
 
 def test_only_a_look_that_is_not_done_is_followed_by_the_next_at_once(bridged, monkeypatch):
-    pauses, outcomes = [], [False, service.Unavailable("no", 1), ValueError("no"), True]
+    outcomes = [False, service.Unavailable("no", 1), ValueError("no"), True]
 
     def look() -> bool:
         outcome = outcomes.pop(0)
@@ -8146,8 +8147,7 @@ def test_only_a_look_that_is_not_done_is_followed_by_the_next_at_once(bridged, m
         return outcome
 
     monkeypatch.setattr(bridged.bridge, "_look", look)
-    monkeypatch.setattr(bridged.bridge._closing, "wait", lambda pause: pauses.append(pause) or not outcomes)
-    bridged.bridge._run()
+    pauses = [bridged.bridge._turn() for _ in range(len(outcomes))]
     assert pauses == [0, *[service.Bridge.INTERVAL] * 3]
 
 
