@@ -3858,7 +3858,7 @@ def test_a_fault_of_ours_fails_one_request_alone(make_pc, sqlite_store, fail_onc
 def test_of_8_clients_at_two_instances_that_are_killed_never_two_have_it(start_service, redis_url):
     """Each client counts its own end, from when it sent what it got an answer to."""
     running = [start_service(REDIS_URL=redis_url, STORYTELLER_DATA_DIR=f"data-{number}") for number in range(2)]
-    until, spans = time.monotonic() + 8, []
+    spans, stopping = [], threading.Event()
 
     def call(chance: random.Random, *request: Any) -> tuple[int, Any]:
         with contextlib.suppress(OSError, http.client.HTTPException):  # its service was killed
@@ -3867,7 +3867,7 @@ def test_of_8_clients_at_two_instances_that_are_killed_never_two_have_it(start_s
 
     def work(name: int) -> None:
         chance = random.Random(name)
-        while time.monotonic() < until:
+        while not stopping.is_set():
             sent = time.monotonic()
             status, made = call(chance, "POST", RESERVATION, {"holder": f"{name}", "ttlSeconds": 1, "waitSeconds": 2})
             if status != 201:
@@ -3887,17 +3887,18 @@ def test_of_8_clients_at_two_instances_that_are_killed_never_two_have_it(start_s
 
     with ThreadPoolExecutor(8) as pool:
         working = [pool.submit(work, name) for name in range(8)]
-        while time.monotonic() < until:
-            before = len(spans)
-            wait_until(lambda: len(spans) > before + 1 or time.monotonic() >= until)  # noqa: B023
-            victim = random.randrange(2)
-            running[victim].process.kill()
-            running[victim].process.wait(PATIENCE)
-            running[victim] = start_service(REDIS_URL=redis_url, STORYTELLER_DATA_DIR=f"data-{victim}")
+        try:
+            for victim in (0, 1, 0, 1):
+                before = len(spans)
+                wait_until(lambda: len(spans) > before + 1)  # noqa: B023
+                running[victim].process.kill()
+                running[victim].process.wait(PATIENCE)
+                running[victim] = start_service(REDIS_URL=redis_url, STORYTELLER_DATA_DIR=f"data-{victim}")
+        finally:
+            stopping.set()
         for one in working:
             one.result(PATIENCE)
     spans.sort()
-    assert len(spans) > 8
     assert [pair for pair in itertools.pairwise(spans) if pair[0][1] > pair[1][0] or pair[0][2] >= pair[1][2]] == []
 
 
@@ -4422,7 +4423,13 @@ def write_status(tmp_path):
         path = tmp_path / "status.json"
         temporary = path.with_suffix(".new")
         temporary.write_text(json.dumps({"status": counts, "backend_status": backends or {}}))
-        os.replace(temporary, path)
+
+        def is_replaced() -> bool:
+            with contextlib.suppress(PermissionError):  # Windows replaces no file that the stand-in is reading
+                os.replace(temporary, path)
+            return not temporary.exists()
+
+        wait_until(is_replaced)
         return str(path)
 
     return write
@@ -10724,13 +10731,13 @@ def test_a_swarmui_found_again_that_ends_is_told(make_supervisor, settings, swar
     folder = swarmui_folder(delay=3600)
     failure(make_supervisor(swarmui_path=folder, start_timeout=0.1))
     pid = leash.next().report["pid"]
-    again = make_supervisor(swarmui_path=folder, health_timeout=0.3, **SLOW_START)
-    with socket.create_server(("127.0.0.1", settings.swarmui_port)) as listener, ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(fail_in_time, again, **SLOW_START)
-        for _ in range(2):  # once it asks again, it waits
+    again = make_supervisor(swarmui_path=folder, health_timeout=0.3, start_timeout=PATIENCE)
+    waiting = again.start()
+    with socket.create_server(("127.0.0.1", settings.swarmui_port)) as listener:
+        for _ in range(3):  # two probes may be of before it waits
             listener.accept()[0].close()
         os.kill(pid, signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
-        assert "it exited" in waiting.result(PATIENCE)
+        assert "it exited" in str(waiting.exception(PATIENCE))
     assert leash.count_further() == 0
 
 
