@@ -5539,6 +5539,7 @@ def answer_progress(services: Services, timestamps: list[int]) -> list[Outcome]:
             return services.submit(announce_progress, services, stored)
         return progress_response(stored, facts)
 
+    services.carry_latest()
     parts = (timestamps[at : at + 8] for at in range(0, len(timestamps), 8))  # so few documents are in memory at once
     return [respond(stored) for part in parts for stored in services.store.read_sessions(part)]
 

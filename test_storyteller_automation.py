@@ -7597,6 +7597,14 @@ def test_who_asks_for_a_session_gets_at_once_what_storyswarm_wrote_to_the_latest
     assert bridged.app.get(ASKED["GET"], headers={"Origin": PAGE}).json["data"] == spoken("w", "a cat")
 
 
+def test_who_polls_a_session_sees_at_once_what_storyswarm_wrote_to_the_latest(bridged, storyart, other_program):
+    storyart.save(story("w", None))
+    bridged.look()
+    by_latest(bridged.app, other_program, story("w", "a cat"))
+    assert bridged.app.get(ASKED["prompts-status"]).json["promptsReady"] is True
+    assert storyart.make_images() == ["a cat"]
+
+
 @pytest.mark.parametrize("path", [ASKED["GET"], ASKED["prompts-status"]])
 def test_a_session_in_no_index_is_brought_in_step_when_somebody_asks_for_it(bridged, storyart, other_program, path):
     other_program.set(f"session:{T}", json.dumps(story("w", "a cat")))
