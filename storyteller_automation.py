@@ -1460,6 +1460,9 @@ class Store(Protocol):
         """Their timestamps, newest first, each with what is another value once the session was changed. It reads no
         document, so of another program's change only that of a length counts, and what the bridge notes of it."""
 
+    def remove_session(self, timestamp: int) -> bool:
+        """Remove a session, its copies and what was noted of it; its notifications stay. False when there was none."""
+
     def announce(self, session: int, draft: Draft) -> bool:
         """Note the draft's type at the session and add its notification, unless that type was noted last (False)."""
 
@@ -1485,10 +1488,11 @@ class Store(Protocol):
         """Those of `ids` that are marked; none where no other program writes, since what is marked is not pending."""
         return set()
 
-    def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
-        """Remove the members and mark the id. False, and no change, when none was there and the id is not marked."""
+    def acknowledge(self, id: str, members: Sequence[bytes], *, marks: bool = True) -> bool:
+        """Remove the members and mark the id. False, and no change, when none was there and the id is not marked. With
+        marks=False it removes alone: False when none was there."""
 
-    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
+    def acknowledge_own(self, ids: Sequence[tuple[str, int]], *, marks: bool = True) -> list[bool | ApiError]:
         """The same for the members of exactly that time that begin with OWN_MEMBER % id."""
 
     def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
@@ -1814,7 +1818,8 @@ if left == -1 then redis.call('PERSIST', KEYS[6]) else redis.call('PEXPIRE', KEY
 return result
 """
 
-# KEYS: 1 pending, 2 marker. ARGV: 1 and 2 the scores between which members are removed that begin with 3; members.
+# KEYS: 1 pending, 2 marker; without that, nothing is marked. ARGV: 1 and 2 the scores between which members are removed
+# that begin with 3; members.
 _LUA_ACKNOWLEDGE = """
 local removed = 0
 local function remove(member) removed = removed + redis.call('ZREM', KEYS[1], member) end
@@ -1822,6 +1827,7 @@ for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], ARGV[2])) 
   if string.sub(member, 1, #ARGV[3]) == ARGV[3] then remove(member) end
 end
 for at = 4, #ARGV do remove(ARGV[at]) end
+if not KEYS[2] then return removed end
 if removed == 0 then return redis.call('EXISTS', KEYS[2]) end
 redis.call('SET', KEYS[2], '1', 'PX', 604800000)
 return 1
@@ -2072,6 +2078,41 @@ class RedisStore(Store):
         self.writes.note()
         return bool(state != b"taken")
 
+    def remove_session(self, timestamp: int) -> bool:
+        keys, is_there = self._session_keys(timestamp), False
+
+        def write(replies: list[Any]) -> list[_Command]:
+            nonlocal is_there
+            count, (latest,) = map(result_of, replies)
+            names_it = False
+            with contextlib.suppress(ValueError, AttributeError):  # it is no session
+                names_it = latest is not None and parse_json(latest).get("timestamp") == timestamp
+            is_there = count > 0 or names_it
+            trims = [("ZREM", index, key) for index, key in zip(self.INDEXES, keys)]
+            return [("DEL", *keys, *([self.LATEST, self.META_OF_LATEST] if names_it else [])), *trims]
+
+        reads = [("EXISTS", *keys[:2]), ("MGET", self.LATEST)]  # MGET hides a key of another type
+        self._transact((*keys, self.LATEST), reads, write, f"Session {timestamp}")
+        return is_there
+
+    def _transact(
+        self,
+        keys: Sequence[str],
+        reads: Sequence[_Command],
+        write: Callable[[list[Any]], Sequence[_Command]],
+        name: str,
+    ) -> list[Any]:
+        """RedisClient.transact(), until no other program writes the keys meanwhile. Raises Unavailable."""
+        for _ in range(10):
+            try:
+                replies = self._redis.transact(keys, reads, write)
+            except Unavailable as refused:
+                self._note_refusal(refused)
+                raise
+            if replies is not None:
+                return replies
+        raise Unavailable(f"{name} is written all the time: ask again.", 1)
+
     def announce(self, session: int, draft: Draft) -> bool:
         (outcome,) = self._change([draft], self._session_keys(session), draft.type)
         return bool(result_of(outcome)[0] != b"known")
@@ -2126,13 +2167,14 @@ class RedisStore(Store):
             return set()
         return {id for id, found in zip(ids, self._redis.ask(*[("EXISTS", self.MARK + id) for id in ids])) if found}
 
-    def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
-        return bool(result_of(self._run(_LUA_ACKNOWLEDGE, [((self.PENDING, self.MARK + id), (1, 0, "", *members))])[0]))
+    def acknowledge(self, id: str, members: Sequence[bytes], *, marks: bool = True) -> bool:
+        keys = (self.PENDING, self.MARK + id)[: 1 + marks]
+        return bool(result_of(self._run(_LUA_ACKNOWLEDGE, [(keys, (1, 0, "", *members))])[0]))
 
-    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
-        oldest = self._clock() - TTL_MS + 1
-        calls = [((self.PENDING, self.MARK + id), (max(at, oldest), at, OWN_MEMBER % id.encode())) for id, at in ids]
-        return map_results(lambda removed: removed == 1, self._run(_LUA_ACKNOWLEDGE, calls))
+    def acknowledge_own(self, ids: Sequence[tuple[str, int]], *, marks: bool = True) -> list[bool | ApiError]:
+        oldest, keys = self._clock() - TTL_MS + 1, [(self.PENDING, self.MARK + id)[: 1 + marks] for id, _ in ids]
+        which = [(max(at, oldest), at, OWN_MEMBER % id.encode()) for id, at in ids]
+        return map_results(lambda removed: removed == 1, self._run(_LUA_ACKNOWLEDGE, list(zip(keys, which))))
 
     def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
         result_of(self._write(("SET", self.TOKEN + digest, record, "PX", ttl))[0])
@@ -2257,24 +2299,16 @@ class BridgedStore(RedisStore):
             made, values = self._change_call(change.draft, at, keys, (kind,))
             return [*commands, ("EVAL", _LUA_CHANGE, len(made), *made, *values)]
 
-        for _ in range(10):
-            try:
-                replies = self._redis.transact(watched, reads, write)
-            except Unavailable as refused:
-                self._note_refusal(refused)
-                raise
-            if fault:
-                raise fault
-            if replies is None:
-                continue
-            if faults := [reply for reply in replies if isinstance(reply, Exception)]:
-                raise self._redis.unavailable(faults[0], is_refusal=True)
-            if replies:
-                warn_of_clock(replies[-1][0], self._clock(), self.place)
-            if change and change.draft and replies[-1][1] == b"late":
-                self.announce(timestamp, change.draft)
-            return copies
-        raise Unavailable(f"Session {timestamp} is written all the time: ask again.", 1)
+        replies = self._transact(watched, reads, write, f"Session {timestamp}")
+        if fault:
+            raise fault
+        if faults := [reply for reply in replies if isinstance(reply, Exception)]:
+            raise self._redis.unavailable(faults[0], is_refusal=True)
+        if replies:
+            warn_of_clock(replies[-1][0], self._clock(), self.place)
+        if change and change.draft and replies[-1][1] == b"late":
+            self.announce(timestamp, change.draft)
+        return copies
 
     def renew_latest(self, newest: int) -> None:
         """Let session:latest be StorySwarm's copy of the newest session, unless another program changed it."""
@@ -2538,6 +2572,10 @@ class SqliteStore(Store):
         warn_of_clock(kept, self._clock(), self.place)
         return next_time(kept, self._clock())
 
+    def remove_session(self, timestamp: int) -> bool:
+        remove = "DELETE FROM session WHERE timestamp = ?"
+        return self._write(lambda: self._writer.execute(remove, (timestamp,)).rowcount > 0)
+
     def announce(self, session: int, draft: Draft) -> bool:
         return self._write(lambda: self._announce(session, draft))
 
@@ -2577,16 +2615,19 @@ class SqliteStore(Store):
         rows = self._read(self._PENDING, self._clock() - TTL_MS, b"\xff", count)
         return [member for member, _ in rows], False
 
-    def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
-        return self._write(lambda: self._acknowledge(id, "member = ?", [(member,) for member in members]))
+    def acknowledge(self, id: str, members: Sequence[bytes], *, marks: bool = True) -> bool:
+        return self._write(lambda: self._acknowledge(id, "member = ?", [(member,) for member in members], marks))
 
-    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
+    def acknowledge_own(self, ids: Sequence[tuple[str, int]], *, marks: bool = True) -> list[bool | ApiError]:
         which = "time = ?1 AND substr(member, 1, length(?2)) = ?2"
-        found = [(id, which, [(at, OWN_MEMBER % id.encode())]) for id, at in ids]
+        found = [(id, which, [(at, OWN_MEMBER % id.encode())], marks) for id, at in ids]
         return self._write_each([functools.partial(self._acknowledge, *one) for one in found])
 
-    def _acknowledge(self, id: str, which: str, rows: Sequence[tuple[Any, ...]]) -> bool:
-        if not sum(self._writer.execute(f"DELETE FROM pending WHERE {which}", row).rowcount for row in rows):
+    def _acknowledge(self, id: str, which: str, rows: Sequence[tuple[Any, ...]], marks: bool) -> bool:
+        removed = sum(self._writer.execute(f"DELETE FROM pending WHERE {which}", row).rowcount for row in rows)
+        if not marks:
+            return removed > 0
+        if not removed:
             return bool(self._writer.execute("SELECT 1 FROM marker WHERE id = ?", (id,)).fetchone())
         self._writer.execute("INSERT OR REPLACE INTO marker VALUES (?, ?)", (id, self._clock() + TTL_MS))
         return True
@@ -3248,10 +3289,11 @@ class Notifications:
         """True when it was pending, or is acknowledged already."""
         return bool(self.acknowledge_all([id]))
 
-    def acknowledge_all(self, ids: Sequence[str]) -> list[str]:
-        """The same for different ones: those for which it is true, in their order, after one search for all."""
-        done = {id for id, outcome in zip(ids, self.acknowledge_own(ids)) if result_of(outcome)}
-        done |= {id for id in ids if id not in done and self._store.acknowledge(id, [])}
+    def acknowledge_all(self, ids: Sequence[str], *, marks: bool = True) -> list[str]:
+        """The same for different ones: those for which it is true, in their order, after one search for all. With
+        marks=False they are removed, not acknowledged, and it is true of those that were pending."""
+        done = {id for id, outcome in zip(ids, self.acknowledge_own(ids, marks=marks)) if result_of(outcome)}
+        done |= {id for id in ids if marks and id not in done and self._store.acknowledge(id, [])}
         left: dict[str, list[bytes]] = {id: [] for id in ids if id not in done}
         # Another program made these, or nobody did. JSON may also write an id with escapes.
         for member, at in self._store.pending(page=2000) if left else ():
@@ -3259,13 +3301,13 @@ class Notifications:
                 found = self._parse(member, at)
                 if found and found.id in left:
                     left[found.id].append(member)
-        return [id for id in ids if id in done or (left[id] and self._store.acknowledge(id, left[id]))]
+        return [id for id in ids if id in done or (left[id] and self._store.acknowledge(id, left[id], marks=marks))]
 
-    def acknowledge_own(self, ids: Sequence[str]) -> list[bool | ApiError]:
+    def acknowledge_own(self, ids: Sequence[str], *, marks: bool = True) -> list[bool | ApiError]:
         """Whether it is so for ids that were made here, which hold their time: no search. False for any other."""
         times = [re.fullmatch(OWN_ID, id) for id in ids]
         ours = [(found[0], int(found[1])) for found in times if found]
-        outcomes = iter(self._store.acknowledge_own(ours) if ours else ())
+        outcomes = iter(self._store.acknowledge_own(ours, marks=marks) if ours else ())
         return [next(outcomes) if found else False for found in times]
 
     def _read(self, rows: Iterable[tuple[bytes, float | None]]) -> Iterator[Notification]:
@@ -5485,6 +5527,15 @@ def notification_ack_all(services: Services, request: Request) -> Response:
     return json_response({"success": True, "acknowledged": found, "notFound": missing})
 
 
+def notification_delete(services: Services, request: Request) -> Response:
+    """Not an acknowledgement: nobody is told that somebody has seen it, and to acknowledge it later is a 404."""
+    id = request.path["notification_id"]
+    if not services.notifications.acknowledge_all([id], marks=False):
+        raise NotFound("Notification not found")
+    services.live.note(id)
+    return json_response({"success": True, "notificationId": id})
+
+
 # Each event that may be asked for, and the permission that it needs.
 EVENTS: Mapping[str, str] = {
     "state": "events:read", "notification": "notifications:read", "acknowledged": "notifications:read",
@@ -5659,6 +5710,14 @@ def session_put(services: Services, request: Request) -> Response:
     if request.body.get("timestamp") not in (None, timestamp):
         raise BadRequest(f"timestamp: expected {timestamp}, as in the path, or none.")
     return _save(services, request, timestamp, by_storyart=False)
+
+
+def session_delete(services: Services, request: Request) -> Response:
+    timestamp = request.path["timestamp"]
+    if not services.store.remove_session(timestamp):
+        raise NotFound("Session not found")
+    services.live.look_soon()
+    return json_response({"success": True, "sessionTimestamp": timestamp})
 
 
 def _save(services: Services, request: Request, timestamp: int, *, by_storyart: bool, replace: bool = True) -> Response:
@@ -5912,6 +5971,8 @@ ROUTES: tuple[Route, ...] = (
           {201: _NOTIFICATION, 200: _NOTIFICATION}, body=_NEW_NOTIFICATION),
     Route("POST", f"{_API}/notifications/<notification_id>/ack", notification_ack, "notifications:read",
           "Acknowledge a notification.", {200: _object(success=_FLAG, notificationId=_ID)}, _FAILED, (404,)),
+    Route("DELETE", f"{_API}/notifications/<notification_id>", notification_delete, "notifications:write",
+          "Remove a notification.", {200: _object(success=_FLAG, notificationId=_ID)}, _FAILED, (404,), in_pool=True),
     Route("GET", f"{_API}/session/<timestamp>/prompts-status", prompts_status, "sessions:read",
           "Are its prompts complete?", {200: _PROMPTS}, {"promptsReady": False}, (404,)),
     Route("POST", f"{_API}/session/save", session_save, "sessions:write", "Store a session.",
@@ -5925,6 +5986,8 @@ ROUTES: tuple[Route, ...] = (
           {200: _WHOLE_SESSION}, _FAILED, (404,), in_pool=True),
     Route("PUT", f"{_API}/session/<timestamp>", session_put, "sessions:write", "Create or replace a session.",
           {200: _SAVED}, _FAILED, body=_SESSION, in_pool=True),
+    Route("DELETE", f"{_API}/session/<timestamp>", session_delete, "sessions:write", "Remove a session.",
+          {200: _object(success=_FLAG, sessionTimestamp=_TIMESTAMP)}, _FAILED, (404,), in_pool=True),
     Route("POST", f"{_API}/auth/session", token_create, "admin", "Make a session token.",
           {201: _object(token=_TEXT, **_CALLER)}, body=_NEW_TOKEN, in_pool=True),
     Route("GET", f"{_API}/auth/session", token_show, "any", "Who am I?", {200: _object(**_CALLER)}),
@@ -6367,6 +6430,9 @@ class SessionChanges:
         services.carry_latest()
         newest = dict(services.store.newest_sessions(self.NEWEST))
         oldest = min(before) if len(before) >= self.NEWEST else 0
+        lowest = min(newest) if len(newest) >= self.NEWEST else 0  # older ones are not looked at any more
+        for gone in sorted(one for one in self._told if one > lowest and one not in newest and self._told[one]):
+            self._tell("session", {"sessionTimestamp": gone, "step": "deleted"})
         self._versions, self._found, self._told = (
             {one: value for one, value in known.items() if one in newest}
             for known in (self._versions, self._found, self._told)
@@ -7072,7 +7138,7 @@ const EVENTS = {
   },
   notification: (given) => data.notifications.set(given.id, given),
   acknowledged: ({ id }) => data.notifications.delete(id) && data.isCut && !data.notifications.size && begin(),
-  session: (given) => data.sessions.set(given.sessionTimestamp, given),
+  session: (given) => data.sessions[given.step === "deleted" ? "delete" : "set"](given.sessionTimestamp, given),
   gpu: (given) => Object.assign(data, { gpu: given,
     gpuHistory: [...data.gpuHistory, given].filter((one) => given.at - one.at <= 900_000) }),
   reservation: (given) => data.reservation = given,

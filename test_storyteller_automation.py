@@ -5129,12 +5129,14 @@ ENDPOINTS = [
     ("POST", "/api/v1/notifications", {}),
     ("POST", "/api/v1/notifications/ack", {"success": False}),
     ("POST", "/api/v1/notifications/notif_1/ack", {"success": False}),
+    ("DELETE", "/api/v1/notifications/notif_1", {"success": False}),
     ("GET", "/api/v1/session/1738195200000/prompts-status", {"promptsReady": False}),
     ("POST", "/api/v1/session/save", {"success": False}),
     ("GET", "/api/v1/session/latest", {"success": False}),
     ("GET", "/api/v1/session/list", {"success": False}),
     ("GET", "/api/v1/session/1738195200000", {"success": False}),
     ("PUT", "/api/v1/session/1738195200000", {"success": False}),
+    ("DELETE", "/api/v1/session/1738195200000", {"success": False}),
 ]
 
 
@@ -5333,6 +5335,30 @@ def test_an_acknowledged_notification_does_not_come_again(app):
     assert [one["id"] for one in pending(app)] == [second]
 
 
+def test_a_notification_that_was_deleted_was_not_acknowledged(app, store):
+    first, second = (make_pending(app, sessionTimestamp=session) for session in (T, T + 1))
+    answer = app.delete(f"/api/v1/notifications/{first}")
+    assert answer.json == {"success": True, "notificationId": first}
+    assert [one["id"] for one in pending(app)] == [second]
+    assert store.acknowledged([first]) == set()
+    for method, path in (("DELETE", first), ("POST", f"{first}/ack")):
+        answer = app.request(f"/api/v1/notifications/{path}", method=method, status=404)
+        assert answer.json == {"success": False, "error": "Notification not found"}
+    assert make_pending(app, sessionTimestamp=T) != first
+
+
+def test_one_that_was_acknowledged_cannot_be_deleted(app):
+    id = make_pending(app)
+    app.post(f"/api/v1/notifications/{id}/ack")
+    app.delete(f"/api/v1/notifications/{id}", status=404)
+
+
+def test_a_notification_of_another_program_can_be_deleted(app, plant, clock):
+    plant({**MEMBER, "id": "theirs"}, clock.now)
+    app.delete("/api/v1/notifications/theirs")
+    assert pending(app) == []
+
+
 def test_acknowledging_twice_is_good_both_times(app):
     made = make_pending(app)
     assert app.post(f"/api/v1/notifications/{made}/ack").json == app.post(f"/api/v1/notifications/{made}/ack").json
@@ -5414,6 +5440,28 @@ def test_put_creates_and_replaces(app):
     replaced = {**SESSION, "scriptText": "the end", "timestamp": 1738195200000}
     app.put_json("/api/v1/session/1738195200000", replaced)
     assert app.get("/api/v1/session/1738195200000").json["data"] == replaced
+
+
+def test_a_session_that_was_deleted_is_nowhere_any_more(app, store):
+    for timestamp in (T, T + 1):
+        app.put_json(f"/api/v1/session/{timestamp}", with_beats(DONE))
+    assert app.get(f"/api/v1/session/{T + 1}/prompts-status").json["promptsReady"] is True
+    answer = app.delete(f"/api/v1/session/{T + 1}")
+    assert answer.json == {"success": True, "sessionTimestamp": T + 1}
+    assert app.get("/api/v1/session/latest").json["data"]["timestamp"] == T
+    assert [one["timestamp"] for one in app.get("/api/v1/session/list").json["sessions"]] == [T]
+    for method, path in (("GET", ""), ("GET", "/prompts-status"), ("DELETE", "")):
+        answer = app.request(f"/api/v1/session/{T + 1}{path}", method=method, status=404)
+        assert answer.json["error"] == "Session not found"
+    assert [number for number, _ in store.newest_sessions(10)] == [T]
+
+
+def test_a_session_that_was_deleted_can_be_made_and_announced_anew(app):
+    for _ in range(2):
+        app.put_json(f"/api/v1/session/{T}", with_beats(DONE))
+        (one,) = pending(app)
+        app.post(f"/api/v1/notifications/{one['id']}/ack")
+        app.delete(f"/api/v1/session/{T}")
 
 
 def test_put_refuses_a_timestamp_that_is_not_the_paths(app):
@@ -6246,6 +6294,9 @@ def test_real_answers_fit_what_their_routes_declare(recorded):
     recorded("POST", f"/api/v1/notifications/{made['id']}/ack")
     recorded("GET", "/api/v1/notifications/check?type=all&batch=true")
     recorded("POST", "/api/v1/notifications/ack", {"ids": [made["id"], "x"]})
+    more = recorded("POST", "/api/v1/notifications", {**NOTIFICATION, "totalPrompts": 1, "sessionTimestamp": 6})
+    recorded("DELETE", f"/api/v1/notifications/{more['id']}")
+    recorded("DELETE", "/api/v1/session/1738195200000")
     recorded("GET", "/api/v1/session/x/prompts-status")
     held = recorded("POST", RESERVATION, {"holder": "a", "ttlSeconds": 60})["reservationId"]
     recorded("POST", RESERVATION, {"holder": "b", "ttlSeconds": 60})
@@ -7385,6 +7436,36 @@ def test_storyswarm_reads_wherever_it_reads_what_storyarts_server_saved(bridged,
     paths = [f"/api/v1/session/{T}", "/api/v1/session/latest"]
     assert [bridged.app.get(path).json["data"] for path in paths] == [saved, saved]
     assert [other_program.get(key) for key in (f"session:{T}", "session:latest")] == [json.dumps(saved)] * 2
+
+
+def test_the_bridge_does_not_bring_back_what_was_deleted_of_which_no_key_is_left(bridged, storyart, other_program):
+    storyart.save(story("w", timestamp=T))
+    bridged.app.put_json(f"/api/v1/session/{T + 1}", story("v", timestamp=T + 1))
+    bridged.look()
+    assert read_key(other_program, "latest")["timestamp"] == T + 1
+    for timestamp in (T + 1, T):
+        bridged.app.delete(f"/api/v1/session/{timestamp}")
+        assert [key for key in other_program.keys("*") if str(timestamp) in key and "made" not in key] == []
+        bridged.look()
+        bridged.app.get(f"/api/v1/session/{timestamp}", status=404)
+        latest = read_key(other_program, "latest")
+        assert latest is None or latest["timestamp"] == T < timestamp
+    assert other_program.exists("session:latest", *service.RedisStore.INDEXES) == 0
+
+
+def test_a_latest_that_names_another_session_stays(bridged, other_program):
+    bridged.app.put_json(f"/api/v1/session/{T}", story("w"))
+    other_program.set("session:latest", json.dumps(story("v", timestamp=T + 1)))
+    bridged.app.delete(f"/api/v1/session/{T}")
+    assert read_key(other_program, "latest")["timestamp"] == T + 1
+
+
+def test_a_session_that_is_the_latest_alone_can_be_deleted(app, store, request):
+    if store.name == "redis":
+        other_program = request.getfixturevalue("other_program")
+        other_program.set("session:latest", json.dumps(story("v")))
+        app.delete(f"/api/v1/session/{T}")
+    app.get("/api/v1/session/latest", status=404)
 
 
 @DOORS
@@ -8972,6 +9053,32 @@ def test_a_sessions_steps_are_told_once_each_and_in_order(polled, listen):
     ]  # fmt: skip
     polled.ask("PUT", f"/api/v1/session/{T + 1}", SESSION)
     assert heard.next()["sessionTimestamp"] == T + 1
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_who_listens_is_told_what_was_deleted(polled, listen):
+    made = make_one(polled, T)
+    for timestamp in (T, T + 1):
+        polled.ask("PUT", f"/api/v1/session/{timestamp}", SESSION)
+    heard = listen(polled)
+    heard.next()
+    polled.ask("DELETE", f"/api/v1/notifications/{made['id']}")
+    assert heard.next("acknowledged")["id"] == made["id"]
+    polled.ask("DELETE", f"/api/v1/session/{T}")
+    assert heard.next("session") == {"sessionTimestamp": T, "step": "deleted"}
+    assert [one["sessionTimestamp"] for one in listen(polled).next()["sessions"]] == [T + 1]
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_a_session_that_more_than_50_newer_ones_hide_was_not_deleted(polled, listen, monkeypatch):
+    monkeypatch.setattr(service.SessionChanges, "NEWEST", 2)
+    for timestamp in (T, T + 1):
+        polled.ask("PUT", f"/api/v1/session/{timestamp}", SESSION)
+    heard = listen(polled, "?types=session")
+    heard.next()
+    polled.ask("PUT", f"/api/v1/session/{T + 2}", SESSION)
+    polled.ask("DELETE", f"/api/v1/session/{T + 2}")
+    assert heard.next()["sessionTimestamp"] == T + 2
 
 
 @pytest.mark.usefixtures("quick_looks")
