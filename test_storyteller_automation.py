@@ -13286,3 +13286,228 @@ def test_a_start_in_a_terminal_prints_the_link_which_no_log_has(module_copy, cle
     log = (module_copy.parent / "data" / "storyteller.log").read_text("utf-8")
     assert "server: address http://localhost:" in log
     assert "token=" not in log
+
+
+# ======================================================================================================
+# README
+# ======================================================================================================
+
+
+@functools.cache
+def readme() -> str:
+    return (HERE / "README.md").read_text("utf-8")
+
+
+def section(heading: str) -> str:
+    """The text under a heading, up to the next one of its level or above."""
+    (text,) = re.findall(rf"(?ms)^{heading}\n(.*?)(?=^##{'#?' * heading.startswith('###')} |\Z)", readme())
+    return text
+
+
+def code_in(text: str, language: str) -> str:
+    """All fenced blocks of one language, one after another."""
+    return "\n".join(re.findall(rf"(?ms)^ *```{language}\n(.*?)^ *```$", text))
+
+
+def table_in(text: str) -> list[list[str]]:
+    """The cells of the rows of its tables, without their headers."""
+    rows = re.findall(r"(?m)^\| (.*) \|$", text.replace("| |", "|  |"))
+    return [[cell.strip() for cell in row.split(" | ")] for row in rows if "---" not in row]
+
+
+def endpoints_in_readme() -> dict[tuple[str, str], tuple[str, set[int]]]:
+    """Permission and statuses by method and path."""
+    found = {}
+    for method, path, permission, statuses, _ in (row for row in table_in(section("## Use the API")) if len(row) == 5):
+        if method:
+            whole = path.strip("`") if permission == "none" or "metrics" in path else "/api/v1" + path.strip("`")
+            found[method.strip("`"), whole] = permission.strip("`"), set(map(int, statuses.split(", ")))
+    return found
+
+
+def test_readme_has_each_endpoint_with_its_permission_and_statuses():
+    found = endpoints_in_readme()
+    named = {"open": "none"}
+    wanted = {(route.method, route.template): named.get(route.permission, route.permission) for route in service.ROUTES}
+    assert {key: permission for key, (permission, _) in found.items()} == wanted
+    for route in service.ROUTES:
+        statuses = found[route.method, route.template][1]
+        assert {*route.responses, *route.errors} <= statuses, route.template
+        assert statuses <= {*route.responses, *service.error_statuses(route)}, route.template
+
+
+# What runs a file of a language, when it is here.
+CURL = """
+import argparse, re, urllib.error, urllib.request
+parser = argparse.ArgumentParser()
+for name in ("-X", "-d", "-w", "-m", "-o"):
+    parser.add_argument(name)
+parser.add_argument("-H", action="append", default=[])
+parser.add_argument("-sS", action="store_true")
+parser.add_argument("-N", action="store_true")
+parser.add_argument("url")
+given = parser.parse_args()
+data = given.d.encode() if given.d else None
+request = urllib.request.Request(given.url, data, dict(one.split(": ", 1) for one in given.H), method=given.X)
+try:
+    answer = urllib.request.urlopen(request, timeout=30)
+except urllib.error.HTTPError as error:
+    answer = error
+sys.stdout.buffer.write(answer.readline() if given.m else answer.read() if not given.o else b"")
+print()
+"""
+
+
+def start_of_powershell() -> list[str] | None:
+    """A command that runs a PowerShell; Wine's does nothing."""
+    for name in filter(None, map(shutil.which, ("pwsh", "powershell"))):
+        options = ["-NoProfile", "-NonInteractive", "-ExecutionPolicy", "Bypass"]
+        if subprocess.run([name, *options, "-Command", "exit 7"], timeout=PATIENCE).returncode == 7:
+            return [name, *options]
+    return None
+
+
+def run_example(language: str, code: str, folder: Path) -> None:
+    """Run the code as a person would, in the service's folder."""
+    if language == "sh" and not service.WINDOWS and shutil.which("curl"):
+        command = ["sh", "-uc", code]
+    elif language == "bat" and service.WINDOWS:
+        if not shutil.which("curl"):
+            write_program(folder / "curl", CURL, {})
+        written = re.sub("%(~?)i", r"%%\1i", code)  # in a file the variable of a loop is another than at the prompt
+        (folder / "example.bat").write_text(f"@echo off\n{written}")
+        command = ["cmd", "/d", "/c", "example.bat"]
+    elif language == "python":
+        command = [sys.executable, "-I", "-c", code]
+    elif language == "js" and (node := shutil.which("node")):
+        command = [node, "--input-type=module", "--eval", code]
+    elif language == "powershell" and (start := start_of_powershell()):
+        (folder / "example.ps1").write_text(code, "utf-8-sig")
+        command = [*start, "-File", "example.ps1"]
+    else:
+        pytest.skip(f"nothing here runs {language}")
+    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=20 * PATIENCE)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("language", ["sh", "bat", "powershell", "python", "js"])
+@pytest.mark.parametrize("place", ["an empty store", "a studio's Redis"])
+def test_the_example_of_each_language_calls_every_endpoint(
+    place, language, request, start_service, settings, swarmui_folder, nvidia_smi, module_copy
+):
+    """And leaves nothing behind. The service's own log says what it got and what it responded."""
+    is_studio = place != "an empty store"
+    running = start_service(
+        STORYTELLER_LOG_LEVEL="debug",
+        NVIDIA_SMI=nvidia_smi(GOOD, {"print": ""}),
+        SWARMUI_PATH=str(swarmui_folder()),
+        SWARMUI_API_URL=settings.swarmui_api_url,
+        REDIS_URL=request.getfixturevalue("redis_url") if is_studio else "",
+    )
+    data = module_copy.parent / "data"
+    (data / "api_token").write_text(f"{TOKEN}\n")
+    if is_studio:  # it announces that its beats are ready
+        saved = episode({}, timestamp=T, promptMode="storyswarm")
+        assert running.call("POST", "/api/v1/session/save", saved)[0] == 200
+        assert running.call("POST", "/api/v1/auth/session", {"subject": "x", "permissions": ["gpu:read"]})[0] == 201
+
+    def contents() -> Any:
+        asked = ("session/list", "notifications/check?type=all", "gpu/reservation")
+        return [running.call("GET", f"/api/v1/{path}")[1] for path in asked]
+
+    before, log = contents(), data / "storyteller.log"
+    assert len(before[1]["notifications"]) == is_studio
+    begin = log.stat().st_size
+    code = code_in(section("## Use the API"), language)
+    assert code.count("http://localhost:8000") == 1
+    run_example(language, code.replace("localhost:8000", f"localhost:{running.port}"), module_copy.parent)
+    said = log.read_bytes()[begin:].decode()
+    assert contents() == before
+
+    templates = sorted({route.template for route in service.ROUTES}, key=lambda one: one.count("{"))
+    got: dict[tuple[str, str], list[int]] = {}
+    for method, path, status in re.findall(r" http: (\w+) (\S+) (\d+) ", said):
+        template = next(one for one in templates if re.fullmatch(re.sub("{.*?}", "[^/]+", one), path))
+        got.setdefault((method, template), []).append(int(status))
+    wanted = {key: statuses for key, (_, statuses) in endpoints_in_readme().items()}
+    assert got.keys() == wanted.keys()
+    assert {key: statuses for key, statuses in got.items() if not set(statuses) <= wanted[key]} == {}
+    failed = [key for key, statuses in got.items() if max(statuses) >= 400]
+    assert failed == [("DELETE", "/api/v1/gpu/reservation")]  # nobody has the GPU any more
+
+
+COMMANDS_IN_README = ["### StorySwarm", "## Security", "### Back up, restore, move to Redis"]
+
+
+@pytest.mark.parametrize("heading", COMMANDS_IN_README)
+def test_the_commands_of_readme_succeed_one_after_another(
+    heading, module_copy, clean_environment, redis_url, monkeypatch
+):
+    for name in os.environ.keys() - clean_environment.keys():
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RUN", sys.executable)  # not in the script: a .bat is in the console's code page
+    is_bat, module = service.WINDOWS, module_copy.name
+    script = f'@"%RUN%" {module} %*\n' if is_bat else f'#!/bin/sh\nexec "$RUN" {module} "$@"\n'
+    path = module_copy.with_name("run.bat" if is_bat else "run.sh")
+    path.write_text(script)
+    path.chmod(0o755)
+    code = (
+        code_in(section(heading), "sh")
+        .replace("redis://127.0.0.1:6379/0", redis_url)
+        .replace("./run.sh", "call run.bat" if is_bat else "./run.sh")
+    )
+    run_example("bat" if is_bat else "sh", "".join(f"{line} || exit 1\n" for line in code.splitlines()), path.parent)
+
+
+def test_powershell_parses_every_example(tmp_path):
+    start = start_of_powershell() or pytest.skip("there is no PowerShell here")
+    (tmp_path / "examples.ps1").write_text(code_in(readme(), "powershell"), "utf-8-sig")
+    parse = "[Management.Automation.Language.Parser]::ParseFile('examples.ps1', [ref]$null, [ref]$errors)"
+    command = [*start, "-Command", f"$errors = $null; $null = {parse}; $errors; exit $errors.Count"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stdout
+
+
+def test_readme_names_no_command_that_is_none(run_module):
+    named = set(re.findall(r"(?:\./run\.sh|`run\.bat) ([a-z]+)", readme()))
+    assert named - set(re.findall("[a-z]+", run_module("--help").stdout)) == set()
+
+
+def test_readme_has_each_setting_with_its_default():
+    spoken = {True: "on", False: "off", (): "none", service.PAGES: "localhost and 127.0.0.1, ports 3000 and 5173, http"}
+    found = {}
+    for _, names, default, _ in (row for row in table_in(section("## Settings")) if len(row) == 4):
+        for name in re.findall(r"`([A-Z_]+)`", names):
+            assert name not in found
+            found[name] = default.replace("`", "")
+    settings = {row.metadata["name"]: row.default for row in dataclasses.fields(service.Settings)}
+    assert found.keys() == settings.keys()
+    for name, default in settings.items():
+        if default is None or name == "STORYTELLER_DATA_DIR":  # in words
+            continue
+        text = f"{default:g}" if isinstance(default, float) else spoken.get(default, str(default))
+        assert text in found[name].split(", ") or text == found[name], name
+
+
+def anchors_of(text: str) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"(?m)^##+ (.*)", re.sub(r"(?ms)^ *```.*?^ *```$", "", text))
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", ["README.md", ".ci/README.md"])
+def test_each_link_leads_somewhere(name):
+    text = (HERE / name).read_text("utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    assert links
+    for link in (one for one in links if "://" not in one):
+        path, _, anchor = link.partition("#")
+        target = (HERE / name).parent / path if path else HERE / name
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target.read_text("utf-8")), link
+
+
+def test_readme_is_short():
+    """Its examples aside: what is folded, and blocks of code."""
+    text = re.sub(r"(?s)<details>.*?</details>\n", "", readme())
+    assert len(re.sub(r"(?ms)^ *```.*?^ *```\n", "", text).splitlines()) <= 360
