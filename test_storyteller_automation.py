@@ -5663,7 +5663,7 @@ def test_a_record_that_cannot_be_read_is_an_unknown_token(make_app, store, recor
     [{"subject": ""}, {"subject": "a b"}, {"subject": "a\n"}, {"subject": "x" * 65}, {"subject": None},
      {"permissions": None},
      {"permissions": []}, {"permissions": ["root"]}, {"permissions": "gpu:read"}, {"ttlSeconds": 59},
-     {"ttlSeconds": 2592001}, {"ttlSeconds": "60"}],
+     {"ttlSeconds": 31622401}, {"ttlSeconds": "60"}],
 )  # fmt: skip
 def test_a_token_that_does_not_fit_is_a_400_that_names_the_field(make_app, changed):
     body = {"subject": "a", "permissions": ["gpu:read"], **changed}
@@ -9022,7 +9022,7 @@ def test_the_state_comes_first_and_then_what_changes(polled, listen):
     parts = ["gpu", "gpuHistory", "reservation", "swarmui", "notifications", "sessions", "alerts", "service"]
     assert list(state) == parts
     assert (state["notifications"], [one["step"] for one in state["sessions"]]) == ([before], ["beats_ready"])
-    assert list(state["service"]) == ["version", "store", "storeUp", "startedAt", "addresses", "now"]
+    assert list(state["service"]) == ["version", "store", "storeUp", "startedAt", "addresses", "now", "tokensEnding"]
     assert (state["service"]["store"], state["service"]["storeUp"]) == (polled.services.store.name, True)
     assert [state["swarmui"].keys(), state["gpu"].keys()] == [
         polled.ask("GET", "/api/v1/swarmui/status")[2].keys(),
@@ -11841,7 +11841,7 @@ def test_help_names_every_setting(run_module):
 
 def test_help_names_the_scripts_every_command_and_each_default(run_module):
     text = run_module("--help").stdout
-    words = ("run.sh", "run.bat", "serve", "check", "page", "token", "alert", "test")
+    words = ("run.sh", "run.bat", *service.COMMANDS, "test")
     assert not [word for word in words if word not in text]
     rows = {line.split()[0]: line for line in text.split("\nsettings, ")[1].splitlines()[1:]}
     assert [name for name, row in rows.items() if "by default" not in row] == []
@@ -11856,7 +11856,7 @@ def test_help_names_the_scripts_every_command_and_each_default(run_module):
 @pytest.mark.parametrize(
     ("command", "advice"),
     [("tset", "did you mean test?"), ("chekc", "did you mean check?"), ("tokne", "did you mean token?"),
-     ("server", "did you mean serve?"), ("x", "serve, check, page, token, alert, test"),
+     ("server", "did you mean serve?"), ("x", "one of serve, status, page, check, token, alert, move, backup,"),
      ("test", "run.sh and run.bat")],
 )  # fmt: skip
 def test_a_command_that_is_none_is_refused_with_the_nearest(run_module, command, advice):
@@ -11865,8 +11865,34 @@ def test_a_command_that_is_none_is_refused_with_the_nearest(run_module, command,
     assert advice in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("command", service.COMMANDS)
+@pytest.mark.parametrize("asked", [["help", "{}"], ["--port", "1", "{}", "--help"]], ids=" ".join)
+def test_each_command_has_a_help_of_its_own(command, asked, capsys):
+    with pytest.raises(SystemExit) as ended:
+        service.parse_arguments([word.format(command) for word in asked if asked[0] != "help"] or [command, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: {service.START_SCRIPT} {command} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "port"),
+    [("", None), ("check", None), ("--port 1 check", "1"), ("check --port 1", "1"), ("--port 1 check --port 2", "2"),
+     ("--port 1", "1"), ("--data-dir a token --list --port 1", "1")],
+)  # fmt: skip
+def test_options_stand_before_or_after_the_command(words, port):
+    given = service.parse_arguments(words.split())
+    assert (given["port"], given["host"]) == (port, None)
+
+
+@pytest.mark.parametrize("arguments", [["help"], ["help", "move"], ["version"], ["--version"]])
+def test_help_and_version_need_no_good_setting(run_module, arguments):
+    done = run_module(*arguments, STORYTELLER_PORT="x")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "StoryTeller automation 1." in done.stdout
+
+
 def test_the_version_is_that_of_the_api(run_module):
-    done = run_module("--version")
+    done = run_module("version")
     assert (done.returncode, done.stdout) == (0, f"StoryTeller automation {service.__version__}\n")
     assert service.describe_api()["info"]["version"] == service.__version__
 
@@ -12075,7 +12101,7 @@ def read_check(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
     return levels
 
 
-CHECKED = ["settings", "store", "nvidia-smi", "SWARMUI_PATH", "SwarmUI", "port"]
+CHECKED = ["settings", "version", "store", "disk", "nvidia-smi", "SWARMUI_PATH", "SwarmUI", "port"]
 
 
 def test_check_is_content_with_a_pc_where_all_is_well(run_module, leash, redis_url, tmp_path):
@@ -12462,8 +12488,8 @@ class Project:
 
 def complaints(done: subprocess.CompletedProcess[str]) -> list[str]:
     """What it said beside the service's own words, less what it is setting up."""
-    lines = done.stderr.splitlines()
-    return [line for line in lines if not line.startswith(("Setting up: ", "Another start is setting up: "))]
+    own = ("Setting up: ", "Another start is setting up: ", "These are the developers' tests")
+    return [line for line in done.stderr.splitlines() if not line.startswith(own)]
 
 
 def told(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -12719,6 +12745,8 @@ def test_it_is_found_through_a_link(started):
 
 def test_the_argument_test_runs_pytest_beside_it(started):
     done = started.run("test", "-k", "two words")
+    assert "developers' tests" in done.stderr
+    assert "check" in done.stderr
     assert told(done)["arguments"][-2:] == ["-k", "two words"]
     assert Path(told(done)["folder"]).samefile(started.folder)
 
@@ -13029,6 +13057,7 @@ def test_on_windows_too_pip_installs_into_the_venv_wherever_it_is_told_to(first_
 
 def test_the_argument_test_runs_pytest_beside_it_on_windows_too(started_batch):
     done = started_batch.run("test", "-k", "two words")
+    assert "developers' tests" in done.stderr
     assert told(done)["arguments"] == ["test", "-k", "two words"]
     assert Path(told(done)["folder"]).samefile(started_batch.folder)
 
@@ -13157,7 +13186,381 @@ def test_who_imports_the_module_without_its_packages_gets_the_exception(without_
     assert "ModuleNotFoundError: No module named 'bottle'" in done.stderr
 
 
+# --------------------------------------------------------------------------------------- status ----
+
+
+def test_status_says_in_ten_lines_what_the_page_shows(start_service, run_module):
+    running = start_service()
+    running.call("PUT", f"/api/v1/session/{T}", with_beats(DONE, OPEN))
+    running.call("POST", RESERVATION, {"holder": "storyart", "ttlSeconds": 60})
+    done = run_module("status", STORYTELLER_API_TOKEN=TOKEN)
+    title, *lines = done.stdout.splitlines()
+    rows = dict(line.split(maxsplit=1) for line in lines)
+    assert (done.returncode, done.stderr, len(lines)) == (0, "", 9)
+    assert re.fullmatch(r"StoryTeller automation [0-9.]+, running for 0:00:[0-9]+", title)
+    assert (rows["address"], rows["store"], rows["alerts"]) == (f"http://localhost:{running.port}", "sqlite", "none")
+    assert rows["sessions"] == "1 in work; the newest has 1 of 2 prompts:"
+    assert rows["notifications"].startswith("1 wait, the oldest for 0:00:")
+    assert rows["reserved"].startswith("by storyart until 20")
+    assert rows["SwarmUI"].startswith("stopped for 0:00:")
+    assert (rows["tokens"], "nvidia-smi" in rows["GPU"]) == ("none ends within 3 days", True)
+
+
+@pytest.mark.parametrize("token", ["", "another-token-0123456789"], ids=["none", "another"])
+def test_status_of_a_service_that_it_may_not_ask(start_service, run_module, token, module_copy):
+    running = start_service()
+    done = run_module("status", STORYTELLER_API_TOKEN=token)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert f"The service at http://localhost:{running.port} " in done.stderr
+    assert not (module_copy.parent / "data" / "api_token").exists()
+
+
+def test_status_without_a_service(run_module):
+    done = run_module("status")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("No service uses the data folder ")
+
+
+# ---------------------------------------------------------------------------------------- move ----
+
+
+@pytest.fixture
+def embedded(module_copy: Path) -> Callable[[], contextlib.closing[service.SqliteStore]]:
+    """Opens the embedded store of the service that is run."""
+    path = module_copy.parent / "data" / "storyteller.sqlite3"
+    path.parent.mkdir()
+    return lambda: contextlib.closing(service.SqliteStore(path))
+
+
+@pytest.fixture
+def filled(embedded: Any) -> dict[str, Any]:
+    """What an embedded store holds: two sessions of which one has announced its prompts, which are acknowledged."""
+    with embedded() as store:
+        own = service.Notifications(store)
+        done = with_beats(DONE, timestamp=T)
+        for timestamp, document in ((T, done), (T + 1, with_beats(OPEN, timestamp=T + 1))):
+            text = service.to_json(document)
+            store.save(timestamp, text, service.due_notification(timestamp, document))
+        acknowledged, waiting = (one.id for one in own.check(tuple(service.TOTALS), 9))
+        assert own.acknowledge(acknowledged)
+        token = service.issue_token(store, "storyart", ["gpu:read"], 86_400 * 90, service.now_ms())[0]
+        saved = [store.session(timestamp).saved for timestamp in (T, T + 1)]
+    return {"acknowledged": acknowledged, "waiting": waiting, "token": token, "saved": saved, "document": done}
+
+
+ALL_NEW = "sessions: 2 copied, 0 there already\nacknowledged notifications: 1 copied, 0 there already\n"
+ALL_NEW += "pending notifications: 1 copied, 0 there already\ntokens: 1 copied, 0 there already\n"
+
+
+def test_what_was_moved_goes_on_in_the_redis(run_module, filled, redis_url, make_bridged, other_program, module_copy):
+    path = module_copy.parent / "data" / "storyteller.sqlite3"
+    before = path.read_bytes()
+    done = run_module("move", "--to", redis_url)
+    assert (done.returncode, done.stderr, done.stdout.startswith(ALL_NEW)) == (0, "", True)
+    assert path.read_bytes() == before
+    bridged = make_bridged()
+    bridged.look()
+    assert bridged.app.get(f"/api/v1/session/{T}").json["data"] == filled["document"]
+    assert [one["timestamp"] for one in bridged.app.get("/api/v1/session/list").json["sessions"]] == [T + 1, T]
+    assert [one["id"] for one in pending(bridged.app, "?type=all")] == [filled["waiting"]]  # none is announced anew
+    assert bridged.store.acknowledged([filled["acknowledged"]]) == {filled["acknowledged"]}
+    assert as_caller(bridged.app, filled["token"]).get("/api/v1/auth/session").json["subject"] == "storyart"
+    assert [bridged.store.session(one).saved for one in (T, T + 1)] == filled["saved"]
+    again = {"type": "beats_ready", "sessionTimestamp": T + 1, "storyUuid": "", "episodeNumber": 2, "totalBeats": 1}
+    assert bridged.app.post_json("/api/v1/notifications", again, status=200).json["id"] == filled["waiting"]
+
+
+def test_what_is_left_of_a_ttl_stays(run_module, filled, redis_url, other_program, module_copy):
+    hour = 3_600_000
+    with contextlib.closing(sqlite3.connect(module_copy.parent / "data" / "storyteller.sqlite3")) as database, database:
+        for table in ("session", "marker", "token"):
+            database.execute(f"UPDATE {table} SET expires = ?", (service.now_ms() + hour,))
+        database.execute("UPDATE session SET expires = 1 WHERE timestamp = ?", (T + 1,))
+    done = run_module("move", "--to", redis_url)
+    assert "sessions: 1 copied" in done.stdout
+    (token,) = other_program.keys("auth:session:*")
+    keys = [f"session:{T}", f"storyteller:session:{T}", f"notifications:ack:{filled['acknowledged']}", token]
+    assert all(0 < hour - other_program.pttl(key) < 1000 * PATIENCE for key in keys)
+    assert not other_program.exists(f"session:{T + 1}")
+
+
+def test_a_second_move_brings_nothing_back_that_ended_since(run_module, filled, redis_url, redis_store):
+    run_module("move", "--to", redis_url)
+    redis_store.remove_session(T)
+    service.Notifications(redis_store).acknowledge_all([filled["waiting"]], marks=False)
+    assert redis_store.revoke_token(service.digest_of(filled["token"]))
+    done = run_module("move", REDIS_URL=redis_url)
+    assert re.findall(r"(\d+) copied, (\d+) there", done.stdout) == [("0", "2"), ("0", "1"), ("0", "1"), ("0", "1")]
+    assert [one.timestamp for one in redis_store.sessions()] == [T + 1]
+    assert (members_of(redis_store), redis_store.tokens()) == ([], [])
+
+
+def test_a_session_that_is_in_redis_is_not_replaced(run_module, filled, redis_url, storyart, other_program):
+    storyart.save(spoken("w", timestamp=T))
+    other_program.set(f"session:{T + 1}", "theirs")
+    done = run_module("move", "--to", redis_url)
+    assert "sessions: 0 copied, 2 there already" in done.stdout
+    assert (storyart.load()["scriptText"], other_program.get(f"session:{T + 1}")) == ("w", "theirs")
+    assert not other_program.exists(f"session:{T}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(service.WINDOWS, reason="a redis-server of its own is slow to start there")
+def test_a_move_that_is_killed_is_completed_by_the_next(
+    embedded, module_copy, clean_environment, run_module, own_redis
+):
+    count, target = 400, own_redis()
+    with embedded() as store:
+        for number in range(count):
+            store.save(T + number, service.to_json(with_beats(DONE, timestamp=T + number)), draft(session=T + number))
+    command = [sys.executable, str(module_copy), "move", "--to", target.url]
+    for share in (1, count // 3, count // 2):
+        process = subprocess.Popen(command, env=clean_environment, stdout=subprocess.DEVNULL)
+        wait_until(lambda share=share: target.tell("ZCARD", "storyteller:sessions") >= share)
+        process.kill()
+        process.wait(PATIENCE)
+    done = run_module("move", "--to", target.url)
+    copied, there = map(int, re.search(r"sessions: (\d+) copied, (\d+)", done.stdout).groups())
+    assert (copied + there, target.tell("ZCARD", "storyteller:sessions")) == (count, count)
+    assert target.tell("ZCARD", "notifications:pending") == count
+    assert all(target.tell("HGET", f"storyteller:session:{T + n}", "announced") for n in range(count))
+
+
+@pytest.mark.parametrize("command", [["move", "--to", "redis://127.0.0.1:1/0"], ["restore", "a backup"]])
+def test_a_command_that_needs_the_store_alone_is_refused_while_the_service_runs(start_service, run_module, command):
+    running = start_service()
+    running.call("PUT", f"/api/v1/session/{T}", SESSION)
+    run_module("backup", "a backup")
+    done = run_module(*command)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"is in use by the service at http://localhost:{running.port}: " in done.stderr
+    assert running.call("GET", f"/api/v1/session/{T}")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--to", "http://a"], "--to cannot be used: expected redis://"), ([], "The Redis to copy to is not known"),
+     (["--to", "redis://127.0.0.1:1/0"], "nobody listens there")],
+)  # fmt: skip
+def test_a_move_that_cannot_be_is_refused_in_one_sentence(run_module, filled, arguments, words):
+    done = run_module("move", *arguments)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize("command", [["move", "--to", "redis://127.0.0.1:1/0"], ["backup", "a backup"]])
+def test_where_there_is_no_embedded_store_none_is_made(run_module, module_copy, command):
+    done = run_module(*command)
+    assert (done.returncode, "There is no embedded store in the data folder " in done.stderr) == (2, True)
+    assert not (module_copy.parent / "data" / "storyteller.sqlite3").exists()
+
+
+def test_start_up_and_check_name_move_while_the_embedded_store_has_what_redis_lacks(
+    start_service, run_module, filled, redis_url
+):
+    advice = f"{service.START_SCRIPT} move copies them"
+    assert advice in run_module("check", REDIS_URL=redis_url).stdout
+    made = start_service(REDIS_URL=redis_url)
+    wait_until(lambda: advice in made.printed)
+    made.stop()
+    run_module("move", "--to", redis_url)
+    assert advice not in run_module("check", REDIS_URL=redis_url).stdout
+
+
+# --------------------------------------------------------------------------- backup and restore ----
+
+
+def sessions_in(path: Path) -> list[int]:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        return [row[0] for row in database.execute("SELECT timestamp FROM session ORDER BY 1")]
+
+
+def test_a_backup_is_taken_beside_a_service_that_writes(start_service, run_module, tmp_path):
+    running, stop = start_service(), threading.Event()
+
+    def write() -> None:
+        for number in itertools.count():
+            if stop.is_set():
+                return
+            running.call("PUT", f"/api/v1/session/{T + number}", {**SESSION, "scriptText": "s" * 100_000})
+
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write)
+        done = [run_module("backup", "a backup.sqlite3") for _ in range(3)]  # the later ones replace it
+        stop.set()
+        writing.result(PATIENCE)
+    assert [(one.returncode, one.stderr) for one in done] == [(0, "")] * 3
+    found = sessions_in(tmp_path / "a backup.sqlite3")
+    assert found == list(range(T, T + len(found)))
+    assert sorted(path.name for path in tmp_path.iterdir() if "backup" in path.name) == ["a backup.sqlite3"]
+
+
+@pytest.mark.parametrize("name", ["a document", "a folder", "data/storyteller.sqlite3"])
+def test_a_backup_replaces_nothing_but_a_backup(run_module, filled, module_copy, name):
+    folder = module_copy.parent
+    (folder / "a document").write_bytes(b"a document" * 100)
+    (folder / "a folder").mkdir()
+    done = run_module("backup", str(folder / name))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert (folder / "a document").read_bytes() == b"a document" * 100
+    assert sessions_in(folder / "data" / "storyteller.sqlite3") == [T, T + 1]
+    assert not list(folder.glob(".*"))
+
+
+def test_a_full_disk_leaves_the_backup_before(run_module, filled, small_disk):
+    disk = small_disk(200_000)
+    (disk / "b").write_bytes(b"")
+    assert run_module("backup", str(disk / "good")).returncode == 0
+    fill(disk)
+    done = run_module("backup", str(disk / "good"))
+    assert (done.returncode, "disk is full" in done.stderr) == (2, True)
+    assert sessions_in(disk / "good") == [T, T + 1]
+    assert sorted(path.name for path in disk.iterdir()) == ["b", "filler", "good"]
+
+
+def test_a_restore_keeps_what_was_there_with_what_it_had_not_yet_written_into_its_file(
+    run_module, filled, embedded, module_copy, tmp_path
+):
+    assert run_module("backup", "b").returncode == 0
+    data = module_copy.parent / "data"
+    with embedded() as store:
+        store.save(T + 2, b"{}", None)
+        for name in ("storyteller.sqlite3", "storyteller.sqlite3-wal"):  # as a killed service leaves them
+            shutil.copy(data / name, tmp_path / name)
+    shutil.copytree(tmp_path, data, dirs_exist_ok=True, ignore=lambda folder, names: {
+        name for name in names if not name.startswith("storyteller.sqlite3")
+    })  # fmt: skip
+    done = run_module("restore", "b")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sessions_in(data / "storyteller.sqlite3") == [T, T + 1]
+    kept = Path(re.search(r"is kept as (.*)\.$", done.stdout.strip())[1])
+    assert sessions_in(kept) == [T, T + 1, T + 2]
+
+
+def test_a_copy_of_three_files_is_restored_with_all(run_module, embedded, module_copy, tmp_path):
+    with embedded() as store:
+        store.save(T, b"{}", None)
+        for path in (module_copy.parent / "data").glob("storyteller.sqlite3*"):
+            if not path.name.endswith("-shm"):
+                shutil.copy(path, tmp_path / path.name.replace("storyteller", "copy"))
+    assert run_module("restore", "copy.sqlite3").returncode == 0
+    assert sessions_in(module_copy.parent / "data" / "storyteller.sqlite3") == [T]
+
+
+def broken(change: Callable[[bytearray], Any]) -> Callable[[Path, Path], Any]:
+    def write(good: Path, path: Path) -> None:
+        data = bytearray(good.read_bytes())
+        change(data)
+        path.write_bytes(data)
+
+    return write
+
+
+def of_another_program(good: Path, path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE session (timestamp, expires)")
+        database.execute("PRAGMA user_version = 1")
+
+
+def of_a_newer_version(good: Path, path: Path) -> None:
+    shutil.copy(good, path)
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("PRAGMA user_version = 99")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(lambda good, path: None, id="not there"),
+        pytest.param(lambda good, path: path.write_bytes(b""), id="empty"),
+        pytest.param(lambda good, path: path.write_bytes(b"garbage" * 1000), id="garbage"),
+        pytest.param(lambda good, path: path.mkdir(), id="a folder"),
+        pytest.param(broken(lambda data: data.__delitem__(slice(len(data) // 2, None))), id="half"),
+        pytest.param(broken(lambda data: data.__setitem__(slice(4096, None), bytes(len(data) - 4096))), id="zeros"),
+        pytest.param(of_another_program, id="another program's"),
+        pytest.param(of_a_newer_version, id="a newer version's"),
+    ],
+)
+def test_what_is_no_whole_store_is_not_restored(run_module, filled, module_copy, tmp_path, write):
+    data = module_copy.parent / "data"
+    write(data / "storyteller.sqlite3", tmp_path / "b")
+    done = run_module("restore", "b")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert str(tmp_path / "b") in done.stderr
+    assert sessions_in(data / "storyteller.sqlite3") == [T, T + 1]
+    assert {path.name for path in data.iterdir()} <= {"running", "storyteller.sqlite3"}
+
+
+def test_a_restore_is_good_where_there_is_no_store_yet(run_module, filled, module_copy):
+    run_module("backup", "b")
+    shutil.rmtree(module_copy.parent / "data")
+    done = run_module("restore", "b")
+    assert (done.returncode, "is kept" in done.stdout) == (0, False)
+    assert sessions_in(module_copy.parent / "data" / "storyteller.sqlite3") == [T, T + 1]
+
+
 # ---------------------------------------------------------------------------------------- token ----
+
+
+def test_a_token_that_is_renewed_stays_good_for_longer(start_service, run_module):
+    running = start_service()
+    made = run_module("token", "--subject", "storyart", "--permission", "gpu:read", "--ttl", "60s").stdout.strip()
+    bearer = {"Authorization": f"Bearer {made}"}
+    before = running.call("GET", "/api/v1/auth/session", headers=bearer)[1]["expiresAt"]
+    done = run_module("token", "--renew", "storyart", "--ttl", "90d")
+    assert (done.returncode, done.stdout.startswith("renewed: storyart, until 20")) == (0, True)
+    wait_until(lambda: running.call("GET", "/api/v1/auth/session", headers=bearer)[1]["expiresAt"] > before)
+    assert running.call("GET", "/api/v1/auth/session", headers=bearer)[1]["permissions"] == ["gpu:read"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [(["--renew", "storyart"], 2, "--renew needs a --ttl"), (["--renew", "a", "--ttl", "90d"], 1, "a has no token.")],
+)
+def test_a_renewal_that_cannot_be(run_module, arguments, code, words):
+    done = run_module("token", *arguments)
+    assert (done.returncode, done.stdout, words in done.stderr) == (code, "", True)
+
+
+def test_a_renewal_lets_the_store_keep_the_token_as_long(store, clock):
+    service.issue_token(store, "storyart", ["gpu:read"], 60, clock.now)
+    (caller,) = service.session_tokens(store)
+    service.keep_caller(store, caller.digest, caller.subject, caller.permissions, 3600, clock.now)
+    clock.now += 600_000
+    (found,) = service.session_tokens(store)
+    assert (found.subject, found.expires) == ("storyart", clock.now + 3_000_000)
+
+
+def test_tokens_that_end_within_3_days_are_named_by_subject_with_their_first_end(store, clock):
+    day = 86_400
+    for subject, ttl in (("b", 2 * day), ("a", day), ("a", 2 * day), ("a", 90 * day), ("c", 4 * day)):
+        service.issue_token(store, subject, ["gpu:read"], ttl, clock.now)
+    ends = [service.iso_time(int(clock.now) + days * day * 1000) for days in (1, 2)]
+    assert service.ending_tokens(store, clock.now) == f"a ({ends[0]}), b ({ends[1]})"
+    assert service.ending_tokens(store, clock.now - 5 * day * 1000) == ""
+
+
+def test_start_up_check_status_and_the_page_warn_of_a_token_that_ends_soon(start_service, run_module):
+    run_module("token", "--subject", "storyart", "--permission", "gpu:read", "--ttl", "2d")
+    done = run_module("check")
+    assert (read_check(done)["tokens"], done.returncode) == ("WARN", 0)
+    running = start_service()
+    for printed in (lambda: running.printed, lambda: run_module("status", STORYTELLER_API_TOKEN=TOKEN).stdout):
+        wait_until(lambda printed=printed: re.search(r"end soon: storyart \(20", printed()))
+    assert f"{service.START_SCRIPT} token --renew NAME --ttl 90d" in running.printed
+
+
+def test_the_log_warns_of_such_tokens_once_a_day(make_services, sqlite_store, caplog, monkeypatch):
+    services = make_services(sqlite_store)
+    service.issue_token(sqlite_store, "storyart", ["gpu:read"], 3600, service.now_ms())
+    times = Clock(time.monotonic())
+    monkeypatch.setattr(service.time, "monotonic", times)
+    for _ in range(50):  # two days and an hour
+        services._watch()
+        service.issue_token(sqlite_store, "storyart", ["gpu:read"], 3600, service.now_ms())
+        times.now += 3600
+    assert caplog.text.count("tokens end soon: storyart") == 3
 
 
 def test_a_token_made_at_the_command_line_is_good_at_a_running_service(start_service, run_module):
@@ -13179,7 +13582,7 @@ def test_a_token_made_at_the_command_line_is_good_at_a_running_service(start_ser
     "arguments",
     [["--subject", "a"], ["--permission", "gpu:read"], ["--subject", "a b", "--permission", "gpu:read"],
      ["--subject", "a", "--permission", "root"], ["--subject", "a", "--permission", "gpu:read", "--ttl", "59s"],
-     ["--subject", "a", "--permission", "gpu:read", "--ttl", "31d"]],
+     ["--subject", "a", "--permission", "gpu:read", "--ttl", "367d"]],
 )  # fmt: skip
 def test_a_token_that_cannot_be_made_is_refused_with_exit_code_2(run_module, arguments):
     done = run_module("token", *arguments)
@@ -13188,7 +13591,7 @@ def test_a_token_that_cannot_be_made_is_refused_with_exit_code_2(run_module, arg
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("60", 60), ("90s", 90), ("45m", 2700), ("12h", 43200), ("30d", 2592000)]
+    ("text", "seconds"), [("60", 60), ("90s", 90), ("45m", 2700), ("12h", 43200), ("366d", 31622400)]
 )
 def test_a_time_to_live_is_read_in_its_unit(text, seconds):
     assert service.read_ttl(text) == seconds
