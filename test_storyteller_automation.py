@@ -13741,7 +13741,7 @@ def test_readme_has_each_endpoint_with_its_permission_and_statuses():
 
 # What runs a file of a language, when it is here.
 CURL = """
-import argparse, re, urllib.error, urllib.request
+import argparse, urllib.error, urllib.request
 parser = argparse.ArgumentParser()
 for name in ("-X", "-d", "-w", "-m", "-o"):
     parser.add_argument(name)
@@ -13770,7 +13770,7 @@ def start_of_powershell() -> list[str] | None:
     return None
 
 
-def run_example(language: str, code: str, folder: Path) -> None:
+def run_example(language: str, code: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
     """Run the code as a person would, in the service's folder."""
     if language == "sh" and not service.WINDOWS and shutil.which("curl"):
         command = ["sh", "-uc", code]
@@ -13789,10 +13789,10 @@ def run_example(language: str, code: str, folder: Path) -> None:
         command = [*start, "-File", "example.ps1"]
     else:
         pytest.skip(f"nothing here runs {language}")
-    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=20 * PATIENCE)
-    assert done.returncode == 0, done.stdout + done.stderr
+    return subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=20 * PATIENCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", ["sh", "bat", "powershell", "python", "js"])
 @pytest.mark.parametrize("place", ["an empty store", "a studio's Redis"])
 def test_the_example_of_each_language_calls_every_endpoint(
@@ -13812,7 +13812,6 @@ def test_the_example_of_each_language_calls_every_endpoint(
     if is_studio:  # it announces that its beats are ready
         saved = episode({}, timestamp=T, promptMode="storyswarm")
         assert running.call("POST", "/api/v1/session/save", saved)[0] == 200
-        assert running.call("POST", "/api/v1/auth/session", {"subject": "x", "permissions": ["gpu:read"]})[0] == 201
 
     def contents() -> Any:
         asked = ("session/list", "notifications/check?type=all", "gpu/reservation")
@@ -13823,7 +13822,7 @@ def test_the_example_of_each_language_calls_every_endpoint(
     begin = log.stat().st_size
     code = code_in(section("## Use the API"), language)
     assert code.count("http://localhost:8000") == 1
-    run_example(language, code.replace("localhost:8000", f"localhost:{running.port}"), module_copy.parent)
+    done = run_example(language, code.replace("localhost:8000", f"localhost:{running.port}"), module_copy.parent)
     said = log.read_bytes()[begin:].decode()
     assert contents() == before
 
@@ -13833,7 +13832,7 @@ def test_the_example_of_each_language_calls_every_endpoint(
         template = next(one for one in templates if re.fullmatch(re.sub("{.*?}", "[^/]+", one), path))
         got.setdefault((method, template), []).append(int(status))
     wanted = {key: statuses for key, (_, statuses) in endpoints_in_readme().items()}
-    assert got.keys() == wanted.keys()
+    assert got.keys() == wanted.keys(), done
     assert {key: statuses for key, statuses in got.items() if not set(statuses) <= wanted[key]} == {}
     failed = [key for key, statuses in got.items() if max(statuses) >= 400]
     assert failed == [("DELETE", "/api/v1/gpu/reservation")]  # nobody has the GPU any more
@@ -13848,18 +13847,19 @@ def test_the_commands_of_readme_succeed_one_after_another(
 ):
     for name in os.environ.keys() - clean_environment.keys():
         monkeypatch.delenv(name)
+    (module_copy.parent / "data").mkdir()
+    service.SqliteStore(module_copy.parent / "data" / "storyteller.sqlite3").close()
     monkeypatch.setenv("RUN", sys.executable)  # not in the script: a .bat is in the console's code page
     is_bat, module = service.WINDOWS, module_copy.name
     script = f'@"%RUN%" {module} %*\n' if is_bat else f'#!/bin/sh\nexec "$RUN" {module} "$@"\n'
     path = module_copy.with_name("run.bat" if is_bat else "run.sh")
     path.write_text(script)
     path.chmod(0o755)
-    code = (
-        code_in(section(heading), "sh")
-        .replace("redis://127.0.0.1:6379/0", redis_url)
-        .replace("./run.sh", "call run.bat" if is_bat else "./run.sh")
-    )
-    run_example("bat" if is_bat else "sh", "".join(f"{line} || exit 1\n" for line in code.splitlines()), path.parent)
+    code = code_in(section(heading), "sh").replace("redis://127.0.0.1:6379/0", redis_url)
+    code = code.replace("./run.sh", "call run.bat" if is_bat else "./run.sh")
+    code = "".join(f"{line} || exit 1\n" for line in code.splitlines())
+    done = run_example("bat" if is_bat else "sh", code, path.parent)
+    assert done.returncode == 0, done
 
 
 def test_powershell_parses_every_example(tmp_path):
@@ -13869,6 +13869,14 @@ def test_powershell_parses_every_example(tmp_path):
     command = [*start, "-Command", f"$errors = $null; $null = {parse}; $errors; exit $errors.Count"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout
+
+
+def test_readme_shows_what_a_start_prints(start_service):
+    def names(lines: list[str]) -> list[str]:
+        return [lines[0], *(line[:12] for line in lines[1:])]
+
+    (shown,) = re.findall(r"(?ms)Then you see:\n\n```\n(.*?)^```$", readme())
+    assert names(shown.splitlines()) == names(start_service().printed.splitlines())
 
 
 def test_readme_names_no_command_that_is_none(run_module):
