@@ -1,8 +1,8 @@
 @goto batch
 r"""Starts the service, with what it needs in the folder .venv beside this file.
 
-run.bat ARGUMENTS...       starts storyteller_automation.py with them
-run.bat test ARGUMENTS...  runs its tests
+run.bat ARGUMENTS...       starts storyteller_automation.py with them; run.bat help lists its commands
+run.bat test ARGUMENTS...  runs the developers' tests
 
 Two programs read this file: cmd the part from :batch on, Python (with -x) the one after the quotes.
 
@@ -67,6 +67,7 @@ endlocal & goto #nowhere 2>nul || title %COMSPEC% & %run% %* || (echo The servic
 
 :test
 pushd "%here%"
+>&2 echo These are the developers' tests, about 8 minutes. What looks at this PC is run.bat check.
 rem "-m pytest" less the word "test", which cannot be cut from the arguments here without harm to quotes.
 "%venv_python%" -I -c "import sys, pytest; sys.exit(pytest.main(['test_storyteller_automation.py'] + sys.argv[2:]))" %*
 set "code=%errorlevel%"

@@ -2,8 +2,8 @@
 # Sets up .venv when that is needed, then starts the service. Linux and macOS; run.bat is its twin for Windows.
 #
 #   ./run.sh                  start the service
-#   ./run.sh test [...]       run the tests (further arguments go to pytest)
-#   ./run.sh check            checks everything once; any other arguments go to the service as well
+#   ./run.sh help             the other commands, which go to the service
+#   ./run.sh test [...]       run the developers' tests (further arguments go to pytest)
 set -eu
 
 # The folder of this script, also when it was called through a link or from another folder.
@@ -121,6 +121,7 @@ fi
 # The venv is not activated: SwarmUI would inherit it.
 if [ "${1-}" = test ]; then
     shift && cd -- "$here"
+    echo "These are the developers' tests, about 8 minutes. What looks at this PC is ./run.sh check." >&2
     exec "$venv/bin/python" -I -m pytest "$@"
 fi
 # As a module, whose bytecode is kept: compiling a script leaves 13 MB in memory. A full disk may cut the bytecode off.

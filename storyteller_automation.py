@@ -45,7 +45,10 @@ The sections, each under a banner, each depending only on those above it:
     Server: how it runs                     until a signal, and through a graceful shutdown
     Command line: check                     the data folder; a line for each thing that may be wrong
     Command line: serve                     a service from its start to its end
-    Command line: arguments                 the parser, the commands, session tokens
+    Command line: status                    what the page shows, in ten lines
+    Command line: the embedded store        moved to a Redis, backed up and restored
+    Command line: tokens and alerts         one function per command
+    Command line: arguments                 the parsers, and the table of commands
 
 How a request flows: waitress reads it from its socket; on the event loop the application finds its route,
 identifies the caller and validates the input; the handler returns a Response, or a Future of one that a batch
@@ -120,6 +123,7 @@ T = TypeVar("T")
 Clock = Callable[[], float]
 
 __version__ = "1.0.0"
+TITLE = f"StoryTeller automation {__version__}"
 
 log = logging.getLogger("storyteller")
 log.addHandler(logging.NullHandler())  # silent until start_logging()
@@ -1460,6 +1464,9 @@ class Store(Protocol):
         """Their timestamps, newest first, each with what is another value once the session was changed. It reads no
         document, so of another program's change only that of a length counts, and what the bridge notes of it."""
 
+    def remove_session(self, timestamp: int) -> bool:
+        """Remove a session, its copies and what was noted of it; its notifications stay. False when there was none."""
+
     def announce(self, session: int, draft: Draft) -> bool:
         """Note the draft's type at the session and add its notification, unless that type was noted last (False)."""
 
@@ -1485,10 +1492,11 @@ class Store(Protocol):
         """Those of `ids` that are marked; none where no other program writes, since what is marked is not pending."""
         return set()
 
-    def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
-        """Remove the members and mark the id. False, and no change, when none was there and the id is not marked."""
+    def acknowledge(self, id: str, members: Sequence[bytes], *, marks: bool = True) -> bool:
+        """Remove the members and mark the id. False, and no change, when none was there and the id is not marked. With
+        marks=False it removes alone: False when none was there."""
 
-    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
+    def acknowledge_own(self, ids: Sequence[tuple[str, int]], *, marks: bool = True) -> list[bool | ApiError]:
         """The same for the members of exactly that time that begin with OWN_MEMBER % id."""
 
     def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
@@ -1814,7 +1822,8 @@ if left == -1 then redis.call('PERSIST', KEYS[6]) else redis.call('PEXPIRE', KEY
 return result
 """
 
-# KEYS: 1 pending, 2 marker. ARGV: 1 and 2 the scores between which members are removed that begin with 3; members.
+# KEYS: 1 pending, 2 marker; without that, nothing is marked. ARGV: 1 and 2 the scores between which members are removed
+# that begin with 3; members.
 _LUA_ACKNOWLEDGE = """
 local removed = 0
 local function remove(member) removed = removed + redis.call('ZREM', KEYS[1], member) end
@@ -1822,6 +1831,7 @@ for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], ARGV[2])) 
   if string.sub(member, 1, #ARGV[3]) == ARGV[3] then remove(member) end
 end
 for at = 4, #ARGV do remove(ARGV[at]) end
+if not KEYS[2] then return removed end
 if removed == 0 then return redis.call('EXISTS', KEYS[2]) end
 redis.call('SET', KEYS[2], '1', 'PX', 604800000)
 return 1
@@ -1834,6 +1844,19 @@ if redis.call('EXISTS', KEYS[1], KEYS[2]) == 0 then
   redis.call('ZREM', KEYS[5], KEYS[2])
   redis.call('DEL', KEYS[3])
 end
+"""
+
+# KEYS: 1 session, 2 StoryArt's key for it, 3 meta, 4 index, 5 StoryArt's index, 6 latest, 7 its meta. ARGV: timestamp.
+_LUA_REMOVE = """
+local is_read, latest = pcall(cjson.decode, redis.pcall('GET', KEYS[6]))
+local removed = redis.call('DEL', KEYS[1], KEYS[2])
+if is_read and type(latest) == 'table' and latest.timestamp == tonumber(ARGV[1]) then
+  removed = removed + redis.call('DEL', KEYS[6], KEYS[7])
+end
+redis.call('DEL', KEYS[3])
+redis.pcall('ZREM', KEYS[4], KEYS[1])
+redis.pcall('ZREM', KEYS[5], KEYS[2])
+return removed
 """
 
 # The commands and the keys of a save, which Redis may refuse each by itself; nothing is left. KEYS: 1 incoming, 2
@@ -1849,6 +1872,20 @@ end
 redis.call('HSET', KEYS[4], 'saved', redis.call('HGET', KEYS[4], 'saved') or 0)
 redis.call('PEXPIRE', KEYS[4], 1000)
 return redis.call('DEL', KEYS[2], KEYS[3], KEYS[4])
+"""
+
+# Run commands, once for a name, and only while none of some keys is there. KEYS: 1 the names, those keys. ARGV: 1 name;
+# of each command the number of its words, then these.
+_LUA_TAKE = """
+local is_new = redis.call('SISMEMBER', KEYS[1], ARGV[1]) == 0 and redis.call('EXISTS', unpack(KEYS, 2)) == 0
+local at = 2
+while is_new and ARGV[at] do
+  redis.call(unpack(ARGV, at + 1, at + ARGV[at]))
+  at = at + 1 + ARGV[at]
+end
+redis.call('SADD', KEYS[1], ARGV[1])
+redis.call('PEXPIRE', KEYS[1], 31622400000)  -- 366 days: no token lives longer
+return is_new and 1 or 0
 """
 
 # KEYS: 1 record. ARGV: 1 before, "" for none; 2 after, "" to read it.
@@ -2072,6 +2109,10 @@ class RedisStore(Store):
         self.writes.note()
         return bool(state != b"taken")
 
+    def remove_session(self, timestamp: int) -> bool:
+        keys = (*self._session_keys(timestamp), *self.INDEXES, self.LATEST, self.META_OF_LATEST)
+        return bool(result_of(self._run(_LUA_REMOVE, [(keys, [timestamp])])[0]))
+
     def announce(self, session: int, draft: Draft) -> bool:
         (outcome,) = self._change([draft], self._session_keys(session), draft.type)
         return bool(result_of(outcome)[0] != b"known")
@@ -2126,13 +2167,14 @@ class RedisStore(Store):
             return set()
         return {id for id, found in zip(ids, self._redis.ask(*[("EXISTS", self.MARK + id) for id in ids])) if found}
 
-    def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
-        return bool(result_of(self._run(_LUA_ACKNOWLEDGE, [((self.PENDING, self.MARK + id), (1, 0, "", *members))])[0]))
+    def acknowledge(self, id: str, members: Sequence[bytes], *, marks: bool = True) -> bool:
+        keys = (self.PENDING, self.MARK + id)[: 1 + marks]
+        return bool(result_of(self._run(_LUA_ACKNOWLEDGE, [(keys, (1, 0, "", *members))])[0]))
 
-    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
-        oldest = self._clock() - TTL_MS + 1
-        calls = [((self.PENDING, self.MARK + id), (max(at, oldest), at, OWN_MEMBER % id.encode())) for id, at in ids]
-        return map_results(lambda removed: removed == 1, self._run(_LUA_ACKNOWLEDGE, calls))
+    def acknowledge_own(self, ids: Sequence[tuple[str, int]], *, marks: bool = True) -> list[bool | ApiError]:
+        oldest, keys = self._clock() - TTL_MS + 1, [(self.PENDING, self.MARK + id)[: 1 + marks] for id, _ in ids]
+        which = [(max(at, oldest), at, OWN_MEMBER % id.encode()) for id, at in ids]
+        return map_results(lambda removed: removed == 1, self._run(_LUA_ACKNOWLEDGE, list(zip(keys, which))))
 
     def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
         result_of(self._write(("SET", self.TOKEN + digest, record, "PX", ttl))[0])
@@ -2155,6 +2197,28 @@ class RedisStore(Store):
     def swap_reservation(self, host: str, before: bytes | None, after: bytes | None) -> bytes | None:
         call = [f"storyteller:gpu:{host}"], (before or b"", after or b"")
         return cast("bytes | None", result_of(self._run(_LUA_SWAP, [call])[0]))
+
+    TAKEN = "storyteller:taken"  # the keys of what take() saw
+
+    def take(self, table: str, row: Sequence[Any]) -> bool:
+        """Store a row of SqliteStore.rows() until its end. False, and no change, when it is there, or was taken before:
+        what was removed here since does not come back."""
+        end = row[-1] if table != "pending" else row[1] + TTL_MS
+        life, commands = ("PX", max(1, end - self._clock())), list[_Command]()
+        if table == "session":
+            (*keys, meta), (timestamp, document, saved, announced, _) = self._session_keys(row[0]), row
+            # As StoryArt's: so the bridge makes StoryArt's copy, and a later one of StorySwarm's leaves its words.
+            noted = ("saved", saved, "byStoryArt", 1, *(("announced", announced) if announced else ()))
+            commands = [("ZADD", self.INDEXES[0], timestamp, keys[0]), ("DEL", meta), ("HSET", meta, *noted)]
+            commands += [("PEXPIRE", meta, life[1]), ("SET", keys[0], document, *life)]
+        elif table == "pending":
+            keys = [f"storyteller:made:{row[2]}", self.MARK + str(parse_json(row[0])["id"])]
+            commands = [("ZADD", self.PENDING, row[1], row[0]), ("SET", keys[0], row[0], *life)]
+        else:
+            keys = [f"{self.TOKEN if table == 'token' else self.MARK}{row[0]}"]
+            commands = [("SET", keys[0], row[1] if table == "token" else "1", *life)]
+        words = [word for command in commands for word in (len(command), *command)]
+        return bool(result_of(self._run(_LUA_TAKE, [((self.TAKEN, *keys), (keys[0], *words))])[0]))
 
 
 # ======================================================================================================
@@ -2389,7 +2453,8 @@ class SqliteStore(Store):
                 raise StartError(f"The store {self.place} was made by a newer version: start that one.")
             for statement in ";".join(_SCHEMA_STEPS[version:]).split(";"):
                 self._writer.execute(statement)
-            self._writer.execute(f"PRAGMA user_version = {len(_SCHEMA_STEPS)}")
+            if version < len(_SCHEMA_STEPS):
+                self._writer.execute(f"PRAGMA user_version = {len(_SCHEMA_STEPS)}")
         self._writer.execute("PRAGMA journal_mode = WAL")  # writes to the file: not before it is known to be ours
 
     def _fault_of(self, error: sqlite3.Error) -> tuple[str, str]:
@@ -2538,6 +2603,10 @@ class SqliteStore(Store):
         warn_of_clock(kept, self._clock(), self.place)
         return next_time(kept, self._clock())
 
+    def remove_session(self, timestamp: int) -> bool:
+        remove = "DELETE FROM session WHERE timestamp = ?"
+        return self._write(lambda: self._writer.execute(remove, (timestamp,)).rowcount > 0)
+
     def announce(self, session: int, draft: Draft) -> bool:
         return self._write(lambda: self._announce(session, draft))
 
@@ -2577,16 +2646,19 @@ class SqliteStore(Store):
         rows = self._read(self._PENDING, self._clock() - TTL_MS, b"\xff", count)
         return [member for member, _ in rows], False
 
-    def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
-        return self._write(lambda: self._acknowledge(id, "member = ?", [(member,) for member in members]))
+    def acknowledge(self, id: str, members: Sequence[bytes], *, marks: bool = True) -> bool:
+        return self._write(lambda: self._acknowledge(id, "member = ?", [(member,) for member in members], marks))
 
-    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
+    def acknowledge_own(self, ids: Sequence[tuple[str, int]], *, marks: bool = True) -> list[bool | ApiError]:
         which = "time = ?1 AND substr(member, 1, length(?2)) = ?2"
-        found = [(id, which, [(at, OWN_MEMBER % id.encode())]) for id, at in ids]
+        found = [(id, which, [(at, OWN_MEMBER % id.encode())], marks) for id, at in ids]
         return self._write_each([functools.partial(self._acknowledge, *one) for one in found])
 
-    def _acknowledge(self, id: str, which: str, rows: Sequence[tuple[Any, ...]]) -> bool:
-        if not sum(self._writer.execute(f"DELETE FROM pending WHERE {which}", row).rowcount for row in rows):
+    def _acknowledge(self, id: str, which: str, rows: Sequence[tuple[Any, ...]], marks: bool) -> bool:
+        removed = sum(self._writer.execute(f"DELETE FROM pending WHERE {which}", row).rowcount for row in rows)
+        if not marks:
+            return removed > 0
+        if not removed:
             return bool(self._writer.execute("SELECT 1 FROM marker WHERE id = ?", (id,)).fetchone())
         self._writer.execute("INSERT OR REPLACE INTO marker VALUES (?, ?)", (id, self._clock() + TTL_MS))
         return True
@@ -2604,6 +2676,12 @@ class SqliteStore(Store):
 
     def revoke_token(self, digest: str) -> bool:
         return self._write(lambda: self._writer.execute("DELETE FROM token WHERE digest = ?", (digest,)).rowcount > 0)
+
+    def rows(self, table: str) -> Iterator[tuple[Any, ...]]:
+        """All of a table that have not ended, for a copy of the store."""
+        condition = f"time > ? - {TTL_MS}" if table == "pending" else "expires > ?"
+        with self._errors(), contextlib.closing(self._connect()) as database:
+            yield from database.execute(f"SELECT * FROM {table} WHERE {condition}", (self._clock(),))
 
     def swap_reservation(self, host: str, before: bytes | None, after: bytes | None) -> bytes | None:
         record = "SELECT record FROM reservation WHERE host = ?1"
@@ -3248,10 +3326,11 @@ class Notifications:
         """True when it was pending, or is acknowledged already."""
         return bool(self.acknowledge_all([id]))
 
-    def acknowledge_all(self, ids: Sequence[str]) -> list[str]:
-        """The same for different ones: those for which it is true, in their order, after one search for all."""
-        done = {id for id, outcome in zip(ids, self.acknowledge_own(ids)) if result_of(outcome)}
-        done |= {id for id in ids if id not in done and self._store.acknowledge(id, [])}
+    def acknowledge_all(self, ids: Sequence[str], *, marks: bool = True) -> list[str]:
+        """The same for different ones: those for which it is true, in their order, after one search for all. With
+        marks=False they are removed, not acknowledged, and it is true of those that were pending."""
+        done = {id for id, outcome in zip(ids, self.acknowledge_own(ids, marks=marks)) if result_of(outcome)}
+        done |= {id for id in ids if marks and id not in done and self._store.acknowledge(id, [])}
         left: dict[str, list[bytes]] = {id: [] for id in ids if id not in done}
         # Another program made these, or nobody did. JSON may also write an id with escapes.
         for member, at in self._store.pending(page=2000) if left else ():
@@ -3259,13 +3338,13 @@ class Notifications:
                 found = self._parse(member, at)
                 if found and found.id in left:
                     left[found.id].append(member)
-        return [id for id in ids if id in done or (left[id] and self._store.acknowledge(id, left[id]))]
+        return [id for id in ids if id in done or (left[id] and self._store.acknowledge(id, left[id], marks=marks))]
 
-    def acknowledge_own(self, ids: Sequence[str]) -> list[bool | ApiError]:
+    def acknowledge_own(self, ids: Sequence[str], *, marks: bool = True) -> list[bool | ApiError]:
         """Whether it is so for ids that were made here, which hold their time: no search. False for any other."""
         times = [re.fullmatch(OWN_ID, id) for id in ids]
         ours = [(found[0], int(found[1])) for found in times if found]
-        outcomes = iter(self._store.acknowledge_own(ours) if ours else ())
+        outcomes = iter(self._store.acknowledge_own(ours, marks=marks) if ours else ())
         return [next(outcomes) if found else False for found in times]
 
     def _read(self, rows: Iterable[tuple[bytes, float | None]]) -> Iterator[Notification]:
@@ -4378,7 +4457,8 @@ PERMISSIONS = (
 _ALL_BUT_ADMIN = tuple(one for one in PERMISSIONS if one != "admin")
 SUBJECT_PATTERN = r"[A-Za-z0-9._-]{1,64}"
 TOKEN_TTL = 12 * 3600  # seconds, by default
-TOKEN_TTL_RANGE = (60, 30 * 24 * 3600)
+TOKEN_TTL_RANGE = (60, 366 * 24 * 3600)
+ENDS_SOON = 3 * 24 * 3_600_000  # ms before its end from which on people are warned of a token's
 LOCAL_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
 REFUSED_ORIGINS = "refused_origins.json"  # in the data folder
 TRUST_ADVICE = "to trust its pages without a token, add it to STORYTELLER_TRUSTED_ORIGINS"
@@ -4410,12 +4490,16 @@ def digest_of(token: str) -> str:
 
 def issue_token(store: Store, subject: str, permissions: Iterable[str], ttl: int, now: int) -> tuple[str, Caller]:
     """Make a session token for `ttl` seconds. The token itself is kept nowhere."""
-    token = secrets.token_urlsafe(32)
-    given, digest = set(permissions), digest_of(token)
-    caller = Caller(subject, tuple(one for one in PERMISSIONS if one in given), now + ttl * 1000, digest)
+    token, given = secrets.token_urlsafe(32), set(permissions)
+    return token, keep_caller(store, digest_of(token), subject, [one for one in PERMISSIONS if one in given], ttl, now)
+
+
+def keep_caller(store: Store, digest: str, subject: str, permissions: Sequence[str], ttl: int, now: int) -> Caller:
+    """Store whose a token is, for `ttl` seconds from now."""
+    caller = Caller(subject, tuple(permissions), now + ttl * 1000, digest)
     record = {"subject": subject, "permissions": caller.permissions, "expiresAt": caller.expires}
     store.keep_token(digest, json.dumps(record).encode("ascii"), ttl * 1000)
-    return token, caller
+    return caller
 
 
 def page_token(api_token: str) -> str:
@@ -4435,6 +4519,22 @@ def read_token(digest: str, record: bytes) -> Caller | None:
     if not good or not isinstance(permissions, list) or not all(one in PERMISSIONS for one in permissions):
         return None
     return Caller(subject, tuple(permissions), int(expires), digest)
+
+
+def session_tokens(store: Store) -> list[Caller]:
+    """Whose tokens there are, by subject, those first that end first. Raises Unavailable."""
+    found = [caller for digest, record in store.tokens() if (caller := read_token(digest, record))]
+    return sorted(found, key=lambda one: (one.subject, one.expires))
+
+
+def ending_tokens(store: Store, now: int) -> str:
+    """The subjects whose tokens end soon, each with the first end; "" for none. Raises Unavailable."""
+    soon = [one for one in session_tokens(store) if (one.expires or 0) - now < ENDS_SOON]
+    ends = {one.subject: f"{one.subject} ({iso_time(one.expires or 0)})" for one in reversed(soon)}
+    return ", ".join([*reversed(ends.values())][:5]) + f" and {len(ends) - 5} more" * (len(ends) > 5)
+
+
+RENEW_ADVICE = f"{START_SCRIPT} token --renew NAME --ttl 90d gives those of a name a new end"
 
 
 class Authenticator:
@@ -5278,6 +5378,9 @@ class Services:
         self.acknowledgements = Batcher[str, Outcome](functools.partial(answer_acknowledgements, self), "acknowledge")
         self.scrapes = Batcher[None, Outcome](functools.partial(answer_scrapes, self), "scrapes")
         self._loop = Loop(self._watch, "store-watch")
+        self._ending = Throttled(lambda: ending_tokens(store, now_ms()), time.monotonic)
+        self._warned_at = -math.inf  # monotonic seconds
+        self.ending_tokens = ""  # as _watch() saw them last
 
     def start(self) -> None:
         """Begin with what is done without a request."""
@@ -5287,11 +5390,16 @@ class Services:
             self.bridge.start()
 
     def _watch(self) -> float:
-        """Try a write until the store answers, and again while it refuses them; report old notifications."""
+        """Try a write until the store answers, and again while it refuses them; report old notifications, and once a
+        day the tokens that end soon."""
         with contextlib.suppress(Unavailable):  # its callers get the reason
             if self.store.writes.refusal != "":
                 self.store.try_write()
             self.notifications.report_expired()
+            self.ending_tokens, now = self._ending.get(60.0, 0.001), time.monotonic()
+            if self.ending_tokens and now - self._warned_at >= 86_400:
+                self._warned_at = now
+                log.warning("authentication: tokens end soon: %s: %s", self.ending_tokens, RENEW_ADVICE)
         return self.WATCH_INTERVAL
 
     def close(self) -> None:
@@ -5485,6 +5593,15 @@ def notification_ack_all(services: Services, request: Request) -> Response:
     return json_response({"success": True, "acknowledged": found, "notFound": missing})
 
 
+def notification_delete(services: Services, request: Request) -> Response:
+    """Not an acknowledgement: nobody is told that somebody has seen it, and to acknowledge it later is a 404."""
+    id = request.path["notification_id"]
+    if not services.notifications.acknowledge_all([id], marks=False):
+        raise NotFound("Notification not found")
+    services.live.note(id)
+    return json_response({"success": True, "notificationId": id})
+
+
 # Each event that may be asked for, and the permission that it needs.
 EVENTS: Mapping[str, str] = {
     "state": "events:read", "notification": "notifications:read", "acknowledged": "notifications:read",
@@ -5660,6 +5777,14 @@ def session_put(services: Services, request: Request) -> Response:
     if request.body.get("timestamp") not in (None, timestamp):
         raise BadRequest(f"timestamp: expected {timestamp}, as in the path, or none.")
     return _save(services, request, timestamp, by_storyart=False)
+
+
+def session_delete(services: Services, request: Request) -> Response:
+    timestamp = request.path["timestamp"]
+    if not services.store.remove_session(timestamp):
+        raise NotFound("Session not found")
+    services.live.look_soon()
+    return json_response({"success": True, "sessionTimestamp": timestamp})
 
 
 def _save(services: Services, request: Request, timestamp: int, *, by_storyart: bool, replace: bool = True) -> Response:
@@ -5913,6 +6038,8 @@ ROUTES: tuple[Route, ...] = (
           {201: _NOTIFICATION, 200: _NOTIFICATION}, body=_NEW_NOTIFICATION),
     Route("POST", f"{_API}/notifications/<notification_id>/ack", notification_ack, "notifications:read",
           "Acknowledge a notification.", {200: _object(success=_FLAG, notificationId=_ID)}, _FAILED, (404,)),
+    Route("DELETE", f"{_API}/notifications/<notification_id>", notification_delete, "notifications:write",
+          "Remove a notification.", {200: _object(success=_FLAG, notificationId=_ID)}, _FAILED, (404,), in_pool=True),
     Route("GET", f"{_API}/session/<timestamp>/prompts-status", prompts_status, "sessions:read",
           "Are its prompts complete?", {200: _PROMPTS}, {"promptsReady": False}, (404,)),
     Route("POST", f"{_API}/session/save", session_save, "sessions:write", "Store a session.",
@@ -5926,6 +6053,8 @@ ROUTES: tuple[Route, ...] = (
           {200: _WHOLE_SESSION}, _FAILED, (404,), in_pool=True),
     Route("PUT", f"{_API}/session/<timestamp>", session_put, "sessions:write", "Create or replace a session.",
           {200: _SAVED}, _FAILED, body=_SESSION, in_pool=True),
+    Route("DELETE", f"{_API}/session/<timestamp>", session_delete, "sessions:write", "Remove a session.",
+          {200: _object(success=_FLAG, sessionTimestamp=_TIMESTAMP)}, _FAILED, (404,), in_pool=True),
     Route("POST", f"{_API}/auth/session", token_create, "admin", "Make a session token.",
           {201: _object(token=_TEXT, **_CALLER)}, body=_NEW_TOKEN, in_pool=True),
     Route("GET", f"{_API}/auth/session", token_show, "any", "Who am I?", {200: _object(**_CALLER)}),
@@ -6368,6 +6497,9 @@ class SessionChanges:
         services.carry_latest()
         newest = dict(services.store.newest_sessions(self.NEWEST))
         oldest = min(before) if len(before) >= self.NEWEST else 0
+        lowest = min(newest) if len(newest) >= self.NEWEST else 0  # older ones are not looked at any more
+        for gone in sorted(one for one in self._told if one > lowest and one not in newest and self._told[one]):
+            self._tell("session", {"sessionTimestamp": gone, "step": "deleted"})
         self._versions, self._found, self._told = (
             {one: value for one, value in known.items() if one in newest}
             for known in (self._versions, self._found, self._told)
@@ -6728,6 +6860,7 @@ class Live:
         shown["service"] = {
             "version": __version__, "store": services.store.name, "storeUp": self._store_up,
             "startedAt": iso_time(services.started_at), "addresses": list(self.addresses), "now": now_ms(),
+            "tokensEnding": services.ending_tokens,
         }  # fmt: skip
         return self._frame("state", to_json(shown), f"{number}.{next(self._states)}")
 
@@ -6879,8 +7012,8 @@ dialog p { margin: 8px 0 16px; white-space: pre-line; } dialog div { display: fl
   <p role="alert"></p><p class="none muted"></p><ul></ul></section>
 <section id="service" aria-label="Service"><div class="head"><h2 tabindex="-1">Service</h2>
     <button id="forget" type="button">Forget the token</button></div>
-  <dl><dt>Store</dt><dd id="store"></dd><dt>Version</dt><dd id="version"></dd>
-    <dt>Running for</dt><dd id="running"></dd><dt>Addresses</dt><dd id="addresses"></dd></dl>
+  <dl><dt>Store</dt><dd id="store"></dd><dt>Version</dt><dd id="version"></dd><dt>Running for</dt><dd id="running"></dd>
+    <dt>Addresses</dt><dd id="addresses"></dd><dt>Tokens</dt><dd id="ending"></dd></dl>
   <label><input type="checkbox" class="remember"> Remember on this device</label></section>
 </div></main>
 <dialog aria-labelledby="question" aria-describedby="loss">
@@ -7045,9 +7178,10 @@ function showNotifications() {
 }
 
 function showService() {
-  const { store, storeUp, version, startedAt, addresses } = data.service;
+  const { store, storeUp, version, startedAt, addresses, tokensEnding: ending } = data.service;
   show($("#store"), store + (storeUp === false ? ", which does not answer" : "")), show($("#version"), version);
   show($("#running"), since(startedAt)), show($("#addresses"), addresses.join(" "));
+  show($("#ending"), ending ? `End soon: ${ending}` : "None ends within 3 days");
 }
 
 function render() {
@@ -7073,7 +7207,7 @@ const EVENTS = {
   },
   notification: (given) => data.notifications.set(given.id, given),
   acknowledged: ({ id }) => data.notifications.delete(id) && data.isCut && !data.notifications.size && begin(),
-  session: (given) => data.sessions.set(given.sessionTimestamp, given),
+  session: (given) => data.sessions[given.step === "deleted" ? "delete" : "set"](given.sessionTimestamp, given),
   gpu: (given) => Object.assign(data, { gpu: given,
     gpuHistory: [...data.gpuHistory, given].filter((one) => given.at - one.at <= 900_000) }),
   reservation: (given) => data.reservation = given,
@@ -7696,17 +7830,29 @@ def page_links(host: str, port: int, api_token: str) -> Iterator[str]:
             yield url_of(one, port) + end
 
 
-def print_links(settings: Settings) -> int:
-    """Print the page's link for each address, of the service that runs or will. Raises StartError."""
-    prepare_data_dir(settings, serves=False)
-    host, port, path = settings.host, settings.port, settings.data_dir / "running"
+def running_address(settings: Settings) -> tuple[str, int] | None:
+    """Host and port of the service that uses the data folder, as it wrote them down; None when none does."""
+    path = settings.data_dir / "running"
     with contextlib.suppress(OSError, ValueError):
         if path.exists():
             if file := lock_file(path):
                 file.close()
             else:
                 found = urllib.parse.urlsplit(path.read_text(encoding="utf-8").strip())
-                host, port = found.hostname or host, found.port or port
+                return (found.hostname, found.port) if found.hostname and found.port else None
+    return None
+
+
+def near_host(host: str) -> str:
+    """Where this PC reaches a service that listens there: not by ::1, which Windows may try for seconds."""
+    return {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host.lower(), host)
+
+
+def print_links(given: Mapping[str, Any]) -> int:
+    """Print the page's link for each address, of the service that runs or will. Raises StartError."""
+    settings = command_settings(given)
+    prepare_data_dir(settings, serves=False)
+    host, port = running_address(settings) or (settings.host, settings.port)
     if not port:
         raise StartError("STORYTELLER_PORT is 0, so the port is picked at the start: start the service first.")
     print(*page_links(host, port, own_token(settings)), sep="\n")
@@ -7735,7 +7881,11 @@ def run_checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
     yield "OK", "settings", f"read from arguments, environment and {ENV_FILE if ENV_FILE.exists() else 'no .env file'}"
     for text in doubtful_settings(os.environ):
         yield "WARN", "settings", text
-    yield check_store(settings)
+    yield "OK", "version", __version__
+    yield from check_store(settings)
+    folder = next((one for one in (settings.data_dir, *settings.data_dir.parents) if one.is_dir()), HERE)
+    free = shutil.disk_usage(folder).free / 10**9
+    yield "WARN" if free < settings.alert_disk else "OK", "disk", f"{free:.2f} GB are free for {settings.data_dir}"
     yield from check_storyart(settings)
     status = query_gpus(settings, set())
     good = f"{status.gpu_count} GPU(s), {status.memory_total} MiB" + (status.remarks and f"; it says: {status.remarks}")
@@ -7748,19 +7898,34 @@ def run_checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def missed_sessions(settings: Settings) -> str | None:
-    """A warning that StoryArt's sessions are in Redis and not in the embedded store. It takes 0.4 s at most."""
-    if settings.redis_address:
-        return None
+    """A warning that sessions are in another store than the one that is used: StoryArt's in Redis, or those of the
+    embedded store, which `move` copies. It takes 0.4 s at most."""
+    newest, url = newest_embedded(settings), settings.redis_address
     limits: dict[str, Any] = {"socket_connect_timeout": 0.2, "socket_timeout": 0.2}  # from_url() does not retry
-    client = redis.Redis.from_url(STORYARTS_REDIS, protocol=2, driver_info=None, **limits)
+    if url and not newest:
+        return None
+    client = redis.Redis.from_url(url or STORYARTS_REDIS, protocol=2, driver_info=None, **limits)
     with contextlib.suppress(redis.RedisError, OSError, ValueError), client:  # ValueError: what answers is no Redis
-        if client.exists(RedisStore.INDEXES[1]):
+        if url and not client.sismember(RedisStore.TAKEN, f"session:{newest}"):
+            return f"there are sessions in the embedded store, which Redis replaces: {START_SCRIPT} move copies them"
+        if not url and client.exists(RedisStore.INDEXES[1]):
             return f"StoryArt's sessions are in Redis, which is not used here: set REDIS_URL={STORYARTS_REDIS}"
     return None
 
 
+def newest_embedded(settings: Settings) -> int | None:
+    """The timestamp of the newest session in the embedded store, also where that is not used."""
+    path = settings.data_dir / STORE_FILES[0]
+    with contextlib.suppress(sqlite3.Error, OSError):
+        if path.is_file():
+            with contextlib.closing(sqlite3.connect(path, timeout=0.2)) as database:
+                newest = "SELECT max(timestamp) FROM session WHERE expires > ?"
+                return cast("int | None", database.execute(newest, (now_ms(),)).fetchone()[0])
+    return None
+
+
 def check_storyart(settings: Settings) -> Iterator[Finding]:
-    """Whether StoryArt's own server has another store."""
+    """Whether sessions are in another store than in that of this service."""
     if missed := missed_sessions(settings):
         yield "WARN", "StoryArt", missed
     if (url := settings.redis_address) and redis.connection.parse_url(url).get("db"):
@@ -7779,7 +7944,7 @@ def check_pages(settings: Settings) -> Iterator[Finding]:
         yield "WARN", "SwarmUI's pages", f"{pages[0]} cannot see SwarmUI as installed: set SWARMUI_ALLOW_ORIGIN to it"
 
 
-def check_store(settings: Settings) -> Finding:
+def check_store(settings: Settings) -> Iterator[Finding]:
     try:
         prepare_data_dir(settings)
         if token_path(settings).exists():
@@ -7787,11 +7952,17 @@ def check_store(settings: Settings) -> Finding:
         with contextlib.closing(open_store(settings)) as store:
             store.ping()
             store.try_write()
-            return "OK", "store", f"{store.name}, {store.place}"
+            yield "OK", "store", f"{store.name}, {store.place}"
+            if ending := ending_tokens(store, now_ms()):
+                yield "WARN", "tokens", f"they end soon: {ending}: {RENEW_ADVICE}"
     except StartError as error:
-        return "FAIL", "store", str(error)
+        yield "FAIL", "store", str(error)
     except Unavailable as error:
-        return "FAIL", "store", f"{str(error).rstrip('.')}: {error.advice or 'try again'}."
+        yield "FAIL", "store", with_advice(error)
+
+
+def with_advice(fault: ApiError) -> str:
+    return f"{str(fault).rstrip('.')}: {fault.advice or 'try again'}."
 
 
 def check_swarmui_path(settings: Settings) -> Finding:
@@ -7804,21 +7975,21 @@ def check_swarmui_path(settings: Settings) -> Finding:
 
 def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
     """Whether the port is free, or this service has it; and whether that service finds other GPUs than `status`."""
+    address = f"its page is {url_of(settings.host, settings.port)}, {START_SCRIPT} page prints the link with a token"
     try:
         for one in open_sockets(settings.host, settings.port):
             one.close()
-        yield "OK", "port", f"{settings.port} is free"
+        yield "OK", "port", f"{settings.port} is free; {address}"
         return
     except StartError as error:
         fault = str(error)
-    host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-    url = url_of(host, settings.port)
+    url = url_of(near_host(settings.host), settings.port)
     with contextlib.suppress(
         OSError, http.client.HTTPException, ValueError, AttributeError, LookupError, RecursionError
     ):
         if json.loads(fetch(f"{url}/health", 6).body).keys() == {"status", "store"}:  # 3 s for a store that hangs
             fault = ""
-            yield "OK", "port", f"this service runs on {settings.port} already"
+            yield "OK", "port", f"this service runs on {settings.port} already; {address}"
             token = settings.api_token or token_path(settings).read_text(encoding="utf-8").strip()
             wait, bearer = settings.nvidia_smi_timeout + 5, {"Authorization": f"Bearer {token}"}
             reply = fetch(f"{url}/api/v1/gpu/status", wait, headers=bearer)
@@ -7921,7 +8092,7 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
         "API token": f"in {token_place}",
         "log": str(settings.data_dir / "storyteller.log"),
     }
-    say("StoryTeller automation service. Ctrl+C stops it.")
+    say(f"{TITLE}. Ctrl+C stops it.")
     link = next(page_links(settings.host, port, settings.api_token or ""))
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     for name, text in rows.items():
@@ -7942,102 +8113,6 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
         log.warning("store: %s Requests that need it get 503 until it does.", fault)
 
 
-# ======================================================================================================
-# Command line: arguments
-# ======================================================================================================
-
-COMMANDS = ("serve", "check", "page", "token", "alert")
-
-
-def read_command(text: str) -> str:
-    if text in COMMANDS:
-        return text
-    near = difflib.get_close_matches(text, [*COMMANDS, "test"], 1) or [f"one of {', '.join(COMMANDS)}, test"]
-    advice = "run.sh and run.bat have that one" if text == "test" else f"did you mean {near[0]}?"
-    raise argparse.ArgumentTypeError(f"{text!r} is not a command: {advice}")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    table = ""
-    for row in dataclasses.fields(Settings):
-        default = " ".join(row.default) if isinstance(row.default, tuple) else row.default
-        shown = f"; by default {default or 'none'}".removesuffix(".0")
-        meaning = row.metadata["meaning"]
-        table += f"  {row.metadata['name']:<33} {meaning}{'' if 'by default' in meaning else shown}\n"
-    parser = argparse.ArgumentParser(
-        prog=START_SCRIPT,
-        description="The StoryTeller automation service. Start it by run.sh, on Windows by run.bat.",
-        epilog=f"settings, from the environment or a .env file beside this module:\n{table}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = (
-        "serve (by default), check, page (its link), token, alert (sends a test); of run.sh and run.bat also test,"
-        " which runs the tests"
-    )
-    parser.add_argument("command", nargs="?", type=read_command, default="serve", help=commands)
-    parser.add_argument("--version", action="version", version=f"StoryTeller automation {__version__}")
-    parser.add_argument("--host", help="overrides STORYTELLER_HOST")
-    parser.add_argument("--port", help="overrides STORYTELLER_PORT")
-    parser.add_argument("--data-dir", help="overrides STORYTELLER_DATA_DIR")
-    tokens = parser.add_argument_group("token", "makes a session token, and prints nothing else")
-    tokens.add_argument("--subject", help="the program's name: at most 64 letters, digits, dots, hyphens, underscores")
-    tokens.add_argument("--permission", action="append", choices=PERMISSIONS, default=[], help="as often as needed")
-    tokens.add_argument("--ttl", type=read_ttl, default=TOKEN_TTL, help="like 90s, 45m, 30d; by default 12h")
-    instead = tokens.add_mutually_exclusive_group()
-    instead.add_argument("--list", action="store_true", help="show who has tokens, never the tokens")
-    instead.add_argument("--revoke", metavar="SUBJECT", help="revoke every token of that subject")
-    return parser
-
-
-def read_ttl(text: str) -> int:
-    """Seconds of a duration like 30d."""
-    found = re.fullmatch(r"([0-9]{1,8})([smhd]?)", text)
-    seconds = int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2] or "s"] if found else 0
-    low, high = TOKEN_TTL_RANGE
-    if not low <= seconds <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a duration from 60s to 30d")
-    return seconds
-
-
-def token_command(settings: Settings, given: Mapping[str, Any]) -> int:
-    """Make, list or revoke session tokens; a running service sees it within 5 s. Raises StartError, Unavailable."""
-    prepare_data_dir(settings, serves=False)
-    with contextlib.closing(open_store(settings)) as store:
-        if given["list"] or given["revoke"]:
-            return list_tokens(store, given["revoke"])
-        if not re.fullmatch(SUBJECT_PATTERN, given["subject"] or "") or not given["permission"]:
-            form = "--subject NAME (at most 64 letters, digits, dots, hyphens, underscores)"
-            raise StartError(f"A token needs {form} and at least one --permission: see --help.")
-        print(issue_token(store, given["subject"], given["permission"], given["ttl"], now_ms())[0])
-        return 0
-
-
-def list_tokens(store: Store, revoked: str | None) -> int:
-    """Print the session tokens by subject, or those of one subject while revoking them."""
-    found = [(caller, digest) for digest, record in store.tokens() if (caller := read_token(digest, record))]
-    for caller, digest in sorted(found, key=lambda one: (one[0].subject, one[0].expires)):
-        end = iso_time(caller.expires or 0)
-        if revoked is None:
-            print(caller.subject, end, *caller.permissions)
-        elif caller.subject == revoked:
-            store.revoke_token(digest)
-            print(f"revoked: {revoked}, which would have expired {end}")
-    if revoked is None or any(caller.subject == revoked for caller, _ in found):
-        return 0
-    print(f"{revoked} has no token.", file=sys.stderr)
-    return 1
-
-
-def alert_command(settings: Settings) -> int:
-    """Send a test alert, and print what came back. Raises StartError."""
-    if not settings.alert_url:
-        raise StartError("There is no address for alerts: set STORYTELLER_ALERT_URL.")
-    text = "This is a test. Alerts of this service arrive here."
-    is_taken, answer = deliver(settings, Alert("test", "raised", text, now_ms()))
-    print(answer)
-    return int(not is_taken)
-
-
 def run_service(given: Mapping[str, Any]) -> int:
     """serve(), with its exit code. All that it says goes through the log."""
     try:
@@ -8052,29 +8127,359 @@ def run_service(given: Mapping[str, Any]) -> int:
         return 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0; 1 when a check failed, no token was revoked or an alert was refused; 2 when it cannot start."""
-    prepare_console()
-    given = vars(make_parser().parse_args(argv))
-    if given["command"] == "serve":
-        end_console = start_console()
-        code = 0
-        try:
-            code = run_service(given)
-            end_console()
-        except KeyboardInterrupt:
-            pass  # a second one, at its end
-        finally:
-            os._exit(code)  # Python's own end would wait for a console that takes no output
+def serve_until_stopped(given: Mapping[str, Any]) -> NoReturn:
+    """run_service(), with which this process ends."""
+    end_console = start_console()
+    code = 0
     try:
-        if given["command"] == "check":
-            return check(given)
-        settings = command_settings(given)
-        if given["command"] == "page":
-            return print_links(settings)
-        return alert_command(settings) if given["command"] == "alert" else token_command(settings, given)
+        code = run_service(given)
+        end_console()
+    except KeyboardInterrupt:
+        pass  # a second one, at its end
+    finally:
+        os._exit(code)  # Python's own end would wait for a console that takes no output
+
+
+# ======================================================================================================
+# Command line: status
+# ======================================================================================================
+
+
+def print_status(given: Mapping[str, Any]) -> int:
+    """Print what the page shows. The exit code is 1 when the service of this data folder does not answer."""
+    settings = command_settings(given)
+    found, token = running_address(settings), settings.api_token
+    fault = f"No service uses the data folder {settings.data_dir}: start it by {START_SCRIPT}."
+    if found:
+        fault = f"The service at {url_of(*found)} does not answer: see {settings.data_dir / 'storyteller.log'}."
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError, StopIteration):
+            state = read_state(*found, token or token_path(settings).read_text(encoding="utf-8").strip())
+            if "error" not in state:
+                print(*status_lines(state, url_of(*found)), sep="\n")
+                return 0
+            fault = f"The service at {url_of(*found)} refuses: {state['error']}"
+    print(fault, file=sys.stderr)
+    return 1
+
+
+def read_state(host: str, port: int, token: str) -> dict[str, Any]:
+    """The data of the event `state`, or of a refusal. Raises OSError, HTTPException, ValueError."""
+    with contextlib.closing(http.client.HTTPConnection(near_host(host), port, timeout=10)) as connection:
+        connection.request("GET", "/api/v1/events", headers={"Authorization": f"Bearer {token}"})
+        with connection.getresponse() as response:
+            lines = iter([b"data: " + response.read(65536)] if response.status != 200 else response)
+            return cast("dict[str, Any]", json.loads(next(line[6:] for line in lines if line.startswith(b"data: "))))
+
+
+def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
+    """Ten lines."""
+    service, pending, swarmui, held = (state[name] for name in ("service", "notifications", "swarmui", "reservation"))
+
+    def since(time: object) -> str:
+        return str(timedelta(seconds=max(0, service["now"] - (read_time(time) or service["now"])) // 1000))
+
+    gpu, queue = state["gpu"] or {"error": "not known yet"}, swarmui["queue"]
+    figures = "{utilization} % use, {memoryUsed} of {memoryTotal} MiB, {temperature} °C"
+    work = [one for one in state["sessions"] if one["step"] in ("beats_ready", "prompts")]
+    newest = "; the newest has {totalPrompts} of {promptsNeeded} prompts: {title}".format_map(work[0]) if work else ""
+    queued = f", {queue['live']} images in work, {queue['waiting']} waiting" if queue else ""
+    yield f"StoryTeller automation {service['version']}, running for {since(service['startedAt'])}"
+    for name, text in {
+        "address": url,
+        "store": service["store"] + ("" if service["storeUp"] else ", which does not answer"),
+        "alerts": " ".join(one["text"] for one in state["alerts"] if one["state"] == "raised") or "none",
+        "sessions": f"{len(work) or 'none'} in work{newest}",
+        "notifications": f"{len(pending)} wait, the oldest for {since(pending[0]['timestamp'])}" if pending else "none",
+        "GPU": gpu["error"] or figures.format_map(gpu),
+        "reserved": f"by {held['holder']} until {held['expiresAt']}" if held else "by nobody",
+        "SwarmUI": f"{swarmui['state']} for {since(swarmui['since'])}{queued} {swarmui['lastError'] or ''}",
+        "tokens": f"end soon: {service['tokensEnding']}" if service["tokensEnding"] else "none ends within 3 days",
+    }.items():
+        yield f"  {name:<14} {' '.join(text.split())}"
+
+
+# ======================================================================================================
+# Command line: the embedded store
+# ======================================================================================================
+
+
+def embedded_store(settings: Settings) -> Path:
+    """Raises StartError when there is none."""
+    if not (path := settings.data_dir / STORE_FILES[0]).is_file():
+        raise StartError(f"There is no embedded store in the data folder {settings.data_dir}.")
+    return path
+
+
+def move(given: Mapping[str, Any]) -> int:
+    """Copy the embedded store into a Redis, by default that of the settings; each thing in one atomic step, so that it
+    may be ended and begun again. Raises StartError, Unavailable."""
+    settings, to = command_settings(given), given["to"]
+    try:
+        url, path = _redis_url(to) if to else settings.redis_address, embedded_store(settings)
+    except ValueError as expected:
+        raise StartError(f"--to cannot be used: expected {expected}.") from None
+    if not url:
+        raise StartError("The Redis to copy to is not known: give it, like --to redis://127.0.0.1:6379/0.")
+    kinds = {
+        "session": "sessions",
+        "marker": "acknowledged notifications",
+        "pending": "pending notifications",
+        "token": "tokens",
+    }
+    with (
+        contextlib.closing(own_data_dir(settings)),
+        contextlib.closing(SqliteStore(path)) as source,
+        contextlib.closing(RedisStore(url)) as target,
+    ):
+        for table, kind in kinds.items():
+            copied = [target.take(table, row) for row in source.rows(table)]
+            print(f"{kind}: {sum(copied)} copied, {len(copied) - sum(copied)} there already", flush=True)
+    print(f"The embedded store is as it was. Set REDIS_URL to that Redis ({target.place}), then start the service.")
+    return 0
+
+
+@contextlib.contextmanager
+def open_copy(path: Path) -> Iterator[sqlite3.Connection]:
+    """A store of this service, of one moment, whoever writes to it. Raises StartError, sqlite3.Error."""
+    with contextlib.closing(sqlite3.connect(path, timeout=SqliteStore.WAIT)) as database:
+        database.execute("BEGIN")
+        tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master")}
+        version = database.execute("PRAGMA user_version").fetchone()[0]
+        if not tables >= {"session", "pending", "marker", "newest"} or version > len(_SCHEMA_STEPS):
+            raise StartError(f"{path} is not a store of this service, or of a newer version of it.")
+        yield database
+
+
+def copy_store(source: Path, target: Path) -> None:
+    """The target is whole, or as it was. Raises StartError."""
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        if target.exists():
+            with open_copy(target):
+                pass  # it is no other file, by a slip
+        with open_copy(source) as old, contextlib.closing(sqlite3.connect(draft)) as new:
+            old.backup(new)
+            new.execute("PRAGMA journal_mode = DELETE")  # in WAL mode it could become three files
+            if (damage := new.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
+                raise StartError(f"{source} is damaged ({' '.join(damage.split())}).")
+        os.replace(draft, target)
+    except (sqlite3.Error, OSError) as error:
+        raise StartError(f"{source} cannot be copied to {target} ({error}).") from None
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+
+
+def backup(given: Mapping[str, Any]) -> int:
+    """Copy the embedded store to a file, also while the service runs. Raises StartError."""
+    settings, target = command_settings(given), Path(given["file"]).absolute()
+    source = embedded_store(settings)
+    if target.exists() and target.samefile(source):
+        raise StartError(f"{target} is the store itself: give another name.")
+    copy_store(source, target)
+    print(f"{source} is backed up to {target}.")
+    if settings.redis_address:
+        print("The service uses a Redis, which is not in that file: back it up by its own means.", file=sys.stderr)
+    return 0
+
+
+def restore(given: Mapping[str, Any]) -> int:
+    """Let a backup be the embedded store; the one until now is kept beside it. Raises StartError."""
+    settings, source = command_settings(given), Path(given["file"]).absolute()
+    if not source.is_file():
+        raise StartError(f"There is no file {source}.")
+    prepare_data_dir(settings, serves=False)
+    store, stamp = settings.data_dir / STORE_FILES[0], re.sub("[^0-9]", "", iso_time(now_ms()))
+    draft, kept = store.with_name(f"restored-{stamp}.sqlite3"), ""
+    with contextlib.closing(own_data_dir(settings)), contextlib.ExitStack() as undo:
+        copy_store(source, draft)
+        try:
+            for path in [path for name in STORE_FILES if (path := settings.data_dir / name).exists()]:
+                aside = path.rename(path.with_name(path.name.replace(".", f"-{stamp}.", 1)))
+                undo.callback(aside.rename, path)
+                kept = kept or f"; what was there is kept as {aside}"
+            draft.rename(store)
+        except OSError as error:
+            raise StartError(f"{store} cannot be replaced ({error.strerror}): close what uses it.") from None
+        undo.pop_all()
+    print(f"{source} is restored to {store}{kept}.")
+    return 0
+
+
+# ======================================================================================================
+# Command line: tokens and alerts
+# ======================================================================================================
+
+
+def read_ttl(text: str) -> int:
+    """Seconds of a duration like 30d."""
+    found = re.fullmatch(r"([0-9]{1,8})([smhd]?)", text)
+    seconds = int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2] or "s"] if found else 0
+    low, high = TOKEN_TTL_RANGE
+    if not low <= seconds <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration from 60s to 366d")
+    return seconds
+
+
+def token_command(given: Mapping[str, Any]) -> int:
+    """Make, list, renew or revoke session tokens; a running service sees it within 5 s. Raises StartError,
+    Unavailable."""
+    settings = command_settings(given)
+    prepare_data_dir(settings, serves=False)
+    subject, ttl, renewed, revoked = (given[name] for name in ("subject", "ttl", "renew", "revoke"))
+    if renewed and not ttl:
+        raise StartError("--renew needs a --ttl that begins now, like --ttl 90d.")
+    with contextlib.closing(open_store(settings)) as store:
+        if not (renewed or revoked or given["list"]):
+            if not re.fullmatch(SUBJECT_PATTERN, subject or "") or not given["permission"]:
+                form = "--subject NAME (at most 64 letters, digits, dots, hyphens, underscores)"
+                raise StartError(f"A token needs {form} and at least one --permission: see --help.")
+            print(issue_token(store, subject, given["permission"], ttl or TOKEN_TTL, now_ms())[0])
+            return 0
+        wanted = renewed or revoked
+        found = [one for one in session_tokens(store) if wanted in (None, one.subject)]
+        for caller in found:
+            end, digest = iso_time(caller.expires or 0), caller.digest or ""
+            if revoked:
+                store.revoke_token(digest)
+                print(f"revoked: {revoked}, which would have expired {end}")
+            elif renewed:
+                until = keep_caller(store, digest, renewed, caller.permissions, ttl, now_ms()).expires
+                print(f"renewed: {renewed}, until {iso_time(until or 0)} instead of {end}")
+            else:
+                print(caller.subject, end, *caller.permissions)
+    if wanted and not found:
+        print(f"{wanted} has no token.", file=sys.stderr)
+    return int(bool(wanted and not found))
+
+
+def alert_command(given: Mapping[str, Any]) -> int:
+    """Send a test alert, and print what came back. Raises StartError."""
+    settings = command_settings(given)
+    if not settings.alert_url:
+        raise StartError("There is no address for alerts: set STORYTELLER_ALERT_URL.")
+    text = "This is a test. Alerts of this service arrive here."
+    is_taken, answer = deliver(settings, Alert("test", "raised", text, now_ms()))
+    print(answer)
+    return int(not is_taken)
+
+
+# ======================================================================================================
+# Command line: arguments
+# ======================================================================================================
+
+
+class Command(NamedTuple):
+    run: Callable[[Mapping[str, Any]], int]  # it gets what was given, by name
+    meaning: str
+    add_arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None  # beside those that all take
+
+
+def add_token_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--subject", help="the program's name: at most 64 letters, digits, dots, hyphens, underscores")
+    parser.add_argument("--permission", action="append", choices=PERMISSIONS, default=[], help="as often as needed")
+    parser.add_argument("--ttl", type=read_ttl, help="like 90s, 45m, 90d; by default 12h")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="show who has tokens, never the tokens")
+    instead.add_argument("--renew", metavar="SUBJECT", help="let every token of that subject end after --ttl from now")
+    instead.add_argument("--revoke", metavar="SUBJECT", help="revoke every token of that subject")
+
+
+def print_help(given: Mapping[str, Any]) -> int:
+    parse_arguments([*([given["topic"]] if given["topic"] else []), "--help"])
+    return 0
+
+
+def print_version(given: Mapping[str, Any]) -> int:
+    print(TITLE)
+    return 0
+
+
+def add_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="of a backup")
+
+
+def add_redis(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", metavar="URL", help="the Redis; by default that of the settings")
+
+
+COMMANDS: Mapping[str, Command] = {
+    "serve": Command(serve_until_stopped, "run the service (by default)"),
+    "status": Command(print_status, "what the running service does, in ten lines"),
+    "page": Command(print_links, "print the link of its page, with a token"),
+    "check": Command(check, "look for what may be wrong on this PC"),
+    "token": Command(token_command, "make a session token, which is all that it prints", add_token_arguments),
+    "alert": Command(alert_command, "send a test to STORYTELLER_ALERT_URL"),
+    "move": Command(move, "copy the embedded store into a Redis", add_redis),
+    "backup": Command(backup, "copy the embedded store to a file, also while the service runs", add_file),
+    "restore": Command(restore, "let a backup be the embedded store, and keep the one until now", add_file),
+    "version": Command(print_version, "print the version"),
+    "help": Command(print_help, "this text, or that of a command", lambda one: one.add_argument("topic", nargs="?")),
+}
+TESTS = f"run the developers' tests of this program; what looks at this PC is {START_SCRIPT} check"
+
+
+def read_command(text: str) -> str:
+    if text in COMMANDS:
+        return text
+    near = difflib.get_close_matches(text, [*COMMANDS, "test"], 1) or [f"one of {', '.join(COMMANDS)}, test"]
+    advice = "run.sh and run.bat have that one" if text == "test" else f"did you mean {near[0]}?"
+    raise argparse.ArgumentTypeError(f"{text!r} is not a command: {advice}")
+
+
+def describe_all() -> Iterator[str]:
+    """The lines of --help on commands and settings."""
+    yield "commands, of which COMMAND --help says more:"
+    for name, meaning in [*((name, one.meaning) for name, one in COMMANDS.items()), ("test", TESTS)]:
+        yield f"  {name:<33} {meaning}"
+    yield "\nsettings, from the environment or a .env file beside this module:"
+    for row in dataclasses.fields(Settings):
+        default = " ".join(row.default) if isinstance(row.default, tuple) else row.default
+        shown = f"; by default {default or 'none'}".removesuffix(".0")
+        meaning = row.metadata["meaning"]
+        yield f"  {row.metadata['name']:<33} {meaning}{'' if 'by default' in meaning else shown}"
+
+
+def make_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of a command's arguments; by default of what comes before them, and of the command."""
+    meaning = (
+        COMMANDS[command].meaning
+        if command
+        else "joins StoryArt, StorySwarm and SwarmUI. Start it by run.sh, on Windows by run.bat"
+    )
+    parser = argparse.ArgumentParser(
+        prog=f"{START_SCRIPT} {command or ''}".rstrip(),
+        description=f"{TITLE}: {meaning}.",
+        epilog=None if command else "\n".join(describe_all()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name in ("host", "port", "data-dir"):
+        overrides = f"overrides STORYTELLER_{name.upper().replace('-', '_')}"
+        # What was given before the command stays.
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS if command else None, help=overrides)
+    if command:
+        COMMANDS[command].add_arguments(parser)
+    else:
+        parser.add_argument("--version", action="version", version=TITLE)
+        parser.add_argument("command", nargs="?", type=read_command, default="serve", help="see below")
+        parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
+    first = vars(make_parser().parse_args(argv))
+    return {**first, **vars(make_parser(first["command"]).parse_args(first["rest"]))}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0; 1 when a check failed, nothing answered, no token was found or an alert was refused; 2 when it
+    cannot start."""
+    prepare_console()
+    given = parse_arguments(argv)
+    try:
+        return COMMANDS[given["command"]].run(given)
     except (StartError, Unavailable) as error:
-        print(error, file=sys.stderr)
+        print(with_advice(error) if isinstance(error, Unavailable) else error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 0

@@ -5136,12 +5136,14 @@ ENDPOINTS = [
     ("POST", "/api/v1/notifications", {}),
     ("POST", "/api/v1/notifications/ack", {"success": False}),
     ("POST", "/api/v1/notifications/notif_1/ack", {"success": False}),
+    ("DELETE", "/api/v1/notifications/notif_1", {"success": False}),
     ("GET", "/api/v1/session/1738195200000/prompts-status", {"promptsReady": False}),
     ("POST", "/api/v1/session/save", {"success": False}),
     ("GET", "/api/v1/session/latest", {"success": False}),
     ("GET", "/api/v1/session/list", {"success": False}),
     ("GET", "/api/v1/session/1738195200000", {"success": False}),
     ("PUT", "/api/v1/session/1738195200000", {"success": False}),
+    ("DELETE", "/api/v1/session/1738195200000", {"success": False}),
 ]
 
 
@@ -5340,6 +5342,30 @@ def test_an_acknowledged_notification_does_not_come_again(app):
     assert [one["id"] for one in pending(app)] == [second]
 
 
+def test_a_notification_that_was_deleted_was_not_acknowledged(app, store):
+    first, second = (make_pending(app, sessionTimestamp=session) for session in (T, T + 1))
+    answer = app.delete(f"/api/v1/notifications/{first}")
+    assert answer.json == {"success": True, "notificationId": first}
+    assert [one["id"] for one in pending(app)] == [second]
+    assert store.acknowledged([first]) == set()
+    for method, path in (("DELETE", first), ("POST", f"{first}/ack")):
+        answer = app.request(f"/api/v1/notifications/{path}", method=method, status=404)
+        assert answer.json == {"success": False, "error": "Notification not found"}
+    assert make_pending(app, sessionTimestamp=T) != first
+
+
+def test_one_that_was_acknowledged_cannot_be_deleted(app):
+    id = make_pending(app)
+    app.post(f"/api/v1/notifications/{id}/ack")
+    app.delete(f"/api/v1/notifications/{id}", status=404)
+
+
+def test_a_notification_of_another_program_can_be_deleted(app, plant, clock):
+    plant({**MEMBER, "id": "theirs"}, clock.now)
+    app.delete("/api/v1/notifications/theirs")
+    assert pending(app) == []
+
+
 def test_acknowledging_twice_is_good_both_times(app):
     made = make_pending(app)
     assert app.post(f"/api/v1/notifications/{made}/ack").json == app.post(f"/api/v1/notifications/{made}/ack").json
@@ -5421,6 +5447,28 @@ def test_put_creates_and_replaces(app):
     replaced = {**SESSION, "scriptText": "the end", "timestamp": 1738195200000}
     app.put_json("/api/v1/session/1738195200000", replaced)
     assert app.get("/api/v1/session/1738195200000").json["data"] == replaced
+
+
+def test_a_session_that_was_deleted_is_nowhere_any_more(app, store):
+    for timestamp in (T, T + 1):
+        app.put_json(f"/api/v1/session/{timestamp}", with_beats(DONE))
+    assert app.get(f"/api/v1/session/{T + 1}/prompts-status").json["promptsReady"] is True
+    answer = app.delete(f"/api/v1/session/{T + 1}")
+    assert answer.json == {"success": True, "sessionTimestamp": T + 1}
+    assert app.get("/api/v1/session/latest").json["data"]["timestamp"] == T
+    assert [one["timestamp"] for one in app.get("/api/v1/session/list").json["sessions"]] == [T]
+    for method, path in (("GET", ""), ("GET", "/prompts-status"), ("DELETE", "")):
+        answer = app.request(f"/api/v1/session/{T + 1}{path}", method=method, status=404)
+        assert answer.json["error"] == "Session not found"
+    assert [number for number, _ in store.newest_sessions(10)] == [T]
+
+
+def test_a_session_that_was_deleted_can_be_made_and_announced_anew(app):
+    for _ in range(2):
+        app.put_json(f"/api/v1/session/{T}", with_beats(DONE))
+        (one,) = pending(app)
+        app.post(f"/api/v1/notifications/{one['id']}/ack")
+        app.delete(f"/api/v1/session/{T}")
 
 
 def test_put_refuses_a_timestamp_that_is_not_the_paths(app):
@@ -5622,7 +5670,7 @@ def test_a_record_that_cannot_be_read_is_an_unknown_token(make_app, store, recor
     [{"subject": ""}, {"subject": "a b"}, {"subject": "a\n"}, {"subject": "x" * 65}, {"subject": None},
      {"permissions": None},
      {"permissions": []}, {"permissions": ["root"]}, {"permissions": "gpu:read"}, {"ttlSeconds": 59},
-     {"ttlSeconds": 2592001}, {"ttlSeconds": "60"}],
+     {"ttlSeconds": 31622401}, {"ttlSeconds": "60"}],
 )  # fmt: skip
 def test_a_token_that_does_not_fit_is_a_400_that_names_the_field(make_app, changed):
     body = {"subject": "a", "permissions": ["gpu:read"], **changed}
@@ -6253,6 +6301,9 @@ def test_real_answers_fit_what_their_routes_declare(recorded):
     recorded("POST", f"/api/v1/notifications/{made['id']}/ack")
     recorded("GET", "/api/v1/notifications/check?type=all&batch=true")
     recorded("POST", "/api/v1/notifications/ack", {"ids": [made["id"], "x"]})
+    more = recorded("POST", "/api/v1/notifications", {**NOTIFICATION, "totalPrompts": 1, "sessionTimestamp": 6})
+    recorded("DELETE", f"/api/v1/notifications/{more['id']}")
+    recorded("DELETE", "/api/v1/session/1738195200000")
     recorded("GET", "/api/v1/session/x/prompts-status")
     held = recorded("POST", RESERVATION, {"holder": "a", "ttlSeconds": 60})["reservationId"]
     recorded("POST", RESERVATION, {"holder": "b", "ttlSeconds": 60})
@@ -7392,6 +7443,36 @@ def test_storyswarm_reads_wherever_it_reads_what_storyarts_server_saved(bridged,
     paths = [f"/api/v1/session/{T}", "/api/v1/session/latest"]
     assert [bridged.app.get(path).json["data"] for path in paths] == [saved, saved]
     assert [other_program.get(key) for key in (f"session:{T}", "session:latest")] == [json.dumps(saved)] * 2
+
+
+def test_the_bridge_does_not_bring_back_what_was_deleted_of_which_no_key_is_left(bridged, storyart, other_program):
+    storyart.save(story("w", timestamp=T))
+    bridged.app.put_json(f"/api/v1/session/{T + 1}", story("v", timestamp=T + 1))
+    bridged.look()
+    assert read_key(other_program, "latest")["timestamp"] == T + 1
+    for timestamp in (T + 1, T):
+        bridged.app.delete(f"/api/v1/session/{timestamp}")
+        assert [key for key in other_program.keys("*") if str(timestamp) in key and "made" not in key] == []
+        bridged.look()
+        bridged.app.get(f"/api/v1/session/{timestamp}", status=404)
+        latest = read_key(other_program, "latest")
+        assert latest is None or latest["timestamp"] == T < timestamp
+    assert other_program.exists("session:latest", *service.RedisStore.INDEXES) == 0
+
+
+def test_a_latest_that_names_another_session_stays(bridged, other_program):
+    bridged.app.put_json(f"/api/v1/session/{T}", story("w"))
+    other_program.set("session:latest", json.dumps(story("v", timestamp=T + 1)))
+    bridged.app.delete(f"/api/v1/session/{T}")
+    assert read_key(other_program, "latest")["timestamp"] == T + 1
+
+
+def test_a_session_that_is_the_latest_alone_can_be_deleted(app, store, request):
+    if store.name == "redis":
+        other_program = request.getfixturevalue("other_program")
+        other_program.set("session:latest", json.dumps(story("v")))
+        app.delete(f"/api/v1/session/{T}")
+    app.get("/api/v1/session/latest", status=404)
 
 
 @DOORS
@@ -8956,7 +9037,7 @@ def test_the_state_comes_first_and_then_what_changes(polled, listen):
     parts = ["gpu", "gpuHistory", "reservation", "swarmui", "notifications", "sessions", "alerts", "service"]
     assert list(state) == parts
     assert (state["notifications"], [one["step"] for one in state["sessions"]]) == ([before], ["beats_ready"])
-    assert list(state["service"]) == ["version", "store", "storeUp", "startedAt", "addresses", "now"]
+    assert list(state["service"]) == ["version", "store", "storeUp", "startedAt", "addresses", "now", "tokensEnding"]
     assert (state["service"]["store"], state["service"]["storeUp"]) == (polled.services.store.name, True)
     assert [state["swarmui"].keys(), state["gpu"].keys()] == [
         polled.ask("GET", "/api/v1/swarmui/status")[2].keys(),
@@ -8987,6 +9068,32 @@ def test_a_sessions_steps_are_told_once_each_and_in_order(polled, listen):
     ]  # fmt: skip
     polled.ask("PUT", f"/api/v1/session/{T + 1}", SESSION)
     assert heard.next()["sessionTimestamp"] == T + 1
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_who_listens_is_told_what_was_deleted(polled, listen):
+    made = make_one(polled, T)
+    for timestamp in (T, T + 1):
+        polled.ask("PUT", f"/api/v1/session/{timestamp}", SESSION)
+    heard = listen(polled)
+    heard.next()
+    polled.ask("DELETE", f"/api/v1/notifications/{made['id']}")
+    assert heard.next("acknowledged")["id"] == made["id"]
+    polled.ask("DELETE", f"/api/v1/session/{T}")
+    assert heard.next("session") == {"sessionTimestamp": T, "step": "deleted"}
+    assert [one["sessionTimestamp"] for one in listen(polled).next()["sessions"]] == [T + 1]
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_a_session_that_more_than_50_newer_ones_hide_was_not_deleted(polled, listen, monkeypatch):
+    monkeypatch.setattr(service.SessionChanges, "NEWEST", 2)
+    for timestamp in (T, T + 1):
+        polled.ask("PUT", f"/api/v1/session/{timestamp}", SESSION)
+    heard = listen(polled, "?types=session")
+    heard.next()
+    polled.ask("PUT", f"/api/v1/session/{T + 2}", SESSION)
+    polled.ask("DELETE", f"/api/v1/session/{T + 2}")
+    assert heard.next()["sessionTimestamp"] == T + 2
 
 
 @pytest.mark.usefixtures("quick_looks")
@@ -11749,7 +11856,7 @@ def test_help_names_every_setting(run_module):
 
 def test_help_names_the_scripts_every_command_and_each_default(run_module):
     text = run_module("--help").stdout
-    words = ("run.sh", "run.bat", "serve", "check", "page", "token", "alert", "test")
+    words = ("run.sh", "run.bat", *service.COMMANDS, "test")
     assert not [word for word in words if word not in text]
     rows = {line.split()[0]: line for line in text.split("\nsettings, ")[1].splitlines()[1:]}
     assert [name for name, row in rows.items() if "by default" not in row] == []
@@ -11764,7 +11871,7 @@ def test_help_names_the_scripts_every_command_and_each_default(run_module):
 @pytest.mark.parametrize(
     ("command", "advice"),
     [("tset", "did you mean test?"), ("chekc", "did you mean check?"), ("tokne", "did you mean token?"),
-     ("server", "did you mean serve?"), ("x", "serve, check, page, token, alert, test"),
+     ("server", "did you mean serve?"), ("x", "one of serve, status, page, check, token, alert, move, backup,"),
      ("test", "run.sh and run.bat")],
 )  # fmt: skip
 def test_a_command_that_is_none_is_refused_with_the_nearest(run_module, command, advice):
@@ -11773,8 +11880,34 @@ def test_a_command_that_is_none_is_refused_with_the_nearest(run_module, command,
     assert advice in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("command", service.COMMANDS)
+@pytest.mark.parametrize("asked", [["help", "{}"], ["--port", "1", "{}", "--help"]], ids=" ".join)
+def test_each_command_has_a_help_of_its_own(command, asked, capsys):
+    with pytest.raises(SystemExit) as ended:
+        service.parse_arguments([word.format(command) for word in asked if asked[0] != "help"] or [command, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: {service.START_SCRIPT} {command} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "port"),
+    [("", None), ("check", None), ("--port 1 check", "1"), ("check --port 1", "1"), ("--port 1 check --port 2", "2"),
+     ("--port 1", "1"), ("--data-dir a token --list --port 1", "1")],
+)  # fmt: skip
+def test_options_stand_before_or_after_the_command(words, port):
+    given = service.parse_arguments(words.split())
+    assert (given["port"], given["host"]) == (port, None)
+
+
+@pytest.mark.parametrize("arguments", [["help"], ["help", "move"], ["version"], ["--version"]])
+def test_help_and_version_need_no_good_setting(run_module, arguments):
+    done = run_module(*arguments, STORYTELLER_PORT="x")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "StoryTeller automation 1." in done.stdout
+
+
 def test_the_version_is_that_of_the_api(run_module):
-    done = run_module("--version")
+    done = run_module("version")
     assert (done.returncode, done.stdout) == (0, f"StoryTeller automation {service.__version__}\n")
     assert service.describe_api()["info"]["version"] == service.__version__
 
@@ -11983,7 +12116,7 @@ def read_check(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
     return levels
 
 
-CHECKED = ["settings", "store", "nvidia-smi", "SWARMUI_PATH", "SwarmUI", "port"]
+CHECKED = ["settings", "version", "store", "disk", "nvidia-smi", "SWARMUI_PATH", "SwarmUI", "port"]
 
 
 def test_check_is_content_with_a_pc_where_all_is_well(run_module, leash, redis_url, tmp_path):
@@ -12370,8 +12503,8 @@ class Project:
 
 def complaints(done: subprocess.CompletedProcess[str]) -> list[str]:
     """What it said beside the service's own words, less what it is setting up."""
-    lines = done.stderr.splitlines()
-    return [line for line in lines if not line.startswith(("Setting up: ", "Another start is setting up: "))]
+    own = ("Setting up: ", "Another start is setting up: ", "These are the developers' tests")
+    return [line for line in done.stderr.splitlines() if not line.startswith(own)]
 
 
 def told(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -12627,6 +12760,8 @@ def test_it_is_found_through_a_link(started):
 
 def test_the_argument_test_runs_pytest_beside_it(started):
     done = started.run("test", "-k", "two words")
+    assert "developers' tests" in done.stderr
+    assert "check" in done.stderr
     assert told(done)["arguments"][-2:] == ["-k", "two words"]
     assert Path(told(done)["folder"]).samefile(started.folder)
 
@@ -12937,6 +13072,7 @@ def test_on_windows_too_pip_installs_into_the_venv_wherever_it_is_told_to(first_
 
 def test_the_argument_test_runs_pytest_beside_it_on_windows_too(started_batch):
     done = started_batch.run("test", "-k", "two words")
+    assert "developers' tests" in done.stderr
     assert told(done)["arguments"] == ["test", "-k", "two words"]
     assert Path(told(done)["folder"]).samefile(started_batch.folder)
 
@@ -13065,7 +13201,381 @@ def test_who_imports_the_module_without_its_packages_gets_the_exception(without_
     assert "ModuleNotFoundError: No module named 'bottle'" in done.stderr
 
 
+# --------------------------------------------------------------------------------------- status ----
+
+
+def test_status_says_in_ten_lines_what_the_page_shows(start_service, run_module):
+    running = start_service()
+    running.call("PUT", f"/api/v1/session/{T}", with_beats(DONE, OPEN))
+    running.call("POST", RESERVATION, {"holder": "storyart", "ttlSeconds": 60})
+    done = run_module("status", STORYTELLER_API_TOKEN=TOKEN)
+    title, *lines = done.stdout.splitlines()
+    rows = dict(line.split(maxsplit=1) for line in lines)
+    assert (done.returncode, done.stderr, len(lines)) == (0, "", 9)
+    assert re.fullmatch(r"StoryTeller automation [0-9.]+, running for 0:00:[0-9]+", title)
+    assert (rows["address"], rows["store"], rows["alerts"]) == (f"http://localhost:{running.port}", "sqlite", "none")
+    assert rows["sessions"] == "1 in work; the newest has 1 of 2 prompts:"
+    assert rows["notifications"].startswith("1 wait, the oldest for 0:00:")
+    assert rows["reserved"].startswith("by storyart until 20")
+    assert rows["SwarmUI"].startswith("stopped for 0:00:")
+    assert (rows["tokens"], "nvidia-smi" in rows["GPU"]) == ("none ends within 3 days", True)
+
+
+@pytest.mark.parametrize("token", ["", "another-token-0123456789"], ids=["none", "another"])
+def test_status_of_a_service_that_it_may_not_ask(start_service, run_module, token, module_copy):
+    running = start_service()
+    done = run_module("status", STORYTELLER_API_TOKEN=token)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert f"The service at http://localhost:{running.port} " in done.stderr
+    assert not (module_copy.parent / "data" / "api_token").exists()
+
+
+def test_status_without_a_service(run_module):
+    done = run_module("status")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("No service uses the data folder ")
+
+
+# ---------------------------------------------------------------------------------------- move ----
+
+
+@pytest.fixture
+def embedded(module_copy: Path) -> Callable[[], contextlib.closing[service.SqliteStore]]:
+    """Opens the embedded store of the service that is run."""
+    path = module_copy.parent / "data" / "storyteller.sqlite3"
+    path.parent.mkdir()
+    return lambda: contextlib.closing(service.SqliteStore(path))
+
+
+@pytest.fixture
+def filled(embedded: Any) -> dict[str, Any]:
+    """What an embedded store holds: two sessions of which one has announced its prompts, which are acknowledged."""
+    with embedded() as store:
+        own = service.Notifications(store)
+        done = with_beats(DONE, timestamp=T)
+        for timestamp, document in ((T, done), (T + 1, with_beats(OPEN, timestamp=T + 1))):
+            text = service.to_json(document)
+            store.save(timestamp, text, service.due_notification(timestamp, document))
+        acknowledged, waiting = (one.id for one in own.check(tuple(service.TOTALS), 9))
+        assert own.acknowledge(acknowledged)
+        token = service.issue_token(store, "storyart", ["gpu:read"], 86_400 * 90, service.now_ms())[0]
+        saved = [store.session(timestamp).saved for timestamp in (T, T + 1)]
+    return {"acknowledged": acknowledged, "waiting": waiting, "token": token, "saved": saved, "document": done}
+
+
+ALL_NEW = "sessions: 2 copied, 0 there already\nacknowledged notifications: 1 copied, 0 there already\n"
+ALL_NEW += "pending notifications: 1 copied, 0 there already\ntokens: 1 copied, 0 there already\n"
+
+
+def test_what_was_moved_goes_on_in_the_redis(run_module, filled, redis_url, make_bridged, other_program, module_copy):
+    path = module_copy.parent / "data" / "storyteller.sqlite3"
+    before = path.read_bytes()
+    done = run_module("move", "--to", redis_url)
+    assert (done.returncode, done.stderr, done.stdout.startswith(ALL_NEW)) == (0, "", True)
+    assert path.read_bytes() == before
+    bridged = make_bridged()
+    bridged.look()
+    assert bridged.app.get(f"/api/v1/session/{T}").json["data"] == filled["document"]
+    assert [one["timestamp"] for one in bridged.app.get("/api/v1/session/list").json["sessions"]] == [T + 1, T]
+    assert [one["id"] for one in pending(bridged.app, "?type=all")] == [filled["waiting"]]  # none is announced anew
+    assert bridged.store.acknowledged([filled["acknowledged"]]) == {filled["acknowledged"]}
+    assert as_caller(bridged.app, filled["token"]).get("/api/v1/auth/session").json["subject"] == "storyart"
+    assert [bridged.store.session(one).saved for one in (T, T + 1)] == filled["saved"]
+    again = {"type": "beats_ready", "sessionTimestamp": T + 1, "storyUuid": "", "episodeNumber": 2, "totalBeats": 1}
+    assert bridged.app.post_json("/api/v1/notifications", again, status=200).json["id"] == filled["waiting"]
+
+
+def test_what_is_left_of_a_ttl_stays(run_module, filled, redis_url, other_program, module_copy):
+    hour = 3_600_000
+    with contextlib.closing(sqlite3.connect(module_copy.parent / "data" / "storyteller.sqlite3")) as database, database:
+        for table in ("session", "marker", "token"):
+            database.execute(f"UPDATE {table} SET expires = ?", (service.now_ms() + hour,))
+        database.execute("UPDATE session SET expires = 1 WHERE timestamp = ?", (T + 1,))
+    done = run_module("move", "--to", redis_url)
+    assert "sessions: 1 copied" in done.stdout
+    (token,) = other_program.keys("auth:session:*")
+    keys = [f"session:{T}", f"storyteller:session:{T}", f"notifications:ack:{filled['acknowledged']}", token]
+    assert all(0 < hour - other_program.pttl(key) < 1000 * PATIENCE for key in keys)
+    assert not other_program.exists(f"session:{T + 1}")
+
+
+def test_a_second_move_brings_nothing_back_that_ended_since(run_module, filled, redis_url, redis_store):
+    run_module("move", "--to", redis_url)
+    redis_store.remove_session(T)
+    service.Notifications(redis_store).acknowledge_all([filled["waiting"]], marks=False)
+    assert redis_store.revoke_token(service.digest_of(filled["token"]))
+    done = run_module("move", REDIS_URL=redis_url)
+    assert re.findall(r"(\d+) copied, (\d+) there", done.stdout) == [("0", "2"), ("0", "1"), ("0", "1"), ("0", "1")]
+    assert [one.timestamp for one in redis_store.sessions()] == [T + 1]
+    assert (members_of(redis_store), redis_store.tokens()) == ([], [])
+
+
+def test_a_session_that_is_in_redis_is_not_replaced(run_module, filled, redis_url, storyart, other_program):
+    storyart.save(spoken("w", timestamp=T))
+    other_program.set(f"session:{T + 1}", "theirs")
+    done = run_module("move", "--to", redis_url)
+    assert "sessions: 0 copied, 2 there already" in done.stdout
+    assert (storyart.load()["scriptText"], other_program.get(f"session:{T + 1}")) == ("w", "theirs")
+    assert not other_program.exists(f"session:{T}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(service.WINDOWS, reason="a redis-server of its own is slow to start there")
+def test_a_move_that_is_killed_is_completed_by_the_next(
+    embedded, module_copy, clean_environment, run_module, own_redis
+):
+    count, target = 400, own_redis()
+    with embedded() as store:
+        for number in range(count):
+            store.save(T + number, service.to_json(with_beats(DONE, timestamp=T + number)), draft(session=T + number))
+    command = [sys.executable, str(module_copy), "move", "--to", target.url]
+    for share in (1, count // 3, count // 2):
+        process = subprocess.Popen(command, env=clean_environment, stdout=subprocess.DEVNULL)
+        wait_until(lambda share=share: target.tell("ZCARD", "storyteller:sessions") >= share)
+        process.kill()
+        process.wait(PATIENCE)
+    done = run_module("move", "--to", target.url)
+    copied, there = map(int, re.search(r"sessions: (\d+) copied, (\d+)", done.stdout).groups())
+    assert (copied + there, target.tell("ZCARD", "storyteller:sessions")) == (count, count)
+    assert target.tell("ZCARD", "notifications:pending") == count
+    assert all(target.tell("HGET", f"storyteller:session:{T + n}", "announced") for n in range(count))
+
+
+@pytest.mark.parametrize("command", [["move", "--to", "redis://127.0.0.1:1/0"], ["restore", "a backup"]])
+def test_a_command_that_needs_the_store_alone_is_refused_while_the_service_runs(start_service, run_module, command):
+    running = start_service()
+    running.call("PUT", f"/api/v1/session/{T}", SESSION)
+    run_module("backup", "a backup")
+    done = run_module(*command)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"is in use by the service at http://localhost:{running.port}: " in done.stderr
+    assert running.call("GET", f"/api/v1/session/{T}")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--to", "http://a"], "--to cannot be used: expected redis://"), ([], "The Redis to copy to is not known"),
+     (["--to", "redis://127.0.0.1:1/0"], "nobody listens there")],
+)  # fmt: skip
+def test_a_move_that_cannot_be_is_refused_in_one_sentence(run_module, filled, arguments, words):
+    done = run_module("move", *arguments)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize("command", [["move", "--to", "redis://127.0.0.1:1/0"], ["backup", "a backup"]])
+def test_where_there_is_no_embedded_store_none_is_made(run_module, module_copy, command):
+    done = run_module(*command)
+    assert (done.returncode, "There is no embedded store in the data folder " in done.stderr) == (2, True)
+    assert not (module_copy.parent / "data" / "storyteller.sqlite3").exists()
+
+
+def test_start_up_and_check_name_move_while_the_embedded_store_has_what_redis_lacks(
+    start_service, run_module, filled, redis_url
+):
+    advice = f"{service.START_SCRIPT} move copies them"
+    assert advice in run_module("check", REDIS_URL=redis_url).stdout
+    made = start_service(REDIS_URL=redis_url)
+    wait_until(lambda: advice in made.printed)
+    made.stop()
+    run_module("move", "--to", redis_url)
+    assert advice not in run_module("check", REDIS_URL=redis_url).stdout
+
+
+# --------------------------------------------------------------------------- backup and restore ----
+
+
+def sessions_in(path: Path) -> list[int]:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        return [row[0] for row in database.execute("SELECT timestamp FROM session ORDER BY 1")]
+
+
+def test_a_backup_is_taken_beside_a_service_that_writes(start_service, run_module, tmp_path):
+    running, stop = start_service(), threading.Event()
+
+    def write() -> None:
+        for number in itertools.count():
+            if stop.is_set():
+                return
+            running.call("PUT", f"/api/v1/session/{T + number}", {**SESSION, "scriptText": "s" * 100_000})
+
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write)
+        done = [run_module("backup", "a backup.sqlite3") for _ in range(3)]  # the later ones replace it
+        stop.set()
+        writing.result(PATIENCE)
+    assert [(one.returncode, one.stderr) for one in done] == [(0, "")] * 3
+    found = sessions_in(tmp_path / "a backup.sqlite3")
+    assert found == list(range(T, T + len(found)))
+    assert sorted(path.name for path in tmp_path.iterdir() if "backup" in path.name) == ["a backup.sqlite3"]
+
+
+@pytest.mark.parametrize("name", ["a document", "a folder", "data/storyteller.sqlite3"])
+def test_a_backup_replaces_nothing_but_a_backup(run_module, filled, module_copy, name):
+    folder = module_copy.parent
+    (folder / "a document").write_bytes(b"a document" * 100)
+    (folder / "a folder").mkdir()
+    done = run_module("backup", str(folder / name))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert (folder / "a document").read_bytes() == b"a document" * 100
+    assert sessions_in(folder / "data" / "storyteller.sqlite3") == [T, T + 1]
+    assert not list(folder.glob(".*"))
+
+
+def test_a_full_disk_leaves_the_backup_before(run_module, filled, small_disk):
+    disk = small_disk(200_000)
+    (disk / "b").write_bytes(b"")
+    assert run_module("backup", str(disk / "good")).returncode == 0
+    fill(disk)
+    done = run_module("backup", str(disk / "good"))
+    assert (done.returncode, "disk is full" in done.stderr) == (2, True)
+    assert sessions_in(disk / "good") == [T, T + 1]
+    assert sorted(path.name for path in disk.iterdir()) == ["b", "filler", "good"]
+
+
+def test_a_restore_keeps_what_was_there_with_what_it_had_not_yet_written_into_its_file(
+    run_module, filled, embedded, module_copy, tmp_path
+):
+    assert run_module("backup", "b").returncode == 0
+    data = module_copy.parent / "data"
+    with embedded() as store:
+        store.save(T + 2, b"{}", None)
+        for name in ("storyteller.sqlite3", "storyteller.sqlite3-wal"):  # as a killed service leaves them
+            shutil.copy(data / name, tmp_path / name)
+    shutil.copytree(tmp_path, data, dirs_exist_ok=True, ignore=lambda folder, names: {
+        name for name in names if not name.startswith("storyteller.sqlite3")
+    })  # fmt: skip
+    done = run_module("restore", "b")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sessions_in(data / "storyteller.sqlite3") == [T, T + 1]
+    kept = Path(re.search(r"is kept as (.*)\.$", done.stdout.strip())[1])
+    assert sessions_in(kept) == [T, T + 1, T + 2]
+
+
+def test_a_copy_of_three_files_is_restored_with_all(run_module, embedded, module_copy, tmp_path):
+    with embedded() as store:
+        store.save(T, b"{}", None)
+        for path in (module_copy.parent / "data").glob("storyteller.sqlite3*"):
+            if not path.name.endswith("-shm"):
+                shutil.copy(path, tmp_path / path.name.replace("storyteller", "copy"))
+    assert run_module("restore", "copy.sqlite3").returncode == 0
+    assert sessions_in(module_copy.parent / "data" / "storyteller.sqlite3") == [T]
+
+
+def broken(change: Callable[[bytearray], Any]) -> Callable[[Path, Path], Any]:
+    def write(good: Path, path: Path) -> None:
+        data = bytearray(good.read_bytes())
+        change(data)
+        path.write_bytes(data)
+
+    return write
+
+
+def of_another_program(good: Path, path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE session (timestamp, expires)")
+        database.execute("PRAGMA user_version = 1")
+
+
+def of_a_newer_version(good: Path, path: Path) -> None:
+    shutil.copy(good, path)
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("PRAGMA user_version = 99")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(lambda good, path: None, id="not there"),
+        pytest.param(lambda good, path: path.write_bytes(b""), id="empty"),
+        pytest.param(lambda good, path: path.write_bytes(b"garbage" * 1000), id="garbage"),
+        pytest.param(lambda good, path: path.mkdir(), id="a folder"),
+        pytest.param(broken(lambda data: data.__delitem__(slice(len(data) // 2, None))), id="half"),
+        pytest.param(broken(lambda data: data.__setitem__(slice(4096, None), bytes(len(data) - 4096))), id="zeros"),
+        pytest.param(of_another_program, id="another program's"),
+        pytest.param(of_a_newer_version, id="a newer version's"),
+    ],
+)
+def test_what_is_no_whole_store_is_not_restored(run_module, filled, module_copy, tmp_path, write):
+    data = module_copy.parent / "data"
+    write(data / "storyteller.sqlite3", tmp_path / "b")
+    done = run_module("restore", "b")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert str(tmp_path / "b") in done.stderr
+    assert sessions_in(data / "storyteller.sqlite3") == [T, T + 1]
+    assert {path.name for path in data.iterdir()} <= {"running", "storyteller.sqlite3"}
+
+
+def test_a_restore_is_good_where_there_is_no_store_yet(run_module, filled, module_copy):
+    run_module("backup", "b")
+    shutil.rmtree(module_copy.parent / "data")
+    done = run_module("restore", "b")
+    assert (done.returncode, "is kept" in done.stdout) == (0, False)
+    assert sessions_in(module_copy.parent / "data" / "storyteller.sqlite3") == [T, T + 1]
+
+
 # ---------------------------------------------------------------------------------------- token ----
+
+
+def test_a_token_that_is_renewed_stays_good_for_longer(start_service, run_module):
+    running = start_service()
+    made = run_module("token", "--subject", "storyart", "--permission", "gpu:read", "--ttl", "60s").stdout.strip()
+    bearer = {"Authorization": f"Bearer {made}"}
+    before = running.call("GET", "/api/v1/auth/session", headers=bearer)[1]["expiresAt"]
+    done = run_module("token", "--renew", "storyart", "--ttl", "90d")
+    assert (done.returncode, done.stdout.startswith("renewed: storyart, until 20")) == (0, True)
+    wait_until(lambda: running.call("GET", "/api/v1/auth/session", headers=bearer)[1]["expiresAt"] > before)
+    assert running.call("GET", "/api/v1/auth/session", headers=bearer)[1]["permissions"] == ["gpu:read"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [(["--renew", "storyart"], 2, "--renew needs a --ttl"), (["--renew", "a", "--ttl", "90d"], 1, "a has no token.")],
+)
+def test_a_renewal_that_cannot_be(run_module, arguments, code, words):
+    done = run_module("token", *arguments)
+    assert (done.returncode, done.stdout, words in done.stderr) == (code, "", True)
+
+
+def test_a_renewal_lets_the_store_keep_the_token_as_long(store, clock):
+    service.issue_token(store, "storyart", ["gpu:read"], 60, clock.now)
+    (caller,) = service.session_tokens(store)
+    service.keep_caller(store, caller.digest, caller.subject, caller.permissions, 3600, clock.now)
+    clock.now += 600_000
+    (found,) = service.session_tokens(store)
+    assert (found.subject, found.expires) == ("storyart", clock.now + 3_000_000)
+
+
+def test_tokens_that_end_within_3_days_are_named_by_subject_with_their_first_end(store, clock):
+    day = 86_400
+    for subject, ttl in (("b", 2 * day), ("a", day), ("a", 2 * day), ("a", 90 * day), ("c", 4 * day)):
+        service.issue_token(store, subject, ["gpu:read"], ttl, clock.now)
+    ends = [service.iso_time(int(clock.now) + days * day * 1000) for days in (1, 2)]
+    assert service.ending_tokens(store, clock.now) == f"a ({ends[0]}), b ({ends[1]})"
+    assert service.ending_tokens(store, clock.now - 5 * day * 1000) == ""
+
+
+def test_start_up_check_status_and_the_page_warn_of_a_token_that_ends_soon(start_service, run_module):
+    run_module("token", "--subject", "storyart", "--permission", "gpu:read", "--ttl", "2d")
+    done = run_module("check")
+    assert (read_check(done)["tokens"], done.returncode) == ("WARN", 0)
+    running = start_service()
+    for printed in (lambda: running.printed, lambda: run_module("status", STORYTELLER_API_TOKEN=TOKEN).stdout):
+        wait_until(lambda printed=printed: re.search(r"end soon: storyart \(20", printed()))
+    assert f"{service.START_SCRIPT} token --renew NAME --ttl 90d" in running.printed
+
+
+def test_the_log_warns_of_such_tokens_once_a_day(make_services, sqlite_store, caplog, monkeypatch):
+    services = make_services(sqlite_store)
+    service.issue_token(sqlite_store, "storyart", ["gpu:read"], 3600, service.now_ms())
+    times = Clock(time.monotonic())
+    monkeypatch.setattr(service.time, "monotonic", times)
+    for _ in range(50):  # two days and an hour
+        services._watch()
+        service.issue_token(sqlite_store, "storyart", ["gpu:read"], 3600, service.now_ms())
+        times.now += 3600
+    assert caplog.text.count("tokens end soon: storyart") == 3
 
 
 def test_a_token_made_at_the_command_line_is_good_at_a_running_service(start_service, run_module):
@@ -13087,7 +13597,7 @@ def test_a_token_made_at_the_command_line_is_good_at_a_running_service(start_ser
     "arguments",
     [["--subject", "a"], ["--permission", "gpu:read"], ["--subject", "a b", "--permission", "gpu:read"],
      ["--subject", "a", "--permission", "root"], ["--subject", "a", "--permission", "gpu:read", "--ttl", "59s"],
-     ["--subject", "a", "--permission", "gpu:read", "--ttl", "31d"]],
+     ["--subject", "a", "--permission", "gpu:read", "--ttl", "367d"]],
 )  # fmt: skip
 def test_a_token_that_cannot_be_made_is_refused_with_exit_code_2(run_module, arguments):
     done = run_module("token", *arguments)
@@ -13096,7 +13606,7 @@ def test_a_token_that_cannot_be_made_is_refused_with_exit_code_2(run_module, arg
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("60", 60), ("90s", 90), ("45m", 2700), ("12h", 43200), ("30d", 2592000)]
+    ("text", "seconds"), [("60", 60), ("90s", 90), ("45m", 2700), ("12h", 43200), ("366d", 31622400)]
 )
 def test_a_time_to_live_is_read_in_its_unit(text, seconds):
     assert service.read_ttl(text) == seconds
@@ -13194,3 +13704,236 @@ def test_a_start_in_a_terminal_prints_the_link_which_no_log_has(module_copy, cle
     log = (module_copy.parent / "data" / "storyteller.log").read_text("utf-8")
     assert "server: address http://localhost:" in log
     assert "token=" not in log
+
+
+# ======================================================================================================
+# README
+# ======================================================================================================
+
+
+@functools.cache
+def readme() -> str:
+    return (HERE / "README.md").read_text("utf-8")
+
+
+def section(heading: str) -> str:
+    """The text under a heading, up to the next one of its level or above."""
+    (text,) = re.findall(rf"(?ms)^{heading}\n(.*?)(?=^##{'#?' * heading.startswith('###')} |\Z)", readme())
+    return text
+
+
+def code_in(text: str, language: str) -> str:
+    """All fenced blocks of one language, one after another."""
+    return "\n".join(re.findall(rf"(?ms)^ *```{language}\n(.*?)^ *```$", text))
+
+
+def table_in(text: str) -> list[list[str]]:
+    """The cells of the rows of its tables, without their headers."""
+    rows = re.findall(r"(?m)^\| (.*) \|$", text.replace("| |", "|  |"))
+    return [[cell.strip() for cell in row.split(" | ")] for row in rows if "---" not in row]
+
+
+def endpoints_in_readme() -> dict[tuple[str, str], tuple[str, set[int]]]:
+    """Permission and statuses by method and path."""
+    found = {}
+    for method, path, permission, statuses, _ in (row for row in table_in(section("## Use the API")) if len(row) == 5):
+        if method:
+            whole = path.strip("`") if permission == "none" or "metrics" in path else "/api/v1" + path.strip("`")
+            found[method.strip("`"), whole] = permission.strip("`"), set(map(int, statuses.split(", ")))
+    return found
+
+
+def test_readme_has_each_endpoint_with_its_permission_and_statuses():
+    found = endpoints_in_readme()
+    named = {"open": "none"}
+    wanted = {(route.method, route.template): named.get(route.permission, route.permission) for route in service.ROUTES}
+    assert {key: permission for key, (permission, _) in found.items()} == wanted
+    for route in service.ROUTES:
+        statuses = found[route.method, route.template][1]
+        assert {*route.responses, *route.errors} <= statuses, route.template
+        assert statuses <= {*route.responses, *service.error_statuses(route)}, route.template
+
+
+# What runs a file of a language, when it is here.
+CURL = """
+import argparse, urllib.error, urllib.request
+parser = argparse.ArgumentParser()
+for name in ("-X", "-d", "-w", "-m", "-o"):
+    parser.add_argument(name)
+parser.add_argument("-H", action="append", default=[])
+parser.add_argument("-sS", action="store_true")
+parser.add_argument("-N", action="store_true")
+parser.add_argument("url")
+given = parser.parse_args()
+data = given.d.encode() if given.d else None
+request = urllib.request.Request(given.url, data, dict(one.split(": ", 1) for one in given.H), method=given.X)
+try:
+    answer = urllib.request.urlopen(request, timeout=30)
+except urllib.error.HTTPError as error:
+    answer = error
+sys.stdout.buffer.write(answer.readline() if given.m else answer.read() if not given.o else b"")
+print()
+"""
+
+
+def start_of_powershell() -> list[str] | None:
+    """A command that runs a PowerShell; Wine's does nothing."""
+    for name in filter(None, map(shutil.which, ("pwsh", "powershell"))):
+        options = ["-NoProfile", "-NonInteractive", "-ExecutionPolicy", "Bypass"]
+        if subprocess.run([name, *options, "-Command", "exit 7"], timeout=PATIENCE).returncode == 7:
+            return [name, *options]
+    return None
+
+
+def run_example(language: str, code: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
+    """Run the code as a person would, in the service's folder."""
+    if language == "sh" and not service.WINDOWS and shutil.which("curl"):
+        command = ["sh", "-uc", code]
+    elif language == "bat" and service.WINDOWS:
+        if not shutil.which("curl"):
+            write_program(folder / "curl", CURL, {})
+        written = re.sub("%(~?)i", r"%%\1i", code)  # in a file the variable of a loop is another than at the prompt
+        (folder / "example.bat").write_text(f"@echo off\n{written}")
+        command = ["cmd", "/d", "/c", "example.bat"]
+    elif language == "python":
+        command = [sys.executable, "-I", "-c", code]
+    elif language == "js" and (node := shutil.which("node")):
+        command = [node, "--input-type=module", "--eval", code]
+    elif language == "powershell" and (start := start_of_powershell()):
+        (folder / "example.ps1").write_text(code, "utf-8-sig")
+        command = [*start, "-File", "example.ps1"]
+    else:
+        pytest.skip(f"nothing here runs {language}")
+    return subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=20 * PATIENCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", ["sh", "bat", "powershell", "python", "js"])
+@pytest.mark.parametrize("place", ["an empty store", "a studio's Redis"])
+def test_the_example_of_each_language_calls_every_endpoint(
+    place, language, request, start_service, settings, swarmui_folder, nvidia_smi, module_copy
+):
+    """And leaves nothing behind. The service's own log says what it got and what it responded."""
+    is_studio = place != "an empty store"
+    running = start_service(
+        STORYTELLER_LOG_LEVEL="debug",
+        NVIDIA_SMI=nvidia_smi(GOOD, {"print": ""}),
+        SWARMUI_PATH=str(swarmui_folder()),
+        SWARMUI_API_URL=settings.swarmui_api_url,
+        REDIS_URL=request.getfixturevalue("redis_url") if is_studio else "",
+    )
+    data = module_copy.parent / "data"
+    (data / "api_token").write_text(f"{TOKEN}\n")
+    if is_studio:  # it announces that its beats are ready
+        saved = episode({}, timestamp=T, promptMode="storyswarm")
+        assert running.call("POST", "/api/v1/session/save", saved)[0] == 200
+
+    def contents() -> Any:
+        asked = ("session/list", "notifications/check?type=all", "gpu/reservation")
+        return [running.call("GET", f"/api/v1/{path}")[1] for path in asked]
+
+    before, log = contents(), data / "storyteller.log"
+    assert len(before[1]["notifications"]) == is_studio
+    begin = log.stat().st_size
+    code = code_in(section("## Use the API"), language)
+    assert code.count("http://localhost:8000") == 1
+    done = run_example(language, code.replace("localhost:8000", f"localhost:{running.port}"), module_copy.parent)
+    said = log.read_bytes()[begin:].decode()
+    assert contents() == before
+
+    templates = sorted({route.template for route in service.ROUTES}, key=lambda one: one.count("{"))
+    got: dict[tuple[str, str], list[int]] = {}
+    for method, path, status in re.findall(r" http: (\w+) (\S+) (\d+) ", said):
+        template = next(one for one in templates if re.fullmatch(re.sub("{.*?}", "[^/]+", one), path))
+        got.setdefault((method, template), []).append(int(status))
+    wanted = {key: statuses for key, (_, statuses) in endpoints_in_readme().items()}
+    assert got.keys() == wanted.keys(), done
+    assert {key: statuses for key, statuses in got.items() if not set(statuses) <= wanted[key]} == {}
+    failed = [key for key, statuses in got.items() if max(statuses) >= 400]
+    assert failed == [("DELETE", "/api/v1/gpu/reservation")]  # nobody has the GPU any more
+
+
+COMMANDS_IN_README = ["### StorySwarm", "## Security", "### Back up, restore, move to Redis"]
+
+
+@pytest.mark.parametrize("heading", COMMANDS_IN_README)
+def test_the_commands_of_readme_succeed_one_after_another(
+    heading, module_copy, clean_environment, redis_url, monkeypatch
+):
+    for name in os.environ.keys() - clean_environment.keys():
+        monkeypatch.delenv(name)
+    (module_copy.parent / "data").mkdir()
+    service.SqliteStore(module_copy.parent / "data" / "storyteller.sqlite3").close()
+    monkeypatch.setenv("RUN", sys.executable)  # not in the script: a .bat is in the console's code page
+    is_bat, module = service.WINDOWS, module_copy.name
+    script = f'@"%RUN%" {module} %*\n' if is_bat else f'#!/bin/sh\nexec "$RUN" {module} "$@"\n'
+    path = module_copy.with_name("run.bat" if is_bat else "run.sh")
+    path.write_text(script)
+    path.chmod(0o755)
+    code = code_in(section(heading), "sh").replace("redis://127.0.0.1:6379/0", redis_url)
+    code = code.replace("./run.sh", "call run.bat" if is_bat else "./run.sh")
+    code = "".join(f"{line} || exit 1\n" for line in code.splitlines())
+    done = run_example("bat" if is_bat else "sh", code, path.parent)
+    assert done.returncode == 0, done
+
+
+def test_powershell_parses_every_example(tmp_path):
+    start = start_of_powershell() or pytest.skip("there is no PowerShell here")
+    (tmp_path / "examples.ps1").write_text(code_in(readme(), "powershell"), "utf-8-sig")
+    parse = "[Management.Automation.Language.Parser]::ParseFile('examples.ps1', [ref]$null, [ref]$errors)"
+    command = [*start, "-Command", f"$errors = $null; $null = {parse}; $errors; exit $errors.Count"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stdout
+
+
+def test_readme_shows_what_a_start_prints(start_service):
+    def names(lines: list[str]) -> list[str]:
+        return [lines[0], *(line[:12] for line in lines[1:])]
+
+    (shown,) = re.findall(r"(?ms)Then you see:\n\n```\n(.*?)^```$", readme())
+    assert names(shown.splitlines()) == names(start_service().printed.splitlines())
+
+
+def test_readme_names_no_command_that_is_none(run_module):
+    named = set(re.findall(r"(?:\./run\.sh|`run\.bat) ([a-z]+)", readme()))
+    assert named - set(re.findall("[a-z]+", run_module("--help").stdout)) == set()
+
+
+def test_readme_has_each_setting_with_its_default():
+    spoken = {True: "on", False: "off", (): "none", service.PAGES: "localhost and 127.0.0.1, ports 3000 and 5173, http"}
+    found = {}
+    for _, names, default, _ in (row for row in table_in(section("## Settings")) if len(row) == 4):
+        for name in re.findall(r"`([A-Z_]+)`", names):
+            assert name not in found
+            found[name] = default.replace("`", "")
+    settings = {row.metadata["name"]: row.default for row in dataclasses.fields(service.Settings)}
+    assert found.keys() == settings.keys()
+    for name, default in settings.items():
+        if default is None or name == "STORYTELLER_DATA_DIR":  # in words
+            continue
+        text = f"{default:g}" if isinstance(default, float) else spoken.get(default, str(default))
+        assert text in found[name].split(", ") or text == found[name], name
+
+
+def anchors_of(text: str) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"(?m)^##+ (.*)", re.sub(r"(?ms)^ *```.*?^ *```$", "", text))
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", ["README.md", ".ci/README.md"])
+def test_each_link_leads_somewhere(name):
+    text = (HERE / name).read_text("utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    assert links
+    for link in (one for one in links if "://" not in one):
+        path, _, anchor = link.partition("#")
+        target = (HERE / name).parent / path if path else HERE / name
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target.read_text("utf-8")), link
+
+
+def test_readme_is_short():
+    """Its examples aside: what is folded, and blocks of code."""
+    text = re.sub(r"(?s)<details>.*?</details>\n", "", readme())
+    assert len(re.sub(r"(?ms)^ *```.*?^ *```\n", "", text).splitlines()) <= 360
