@@ -12025,6 +12025,8 @@ EVERYWHERE = [["check"], ["token", "--list"], ["serve"]]
         pytest.param("NONE", [["token", "--subject", "VALUE", "--permission", "gpu:read"]], id="--subject"),
         pytest.param("NONE", [["token", "--subject", "a", "--permission", "gpu:read", "--ttl", "VALUE"]], id="--ttl"),
         pytest.param("NONE", [["check", "VALUE"], ["check", "--VALUE"]], id="what is no argument"),
+        pytest.param("NONE", [["backup", "VALUE"], ["restore", "VALUE"]], id="a file"),
+        pytest.param("NONE", [["move", "--to", "VALUE"], ["token", "--ttl", "90d", "--renew", "VALUE"]], id="--to"),
     ],
 )  # fmt: skip
 def test_no_value_of_a_setting_or_an_argument_ends_in_a_traceback(module_copy, clean_environment, setting, commands):
@@ -13248,8 +13250,8 @@ def filled(embedded: Any) -> dict[str, Any]:
     return {"acknowledged": acknowledged, "waiting": waiting, "token": token, "saved": saved, "document": done}
 
 
-ALL_NEW = "sessions: 2 copied, 0 there already\nacknowledged notifications: 1 copied, 0 there already\n"
-ALL_NEW += "pending notifications: 1 copied, 0 there already\ntokens: 1 copied, 0 there already\n"
+ALL_NEW = "sessions: 2 copied, 0 there already\nacknowledgements: 1 copied, 0 there already\n"
+ALL_NEW += "notifications: 1 copied, 0 there already\ntokens: 1 copied, 0 there already\n"
 
 
 def test_what_was_moved_goes_on_in_the_redis(run_module, filled, redis_url, make_bridged, other_program, module_copy):
@@ -13287,7 +13289,7 @@ def test_what_is_left_of_a_ttl_stays(run_module, filled, redis_url, other_progra
 def test_a_second_move_brings_nothing_back_that_ended_since(run_module, filled, redis_url, redis_store):
     run_module("move", "--to", redis_url)
     redis_store.remove_session(T)
-    service.Notifications(redis_store).acknowledge_all([filled["waiting"]], marks=False)
+    assert service.Notifications(redis_store).remove(filled["waiting"])
     assert redis_store.revoke_token(service.digest_of(filled["token"]))
     done = run_module("move", REDIS_URL=redis_url)
     assert re.findall(r"(\d+) copied, (\d+) there", done.stdout) == [("0", "2"), ("0", "1"), ("0", "1"), ("0", "1")]
@@ -13485,7 +13487,7 @@ def of_a_newer_version(good: Path, path: Path) -> None:
 def test_what_is_no_whole_store_is_not_restored(run_module, filled, module_copy, tmp_path, write):
     data = module_copy.parent / "data"
     write(data / "storyteller.sqlite3", tmp_path / "b")
-    done = run_module("restore", "b")
+    done = run_module("restore", str(tmp_path / "b"))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert str(tmp_path / "b") in done.stderr
     assert sessions_in(data / "storyteller.sqlite3") == [T, T + 1]
