@@ -8404,9 +8404,11 @@ COMMANDS: Mapping[str, Command] = {
     "check": Command(check, "look for what may be wrong on this PC"),
     "token": Command(token_command, "make a session token, which is all that it prints", add_token_arguments),
     "alert": Command(alert_command, "send a test to STORYTELLER_ALERT_URL"),
-    "move": Command(move, "copy the embedded store into a Redis", lambda one: one.add_argument("--to", metavar="URL")),
-    "backup": Command(backup, "copy the embedded store to a file", lambda one: one.add_argument("file")),
-    "restore": Command(restore, "let a backup be the embedded store", lambda one: one.add_argument("file")),
+    "move": Command(
+        move, "copy the embedded store into the Redis --to URL", lambda one: one.add_argument("--to", metavar="URL")
+    ),
+    "backup": Command(backup, "copy the embedded store to FILE", lambda one: one.add_argument("file", metavar="FILE")),
+    "restore": Command(restore, "let FILE be the embedded store", lambda one: one.add_argument("file", metavar="FILE")),
     "version": Command(print_version, "print the version"),
     "help": Command(print_help, "this text, or that of a command", lambda one: one.add_argument("topic", nargs="?")),
 }

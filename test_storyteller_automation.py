@@ -2072,7 +2072,7 @@ def test_what_is_wrong_with_redis_is_told_with_what_to_do(own_redis, settings, s
     own = own_redis("--save", "")
     own.tell("CONFIG", "SET", "requirepass", "right")
     url = f"{scheme}://{given}127.0.0.1:{own.port}{path}"
-    level, _, text = service.check_store(dataclasses.replace(settings, redis_url=url))
+    ((level, _, text),) = service.check_store(dataclasses.replace(settings, redis_url=url))
     assert (level, wrong in text, advice in text) == ("FAIL", True, True)
     assert not re.search(r"pass-word|right|Error\b", text)
     with contextlib.closing(service.RedisStore(url)) as store, pytest.raises(service.Unavailable, match=wrong):
@@ -10008,7 +10008,7 @@ def test_that_writes_are_refused_is_told_once_with_the_reason_and_once_when_it_i
         health = functools.partial(service.health, services, None)
         own.tell("ZADD", "notifications:pending", 1, "an old one")
         fail(own)
-        level, _, text = service.check_store(dataclasses.replace(settings, redis_url=own.url))
+        ((level, _, text),) = service.check_store(dataclasses.replace(settings, redis_url=own.url))
         assert (level, fault.split()[0] in text) == ("FAIL", True), text
         caplog.clear()
         services.start()  # nobody writes but the service itself
@@ -13263,6 +13263,7 @@ def test_what_was_moved_goes_on_in_the_redis(run_module, filled, redis_url, make
     bridged = make_bridged()
     bridged.look()
     assert bridged.app.get(f"/api/v1/session/{T}").json["data"] == filled["document"]
+    assert bridged.app.get(f"/api/v1/session/{T}/prompts-status").json["promptsReady"] is True
     assert [one["timestamp"] for one in bridged.app.get("/api/v1/session/list").json["sessions"]] == [T + 1, T]
     assert [one["id"] for one in pending(bridged.app, "?type=all")] == [filled["waiting"]]  # none is announced anew
     assert bridged.store.acknowledged([filled["acknowledged"]]) == {filled["acknowledged"]}
