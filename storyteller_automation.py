@@ -7905,7 +7905,7 @@ def run_checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
 
 def missed_sessions(settings: Settings) -> str | None:
     """A warning that sessions are in another store than the one that is used: StoryArt's in Redis, or those of the
-    embedded store, which `move` copies. It takes 0.4 s at most."""
+    embedded store, which `move` copies. It takes 0.6 s at most."""
     newest, url = newest_embedded(settings), settings.redis_address
     limits: dict[str, Any] = {"socket_connect_timeout": 0.2, "socket_timeout": 0.2}  # from_url() does not retry
     if url and not newest:
@@ -7975,7 +7975,7 @@ def check_store(settings: Settings) -> Iterator[Finding]:
 
 
 def with_advice(fault: ApiError) -> str:
-    return f"{str(fault).rstrip('.')}: {fault.advice or 'try again'}."
+    return f"{str(fault).rstrip('.')}: {fault.advice}." if fault.advice else str(fault)
 
 
 def check_swarmui_path(settings: Settings) -> Finding:
@@ -8194,14 +8194,14 @@ def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
     gpu, queue = state["gpu"] or {"error": "not known yet"}, swarmui["queue"]
     figures = "{utilization} % use, {memoryUsed} of {memoryTotal} MiB, {temperature} °C"
     work = [one for one in state["sessions"] if one["step"] in ("beats_ready", "prompts")]
-    newest = "; the newest has {totalPrompts} of {promptsNeeded} prompts: {title}".format_map(work[0]) if work else ""
+    newest = "; {totalPrompts} of {promptsNeeded} prompts of session {sessionTimestamp} {title}"
     queued = f", {queue['live']} images in work, {queue['waiting']} waiting" if queue else ""
     yield f"StoryTeller automation {service['version']}, running for {since(service['startedAt'])}"
     for name, text in {
         "address": url,
         "store": service["store"] + ("" if service["storeUp"] else ", which does not answer"),
         "alerts": " ".join(one["text"] for one in state["alerts"] if one["state"] == "raised") or "none",
-        "sessions": f"{len(work) or 'none'} in work{newest}",
+        "sessions": f"{len(work) or 'none'} in work{newest.format_map(work[0]) if work else ''}",
         "notifications": f"{len(pending)} wait, the oldest for {since(pending[0]['timestamp'])}" if pending else "none",
         "GPU": gpu["error"] or figures.format_map(gpu),
         "reserved": f"by {held['holder']} until {held['expiresAt']}" if held else "by nobody",
@@ -8388,12 +8388,9 @@ def add_token_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def print_help(given: Mapping[str, Any]) -> int:
-    parse_arguments([*([given["topic"]] if given["topic"] else []), "--help"])
-    return 0
-
-
-def print_version(given: Mapping[str, Any]) -> int:
-    print(TITLE)
+    """Or the version."""
+    topic = given.get("topic") or "--help"
+    parse_arguments(["--version"] if given["command"] == "version" else [topic, "--help"])
     return 0
 
 
@@ -8409,7 +8406,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "backup": Command(backup, "copy the embedded store to FILE", lambda one: one.add_argument("file", metavar="FILE")),
     "restore": Command(restore, "let FILE be the embedded store", lambda one: one.add_argument("file", metavar="FILE")),
-    "version": Command(print_version, "print the version"),
+    "version": Command(print_help, "print the version"),
     "help": Command(print_help, "this text, or that of a command", lambda one: one.add_argument("topic", nargs="?")),
 }
 TESTS = f"run the developers' tests of this program; what looks at this PC is {START_SCRIPT} check"

@@ -13201,7 +13201,7 @@ def test_status_says_in_ten_lines_what_the_page_shows(start_service, run_module)
     assert (done.returncode, done.stderr, len(lines)) == (0, "", 9)
     assert re.fullmatch(r"StoryTeller automation [0-9.]+, running for 0:00:[0-9]+", title)
     assert (rows["address"], rows["store"], rows["alerts"]) == (f"http://localhost:{running.port}", "sqlite", "none")
-    assert rows["sessions"] == "1 in work; the newest has 1 of 2 prompts:"
+    assert rows["sessions"] == f"1 in work; 1 of 2 prompts of session {T}"
     assert rows["notifications"].startswith("1 wait, the oldest for 0:00:")
     assert rows["reserved"].startswith("by storyart until 20")
     assert rows["SwarmUI"].startswith("stopped for 0:00:")
