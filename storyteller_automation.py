@@ -1492,11 +1492,13 @@ class Store(Protocol):
         """Those of `ids` that are marked; none where no other program writes, since what is marked is not pending."""
         return set()
 
-    def acknowledge(self, id: str, members: Sequence[bytes], *, marks: bool = True) -> bool:
-        """Remove the members and mark the id. False, and no change, when none was there and the id is not marked. With
-        marks=False it removes alone: False when none was there."""
+    def remove(self, members: Sequence[bytes]) -> bool:
+        """Remove pending members, and mark nothing. False when none was there."""
 
-    def acknowledge_own(self, ids: Sequence[tuple[str, int]], *, marks: bool = True) -> list[bool | ApiError]:
+    def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
+        """Remove the members and mark the id. False, and no change, when none was there and the id is not marked."""
+
+    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
         """The same for the members of exactly that time that begin with OWN_MEMBER % id."""
 
     def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
@@ -1822,8 +1824,7 @@ if left == -1 then redis.call('PERSIST', KEYS[6]) else redis.call('PEXPIRE', KEY
 return result
 """
 
-# KEYS: 1 pending, 2 marker; without that, nothing is marked. ARGV: 1 and 2 the scores between which members are removed
-# that begin with 3; members.
+# KEYS: 1 pending, 2 marker. ARGV: 1 and 2 the scores between which members are removed that begin with 3; members.
 _LUA_ACKNOWLEDGE = """
 local removed = 0
 local function remove(member) removed = removed + redis.call('ZREM', KEYS[1], member) end
@@ -1831,7 +1832,6 @@ for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], ARGV[2])) 
   if string.sub(member, 1, #ARGV[3]) == ARGV[3] then remove(member) end
 end
 for at = 4, #ARGV do remove(ARGV[at]) end
-if not KEYS[2] then return removed end
 if removed == 0 then return redis.call('EXISTS', KEYS[2]) end
 redis.call('SET', KEYS[2], '1', 'PX', 604800000)
 return 1
@@ -2167,14 +2167,16 @@ class RedisStore(Store):
             return set()
         return {id for id, found in zip(ids, self._redis.ask(*[("EXISTS", self.MARK + id) for id in ids])) if found}
 
-    def acknowledge(self, id: str, members: Sequence[bytes], *, marks: bool = True) -> bool:
-        keys = (self.PENDING, self.MARK + id)[: 1 + marks]
-        return bool(result_of(self._run(_LUA_ACKNOWLEDGE, [(keys, (1, 0, "", *members))])[0]))
+    def remove(self, members: Sequence[bytes]) -> bool:
+        return bool(result_of(self._write(("ZREM", self.PENDING, *members))[0]))
 
-    def acknowledge_own(self, ids: Sequence[tuple[str, int]], *, marks: bool = True) -> list[bool | ApiError]:
-        oldest, keys = self._clock() - TTL_MS + 1, [(self.PENDING, self.MARK + id)[: 1 + marks] for id, _ in ids]
-        which = [(max(at, oldest), at, OWN_MEMBER % id.encode()) for id, at in ids]
-        return map_results(lambda removed: removed == 1, self._run(_LUA_ACKNOWLEDGE, list(zip(keys, which))))
+    def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
+        return bool(result_of(self._run(_LUA_ACKNOWLEDGE, [((self.PENDING, self.MARK + id), (1, 0, "", *members))])[0]))
+
+    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
+        oldest = self._clock() - TTL_MS + 1
+        calls = [((self.PENDING, self.MARK + id), (max(at, oldest), at, OWN_MEMBER % id.encode())) for id, at in ids]
+        return map_results(lambda removed: removed == 1, self._run(_LUA_ACKNOWLEDGE, calls))
 
     def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
         result_of(self._write(("SET", self.TOKEN + digest, record, "PX", ttl))[0])
@@ -2646,19 +2648,20 @@ class SqliteStore(Store):
         rows = self._read(self._PENDING, self._clock() - TTL_MS, b"\xff", count)
         return [member for member, _ in rows], False
 
-    def acknowledge(self, id: str, members: Sequence[bytes], *, marks: bool = True) -> bool:
-        return self._write(lambda: self._acknowledge(id, "member = ?", [(member,) for member in members], marks))
+    def remove(self, members: Sequence[bytes]) -> bool:
+        remove, rows = "DELETE FROM pending WHERE member = ?", [(member,) for member in members]
+        return self._write(lambda: self._writer.executemany(remove, rows).rowcount > 0)
 
-    def acknowledge_own(self, ids: Sequence[tuple[str, int]], *, marks: bool = True) -> list[bool | ApiError]:
+    def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
+        return self._write(lambda: self._acknowledge(id, "member = ?", [(member,) for member in members]))
+
+    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
         which = "time = ?1 AND substr(member, 1, length(?2)) = ?2"
-        found = [(id, which, [(at, OWN_MEMBER % id.encode())], marks) for id, at in ids]
+        found = [(id, which, [(at, OWN_MEMBER % id.encode())]) for id, at in ids]
         return self._write_each([functools.partial(self._acknowledge, *one) for one in found])
 
-    def _acknowledge(self, id: str, which: str, rows: Sequence[tuple[Any, ...]], marks: bool) -> bool:
-        removed = sum(self._writer.execute(f"DELETE FROM pending WHERE {which}", row).rowcount for row in rows)
-        if not marks:
-            return removed > 0
-        if not removed:
+    def _acknowledge(self, id: str, which: str, rows: Sequence[tuple[Any, ...]]) -> bool:
+        if not sum(self._writer.execute(f"DELETE FROM pending WHERE {which}", row).rowcount for row in rows):
             return bool(self._writer.execute("SELECT 1 FROM marker WHERE id = ?", (id,)).fetchone())
         self._writer.execute("INSERT OR REPLACE INTO marker VALUES (?, ?)", (id, self._clock() + TTL_MS))
         return True
@@ -3326,11 +3329,10 @@ class Notifications:
         """True when it was pending, or is acknowledged already."""
         return bool(self.acknowledge_all([id]))
 
-    def acknowledge_all(self, ids: Sequence[str], *, marks: bool = True) -> list[str]:
-        """The same for different ones: those for which it is true, in their order, after one search for all. With
-        marks=False they are removed, not acknowledged, and it is true of those that were pending."""
-        done = {id for id, outcome in zip(ids, self.acknowledge_own(ids, marks=marks)) if result_of(outcome)}
-        done |= {id for id in ids if marks and id not in done and self._store.acknowledge(id, [])}
+    def acknowledge_all(self, ids: Sequence[str]) -> list[str]:
+        """The same for different ones: those for which it is true, in their order, after one search for all."""
+        done = {id for id, outcome in zip(ids, self.acknowledge_own(ids)) if result_of(outcome)}
+        done |= {id for id in ids if id not in done and self._store.acknowledge(id, [])}
         left: dict[str, list[bytes]] = {id: [] for id in ids if id not in done}
         # Another program made these, or nobody did. JSON may also write an id with escapes.
         for member, at in self._store.pending(page=2000) if left else ():
@@ -3338,14 +3340,20 @@ class Notifications:
                 found = self._parse(member, at)
                 if found and found.id in left:
                     left[found.id].append(member)
-        return [id for id in ids if id in done or (left[id] and self._store.acknowledge(id, left[id], marks=marks))]
+        return [id for id in ids if id in done or (left[id] and self._store.acknowledge(id, left[id]))]
 
-    def acknowledge_own(self, ids: Sequence[str], *, marks: bool = True) -> list[bool | ApiError]:
+    def acknowledge_own(self, ids: Sequence[str]) -> list[bool | ApiError]:
         """Whether it is so for ids that were made here, which hold their time: no search. False for any other."""
         times = [re.fullmatch(OWN_ID, id) for id in ids]
         ours = [(found[0], int(found[1])) for found in times if found]
-        outcomes = iter(self._store.acknowledge_own(ours, marks=marks) if ours else ())
+        outcomes = iter(self._store.acknowledge_own(ours) if ours else ())
         return [next(outcomes) if found else False for found in times]
+
+    def remove(self, id: str) -> bool:
+        """Not an acknowledgement: to acknowledge it later is in vain. False when it is not pending."""
+        rows = self._store.pending(page=2000)
+        found = [member for member, at in rows if (one := self._parse(member, at)) and one.id == id]
+        return bool(found) and self._store.remove(found)
 
     def _read(self, rows: Iterable[tuple[bytes, float | None]]) -> Iterator[Notification]:
         """The valid ones that are to be shown. The others stay where they are."""
@@ -5594,9 +5602,8 @@ def notification_ack_all(services: Services, request: Request) -> Response:
 
 
 def notification_delete(services: Services, request: Request) -> Response:
-    """Not an acknowledgement: nobody is told that somebody has seen it, and to acknowledge it later is a 404."""
     id = request.path["notification_id"]
-    if not services.notifications.acknowledge_all([id], marks=False):
+    if not services.notifications.remove(id):
         raise NotFound("Notification not found")
     services.live.note(id)
     return json_response({"success": True, "notificationId": id})
@@ -7883,7 +7890,7 @@ def run_checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
         yield "WARN", "settings", text
     yield "OK", "version", __version__
     yield from check_store(settings)
-    folder = next((one for one in (settings.data_dir, *settings.data_dir.parents) if one.is_dir()), HERE)
+    folder = next((one for one in (settings.data_dir, *settings.data_dir.parents) if os.path.isdir(one)), HERE)
     free = shutil.disk_usage(folder).free / 10**9
     yield "WARN" if free < settings.alert_disk else "OK", "disk", f"{free:.2f} GB are free for {settings.data_dir}"
     yield from check_storyart(settings)
@@ -7899,7 +7906,7 @@ def run_checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
 
 def missed_sessions(settings: Settings) -> str | None:
     """A warning that sessions are in another store than the one that is used: StoryArt's in Redis, or those of the
-    embedded store, which `move` copies. It takes 0.4 s at most."""
+    embedded store, which `move` copies. It takes 0.6 s at most."""
     newest, url = newest_embedded(settings), settings.redis_address
     limits: dict[str, Any] = {"socket_connect_timeout": 0.2, "socket_timeout": 0.2}  # from_url() does not retry
     if url and not newest:
@@ -7913,14 +7920,21 @@ def missed_sessions(settings: Settings) -> str | None:
     return None
 
 
+def embedded_store(settings: Settings) -> Path:
+    """Also where it is not used. Raises StartError when there is none."""
+    if not os.path.isfile(path := settings.data_dir / STORE_FILES[0]):
+        raise StartError(f"There is no embedded store in the data folder {settings.data_dir}.")
+    return path
+
+
 def newest_embedded(settings: Settings) -> int | None:
-    """The timestamp of the newest session in the embedded store, also where that is not used."""
-    path = settings.data_dir / STORE_FILES[0]
-    with contextlib.suppress(sqlite3.Error, OSError):
-        if path.is_file():
-            with contextlib.closing(sqlite3.connect(path, timeout=0.2)) as database:
-                newest = "SELECT max(timestamp) FROM session WHERE expires > ?"
-                return cast("int | None", database.execute(newest, (now_ms(),)).fetchone()[0])
+    """The timestamp of the newest session in the embedded store."""
+    newest = "SELECT max(timestamp) FROM session WHERE expires > ?"
+    with (
+        contextlib.suppress(StartError, sqlite3.Error),
+        contextlib.closing(sqlite3.connect(embedded_store(settings), timeout=0.2)) as database,
+    ):
+        return cast("int | None", database.execute(newest, (now_ms(),)).fetchone()[0])
     return None
 
 
@@ -7962,7 +7976,7 @@ def check_store(settings: Settings) -> Iterator[Finding]:
 
 
 def with_advice(fault: ApiError) -> str:
-    return f"{str(fault).rstrip('.')}: {fault.advice or 'try again'}."
+    return f"{str(fault).rstrip('.')}: {fault.advice}." if fault.advice else str(fault)
 
 
 def check_swarmui_path(settings: Settings) -> Finding:
@@ -8181,14 +8195,14 @@ def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
     gpu, queue = state["gpu"] or {"error": "not known yet"}, swarmui["queue"]
     figures = "{utilization} % use, {memoryUsed} of {memoryTotal} MiB, {temperature} °C"
     work = [one for one in state["sessions"] if one["step"] in ("beats_ready", "prompts")]
-    newest = "; the newest has {totalPrompts} of {promptsNeeded} prompts: {title}".format_map(work[0]) if work else ""
+    newest = "; {totalPrompts} of {promptsNeeded} prompts of session {sessionTimestamp} {title}"
     queued = f", {queue['live']} images in work, {queue['waiting']} waiting" if queue else ""
     yield f"StoryTeller automation {service['version']}, running for {since(service['startedAt'])}"
     for name, text in {
         "address": url,
         "store": service["store"] + ("" if service["storeUp"] else ", which does not answer"),
         "alerts": " ".join(one["text"] for one in state["alerts"] if one["state"] == "raised") or "none",
-        "sessions": f"{len(work) or 'none'} in work{newest}",
+        "sessions": f"{len(work) or 'none'} in work{newest.format_map(work[0]) if work else ''}",
         "notifications": f"{len(pending)} wait, the oldest for {since(pending[0]['timestamp'])}" if pending else "none",
         "GPU": gpu["error"] or figures.format_map(gpu),
         "reserved": f"by {held['holder']} until {held['expiresAt']}" if held else "by nobody",
@@ -8203,13 +8217,6 @@ def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
 # ======================================================================================================
 
 
-def embedded_store(settings: Settings) -> Path:
-    """Raises StartError when there is none."""
-    if not (path := settings.data_dir / STORE_FILES[0]).is_file():
-        raise StartError(f"There is no embedded store in the data folder {settings.data_dir}.")
-    return path
-
-
 def move(given: Mapping[str, Any]) -> int:
     """Copy the embedded store into a Redis, by default that of the settings; each thing in one atomic step, so that it
     may be ended and begun again. Raises StartError, Unavailable."""
@@ -8220,12 +8227,7 @@ def move(given: Mapping[str, Any]) -> int:
         raise StartError(f"--to cannot be used: expected {expected}.") from None
     if not url:
         raise StartError("The Redis to copy to is not known: give it, like --to redis://127.0.0.1:6379/0.")
-    kinds = {
-        "session": "sessions",
-        "marker": "acknowledged notifications",
-        "pending": "pending notifications",
-        "token": "tokens",
-    }
+    kinds = {"session": "sessions", "marker": "acknowledgements", "pending": "notifications", "token": "tokens"}
     with (
         contextlib.closing(own_data_dir(settings)),
         contextlib.closing(SqliteStore(path)) as source,
@@ -8240,7 +8242,7 @@ def move(given: Mapping[str, Any]) -> int:
 
 @contextlib.contextmanager
 def open_copy(path: Path) -> Iterator[sqlite3.Connection]:
-    """A store of this service, of one moment, whoever writes to it. Raises StartError, sqlite3.Error."""
+    """A store of this service as it is at one moment, whoever writes to it. Raises StartError, sqlite3.Error."""
     with contextlib.closing(sqlite3.connect(path, timeout=SqliteStore.WAIT)) as database:
         database.execute("BEGIN")
         tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master")}
@@ -8252,29 +8254,29 @@ def open_copy(path: Path) -> Iterator[sqlite3.Connection]:
 
 def copy_store(source: Path, target: Path) -> None:
     """The target is whole, or as it was. Raises StartError."""
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    draft = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     try:
-        if target.exists():
+        if os.path.exists(target):
             with open_copy(target):
-                pass  # it is no other file, by a slip
+                pass  # it is no other file, given by a slip
         with open_copy(source) as old, contextlib.closing(sqlite3.connect(draft)) as new:
             old.backup(new)
             new.execute("PRAGMA journal_mode = DELETE")  # in WAL mode it could become three files
             if (damage := new.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
                 raise StartError(f"{source} is damaged ({' '.join(damage.split())}).")
         os.replace(draft, target)
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, ValueError) as error:
         raise StartError(f"{source} cannot be copied to {target} ({error}).") from None
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             draft.unlink()
 
 
 def backup(given: Mapping[str, Any]) -> int:
     """Copy the embedded store to a file, also while the service runs. Raises StartError."""
-    settings, target = command_settings(given), Path(given["file"]).absolute()
+    settings, target = command_settings(given), Path(given["file"])
     source = embedded_store(settings)
-    if target.exists() and target.samefile(source):
+    if os.path.exists(target) and target.samefile(source):
         raise StartError(f"{target} is the store itself: give another name.")
     copy_store(source, target)
     print(f"{source} is backed up to {target}.")
@@ -8285,8 +8287,8 @@ def backup(given: Mapping[str, Any]) -> int:
 
 def restore(given: Mapping[str, Any]) -> int:
     """Let a backup be the embedded store; the one until now is kept beside it. Raises StartError."""
-    settings, source = command_settings(given), Path(given["file"]).absolute()
-    if not source.is_file():
+    settings, source = command_settings(given), Path(given["file"])
+    if not os.path.isfile(source):
         raise StartError(f"There is no file {source}.")
     prepare_data_dir(settings, serves=False)
     store, stamp = settings.data_dir / STORE_FILES[0], re.sub("[^0-9]", "", iso_time(now_ms()))
@@ -8300,6 +8302,7 @@ def restore(given: Mapping[str, Any]) -> int:
                 kept = kept or f"; what was there is kept as {aside}"
             draft.rename(store)
         except OSError as error:
+            draft.unlink(missing_ok=True)
             raise StartError(f"{store} cannot be replaced ({error.strerror}): close what uses it.") from None
         undo.pop_all()
     print(f"{source} is restored to {store}{kept}.")
@@ -8386,21 +8389,10 @@ def add_token_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def print_help(given: Mapping[str, Any]) -> int:
-    parse_arguments([*([given["topic"]] if given["topic"] else []), "--help"])
+    """Or the version."""
+    topic = given.get("topic") or "--help"
+    parse_arguments(["--version"] if given["command"] == "version" else [topic, "--help"])
     return 0
-
-
-def print_version(given: Mapping[str, Any]) -> int:
-    print(TITLE)
-    return 0
-
-
-def add_file(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="of a backup")
-
-
-def add_redis(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--to", metavar="URL", help="the Redis; by default that of the settings")
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -8410,10 +8402,12 @@ COMMANDS: Mapping[str, Command] = {
     "check": Command(check, "look for what may be wrong on this PC"),
     "token": Command(token_command, "make a session token, which is all that it prints", add_token_arguments),
     "alert": Command(alert_command, "send a test to STORYTELLER_ALERT_URL"),
-    "move": Command(move, "copy the embedded store into a Redis", add_redis),
-    "backup": Command(backup, "copy the embedded store to a file, also while the service runs", add_file),
-    "restore": Command(restore, "let a backup be the embedded store, and keep the one until now", add_file),
-    "version": Command(print_version, "print the version"),
+    "move": Command(
+        move, "copy the embedded store into the Redis --to URL", lambda one: one.add_argument("--to", metavar="URL")
+    ),
+    "backup": Command(backup, "copy the embedded store to FILE", lambda one: one.add_argument("file", metavar="FILE")),
+    "restore": Command(restore, "let FILE be the embedded store", lambda one: one.add_argument("file", metavar="FILE")),
+    "version": Command(print_help, "print the version"),
     "help": Command(print_help, "this text, or that of a command", lambda one: one.add_argument("topic", nargs="?")),
 }
 TESTS = f"run the developers' tests of this program; what looks at this PC is {START_SCRIPT} check"
@@ -8442,11 +8436,7 @@ def describe_all() -> Iterator[str]:
 
 def make_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser of a command's arguments; by default of what comes before them, and of the command."""
-    meaning = (
-        COMMANDS[command].meaning
-        if command
-        else "joins StoryArt, StorySwarm and SwarmUI. Start it by run.sh, on Windows by run.bat"
-    )
+    meaning = COMMANDS[command].meaning if command else "joins StoryArt, StorySwarm and SwarmUI; run.bat on Windows"
     parser = argparse.ArgumentParser(
         prog=f"{START_SCRIPT} {command or ''}".rstrip(),
         description=f"{TITLE}: {meaning}.",

@@ -2072,7 +2072,7 @@ def test_what_is_wrong_with_redis_is_told_with_what_to_do(own_redis, settings, s
     own = own_redis("--save", "")
     own.tell("CONFIG", "SET", "requirepass", "right")
     url = f"{scheme}://{given}127.0.0.1:{own.port}{path}"
-    level, _, text = service.check_store(dataclasses.replace(settings, redis_url=url))
+    ((level, _, text),) = service.check_store(dataclasses.replace(settings, redis_url=url))
     assert (level, wrong in text, advice in text) == ("FAIL", True, True)
     assert not re.search(r"pass-word|right|Error\b", text)
     with contextlib.closing(service.RedisStore(url)) as store, pytest.raises(service.Unavailable, match=wrong):
@@ -5254,7 +5254,7 @@ def test_while_the_store_is_away_gpu_and_swarmui_answer_as_before(dead_app):
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [("GET", "/api/v1/gpu", 404), ("GET", "/api/v1/session/1/2/3", 404), ("POST", "/health", 405),
-     ("GET", "/api/v1/swarmui/start", 405), ("DELETE", "/api/v1/session/1", 405),
+     ("GET", "/api/v1/swarmui/start", 405), ("POST", "/api/v1/session/1", 405),
      ("PATCH", "/health", 405), ("PUT", "/api/v1/session/latest", 405)],
 )  # fmt: skip
 def test_any_other_path_or_method_is_an_error_in_json(make_app, method, path, status):
@@ -9092,7 +9092,6 @@ def test_a_session_that_more_than_50_newer_ones_hide_was_not_deleted(polled, lis
     heard = listen(polled, "?types=session")
     heard.next()
     polled.ask("PUT", f"/api/v1/session/{T + 2}", SESSION)
-    polled.ask("DELETE", f"/api/v1/session/{T + 2}")
     assert heard.next()["sessionTimestamp"] == T + 2
 
 
@@ -9182,6 +9181,7 @@ def test_an_older_session_is_no_news_when_a_newer_one_is_gone(
     assert [one["sessionTimestamp"] for one in heard.next()["sessions"]] == [T + 3, T + 2, T + 1]
     other_program.delete(f"session:{T + 3}")
     other_program.zrem("storyteller:sessions", f"session:{T + 3}")
+    assert heard.next() == {"sessionTimestamp": T + 3, "step": "deleted"}
     wait_until(lambda: T in polled.services.live._sessions._told)
     polled.ask("PUT", f"/api/v1/session/{T + 2}", SESSION)
     assert heard.next()["sessionTimestamp"] == T + 2
@@ -10023,7 +10023,7 @@ def test_that_writes_are_refused_is_told_once_with_the_reason_and_once_when_it_i
         health = functools.partial(service.health, services, None)
         own.tell("ZADD", "notifications:pending", 1, "an old one")
         fail(own)
-        level, _, text = service.check_store(dataclasses.replace(settings, redis_url=own.url))
+        ((level, _, text),) = service.check_store(dataclasses.replace(settings, redis_url=own.url))
         assert (level, fault.split()[0] in text) == ("FAIL", True), text
         caplog.clear()
         services.start()  # nobody writes but the service itself
@@ -12040,6 +12040,8 @@ EVERYWHERE = [["check"], ["token", "--list"], ["serve"]]
         pytest.param("NONE", [["token", "--subject", "VALUE", "--permission", "gpu:read"]], id="--subject"),
         pytest.param("NONE", [["token", "--subject", "a", "--permission", "gpu:read", "--ttl", "VALUE"]], id="--ttl"),
         pytest.param("NONE", [["check", "VALUE"], ["check", "--VALUE"]], id="what is no argument"),
+        pytest.param("NONE", [["backup", "VALUE"], ["restore", "VALUE"]], id="a file"),
+        pytest.param("NONE", [["move", "--to", "VALUE"], ["token", "--ttl", "90d", "--renew", "VALUE"]], id="--to"),
     ],
 )  # fmt: skip
 def test_no_value_of_a_setting_or_an_argument_ends_in_a_traceback(module_copy, clean_environment, setting, commands):
@@ -13214,7 +13216,7 @@ def test_status_says_in_ten_lines_what_the_page_shows(start_service, run_module)
     assert (done.returncode, done.stderr, len(lines)) == (0, "", 9)
     assert re.fullmatch(r"StoryTeller automation [0-9.]+, running for 0:00:[0-9]+", title)
     assert (rows["address"], rows["store"], rows["alerts"]) == (f"http://localhost:{running.port}", "sqlite", "none")
-    assert rows["sessions"] == "1 in work; the newest has 1 of 2 prompts:"
+    assert rows["sessions"] == f"1 in work; 1 of 2 prompts of session {T}"
     assert rows["notifications"].startswith("1 wait, the oldest for 0:00:")
     assert rows["reserved"].startswith("by storyart until 20")
     assert rows["SwarmUI"].startswith("stopped for 0:00:")
@@ -13263,8 +13265,8 @@ def filled(embedded: Any) -> dict[str, Any]:
     return {"acknowledged": acknowledged, "waiting": waiting, "token": token, "saved": saved, "document": done}
 
 
-ALL_NEW = "sessions: 2 copied, 0 there already\nacknowledged notifications: 1 copied, 0 there already\n"
-ALL_NEW += "pending notifications: 1 copied, 0 there already\ntokens: 1 copied, 0 there already\n"
+ALL_NEW = "sessions: 2 copied, 0 there already\nacknowledgements: 1 copied, 0 there already\n"
+ALL_NEW += "notifications: 1 copied, 0 there already\ntokens: 1 copied, 0 there already\n"
 
 
 def test_what_was_moved_goes_on_in_the_redis(run_module, filled, redis_url, make_bridged, other_program, module_copy):
@@ -13276,6 +13278,7 @@ def test_what_was_moved_goes_on_in_the_redis(run_module, filled, redis_url, make
     bridged = make_bridged()
     bridged.look()
     assert bridged.app.get(f"/api/v1/session/{T}").json["data"] == filled["document"]
+    assert bridged.app.get(f"/api/v1/session/{T}/prompts-status").json["promptsReady"] is True
     assert [one["timestamp"] for one in bridged.app.get("/api/v1/session/list").json["sessions"]] == [T + 1, T]
     assert [one["id"] for one in pending(bridged.app, "?type=all")] == [filled["waiting"]]  # none is announced anew
     assert bridged.store.acknowledged([filled["acknowledged"]]) == {filled["acknowledged"]}
@@ -13302,7 +13305,7 @@ def test_what_is_left_of_a_ttl_stays(run_module, filled, redis_url, other_progra
 def test_a_second_move_brings_nothing_back_that_ended_since(run_module, filled, redis_url, redis_store):
     run_module("move", "--to", redis_url)
     redis_store.remove_session(T)
-    service.Notifications(redis_store).acknowledge_all([filled["waiting"]], marks=False)
+    assert service.Notifications(redis_store).remove(filled["waiting"])
     assert redis_store.revoke_token(service.digest_of(filled["token"]))
     done = run_module("move", REDIS_URL=redis_url)
     assert re.findall(r"(\d+) copied, (\d+) there", done.stdout) == [("0", "2"), ("0", "1"), ("0", "1"), ("0", "1")]
@@ -13500,7 +13503,7 @@ def of_a_newer_version(good: Path, path: Path) -> None:
 def test_what_is_no_whole_store_is_not_restored(run_module, filled, module_copy, tmp_path, write):
     data = module_copy.parent / "data"
     write(data / "storyteller.sqlite3", tmp_path / "b")
-    done = run_module("restore", "b")
+    done = run_module("restore", str(tmp_path / "b"))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert str(tmp_path / "b") in done.stderr
     assert sessions_in(data / "storyteller.sqlite3") == [T, T + 1]

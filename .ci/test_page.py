@@ -466,6 +466,18 @@ def test_a_session_is_shown_by_its_steps(open_page, server):
     bars = [found for found in browser.tree() if found[0] == "progressbar"]
     assert (len(bars), bars[0][1], bars[0][2]["valuemax"]) == (8, "Title 10", 48)
     assert "12 s ago" in shown
+    server.send("session", {"sessionTimestamp": session(10, "")["sessionTimestamp"], "step": "deleted"})
+    browser.shows("Episode 2 · Title 2", "Sessions")
+    assert "Episode 10" not in browser.text("Sessions")
+
+
+@pytest.mark.parametrize(
+    ("ending", "shown"),
+    [("", "None ends within 3 days"), ("storyart (2026-12-01T10:00:00Z)", "End soon: storyart (2026-12-01T10:00:00Z)")],
+)
+def test_tokens_that_end_soon_are_shown(open_page, ending, shown):
+    browser = open_page(service={**state()["service"], "tokensEnding": ending})
+    browser.shows(shown, "Service")
 
 
 @pytest.mark.parametrize(
