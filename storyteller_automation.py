@@ -1164,19 +1164,15 @@ def last_lines(path: Path, since: int = 0, count: int = 5) -> list[str]:
 # ======================================================================================================
 
 
-def settle(future: Future[T], outcome: T | BaseException) -> None:
-    """Give a future that is marked as running its result or its exception."""
+def settle(future: Future[T], outcome: T | BaseException) -> bool:
+    """Give a future its result or its exception, unless it was cancelled: whether it was not."""
+    if not (future.running() or future.set_running_or_notify_cancel()):
+        return False
     if isinstance(outcome, BaseException):
         future.set_exception(outcome)
     else:
         future.set_result(outcome)
-
-
-def offer(future: Future[T], outcome: T | BaseException) -> bool:
-    """Settle one that its owner may have cancelled: whether it was not."""
-    if is_wanted := future.set_running_or_notify_cancel():
-        settle(future, outcome)
-    return is_wanted
+    return True
 
 
 def settle_by(future: Future[T], function: Callable[..., T], *arguments: Any) -> None:
@@ -3594,9 +3590,7 @@ class Reservations:
                 self._waiting.append(one)
                 return
             outcome = Unavailable(f"{self.WAITING} others wait for the GPU: ask again later.", 5)
-        if one.future.running() or one.future.set_running_or_notify_cancel():
-            settle(one.future, outcome)
-        elif is_stored:  # its client left meanwhile
+        if not settle(one.future, outcome) and is_stored:  # its client left meanwhile
             self._unclaimed = outcome.digest
             self._look()
 
@@ -4092,7 +4086,7 @@ class SwarmUISupervisor:
             with self._lock:  # not those whom close() or this has told
                 is_due = self._asked.pop(future, None)
             if is_due:
-                offer(future, outcome)
+                settle(future, outcome)
 
     def _answer(self, outcome: Any, *wishes: str) -> None:
         self._publish()
@@ -6583,11 +6577,11 @@ class Live:
         with self._lock:
             joining, self._joining = self._joining, []
         for _, joined in joining:
-            offer(joined, fault)
+            settle(joined, fault)
 
     def _answer(self, waiting: Future[Any], outcome: Any) -> None:
         if self._waiting.pop(waiting, None):
-            offer(waiting, outcome)
+            settle(waiting, outcome)
 
     # ---- in the thread ----
 
@@ -6702,7 +6696,7 @@ class Live:
             if not goes_on:  # what others tell meanwhile follows its state
                 listener.stream.send(self._state(listener, number), before_all=True)
                 listener.told_at = time.monotonic()
-            if not offer(joined, Response(b"", 200, STREAM_HEADERS, listener.stream)):
+            if not settle(joined, Response(b"", 200, STREAM_HEADERS, listener.stream)):
                 listener.stream.close()
 
     def _state(self, listener: Listener, number: int) -> bytes:
