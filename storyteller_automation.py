@@ -1632,19 +1632,29 @@ class RedisClient:
 
     def transact(
         self, keys: Sequence[str], reads: Sequence[_Command], write: Callable[[list[Any]], Sequence[_Command]]
-    ) -> list[Any] | None:
-        """Send what `write` makes of the replies to the reads, in one atomic step: the replies to that, none when there
-        is nothing to write. None when one of the keys was changed meanwhile, and nothing was written."""
+    ) -> list[Any]:
+        """Send what `write` makes of the replies to the reads, in one atomic step, again where one of the keys was
+        changed meanwhile: the replies to that, none when there is nothing to write. Raises what `write` raises."""
 
         def run(connection: Any) -> Any:
-            _, *replies = self._send(connection, [("WATCH", *keys), *reads])
-            commands = write(replies)
-            if not commands:
-                return self._send(connection, [("UNWATCH",)])[1:]
-            replies = self._send(connection, [("MULTI",), *commands, ("EXEC",)])
-            return result_of(next((one for one in replies if isinstance(one, ApiError)), replies[-1]))
+            for _ in range(10):
+                _, *replies = self._send(connection, [("WATCH", *keys), *reads])
+                outcome: Any = []
+                try:
+                    commands = write(replies)
+                except Exception as fault:
+                    commands, outcome = [], fault
+                if not commands:
+                    self._send(connection, [("UNWATCH",)])
+                    return outcome
+                *queued, done = self._send(connection, [("MULTI",), *commands, ("EXEC",)])
+                if refused := [one for one in queued if isinstance(one, ApiError)]:
+                    return refused
+                if done is not None:
+                    return [self._reply_of(one) for one in done]
+            return Unavailable(f"{keys[0]} at {self.place} is written all the time: ask again.", 1)
 
-        return cast("list[Any] | None", self._call(run))
+        return result_of(self._call(run))
 
     def _call(self, run: Callable[[Any], T]) -> T:
         if self._closing.is_set():
@@ -1685,7 +1695,10 @@ class RedisClient:
         try:
             return connection.read_response(disable_decoding=True)
         except redis.ResponseError as error:
-            return self.unavailable(error, is_refusal=True)
+            return self._reply_of(error)
+
+    def _reply_of(self, reply: Any) -> Any:
+        return self.unavailable(reply, is_refusal=True) if isinstance(reply, Exception) else reply
 
     def unavailable(self, error: Exception, *, is_refusal: bool = False) -> ApiError:
         text = f"{getattr(error, 'status_code', '')} {error} {error.__context__}"
@@ -2014,15 +2027,15 @@ class RedisStore(Store):
         return self._write(*[("EVAL", script, len(keys), *keys, *arguments) for keys, arguments in calls])
 
     def _write(self, *commands: _Command) -> list[Any]:
-        """The outcomes of commands that write. A key of another type is the fault of that key alone."""
-        outcomes = self._redis.exchange(commands)
-        for outcome in outcomes:
-            self._note_refusal(outcome)
-        return outcomes
+        """The outcomes of commands that write."""
+        return self._noted(self._redis.exchange(commands))
 
-    def _note_refusal(self, outcome: Any) -> None:
-        if isinstance(outcome, ApiError) and outcome.refusal and "WRONGTYPE" not in outcome.refusal:
-            self.writes.note(outcome.refusal)
+    def _noted(self, outcomes: list[Any]) -> list[Any]:
+        """Note it where writes are refused. A key of another type is the fault of that key alone."""
+        for outcome in outcomes:
+            if isinstance(outcome, ApiError) and outcome.refusal and "WRONGTYPE" not in outcome.refusal:
+                self.writes.note(outcome.refusal)
+        return outcomes
 
     def _change_call(
         self, draft: Draft | None, at: int, keys: Sequence[str], further: Sequence[Any]
@@ -2193,35 +2206,30 @@ class BridgedStore(RedisStore):
         keys = self._session_keys(timestamp)
         tops = [("ZREVRANGE", index, 0, 0, "WITHSCORES") for index in self.INDEXES]
         noted = ("storyswarm", "storyart", "byStoryArt")
-        reads: list[_Command] = [("HMGET", keys[2], *noted), *tops, ("EXISTS", self.MET)]
+        reads: list[_Command] = [*tops, ("HMGET", keys[2], *noted), ("EXISTS", self.MET)]
         reads += [("PTTL", keys[2]), *((verb, key) for key in keys[:2] for verb in ("PTTL", "GET"))]
         watched: Sequence[str] = keys
         if latest is not None:
             watched = (*keys, self.LATEST, self.META_OF_LATEST)
             reads += [("GET", self.LATEST), ("PTTL", self.LATEST), ("HGET", self.META_OF_LATEST, "storyswarm")]
-        copies, change = Copies(timestamp, None, None), None
-        fault: Exception | None = None
+        copies: Copies = Copies(timestamp, None, None)
+        draft: Draft | None = None
 
         def write(replies: list[Any]) -> list[_Command]:
-            nonlocal copies, change, fault
-            change = None  # of an earlier attempt
+            nonlocal copies, draft
+            draft = None  # of an earlier attempt
+            if any(isinstance(reply, ApiError) and "WRONGTYPE" in reply.refusal for reply in replies[2:]):
+                raise ValueError("its key is of another type")
+            noted, is_met, kept, ttl, document, storyart_ttl, storyart, *of_latest = map(result_of, replies[2:])
+            if of_latest and (of_latest[0] != latest or of_latest[2] == mark_of(latest).encode()):
+                return []  # somebody else wrote it, or carried it over
+            marks = [(one or b"").decode("utf-8", "replace") for one in noted]
+            given = latest if latest is not None and replaces else document
+            copies = Copies(timestamp, given, storyart, (marks[0], marks[1]), marks[2] == "1")
             try:
-                scores = [reply for reply in replies[1:3] if isinstance(reply, list)]
-                noted, is_met, kept, ttl, document, storyart_ttl, storyart, *of_latest = map(
-                    result_of, (replies[0], *replies[3:])
-                )
-                if of_latest and (of_latest[0] != latest or of_latest[2] == mark_of(latest).encode()):
-                    return []  # somebody else wrote it, or carried it over
-                marks = [(one or b"").decode("utf-8", "replace") for one in noted]
-                given = latest if latest is not None and replaces else document
-                copies = Copies(timestamp, given, storyart, (marks[0], marks[1]), marks[2] == "1")
                 change = decide(copies)
             except RecursionError:  # it was read, and cannot be written
-                fault = ValueError("nested too deeply")
-                return []
-            except (ValueError, Unavailable) as error:
-                fault = ValueError("its key is of another type") if "WRONGTYPE" in str(error) else error
-                return []
+                raise ValueError("nested too deeply") from None
             # A copy that was written again as it was lives longer than the marks, by more than two PTTL may differ.
             is_kept = kept == -1 or (-1 not in (ttl, storyart_ttl) and kept + 60_000 > max(ttl, storyart_ttl))
             if change is None and latest is None and is_kept:
@@ -2244,33 +2252,23 @@ class BridgedStore(RedisStore):
             commands.append(("HSET", keys[2], *noted))
             if latest is not None:
                 commands.append(("HSET", self.META_OF_LATEST, "storyswarm", mark_of(latest)))
+            newest = [float(found[1]) for found in replies[:2] if found and isinstance(found, list)]
             # When the bridge first meets a Redis, all is old news but the newest session (a score may have a fraction).
-            is_news = is_met or timestamp > max(float(found[1]) if found else 0 for found in scores) - 1
-            if change.draft and not is_news:
-                change = dataclasses.replace(change, draft=None)
+            if is_met or timestamp > max(newest, default=0) - 1:
+                draft = change.draft
             at = next_time(self._newest_given, self._clock())
-            kind = change.draft.type if change.draft else ""
-            made, values = self._change_call(change.draft, at, keys, (kind,))
+            made, values = self._change_call(draft, at, keys, (draft.type if draft else "",))
             return [*commands, ("EVAL", _LUA_CHANGE, len(made), *made, *values)]
 
-        for _ in range(10):
-            try:
-                replies = self._redis.transact(watched, reads, write)
-            except Unavailable as refused:
-                self._note_refusal(refused)
-                raise
-            if fault:
-                raise fault
-            if replies is None:
-                continue
-            if faults := [reply for reply in replies if isinstance(reply, Exception)]:
-                raise self._redis.unavailable(faults[0], is_refusal=True)
-            if replies:
-                warn_of_clock(replies[-1][0], self._clock(), self.place)
-            if change and change.draft and replies[-1][1] == b"late":
-                self.announce(timestamp, change.draft)
-            return copies
-        raise Unavailable(f"Session {timestamp} is written all the time: ask again.", 1)
+        if replies := self._transact(watched, reads, write):
+            ahead, state, *_ = replies[-1]
+            warn_of_clock(ahead, self._clock(), self.place)
+            if draft and state == b"late":
+                self.announce(timestamp, draft)
+        return copies
+
+    def _transact(self, *call: Any) -> list[Any]:
+        return list(map(result_of, self._noted(self._redis.transact(*call))))
 
     def renew_latest(self, newest: int) -> None:
         """Let session:latest be StorySwarm's copy of the newest session, unless another program changed it."""
@@ -2290,7 +2288,7 @@ class BridgedStore(RedisStore):
             return [("SET", self.LATEST, document, *life), mark]
 
         reads = [(verb, key) for key in (self.LATEST, session) for verb in ("GET", "PTTL")]
-        self._redis.transact((self.LATEST, self.META_OF_LATEST, session), reads, write)
+        self._transact((self.LATEST, self.META_OF_LATEST, session), reads, write)
 
     def note_met(self) -> None:
         self._redis.ask(("SET", self.MET, "1"))
