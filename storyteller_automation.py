@@ -3021,15 +3021,12 @@ class Bridge:
             return None
 
     def _turn(self) -> float:
-        is_done = True
         try:
-            is_done = self._look()
+            return self.INTERVAL if self._look() else 0.0
         except ApiError as error:
             if error.refusal and not self._store.writes.refusal:  # else the store has told of it
                 self._report("sessions are not kept in step", str(error))
-        except Exception:
-            log.exception("bridge: sessions are not kept in step")
-        return self.INTERVAL if is_done else 0.0
+            return self.INTERVAL
 
     def _give_lease_back(self) -> None:
         """To another service."""
