@@ -3198,12 +3198,8 @@ class Notifications:
         ours = re.compile("|".join(["\\\\", *types]).encode())
         others = re.compile("|".join(TOTALS.keys() - set(types)).encode() or b"(?!)")
         rows = (row for row in self._store.pending(page=1000) if ours.search(row[0]) or not others.search(row[0]))
-        wanted = (one for one in self._read(rows) if one.type in types)
-        found: list[Notification] = []
-        while len(found) < limit and (batch := list(itertools.islice(wanted, min(limit, 1000)))):
-            marked = self._store.acknowledged([one.id for one in batch])
-            found += [one for one in batch if one.id not in marked]
-        return found[:limit]
+        wanted = ((0, one) for one in self._read(rows) if one.type in types)
+        return [one for _, one in itertools.islice(self._unmarked(wanted, min(limit, 1000)), limit)]
 
     def check_many(self, queries: Sequence[tuple[Sequence[str], int]]) -> list[list[Notification] | None]:
         """The same for several (types, limit), all from one snapshot. None for a query that has to read further."""
@@ -3224,12 +3220,14 @@ class Notifications:
 
     def dated(self) -> list[tuple[int, Notification]]:
         """All that are not acknowledged, with their times in ms."""
-        rows, found = self._store.pending(page=1000), list[tuple[int, Notification]]()
-        while batch := list(itertools.islice(rows, 1000)):
-            known = [(int(time), one) for member, time in batch for one in self._read([(member, time)])]
-            marked = self._store.acknowledged([one.id for _, one in known])
-            found += [row for row in known if row[1].id not in marked]
-        return found
+        rows = self._store.pending(page=1000)
+        dated = ((int(time), one) for member, time in rows if (one := self.read(member, time)))
+        return list(self._unmarked(dated, 1000))
+
+    def _unmarked(self, rows: Iterator[tuple[int, Notification]], page: int) -> Iterator[tuple[int, Notification]]:
+        while found := list(itertools.islice(rows, page)):
+            marked = self._store.acknowledged([one.id for _, one in found])
+            yield from (row for row in found if row[1].id not in marked)
 
     def create(self, drafts: Sequence[Draft]) -> list[tuple[Notification, bool] | ApiError]:
         """Add each, and True; or the one of the same type and session that is pending already, and False."""
