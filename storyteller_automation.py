@@ -3406,7 +3406,7 @@ class GpuMonitor:
         self, query: Callable[[], GpuStatus], ttl: float, clock: Clock = time.monotonic, cancel: Any = lambda: None
     ) -> None:
         self._query, self._ttl, self._clock, self._cancel = query, ttl, clock, cancel
-        self._cached: tuple[GpuStatus, float] | None = None  # and when its run ended
+        self.last: tuple[GpuStatus, float] | None = None  # and when its run ended, by the clock
         self._history: dict[int, tuple[int, GpuStatus]] = {}  # by step
         self._remarks: set[str] = set()  # that are logged
         self._closed = False
@@ -3415,11 +3415,6 @@ class GpuMonitor:
     def ask(self) -> GpuStatus | Future[GpuStatus]:
         """The cached status, or a future of the caller's own, which it may cancel. Not after close()."""
         return self._fresh() or self._batcher.ask(None, cancellable=True)
-
-    @property
-    def last(self) -> tuple[GpuStatus, float] | None:
-        """The last status, and when its run ended by the clock."""
-        return self._cached
 
     def history(self, now: int) -> list[tuple[int, GpuStatus]]:
         """The statuses of the last 15 minutes with their times in ms, oldest first."""
@@ -3433,14 +3428,14 @@ class GpuMonitor:
         self._cancel()  # one that was just being started
 
     def _fresh(self) -> GpuStatus | None:
-        cached = self._cached
-        return cached[0] if cached and self._clock() - cached[1] < self._ttl else None
+        last = self.last
+        return last[0] if last and self._clock() - last[1] < self._ttl else None
 
     def _answer(self, _: Sequence[None]) -> list[GpuStatus]:
         status = _failed("the service is stopping") if self._closed else self._fresh()
         if status is None:
             status = self._query()
-            self._cached, at = (status, self._clock()), now_ms()
+            self.last, at = (status, self._clock()), now_ms()
             self._history[at // self.STEP_MS] = at, status
             bound(self._history, self.HISTORY_MS // self.STEP_MS)
             if status.remarks and status.remarks not in self._remarks and len(self._remarks) < self.LOGGED:
