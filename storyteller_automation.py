@@ -4011,7 +4011,7 @@ class SwarmUISupervisor:
     ) -> None:
         self._settings, self._is_reserved, self.clock = settings, is_reserved, clock
         self._restarts = settings.restart.lower() == "on-failure"
-        self._lock = threading.Lock()  # over the next one
+        self._lock = threading.Lock()  # so that nobody asks after close()
         self._asked: dict[Future[Any], str] = {}  # who waits for a start, a stop, one by force, or an end begun
         self._has_looked = threading.Event()
         self._state, self._since, self._began = "", 0, -math.inf  # when it became that: ms, and seconds of the clock
@@ -4071,9 +4071,7 @@ class SwarmUISupervisor:
 
     def _settle(self, futures: Iterable[Future[Any]], outcome: Any) -> None:
         for future in futures:
-            with self._lock:  # not those whom close() or this has told
-                is_due = self._asked.pop(future, None)
-            if is_due:
+            if self._asked.pop(future, None):  # not those whom close() or this has told
                 settle(future, outcome)
 
     def _answer(self, outcome: Any, *wishes: str) -> None:
