@@ -4459,8 +4459,7 @@ class Authenticator:
         for own, owner in self._own_tokens.items():
             if hmac.compare_digest(sent, own):
                 return owner
-        at, caller = self._cache.get(digest_of(token), (-math.inf, None))
-        return caller if caller and self._clock() - at < self.TTL and self._is_good(caller) else None
+        return self._cached(digest_of(token))
 
     def identify(self, environ: Mapping[str, Any]) -> Caller:
         """The same, asking the store where it must. Raises Unauthorized, TooManyRequests, Unavailable, BadRequest."""
@@ -4478,11 +4477,8 @@ class Authenticator:
 
     def is_still_good(self, caller: Caller) -> bool:
         """Whether the token of a caller who stays is good, as the store said within TTL seconds, else says now."""
-        at, known = self._cache.get(caller.digest or "", (-math.inf, None))
-        if caller.digest is None or (known and self._clock() - at < self.TTL):
-            return caller.digest is None or self._is_good(caller)
         with contextlib.suppress(Unavailable):
-            return self._look_up(caller.digest) is not None
+            return caller.digest is None or bool(self._cached(caller.digest) or self._look_up(caller.digest))
         return False
 
     def revoke(self, digest: str) -> None:
@@ -4505,6 +4501,10 @@ class Authenticator:
             raise BadRequest("Authorization: expected one header.")  # two of them arrive as one
         found = re.fullmatch(r"[Bb][Ee][Aa][Rr][Ee][Rr] +(\S+)", (header or "").strip(" \t"))
         return found[1] if found else None
+
+    def _cached(self, digest: str) -> Caller | None:
+        at, caller = self._cache.get(digest, (-math.inf, None))
+        return caller if caller and self._clock() - at < self.TTL and self._is_good(caller) else None
 
     def _is_good(self, caller: Caller) -> bool:
         return caller.digest not in self._revoked and (caller.expires or 0) > self._wall_clock()
