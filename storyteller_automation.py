@@ -1615,10 +1615,11 @@ class RedisClient:
         )
         self._lock = threading.Lock()
         self._fault: Exception | None = None  # why the circuit is open; None while it is closed
-        self._closing = threading.Event()
+        self._probes = Loop(self._probe, "redis-probe")
+        self._probes.start()
 
     def close(self) -> None:
-        self._closing.set()
+        self._probes.close()
         self._pool.disconnect()
 
     def exchange(self, commands: Sequence[_Command]) -> list[Any]:
@@ -1657,7 +1658,7 @@ class RedisClient:
         return result_of(self._call(run))
 
     def _call(self, run: Callable[[Any], T]) -> T:
-        if self._closing.is_set():
+        if self._probes.is_closing:
             raise Unavailable("The service is stopping.", 5)
         if self._fault:
             raise self.unavailable(self._fault)
@@ -1709,22 +1710,22 @@ class RedisClient:
     def _open_circuit(self, fault: Exception) -> None:
         """Let calls fail at once until a probe is answered, or close() was called."""
         with self._lock:
-            if self._fault or self._closing.is_set():
+            if self._fault or self._probes.is_closing:
                 return
-            with contextlib.suppress(RuntimeError):  # without a thread to close it again, it stays closed
-                threading.Thread(target=self._probe_until_answered, name="redis-probe", daemon=True).start()
-                self._fault = fault
+            self._fault = fault
         log.warning("store: %s The circuit is open.", self.unavailable(fault))
         self._pool.disconnect(inuse_connections=False)
+        self._probes.wake()
 
-    def _probe_until_answered(self) -> None:
-        while not self._closing.wait(self.PROBE_INTERVAL):
-            with contextlib.suppress(Exception):  # whatever it is, the next probe may succeed
-                # An error reply is an answer: each call gets its own.
-                self._call_now(lambda connection: self._send(connection, [self.PROBE]))
-                self._fault = None
-                log.warning("store: Redis at %s answers again: the circuit is closed", self.place)
-                return
+    def _probe(self) -> float:
+        if not self._fault:
+            return 3600.0
+        with contextlib.suppress(Exception):  # whatever it is, the next probe may succeed
+            # An error reply is an answer: each call gets its own.
+            self._call_now(lambda connection: self._send(connection, [self.PROBE]))
+            self._fault = None
+            log.warning("store: Redis at %s answers again: the circuit is closed", self.place)
+        return self.PROBE_INTERVAL
 
 
 # ======================================================================================================
