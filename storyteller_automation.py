@@ -348,13 +348,8 @@ class Settings:
         return parts.port or (443 if parts.scheme == "https" else 80)
 
 
-def read_env_file(path: Path) -> dict[str, str]:
-    """The settings of a .env file; {} when there is none. Of a name that is given twice the last counts."""
-    return dict(read_env_lines(path))
-
-
 def read_env_lines(path: Path) -> list[tuple[str, str]]:
-    """Its KEY=VALUE lines. Backslashes are literal (Windows paths)."""
+    """The KEY=VALUE lines of a .env file; none when there is no file. Backslashes are literal (Windows paths)."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -395,7 +390,7 @@ def doubtful_settings(environ: Mapping[str, str], file: Path = ENV_FILE) -> Iter
 
 def load_settings(given: Mapping[str, str | None], environ: Mapping[str, str], file: Path = ENV_FILE) -> Settings:
     """Arguments (`given` by field name) override the environment, it overrides `file`. An empty value is not set."""
-    from_file = read_env_file(file)
+    from_file = dict(read_env_lines(file))  # of a name that is given twice the last counts
     values = {}
     for row in dataclasses.fields(Settings):
         name = row.metadata["name"]

@@ -939,7 +939,7 @@ def test_the_only_trusted_origin_is_also_the_one_that_swarmui_answers(tmp_path, 
 )
 def test_the_env_file_is_read_line_by_line(tmp_path, text, values):
     (tmp_path / ".env").write_bytes(text.encode())
-    assert service.read_env_file(tmp_path / ".env") == values
+    assert dict(service.read_env_lines(tmp_path / ".env")) == values
 
 
 @pytest.mark.parametrize(
@@ -956,7 +956,7 @@ def test_an_env_file_that_cannot_be_used_is_refused_by_name(tmp_path, data, word
     path = tmp_path / ".env"
     path.mkdir() if data is None else path.write_bytes(data)
     with pytest.raises(service.StartError, match=words) as refused:
-        service.read_env_file(path)
+        service.read_env_lines(path)
     assert str(path) in str(refused.value)
 
 
