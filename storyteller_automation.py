@@ -969,6 +969,7 @@ def launch_detached(program: Path, arguments: Sequence[str], folder: Path, outpu
     with open(open_log(output), "ab") as log_file:
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log_file, "stderr": log_file}
         options |= {"cwd": folder, "env": environment}
+        job = 0
         if sys.platform == "win32":
             command = _batch_command(words) if program.suffix.lower() in (".bat", ".cmd") else words
             # With a console of its own, which is invisible: Ctrl+C in ours, and its closing, must not reach it.
@@ -977,10 +978,10 @@ def launch_detached(program: Path, arguments: Sequence[str], folder: Path, outpu
                 process = _start_in_job(job, command, subprocess.CREATE_BREAKAWAY_FROM_JOB, **options)
             except PermissionError:
                 process = _start_in_job(job, command, 0, **options)
-            return Program(process.pid, process_identity(process.pid), process, job)
-        shell = ["bash"] if program.suffix == ".sh" and not os.access(program, os.X_OK) else []
-        process = subprocess.Popen([*shell, *words], start_new_session=True, **options)
-        return Program(process.pid, process_identity(process.pid), process)
+        else:
+            shell = ["bash"] if program.suffix == ".sh" and not os.access(program, os.X_OK) else []
+            process = subprocess.Popen([*shell, *words], start_new_session=True, **options)
+    return Program(process.pid, process_identity(process.pid), process, job)
 
 
 def _batch_command(words: Sequence[str]) -> str:
