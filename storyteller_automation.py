@@ -2618,10 +2618,6 @@ def open_store(settings: Settings, patience: float | None = None) -> Store:
 PREVIEW_LENGTH = 500  # characters of scriptText in a list: whole sessions would make it hundreds of MB
 
 
-class NotASession(ValueError):
-    """What is wrong with a document, and where in it."""
-
-
 _KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number",
           type(None): "null"}  # fmt: skip
 
@@ -2633,11 +2629,11 @@ _LISTED: dict[str, Any] = {"analyzedEpisode": {"scenes": [{"beats": [{}]}]}}
 
 
 def _check_shape(value: Any, shape: Any, place: str = "") -> None:
-    """Raise NotASession for the first value that does not fit, with its place."""
+    """Raise ValueError for the first value that does not fit, with its place."""
     shapes = shape if isinstance(shape, tuple) else (shape,)
     kinds = [one if isinstance(one, type) else type(one) for one in shapes]
     if type(value) not in kinds:
-        raise NotASession(f"{place or 'it'} is {_KINDS[type(value)]}, not {' or '.join(_KINDS[one] for one in kinds)}")
+        raise ValueError(f"{place or 'it'} is {_KINDS[type(value)]}, not {' or '.join(_KINDS[one] for one in kinds)}")
     fitting = shapes[kinds.index(type(value))]
     if isinstance(fitting, dict):
         for key, inner in fitting.items():
@@ -2651,7 +2647,7 @@ def _check_shape(value: Any, shape: Any, place: str = "") -> None:
 def read_session(stored: StoredSession) -> dict[str, Any]:
     """The document of a stored session. Raises ValueError with what is wrong with it."""
     if stored.document is None:
-        raise NotASession("its key holds no text")
+        raise ValueError("its key holds no text")
     document: dict[str, Any] = parse_json(stored.document)
     _check_shape(document, {})
     return document
@@ -2674,11 +2670,11 @@ class Progress:
 
 
 def progress(document: dict[str, Any]) -> Progress:
-    """Count beats and prompts. Ready: there is a beat, and each that needs a prompt has one. Raises NotASession."""
+    """Count beats and prompts. Ready: there is a beat, and each that needs a prompt has one. Raises ValueError."""
     _check_shape(document, _COUNTED)
     scenes = (document.get("analyzedEpisode") or {}).get("scenes")
     if scenes is None:
-        raise NotASession("it has no analyzedEpisode.scenes")
+        raise ValueError("it has no analyzedEpisode.scenes")
     beats = [beat for scene in scenes for beat in scene.get("beats") or ()]
     prompts = waiting = 0
     for beat in beats:
@@ -2691,7 +2687,7 @@ def progress(document: dict[str, Any]) -> Progress:
 
 
 def summary(document: dict[str, Any]) -> dict[str, Any]:
-    """What a list shows of a session beside its timestamp. Raises NotASession."""
+    """What a list shows of a session beside its timestamp. Raises ValueError."""
     _check_shape(document, _LISTED)
     episode = document.get("analyzedEpisode") or {}
 
@@ -3151,7 +3147,7 @@ def due_notification(timestamp: int, document: dict[str, Any]) -> Draft | None:
     """What a session has to announce as it stands: only one that waits for StorySwarm, and that has beats."""
     try:
         found = progress(document)
-    except NotASession:  # it may be a script alone; prompts-status says what is wrong with it
+    except ValueError:  # it may be a script alone; prompts-status says what is wrong with it
         return None
     if document.get("promptMode") != "storyswarm" or not found.total_beats:
         return None
@@ -5648,7 +5644,7 @@ def _save(services: Services, request: Request, timestamp: int, *, by_storyart: 
     storyart = text
     services.carry_latest()
     if services.bridge:
-        with contextlib.suppress(NotASession):  # what has broken beats is stored as it is
+        with contextlib.suppress(ValueError):  # what has broken beats is stored as it is
             _check_shape(document, _COUNTED)
             if to_storyart(document, timestamp, lambda: _read_storyarts(services, timestamp)):
                 storyart = to_json(document)
