@@ -7348,14 +7348,10 @@ def open_sockets(host: str, port: int) -> list[socket.socket]:
             addresses = ["127.0.0.1", "::1"]
         else:
             addresses = [str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][4][0])]
-        for attempt in range(20):
-            try:
+        for _ in range(0 if port else 19):  # a port that is free on the first address may be taken on the second
+            with contextlib.suppress(OSError):
                 return _listen_on_all(addresses, port)
-            except OSError as error:
-                # The port that was free on the first address may be taken on the second: pick another.
-                if port or error.errno not in _IN_USE | _MAYBE_RESERVED or attempt == 19:
-                    raise
-        raise AssertionError
+        return _listen_on_all(addresses, port)
     except (socket.gaierror, UnicodeError):
         advice = "set it to localhost, or to this PC's address."
         raise StartError(f"STORYTELLER_HOST {host} is not known: {advice}") from None
