@@ -2952,27 +2952,6 @@ def test_the_cache_of_members_is_bounded_in_entries_and_in_bytes(notifications, 
     assert notifications._cached.cache_info().maxsize == 2000
 
 
-def test_a_notification_of_ours_has_an_id_that_fits_into_a_path_and_the_time_it_was_given(notifications, clock):
-    found, made = notifications.create([draft()])[0]
-    assert made
-    assert len(found.id) <= 64 and found.id.isascii() and found.id.replace("_", "").replace("-", "").isalnum()
-    assert json.loads(found.text)["timestamp"] == service.iso_time(int(clock.now))
-    assert notifications.create([draft()]) == [(found, False)]
-    assert notifications.check([PROMPTS], 100) == [found]
-
-
-def test_an_acknowledged_notification_is_not_shown_again_and_can_be_acknowledged_again(notifications):
-    found, _ = notifications.create([draft()])[0]
-    assert [notifications.acknowledge(found.id) for _ in range(2)] == [True, True]
-    assert check(notifications) == []
-
-
-@pytest.mark.parametrize("id", ["unknown", "notif_1738195200000_0123456789abcdef", f"notif_{'9' * 15}_x"])
-def test_an_id_that_never_was_cannot_be_acknowledged(notifications, id):
-    notifications.create([draft()])
-    assert [notifications.acknowledge(id) for _ in range(2)] == [False, False]
-
-
 FOREIGN = {
     "plain": (MEMBER, "theirs"),
     "escaped": (rb'{"id":"\u0074h\u00fc","type":"prompts_ready","sessionTimestamp":1,"totalPrompts":1}', "thü"),
@@ -4200,27 +4179,6 @@ def test_after_the_interval_it_is_launched_again(make_supervisor, swarmui_folder
     leash.next()
 
 
-def test_the_start_ends_as_soon_as_the_process_does(make_supervisor, swarmui_folder):
-    """The next probe would be an hour away."""
-    folder = swarmui_folder(exit=3, print="one\ntwo\n[Error] no CUDA \x1b[0m here\n")
-    message = failure(make_supervisor(swarmui_path=folder, poll_interval=3600.0, start_timeout=3600.0))
-    assert "[Error] no CUDA" in message
-    assert "\x1b" not in message
-
-
-@pytest.mark.parametrize("code", [1, 134])
-def test_a_failure_names_the_exit_code(make_supervisor, swarmui_folder, code):
-    """On Windows that of its launch script, which is not SwarmUI's: it pauses in between."""
-    message = failure(make_supervisor(swarmui_path=swarmui_folder(exit=code, print="no CUDA\n")))
-    assert f"exited with code {1 if service.WINDOWS else code}: no CUDA" in message
-
-
-def test_a_failure_behind_an_exit_code_of_0_is_told_with_the_last_lines(make_supervisor, swarmui_folder):
-    message = failure(make_supervisor(swarmui_path=swarmui_folder(exit=0, print="no CUDA\n"), start_timeout=3.0))
-    assert "no answer within 3 s" in message
-    assert message.endswith("it exited with code 0: no CUDA")
-
-
 def test_a_wrapper_that_ends_with_0_is_waited_for(make_supervisor, settings, tmp_path, leash):
     """It starts SwarmUI in the background and ends."""
     server = write_program(tmp_path / "server", SWARMUI, {"leash": leash.port, "delay": 0.3})
@@ -4264,27 +4222,6 @@ def test_a_port_held_by_something_else_is_told_and_nothing_is_launched(
     assert "another program than SwarmUI has its port" in message
     assert words in message
     assert leash.count_further() == 0
-
-
-def test_a_probe_ends_in_time_though_bytes_come_one_by_one(settings):
-    """Each byte would start a socket's own time-out anew."""
-    sent = threading.Event()
-    with socket.create_server(("127.0.0.1", settings.swarmui_port)) as listener:
-
-        def drip() -> None:
-            connection, _ = listener.accept()
-            with connection, contextlib.suppress(OSError):
-                for _ in range(100_000):
-                    connection.sendall(b"H")
-                    sent.wait(0.01)
-
-        thread = threading.Thread(target=drip)
-        thread.start()
-        found = service.probe(dataclasses.replace(settings, health_timeout=0.3))
-        sent.set()
-        thread.join(PATIENCE)
-    assert (found.ready, found.occupied) == (False, True)
-    assert "did not answer within 0.3 s" in found.message
 
 
 def test_nobody_at_the_port_is_told_from_somebody(settings):
@@ -5278,6 +5215,7 @@ def test_a_created_notification_is_answered_as_check_shows_it(app):
         "id", "type", "sessionTimestamp", "storyUuid", "episodeNumber", "totalPrompts", "timestamp",
     ]  # fmt: skip
     assert {**NOTIFICATION, "totalPrompts": 48}.items() <= answer.json.items()
+    assert f"notif_{service.read_time(answer.json['timestamp'])}_" in answer.json["id"]
     assert pending(app) == [answer.json]
 
 
@@ -5338,7 +5276,7 @@ def test_acknowledging_twice_is_good_both_times(app):
     assert app.post(f"/api/v1/notifications/{made}/ack").json == app.post(f"/api/v1/notifications/{made}/ack").json
 
 
-@pytest.mark.parametrize("id", ["notif_1738195200000_0123456789abcdef", "other", "%C3%BC"])
+@pytest.mark.parametrize("id", ["notif_1738195200000_0123456789abcdef", f"notif_{'9' * 15}_x", "other", "%C3%BC"])
 def test_an_id_that_never_was_is_a_404(app, id):
     make_pending(app)
     answer = app.post(f"/api/v1/notifications/{id}/ack", status=404)
@@ -5515,15 +5453,6 @@ def test_a_step_is_announced_once(app):
     app.put_json(f"/api/v1/session/{timestamp}", with_beats(DONE))
     app.get(f"/api/v1/session/{timestamp}/prompts-status")
     assert pending(app, "?type=all") == []
-
-
-def test_a_session_found_ready_by_a_poll_is_announced(make_app, redis_store, other_program):
-    """StorySwarm may have written it straight into Redis."""
-    app = make_app(redis_store)
-    other_program.set("session:1738195200000", json.dumps(with_beats(DONE)))
-    for _ in range(2):
-        assert app.get("/api/v1/session/1738195200000/prompts-status").json["promptsReady"] is True
-    assert [one["sessionTimestamp"] for one in pending(app, "?type=all")] == [1738195200000]
 
 
 @pytest.mark.parametrize(
@@ -8589,16 +8518,6 @@ def test_a_change_by_another_instance_is_seen_by_the_next_check(polled, twin):
     assert polled.check() == [ids[0], ids[2]]
 
 
-def test_a_mark_by_another_program_is_seen_by_the_next_check(poll_service, redis_store, other_program):
-    polled = poll_service(redis_store)
-    id = json.loads(add(redis_store, draft())[0])["id"]
-    assert polled.check() == [id]
-    other_program.set(f"notifications:ack:{id}", "1")
-    assert polled.check() == polled.check() == []
-    other_program.delete(f"notifications:ack:{id}")
-    assert polled.check() == [id]
-
-
 def test_a_notification_that_ends_is_gone_from_the_next_check(polled, store, clock):
     add(store, draft())
     assert len(polled.check()) == 1
@@ -10564,7 +10483,8 @@ def fail_in_time(supervisor: service.SwarmUISupervisor, start_timeout: float = 0
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
-        pytest.param({"exit": 1, "print": "no CUDA\n"}, "exited with code 1: no CUDA", id="exits with 1"),
+        pytest.param({"exit": 1, "print": "no CUDA \x1b[0m\n"}, "exited with code 1: no CUDA  [0m", id="exits with 1"),
+        pytest.param({"exit": 134}, f"exited with code {1 if service.WINDOWS else 134}: ", id="aborts"),
         pytest.param({"exit": 1, "print": "caf\udce9 \udcff\n"}, "exited with code 1: caf\ufffd \ufffd", id="no UTF-8"),
         pytest.param({"exit": 1, "flood": 1}, "exited with code 1: xxxx", id="exits with 1, and one endless line"),
         pytest.param({"exit": 1, "child": True}, "exited with code 1: ", id="a child lives on"),
@@ -10610,9 +10530,6 @@ HEAD = "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"
     ("plan", "words"),
     [
         pytest.param({"answer": [200, {}, "<html>hello</html>"]}, "answered 200: <html>hello</html>", id="HTML"),
-        pytest.param({"answer": [302, {"Location": "/elsewhere"}, ""]}, "answered 302", id="a redirect"),
-        pytest.param({"answer": [500, {}, '{"error": "oops"}']}, "answered 500: oops", id="500"),
-        pytest.param({"token": "t0k3n"}, "set SWARMUI_TOKEN", id="accounts"),
         pytest.param({"raw": [HEAD + '{"session_id"', "the end"]}, 'answered 200: {"session_id"', id="half a body"),
         pytest.param({"raw": [HEAD[:10], "the end"]}, "broke the connection off", id="half a head"),
         pytest.param({"raw": [HEAD, "silence"]}, "did not answer within 0.3 s", id="half, then silence"),
