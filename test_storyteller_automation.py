@@ -1205,12 +1205,6 @@ def test_quotes_that_are_not_closed(tmp_path):
             read_settings(tmp_path, SWARMUI_ARGS='--a "b c')
 
 
-def test_a_private_file_is_whole(tmp_path):
-    service.write_private(tmp_path / "kept", "text")
-    assert (tmp_path / "kept").read_text() == "text"
-    assert [one.name for one in tmp_path.iterdir()] == ["kept"]
-
-
 def test_a_private_file_can_replace_another(tmp_path):
     for text in ("the first", "second"):
         service.write_private(tmp_path / "kept", text, replace=True)
@@ -2629,15 +2623,6 @@ def test_equal_documents_are_parsed_once_also_at_the_same_moment(store, monkeypa
     found = at_once(*[lambda at=T + number: sessions.facts_of(store.session(at)) for number in range(8)])
     assert [facts.progress.ready for facts in found] == [True] * 8
     assert len(parsed) == 1
-
-
-def test_a_changed_document_is_seen_by_the_next_look_though_its_length_is_the_same(store, monkeypatch):
-    sessions = service.Sessions(store)
-    for mode in ("storyswarm", "storyart!!", "storyswarm"):
-        store.save(T, json.dumps(episode(READY_BEAT, promptMode=mode)).encode(), None)
-        (stored,) = store.read_sessions([T])
-        facts = sessions.cached(stored) or sessions.facts_of(stored)
-        assert facts.waits is (mode == "storyswarm") and sessions.facts_of(store.session(T)) is facts
 
 
 def test_several_sessions_are_found_in_one_round_trip_and_none_is_parsed(redis_store, other_program, monkeypatch):
@@ -4095,16 +4080,6 @@ def test_an_executable_without_launch_scripts_above_it_runs_in_its_own_folder(ma
     folder.mkdir()
     ready(make_supervisor(swarmui_path=write_program(folder / "SwarmUI", SWARMUI, {"leash": leash.port})))
     assert Path(leash.next().report["folder"]) == folder
-
-
-def test_any_number_of_callers_wait_for_one_launch_without_a_thread_each(make_supervisor, swarmui_folder, leash):
-    supervisor = make_supervisor(swarmui_path=swarmui_folder(delay=0.3))
-    before = threading.active_count()
-    waiting = [supervisor.start() for _ in range(400)]
-    assert threading.active_count() < before + 5
-    assert {future.result(PATIENCE).message for future in waiting} == {"SwarmUI started successfully"}
-    leash.next()
-    assert leash.count_further() == 0
 
 
 def test_a_caller_that_cancels_leaves_nothing_behind_and_the_others_wait_on(make_supervisor, swarmui_folder, leash):
@@ -8710,6 +8685,7 @@ def test_400_starts_wait_without_a_thread_each_and_nothing_is_kept_of_who_left(
     wait_until(lambda: polled.in_flight() == 0)
     wait_until(lambda: len(polled.server._channels()) == 1)
     assert [polled.check() for _ in range(20)] == [[]] * 20
+    assert leash.count_further() == 0
 
 
 @pytest.mark.parametrize("size", [100, 200_000, service.LARGE_BODY + 1])
