@@ -1711,16 +1711,14 @@ class RedisClient:
             self._fault = fault
         log.warning("store: %s The circuit is open.", self.unavailable(fault))
         self._pool.disconnect(inuse_connections=False)
-        self._probes.wake()
 
     def _probe(self) -> float:
-        if not self._fault:
-            return 3600.0
         with contextlib.suppress(Exception):  # whatever it is, the next probe may succeed
-            # An error reply is an answer: each call gets its own.
-            self._call_now(lambda connection: self._send(connection, [self.PROBE]))
-            self._fault = None
-            log.warning("store: Redis at %s answers again: the circuit is closed", self.place)
+            if self._fault:
+                # An error reply is an answer: each call gets its own.
+                self._call_now(lambda connection: self._send(connection, [self.PROBE]))
+                self._fault = None
+                log.warning("store: Redis at %s answers again: the circuit is closed", self.place)
         return self.PROBE_INTERVAL
 
 
