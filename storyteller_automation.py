@@ -1644,11 +1644,11 @@ class RedisClient:
                 if not commands:
                     self._send(connection, [("UNWATCH",)])
                     return outcome
-                *queued, done = self._send(connection, [("MULTI",), *commands, ("EXEC",)])
-                if refused := [one for one in queued if isinstance(one, ApiError)]:
+                replies = self._send(connection, [("MULTI",), *commands, ("EXEC",)])
+                if refused := [one for one in replies if isinstance(one, ApiError)]:
                     return refused
-                if done is not None:
-                    return [self._reply_of(one) for one in done]
+                if (done := replies[-1]) is not None:
+                    return [self.unavailable(one) if isinstance(one, Exception) else one for one in done]
             return Unavailable(f"{keys[0]} at {self.place} is written all the time: ask again.", 1)
 
         return result_of(self._call(run))
@@ -1692,16 +1692,13 @@ class RedisClient:
         try:
             return connection.read_response(disable_decoding=True)
         except redis.ResponseError as error:
-            return self._reply_of(error)
+            return self.unavailable(error)
 
-    def _reply_of(self, reply: Any) -> Any:
-        return self.unavailable(reply, is_refusal=True) if isinstance(reply, Exception) else reply
-
-    def unavailable(self, error: Exception, *, is_refusal: bool = False) -> ApiError:
+    def unavailable(self, error: Exception) -> ApiError:
         text = f"{getattr(error, 'status_code', '')} {error} {error.__context__}"
         wrong, advice = find_fault(_REDIS_FAULTS, text)
         message = f"Redis at {self.place} cannot be used ({wrong})."
-        return Unavailable(message, 1, refusal=wrong if is_refusal else "", advice=advice)
+        return Unavailable(message, 1, refusal=wrong if isinstance(error, redis.ResponseError) else "", advice=advice)
 
     def _open_circuit(self, fault: Exception) -> None:
         """Let calls fail at once until a probe is answered, or close() was called."""
