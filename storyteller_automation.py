@@ -352,13 +352,8 @@ class Settings:
         return parts.port or (443 if parts.scheme == "https" else 80)
 
 
-def read_env_file(path: Path) -> dict[str, str]:
-    """The settings of a .env file; {} when there is none. Of a name that is given twice the last counts."""
-    return dict(read_env_lines(path))
-
-
 def read_env_lines(path: Path) -> list[tuple[str, str]]:
-    """Its KEY=VALUE lines. Backslashes are literal (Windows paths)."""
+    """The KEY=VALUE lines of a .env file; none when there is no file. Backslashes are literal (Windows paths)."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -399,7 +394,7 @@ def doubtful_settings(environ: Mapping[str, str], file: Path = ENV_FILE) -> Iter
 
 def load_settings(given: Mapping[str, str | None], environ: Mapping[str, str], file: Path = ENV_FILE) -> Settings:
     """Arguments (`given` by field name) override the environment, it overrides `file`. An empty value is not set."""
-    from_file = read_env_file(file)
+    from_file = dict(read_env_lines(file))  # of a name that is given twice the last counts
     values = {}
     for row in dataclasses.fields(Settings):
         name = row.metadata["name"]
@@ -978,6 +973,7 @@ def launch_detached(program: Path, arguments: Sequence[str], folder: Path, outpu
     with open(open_log(output), "ab") as log_file:
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log_file, "stderr": log_file}
         options |= {"cwd": folder, "env": environment}
+        job = 0
         if sys.platform == "win32":
             command = _batch_command(words) if program.suffix.lower() in (".bat", ".cmd") else words
             # With a console of its own, which is invisible: Ctrl+C in ours, and its closing, must not reach it.
@@ -986,10 +982,10 @@ def launch_detached(program: Path, arguments: Sequence[str], folder: Path, outpu
                 process = _start_in_job(job, command, subprocess.CREATE_BREAKAWAY_FROM_JOB, **options)
             except PermissionError:
                 process = _start_in_job(job, command, 0, **options)
-            return Program(process.pid, process_identity(process.pid), process, job)
-        shell = ["bash"] if program.suffix == ".sh" and not os.access(program, os.X_OK) else []
-        process = subprocess.Popen([*shell, *words], start_new_session=True, **options)
-        return Program(process.pid, process_identity(process.pid), process)
+        else:
+            shell = ["bash"] if program.suffix == ".sh" and not os.access(program, os.X_OK) else []
+            process = subprocess.Popen([*shell, *words], start_new_session=True, **options)
+    return Program(process.pid, process_identity(process.pid), process, job)
 
 
 def _batch_command(words: Sequence[str]) -> str:
@@ -1168,19 +1164,15 @@ def last_lines(path: Path, since: int = 0, count: int = 5) -> list[str]:
 # ======================================================================================================
 
 
-def settle(future: Future[T], outcome: T | BaseException) -> None:
-    """Give a future that is marked as running its result or its exception."""
+def settle(future: Future[T], outcome: T | BaseException) -> bool:
+    """Give a future its result or its exception, unless it was cancelled: whether it was not."""
+    if not (future.running() or future.set_running_or_notify_cancel()):
+        return False
     if isinstance(outcome, BaseException):
         future.set_exception(outcome)
     else:
         future.set_result(outcome)
-
-
-def offer(future: Future[T], outcome: T | BaseException) -> bool:
-    """Settle one that its owner may have cancelled: whether it was not."""
-    if is_wanted := future.set_running_or_notify_cancel():
-        settle(future, outcome)
-    return is_wanted
+    return True
 
 
 def settle_by(future: Future[T], function: Callable[..., T], *arguments: Any) -> None:
@@ -1629,10 +1621,11 @@ class RedisClient:
         )
         self._lock = threading.Lock()
         self._fault: Exception | None = None  # why the circuit is open; None while it is closed
-        self._closing = threading.Event()
+        self._probes = Loop(self._probe, "redis-probe")
+        self._probes.start()
 
     def close(self) -> None:
-        self._closing.set()
+        self._probes.close()
         self._pool.disconnect()
 
     def exchange(self, commands: Sequence[_Command]) -> list[Any]:
@@ -1646,22 +1639,32 @@ class RedisClient:
 
     def transact(
         self, keys: Sequence[str], reads: Sequence[_Command], write: Callable[[list[Any]], Sequence[_Command]]
-    ) -> list[Any] | None:
-        """Send what `write` makes of the replies to the reads, in one atomic step: the replies to that, none when there
-        is nothing to write. None when one of the keys was changed meanwhile, and nothing was written."""
+    ) -> list[Any]:
+        """Send what `write` makes of the replies to the reads, in one atomic step, again where one of the keys was
+        changed meanwhile: the replies to that, none when there is nothing to write. Raises what `write` raises."""
 
         def run(connection: Any) -> Any:
-            _, *replies = self._send(connection, [("WATCH", *keys), *reads])
-            commands = write(replies)
-            if not commands:
-                return self._send(connection, [("UNWATCH",)])[1:]
-            replies = self._send(connection, [("MULTI",), *commands, ("EXEC",)])
-            return result_of(next((one for one in replies if isinstance(one, ApiError)), replies[-1]))
+            for _ in range(10):
+                _, *replies = self._send(connection, [("WATCH", *keys), *reads])
+                outcome: Any = []
+                try:
+                    commands = write(replies)
+                except Exception as fault:
+                    commands, outcome = [], fault
+                if not commands:
+                    self._send(connection, [("UNWATCH",)])
+                    return outcome
+                replies = self._send(connection, [("MULTI",), *commands, ("EXEC",)])
+                if refused := [one for one in replies if isinstance(one, ApiError)]:
+                    return refused
+                if (done := replies[-1]) is not None:
+                    return [self.unavailable(one) if isinstance(one, Exception) else one for one in done]
+            return Unavailable(f"{keys[0]} at {self.place} is written all the time: ask again.", 1)
 
-        return cast("list[Any] | None", self._call(run))
+        return result_of(self._call(run))
 
     def _call(self, run: Callable[[Any], T]) -> T:
-        if self._closing.is_set():
+        if self._probes.is_closing:
             raise Unavailable("The service is stopping.", 5)
         if self._fault:
             raise self.unavailable(self._fault)
@@ -1699,33 +1702,31 @@ class RedisClient:
         try:
             return connection.read_response(disable_decoding=True)
         except redis.ResponseError as error:
-            return self.unavailable(error, is_refusal=True)
+            return self.unavailable(error)
 
-    def unavailable(self, error: Exception, *, is_refusal: bool = False) -> ApiError:
+    def unavailable(self, error: Exception) -> ApiError:
         text = f"{getattr(error, 'status_code', '')} {error} {error.__context__}"
         wrong, advice = find_fault(_REDIS_FAULTS, text)
         message = f"Redis at {self.place} cannot be used ({wrong})."
-        return Unavailable(message, 1, refusal=wrong if is_refusal else "", advice=advice)
+        return Unavailable(message, 1, refusal=wrong if isinstance(error, redis.ResponseError) else "", advice=advice)
 
     def _open_circuit(self, fault: Exception) -> None:
         """Let calls fail at once until a probe is answered, or close() was called."""
         with self._lock:
-            if self._fault or self._closing.is_set():
+            if self._fault or self._probes.is_closing:
                 return
-            with contextlib.suppress(RuntimeError):  # without a thread to close it again, it stays closed
-                threading.Thread(target=self._probe_until_answered, name="redis-probe", daemon=True).start()
-                self._fault = fault
+            self._fault = fault
         log.warning("store: %s The circuit is open.", self.unavailable(fault))
         self._pool.disconnect(inuse_connections=False)
 
-    def _probe_until_answered(self) -> None:
-        while not self._closing.wait(self.PROBE_INTERVAL):
-            with contextlib.suppress(Exception):  # whatever it is, the next probe may succeed
+    def _probe(self) -> float:
+        with contextlib.suppress(Exception):  # whatever it is, the next probe may succeed
+            if self._fault:
                 # An error reply is an answer: each call gets its own.
                 self._call_now(lambda connection: self._send(connection, [self.PROBE]))
                 self._fault = None
                 log.warning("store: Redis at %s answers again: the circuit is closed", self.place)
-                return
+        return self.PROBE_INTERVAL
 
 
 # ======================================================================================================
@@ -2055,15 +2056,15 @@ class RedisStore(Store):
         return self._write(*[("EVAL", script, len(keys), *keys, *arguments) for keys, arguments in calls])
 
     def _write(self, *commands: _Command) -> list[Any]:
-        """The outcomes of commands that write. A key of another type is the fault of that key alone."""
-        outcomes = self._redis.exchange(commands)
-        for outcome in outcomes:
-            self._note_refusal(outcome)
-        return outcomes
+        """The outcomes of commands that write."""
+        return self._noted(self._redis.exchange(commands))
 
-    def _note_refusal(self, outcome: Any) -> None:
-        if isinstance(outcome, ApiError) and outcome.refusal and "WRONGTYPE" not in outcome.refusal:
-            self.writes.note(outcome.refusal)
+    def _noted(self, outcomes: list[Any]) -> list[Any]:
+        """Note it where writes are refused. A key of another type is the fault of that key alone."""
+        for outcome in outcomes:
+            if isinstance(outcome, ApiError) and outcome.refusal and "WRONGTYPE" not in outcome.refusal:
+                self.writes.note(outcome.refusal)
+        return outcomes
 
     def _change_call(
         self, draft: Draft | None, at: int, keys: Sequence[str], further: Sequence[Any]
@@ -2263,35 +2264,30 @@ class BridgedStore(RedisStore):
         keys = self._session_keys(timestamp)
         tops = [("ZREVRANGE", index, 0, 0, "WITHSCORES") for index in self.INDEXES]
         noted = ("storyswarm", "storyart", "byStoryArt")
-        reads: list[_Command] = [("HMGET", keys[2], *noted), *tops, ("EXISTS", self.MET)]
+        reads: list[_Command] = [*tops, ("HMGET", keys[2], *noted), ("EXISTS", self.MET)]
         reads += [("PTTL", keys[2]), *((verb, key) for key in keys[:2] for verb in ("PTTL", "GET"))]
         watched: Sequence[str] = keys
         if latest is not None:
             watched = (*keys, self.LATEST, self.META_OF_LATEST)
             reads += [("GET", self.LATEST), ("PTTL", self.LATEST), ("HGET", self.META_OF_LATEST, "storyswarm")]
-        copies, change = Copies(timestamp, None, None), None
-        fault: Exception | None = None
+        copies: Copies = Copies(timestamp, None, None)
+        draft: Draft | None = None
 
         def write(replies: list[Any]) -> list[_Command]:
-            nonlocal copies, change, fault
-            change = None  # of an earlier attempt
+            nonlocal copies, draft
+            draft = None  # of an earlier attempt
+            if any(isinstance(reply, ApiError) and "WRONGTYPE" in reply.refusal for reply in replies[2:]):
+                raise ValueError("its key is of another type")
+            noted, is_met, kept, ttl, document, storyart_ttl, storyart, *of_latest = map(result_of, replies[2:])
+            if of_latest and (of_latest[0] != latest or of_latest[2] == mark_of(latest).encode()):
+                return []  # somebody else wrote it, or carried it over
+            marks = [(one or b"").decode("utf-8", "replace") for one in noted]
+            given = latest if latest is not None and replaces else document
+            copies = Copies(timestamp, given, storyart, (marks[0], marks[1]), marks[2] == "1")
             try:
-                scores = [reply for reply in replies[1:3] if isinstance(reply, list)]
-                noted, is_met, kept, ttl, document, storyart_ttl, storyart, *of_latest = map(
-                    result_of, (replies[0], *replies[3:])
-                )
-                if of_latest and (of_latest[0] != latest or of_latest[2] == mark_of(latest).encode()):
-                    return []  # somebody else wrote it, or carried it over
-                marks = [(one or b"").decode("utf-8", "replace") for one in noted]
-                given = latest if latest is not None and replaces else document
-                copies = Copies(timestamp, given, storyart, (marks[0], marks[1]), marks[2] == "1")
                 change = decide(copies)
             except RecursionError:  # it was read, and cannot be written
-                fault = ValueError("nested too deeply")
-                return []
-            except (ValueError, Unavailable) as error:
-                fault = ValueError("its key is of another type") if "WRONGTYPE" in str(error) else error
-                return []
+                raise ValueError("nested too deeply") from None
             # A copy that was written again as it was lives longer than the marks, by more than two PTTL may differ.
             is_kept = kept == -1 or (-1 not in (ttl, storyart_ttl) and kept + 60_000 > max(ttl, storyart_ttl))
             if change is None and latest is None and is_kept:
@@ -2314,33 +2310,23 @@ class BridgedStore(RedisStore):
             commands.append(("HSET", keys[2], *noted))
             if latest is not None:
                 commands.append(("HSET", self.META_OF_LATEST, "storyswarm", mark_of(latest)))
+            newest = [float(found[1]) for found in replies[:2] if found and isinstance(found, list)]
             # When the bridge first meets a Redis, all is old news but the newest session (a score may have a fraction).
-            is_news = is_met or timestamp > max(float(found[1]) if found else 0 for found in scores) - 1
-            if change.draft and not is_news:
-                change = dataclasses.replace(change, draft=None)
+            if is_met or timestamp > max(newest, default=0) - 1:
+                draft = change.draft
             at = next_time(self._newest_given, self._clock())
-            kind = change.draft.type if change.draft else ""
-            made, values = self._change_call(change.draft, at, keys, (kind,))
+            made, values = self._change_call(draft, at, keys, (draft.type if draft else "",))
             return [*commands, ("EVAL", _LUA_CHANGE, len(made), *made, *values)]
 
-        for _ in range(10):
-            try:
-                replies = self._redis.transact(watched, reads, write)
-            except Unavailable as refused:
-                self._note_refusal(refused)
-                raise
-            if fault:
-                raise fault
-            if replies is None:
-                continue
-            if faults := [reply for reply in replies if isinstance(reply, Exception)]:
-                raise self._redis.unavailable(faults[0], is_refusal=True)
-            if replies:
-                warn_of_clock(replies[-1][0], self._clock(), self.place)
-            if change and change.draft and replies[-1][1] == b"late":
-                self.announce(timestamp, change.draft)
-            return copies
-        raise Unavailable(f"Session {timestamp} is written all the time: ask again.", 1)
+        if replies := self._transact(watched, reads, write):
+            ahead, state, *_ = replies[-1]
+            warn_of_clock(ahead, self._clock(), self.place)
+            if draft and state == b"late":
+                self.announce(timestamp, draft)
+        return copies
+
+    def _transact(self, *call: Any) -> list[Any]:
+        return list(map(result_of, self._noted(self._redis.transact(*call))))
 
     def renew_latest(self, newest: int) -> None:
         """Let session:latest be StorySwarm's copy of the newest session, unless another program changed it."""
@@ -2360,7 +2346,7 @@ class BridgedStore(RedisStore):
             return [("SET", self.LATEST, document, *life), mark]
 
         reads = [(verb, key) for key in (self.LATEST, session) for verb in ("GET", "PTTL")]
-        self._redis.transact((self.LATEST, self.META_OF_LATEST, session), reads, write)
+        self._transact((self.LATEST, self.META_OF_LATEST, session), reads, write)
 
     def note_met(self) -> None:
         self._redis.ask(("SET", self.MET, "1"))
@@ -2708,10 +2694,6 @@ def open_store(settings: Settings, patience: float | None = None) -> Store:
 PREVIEW_LENGTH = 500  # characters of scriptText in a list: whole sessions would make it hundreds of MB
 
 
-class NotASession(ValueError):
-    """What is wrong with a document, and where in it."""
-
-
 _KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number",
           type(None): "null"}  # fmt: skip
 
@@ -2723,11 +2705,11 @@ _LISTED: dict[str, Any] = {"analyzedEpisode": {"scenes": [{"beats": [{}]}]}}
 
 
 def _check_shape(value: Any, shape: Any, place: str = "") -> None:
-    """Raise NotASession for the first value that does not fit, with its place."""
+    """Raise ValueError for the first value that does not fit, with its place."""
     shapes = shape if isinstance(shape, tuple) else (shape,)
     kinds = [one if isinstance(one, type) else type(one) for one in shapes]
     if type(value) not in kinds:
-        raise NotASession(f"{place or 'it'} is {_KINDS[type(value)]}, not {' or '.join(_KINDS[one] for one in kinds)}")
+        raise ValueError(f"{place or 'it'} is {_KINDS[type(value)]}, not {' or '.join(_KINDS[one] for one in kinds)}")
     fitting = shapes[kinds.index(type(value))]
     if isinstance(fitting, dict):
         for key, inner in fitting.items():
@@ -2741,7 +2723,7 @@ def _check_shape(value: Any, shape: Any, place: str = "") -> None:
 def read_session(stored: StoredSession) -> dict[str, Any]:
     """The document of a stored session. Raises ValueError with what is wrong with it."""
     if stored.document is None:
-        raise NotASession("its key holds no text")
+        raise ValueError("its key holds no text")
     document: dict[str, Any] = parse_json(stored.document)
     _check_shape(document, {})
     return document
@@ -2764,11 +2746,11 @@ class Progress:
 
 
 def progress(document: dict[str, Any]) -> Progress:
-    """Count beats and prompts. Ready: there is a beat, and each that needs a prompt has one. Raises NotASession."""
+    """Count beats and prompts. Ready: there is a beat, and each that needs a prompt has one. Raises ValueError."""
     _check_shape(document, _COUNTED)
     scenes = (document.get("analyzedEpisode") or {}).get("scenes")
     if scenes is None:
-        raise NotASession("it has no analyzedEpisode.scenes")
+        raise ValueError("it has no analyzedEpisode.scenes")
     beats = [beat for scene in scenes for beat in scene.get("beats") or ()]
     prompts = waiting = 0
     for beat in beats:
@@ -2781,7 +2763,7 @@ def progress(document: dict[str, Any]) -> Progress:
 
 
 def summary(document: dict[str, Any]) -> dict[str, Any]:
-    """What a list shows of a session beside its timestamp. Raises NotASession."""
+    """What a list shows of a session beside its timestamp. Raises ValueError."""
     _check_shape(document, _LISTED)
     episode = document.get("analyzedEpisode") or {}
 
@@ -3108,15 +3090,12 @@ class Bridge:
             return None
 
     def _turn(self) -> float:
-        is_done = True
         try:
-            is_done = self._look()
+            return self.INTERVAL if self._look() else 0.0
         except ApiError as error:
             if error.refusal and not self._store.writes.refusal:  # else the store has told of it
                 self._report("sessions are not kept in step", str(error))
-        except Exception:
-            log.exception("bridge: sessions are not kept in step")
-        return self.INTERVAL if is_done else 0.0
+            return self.INTERVAL
 
     def _give_lease_back(self) -> None:
         """To another service."""
@@ -3244,7 +3223,7 @@ def due_notification(timestamp: int, document: dict[str, Any]) -> Draft | None:
     """What a session has to announce as it stands: only one that waits for StorySwarm, and that has beats."""
     try:
         found = progress(document)
-    except NotASession:  # it may be a script alone; prompts-status says what is wrong with it
+    except ValueError:  # it may be a script alone; prompts-status says what is wrong with it
         return None
     if document.get("promptMode") != "storyswarm" or not found.total_beats:
         return None
@@ -3288,12 +3267,8 @@ class Notifications:
         ours = re.compile("|".join(["\\\\", *types]).encode())
         others = re.compile("|".join(TOTALS.keys() - set(types)).encode() or b"(?!)")
         rows = (row for row in self._store.pending(page=1000) if ours.search(row[0]) or not others.search(row[0]))
-        wanted = (one for one in self._read(rows) if one.type in types)
-        found: list[Notification] = []
-        while len(found) < limit and (batch := list(itertools.islice(wanted, min(limit, 1000)))):
-            marked = self._store.acknowledged([one.id for one in batch])
-            found += [one for one in batch if one.id not in marked]
-        return found[:limit]
+        wanted = ((0, one) for one in self._read(rows) if one.type in types)
+        return [one for _, one in itertools.islice(self._unmarked(wanted, min(limit, 1000)), limit)]
 
     def check_many(self, queries: Sequence[tuple[Sequence[str], int]]) -> list[list[Notification] | None]:
         """The same for several (types, limit), all from one snapshot. None for a query that has to read further."""
@@ -3314,12 +3289,14 @@ class Notifications:
 
     def dated(self) -> list[tuple[int, Notification]]:
         """All that are not acknowledged, with their times in ms."""
-        rows, found = self._store.pending(page=1000), list[tuple[int, Notification]]()
-        while batch := list(itertools.islice(rows, 1000)):
-            known = [(int(time), one) for member, time in batch for one in self._read([(member, time)])]
-            marked = self._store.acknowledged([one.id for _, one in known])
-            found += [row for row in known if row[1].id not in marked]
-        return found
+        rows = self._store.pending(page=1000)
+        dated = ((int(time), one) for member, time in rows if (one := self.read(member, time)))
+        return list(self._unmarked(dated, 1000))
+
+    def _unmarked(self, rows: Iterator[tuple[int, Notification]], page: int) -> Iterator[tuple[int, Notification]]:
+        while found := list(itertools.islice(rows, page)):
+            marked = self._store.acknowledged([one.id for _, one in found])
+            yield from (row for row in found if row[1].id not in marked)
 
     def create(self, drafts: Sequence[Draft]) -> list[tuple[Notification, bool] | ApiError]:
         """Add each, and True; or the one of the same type and session that is pending already, and False."""
@@ -3504,7 +3481,7 @@ class GpuMonitor:
         self, query: Callable[[], GpuStatus], ttl: float, clock: Clock = time.monotonic, cancel: Any = lambda: None
     ) -> None:
         self._query, self._ttl, self._clock, self._cancel = query, ttl, clock, cancel
-        self._cached: tuple[GpuStatus, float] | None = None  # and when its run ended
+        self.last: tuple[GpuStatus, float] | None = None  # and when its run ended, by the clock
         self._history: dict[int, tuple[int, GpuStatus]] = {}  # by step
         self._remarks: set[str] = set()  # that are logged
         self._closed = False
@@ -3513,11 +3490,6 @@ class GpuMonitor:
     def ask(self) -> GpuStatus | Future[GpuStatus]:
         """The cached status, or a future of the caller's own, which it may cancel. Not after close()."""
         return self._fresh() or self._batcher.ask(None, cancellable=True)
-
-    @property
-    def last(self) -> tuple[GpuStatus, float] | None:
-        """The last status, and when its run ended by the clock."""
-        return self._cached
 
     def history(self, now: int) -> list[tuple[int, GpuStatus]]:
         """The statuses of the last 15 minutes with their times in ms, oldest first."""
@@ -3531,14 +3503,14 @@ class GpuMonitor:
         self._cancel()  # one that was just being started
 
     def _fresh(self) -> GpuStatus | None:
-        cached = self._cached
-        return cached[0] if cached and self._clock() - cached[1] < self._ttl else None
+        last = self.last
+        return last[0] if last and self._clock() - last[1] < self._ttl else None
 
     def _answer(self, _: Sequence[None]) -> list[GpuStatus]:
         status = _failed("the service is stopping") if self._closed else self._fresh()
         if status is None:
             status = self._query()
-            self._cached, at = (status, self._clock()), now_ms()
+            self.last, at = (status, self._clock()), now_ms()
             self._history[at // self.STEP_MS] = at, status
             bound(self._history, self.HISTORY_MS // self.STEP_MS)
             if status.remarks and status.remarks not in self._remarks and len(self._remarks) < self.LOGGED:
@@ -3681,9 +3653,7 @@ class Reservations:
                 self._waiting.append(one)
                 return
             outcome = Unavailable(f"{self.WAITING} others wait for the GPU: ask again later.", 5)
-        if one.future.running() or one.future.set_running_or_notify_cancel():
-            settle(one.future, outcome)
-        elif is_stored:  # its client left meanwhile
+        if not settle(one.future, outcome) and is_stored:  # its client left meanwhile
             self._unclaimed = outcome.digest
             self._look()
 
@@ -4116,7 +4086,7 @@ class SwarmUISupervisor:
     ) -> None:
         self._settings, self._is_reserved, self.clock = settings, is_reserved, clock
         self._restarts = settings.restart.lower() == "on-failure"
-        self._lock = threading.Lock()  # over the next one
+        self._lock = threading.Lock()  # so that nobody asks after close()
         self._asked: dict[Future[Any], str] = {}  # who waits for a start, a stop, one by force, or an end begun
         self._has_looked = threading.Event()
         self._state, self._since, self._began = "", 0, -math.inf  # when it became that: ms, and seconds of the clock
@@ -4176,10 +4146,8 @@ class SwarmUISupervisor:
 
     def _settle(self, futures: Iterable[Future[Any]], outcome: Any) -> None:
         for future in futures:
-            with self._lock:  # not those whom close() or this has told
-                is_due = self._asked.pop(future, None)
-            if is_due:
-                offer(future, outcome)
+            if self._asked.pop(future, None):  # not those whom close() or this has told
+                settle(future, outcome)
 
     def _answer(self, outcome: Any, *wishes: str) -> None:
         self._publish()
@@ -4587,8 +4555,7 @@ class Authenticator:
         for own, owner in self._own_tokens.items():
             if hmac.compare_digest(sent, own):
                 return owner
-        at, caller = self._cache.get(digest_of(token), (-math.inf, None))
-        return caller if caller and self._clock() - at < self.TTL and self._is_good(caller) else None
+        return self._cached(digest_of(token))
 
     def identify(self, environ: Mapping[str, Any]) -> Caller:
         """The same, asking the store where it must. Raises Unauthorized, TooManyRequests, Unavailable, BadRequest."""
@@ -4606,11 +4573,8 @@ class Authenticator:
 
     def is_still_good(self, caller: Caller) -> bool:
         """Whether the token of a caller who stays is good, as the store said within TTL seconds, else says now."""
-        at, known = self._cache.get(caller.digest or "", (-math.inf, None))
-        if caller.digest is None or (known and self._clock() - at < self.TTL):
-            return caller.digest is None or self._is_good(caller)
         with contextlib.suppress(Unavailable):
-            return self._look_up(caller.digest) is not None
+            return caller.digest is None or bool(self._cached(caller.digest) or self._look_up(caller.digest))
         return False
 
     def revoke(self, digest: str) -> None:
@@ -4633,6 +4597,10 @@ class Authenticator:
             raise BadRequest("Authorization: expected one header.")  # two of them arrive as one
         found = re.fullmatch(r"[Bb][Ee][Aa][Rr][Ee][Rr] +(\S+)", (header or "").strip(" \t"))
         return found[1] if found else None
+
+    def _cached(self, digest: str) -> Caller | None:
+        at, caller = self._cache.get(digest, (-math.inf, None))
+        return caller if caller and self._clock() - at < self.TTL and self._is_good(caller) else None
 
     def _is_good(self, caller: Caller) -> bool:
         return caller.digest not in self._revoked and (caller.expires or 0) > self._wall_clock()
@@ -5804,7 +5772,7 @@ def _save(services: Services, request: Request, timestamp: int, *, by_storyart: 
     storyart = text
     services.carry_latest()
     if services.bridge:
-        with contextlib.suppress(NotASession):  # what has broken beats is stored as it is
+        with contextlib.suppress(ValueError):  # what has broken beats is stored as it is
             _check_shape(document, _COUNTED)
             if to_storyart(document, timestamp, lambda: _read_storyarts(services, timestamp)):
                 storyart = to_json(document)
@@ -6723,11 +6691,11 @@ class Live:
         with self._lock:
             joining, self._joining = self._joining, []
         for _, joined in joining:
-            offer(joined, fault)
+            settle(joined, fault)
 
     def _answer(self, waiting: Future[Any], outcome: Any) -> None:
         if self._waiting.pop(waiting, None):
-            offer(waiting, outcome)
+            settle(waiting, outcome)
 
     # ---- in the thread ----
 
@@ -6842,7 +6810,7 @@ class Live:
             if not goes_on:  # what others tell meanwhile follows its state
                 listener.stream.send(self._state(listener, number), before_all=True)
                 listener.told_at = time.monotonic()
-            if not offer(joined, Response(b"", 200, STREAM_HEADERS, listener.stream)):
+            if not settle(joined, Response(b"", 200, STREAM_HEADERS, listener.stream)):
                 listener.stream.close()
 
     def _state(self, listener: Listener, number: int) -> bytes:
@@ -7517,14 +7485,10 @@ def open_sockets(host: str, port: int) -> list[socket.socket]:
             addresses = ["127.0.0.1", "::1"]
         else:
             addresses = [str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][4][0])]
-        for attempt in range(20):
-            try:
+        for _ in range(0 if port else 19):  # a port that is free on the first address may be taken on the second
+            with contextlib.suppress(OSError):
                 return _listen_on_all(addresses, port)
-            except OSError as error:
-                # The port that was free on the first address may be taken on the second: pick another.
-                if port or error.errno not in _IN_USE | _MAYBE_RESERVED or attempt == 19:
-                    raise
-        raise AssertionError
+        return _listen_on_all(addresses, port)
     except (socket.gaierror, UnicodeError):
         advice = "set it to localhost, or to this PC's address."
         raise StartError(f"STORYTELLER_HOST {host} is not known: {advice}") from None

@@ -939,7 +939,7 @@ def test_the_only_trusted_origin_is_also_the_one_that_swarmui_answers(tmp_path, 
 )
 def test_the_env_file_is_read_line_by_line(tmp_path, text, values):
     (tmp_path / ".env").write_bytes(text.encode())
-    assert service.read_env_file(tmp_path / ".env") == values
+    assert dict(service.read_env_lines(tmp_path / ".env")) == values
 
 
 @pytest.mark.parametrize(
@@ -956,7 +956,7 @@ def test_an_env_file_that_cannot_be_used_is_refused_by_name(tmp_path, data, word
     path = tmp_path / ".env"
     path.mkdir() if data is None else path.write_bytes(data)
     with pytest.raises(service.StartError, match=words) as refused:
-        service.read_env_file(path)
+        service.read_env_lines(path)
     assert str(path) in str(refused.value)
 
 
@@ -1203,12 +1203,6 @@ def test_quotes_that_are_not_closed(tmp_path):
     else:
         with pytest.raises(service.StartError, match=r"SWARMUI_ARGS .* quotes that are closed"):
             read_settings(tmp_path, SWARMUI_ARGS='--a "b c')
-
-
-def test_a_private_file_is_whole(tmp_path):
-    service.write_private(tmp_path / "kept", "text")
-    assert (tmp_path / "kept").read_text() == "text"
-    assert [one.name for one in tmp_path.iterdir()] == ["kept"]
 
 
 def test_a_private_file_can_replace_another(tmp_path):
@@ -2507,7 +2501,7 @@ BEAT = "analyzedEpisode.scenes[0].beats[1]"
     ],
 )
 def test_a_wrong_type_at_any_depth_is_named_with_its_place(document, fault):
-    with pytest.raises(service.NotASession) as raised:
+    with pytest.raises(ValueError) as raised:
         service.progress(document)
     assert fault in str(raised.value)
 
@@ -2629,15 +2623,6 @@ def test_equal_documents_are_parsed_once_also_at_the_same_moment(store, monkeypa
     found = at_once(*[lambda at=T + number: sessions.facts_of(store.session(at)) for number in range(8)])
     assert [facts.progress.ready for facts in found] == [True] * 8
     assert len(parsed) == 1
-
-
-def test_a_changed_document_is_seen_by_the_next_look_though_its_length_is_the_same(store, monkeypatch):
-    sessions = service.Sessions(store)
-    for mode in ("storyswarm", "storyart!!", "storyswarm"):
-        store.save(T, json.dumps(episode(READY_BEAT, promptMode=mode)).encode(), None)
-        (stored,) = store.read_sessions([T])
-        facts = sessions.cached(stored) or sessions.facts_of(stored)
-        assert facts.waits is (mode == "storyswarm") and sessions.facts_of(store.session(T)) is facts
 
 
 def test_several_sessions_are_found_in_one_round_trip_and_none_is_parsed(redis_store, other_program, monkeypatch):
@@ -2950,27 +2935,6 @@ def test_the_cache_of_members_is_bounded_in_entries_and_in_bytes(notifications, 
     assert len([size for size in parsed if size < 2048]) == 1
     assert len([size for size in parsed if size > 2048]) == 3
     assert notifications._cached.cache_info().maxsize == 2000
-
-
-def test_a_notification_of_ours_has_an_id_that_fits_into_a_path_and_the_time_it_was_given(notifications, clock):
-    found, made = notifications.create([draft()])[0]
-    assert made
-    assert len(found.id) <= 64 and found.id.isascii() and found.id.replace("_", "").replace("-", "").isalnum()
-    assert json.loads(found.text)["timestamp"] == service.iso_time(int(clock.now))
-    assert notifications.create([draft()]) == [(found, False)]
-    assert notifications.check([PROMPTS], 100) == [found]
-
-
-def test_an_acknowledged_notification_is_not_shown_again_and_can_be_acknowledged_again(notifications):
-    found, _ = notifications.create([draft()])[0]
-    assert [notifications.acknowledge(found.id) for _ in range(2)] == [True, True]
-    assert check(notifications) == []
-
-
-@pytest.mark.parametrize("id", ["unknown", "notif_1738195200000_0123456789abcdef", f"notif_{'9' * 15}_x"])
-def test_an_id_that_never_was_cannot_be_acknowledged(notifications, id):
-    notifications.create([draft()])
-    assert [notifications.acknowledge(id) for _ in range(2)] == [False, False]
 
 
 FOREIGN = {
@@ -4119,16 +4083,6 @@ def test_an_executable_without_launch_scripts_above_it_runs_in_its_own_folder(ma
     assert Path(leash.next().report["folder"]) == folder
 
 
-def test_any_number_of_callers_wait_for_one_launch_without_a_thread_each(make_supervisor, swarmui_folder, leash):
-    supervisor = make_supervisor(swarmui_path=swarmui_folder(delay=0.3))
-    before = threading.active_count()
-    waiting = [supervisor.start() for _ in range(400)]
-    assert threading.active_count() < before + 5
-    assert {future.result(PATIENCE).message for future in waiting} == {"SwarmUI started successfully"}
-    leash.next()
-    assert leash.count_further() == 0
-
-
 def test_a_caller_that_cancels_leaves_nothing_behind_and_the_others_wait_on(make_supervisor, swarmui_folder, leash):
     supervisor = make_supervisor(swarmui_path=swarmui_folder(delay=0.3))
     first, second = supervisor.start(), supervisor.start()
@@ -4201,27 +4155,6 @@ def test_after_the_interval_it_is_launched_again(make_supervisor, swarmui_folder
     leash.next()
 
 
-def test_the_start_ends_as_soon_as_the_process_does(make_supervisor, swarmui_folder):
-    """The next probe would be an hour away."""
-    folder = swarmui_folder(exit=3, print="one\ntwo\n[Error] no CUDA \x1b[0m here\n")
-    message = failure(make_supervisor(swarmui_path=folder, poll_interval=3600.0, start_timeout=3600.0))
-    assert "[Error] no CUDA" in message
-    assert "\x1b" not in message
-
-
-@pytest.mark.parametrize("code", [1, 134])
-def test_a_failure_names_the_exit_code(make_supervisor, swarmui_folder, code):
-    """On Windows that of its launch script, which is not SwarmUI's: it pauses in between."""
-    message = failure(make_supervisor(swarmui_path=swarmui_folder(exit=code, print="no CUDA\n")))
-    assert f"exited with code {1 if service.WINDOWS else code}: no CUDA" in message
-
-
-def test_a_failure_behind_an_exit_code_of_0_is_told_with_the_last_lines(make_supervisor, swarmui_folder):
-    message = failure(make_supervisor(swarmui_path=swarmui_folder(exit=0, print="no CUDA\n"), start_timeout=3.0))
-    assert "no answer within 3 s" in message
-    assert message.endswith("it exited with code 0: no CUDA")
-
-
 def test_a_wrapper_that_ends_with_0_is_waited_for(make_supervisor, settings, tmp_path, leash):
     """It starts SwarmUI in the background and ends."""
     server = write_program(tmp_path / "server", SWARMUI, {"leash": leash.port, "delay": 0.3})
@@ -4265,27 +4198,6 @@ def test_a_port_held_by_something_else_is_told_and_nothing_is_launched(
     assert "another program than SwarmUI has its port" in message
     assert words in message
     assert leash.count_further() == 0
-
-
-def test_a_probe_ends_in_time_though_bytes_come_one_by_one(settings):
-    """Each byte would start a socket's own time-out anew."""
-    sent = threading.Event()
-    with socket.create_server(("127.0.0.1", settings.swarmui_port)) as listener:
-
-        def drip() -> None:
-            connection, _ = listener.accept()
-            with connection, contextlib.suppress(OSError):
-                for _ in range(100_000):
-                    connection.sendall(b"H")
-                    sent.wait(0.01)
-
-        thread = threading.Thread(target=drip)
-        thread.start()
-        found = service.probe(dataclasses.replace(settings, health_timeout=0.3))
-        sent.set()
-        thread.join(PATIENCE)
-    assert (found.ready, found.occupied) == (False, True)
-    assert "did not answer within 0.3 s" in found.message
 
 
 def test_nobody_at_the_port_is_told_from_somebody(settings):
@@ -5287,6 +5199,7 @@ def test_a_created_notification_is_answered_as_check_shows_it(app):
         "id", "type", "sessionTimestamp", "storyUuid", "episodeNumber", "totalPrompts", "timestamp",
     ]  # fmt: skip
     assert {**NOTIFICATION, "totalPrompts": 48}.items() <= answer.json.items()
+    assert f"notif_{service.read_time(answer.json['timestamp'])}_" in answer.json["id"]
     assert pending(app) == [answer.json]
 
 
@@ -5371,7 +5284,7 @@ def test_acknowledging_twice_is_good_both_times(app):
     assert app.post(f"/api/v1/notifications/{made}/ack").json == app.post(f"/api/v1/notifications/{made}/ack").json
 
 
-@pytest.mark.parametrize("id", ["notif_1738195200000_0123456789abcdef", "other", "%C3%BC"])
+@pytest.mark.parametrize("id", ["notif_1738195200000_0123456789abcdef", f"notif_{'9' * 15}_x", "other", "%C3%BC"])
 def test_an_id_that_never_was_is_a_404(app, id):
     make_pending(app)
     answer = app.post(f"/api/v1/notifications/{id}/ack", status=404)
@@ -5570,15 +5483,6 @@ def test_a_step_is_announced_once(app):
     app.put_json(f"/api/v1/session/{timestamp}", with_beats(DONE))
     app.get(f"/api/v1/session/{timestamp}/prompts-status")
     assert pending(app, "?type=all") == []
-
-
-def test_a_session_found_ready_by_a_poll_is_announced(make_app, redis_store, other_program):
-    """StorySwarm may have written it straight into Redis."""
-    app = make_app(redis_store)
-    other_program.set("session:1738195200000", json.dumps(with_beats(DONE)))
-    for _ in range(2):
-        assert app.get("/api/v1/session/1738195200000/prompts-status").json["promptsReady"] is True
-    assert [one["sessionTimestamp"] for one in pending(app, "?type=all")] == [1738195200000]
 
 
 @pytest.mark.parametrize(
@@ -8234,7 +8138,7 @@ def test_where_redis_takes_no_writes_reads_answer_as_ever_and_the_next_look_trie
 
 
 def test_only_a_look_that_is_not_done_is_followed_by_the_next_at_once(bridged, monkeypatch):
-    outcomes = [False, service.Unavailable("no", 1), ValueError("no"), True]
+    outcomes = [False, service.Unavailable("no", 1), True]
 
     def look() -> bool:
         outcome = outcomes.pop(0)
@@ -8244,7 +8148,7 @@ def test_only_a_look_that_is_not_done_is_followed_by_the_next_at_once(bridged, m
 
     monkeypatch.setattr(bridged.bridge, "_look", look)
     pauses = [bridged.bridge._turn() for _ in range(len(outcomes))]
-    assert pauses == [0, *[service.Bridge.INTERVAL] * 3]
+    assert pauses == [0, *[service.Bridge.INTERVAL] * 2]
 
 
 def test_a_look_that_fails_is_logged_once_and_the_next_one_comes(
@@ -8685,16 +8589,6 @@ def test_a_change_by_another_instance_is_seen_by_the_next_check(polled, twin):
     assert polled.check() == [ids[0], ids[2]]
 
 
-def test_a_mark_by_another_program_is_seen_by_the_next_check(poll_service, redis_store, other_program):
-    polled = poll_service(redis_store)
-    id = json.loads(add(redis_store, draft())[0])["id"]
-    assert polled.check() == [id]
-    other_program.set(f"notifications:ack:{id}", "1")
-    assert polled.check() == polled.check() == []
-    other_program.delete(f"notifications:ack:{id}")
-    assert polled.check() == [id]
-
-
 def test_a_notification_that_ends_is_gone_from_the_next_check(polled, store, clock):
     add(store, draft())
     assert len(polled.check()) == 1
@@ -8887,6 +8781,7 @@ def test_400_starts_wait_without_a_thread_each_and_nothing_is_kept_of_who_left(
     wait_until(lambda: polled.in_flight() == 0)
     wait_until(lambda: len(polled.server._channels()) == 1)
     assert [polled.check() for _ in range(20)] == [[]] * 20
+    assert leash.count_further() == 0
 
 
 @pytest.mark.parametrize("size", [100, 200_000, service.LARGE_BODY + 1])
@@ -10686,7 +10581,8 @@ def fail_in_time(supervisor: service.SwarmUISupervisor, start_timeout: float = 0
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
-        pytest.param({"exit": 1, "print": "no CUDA\n"}, "exited with code 1: no CUDA", id="exits with 1"),
+        pytest.param({"exit": 1, "print": "no CUDA \x1b[0m\n"}, "exited with code 1: no CUDA  [0m", id="exits with 1"),
+        pytest.param({"exit": 134}, f"exited with code {1 if service.WINDOWS else 134}: ", id="aborts"),
         pytest.param({"exit": 1, "print": "caf\udce9 \udcff\n"}, "exited with code 1: caf\ufffd \ufffd", id="no UTF-8"),
         pytest.param({"exit": 1, "flood": 1}, "exited with code 1: xxxx", id="exits with 1, and one endless line"),
         pytest.param({"exit": 1, "child": True}, "exited with code 1: ", id="a child lives on"),
@@ -10732,9 +10628,6 @@ HEAD = "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"
     ("plan", "words"),
     [
         pytest.param({"answer": [200, {}, "<html>hello</html>"]}, "answered 200: <html>hello</html>", id="HTML"),
-        pytest.param({"answer": [302, {"Location": "/elsewhere"}, ""]}, "answered 302", id="a redirect"),
-        pytest.param({"answer": [500, {}, '{"error": "oops"}']}, "answered 500: oops", id="500"),
-        pytest.param({"token": "t0k3n"}, "set SWARMUI_TOKEN", id="accounts"),
         pytest.param({"raw": [HEAD + '{"session_id"', "the end"]}, 'answered 200: {"session_id"', id="half a body"),
         pytest.param({"raw": [HEAD[:10], "the end"]}, "broke the connection off", id="half a head"),
         pytest.param({"raw": [HEAD, "silence"]}, "did not answer within 0.3 s", id="half, then silence"),
