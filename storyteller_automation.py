@@ -5087,9 +5087,8 @@ class Stream:
         self._tell, self._is_chunked = tell, is_chunked
         tell()
 
-    def send(self, part: bytes, *, before_all: bool = False) -> None:
-        """`before_all`: only before it is opened."""
-        (self._parts.appendleft if before_all else self._parts.append)(part)
+    def send(self, part: bytes) -> None:
+        self._parts.append(part)
         self._tell()
 
     def close(self) -> None:
@@ -6224,127 +6223,114 @@ Tell = Callable[[str, Any], None]  # the type of an event, and its data
 class PendingChanges:
     """Tells of what is new among the pending notifications, and of what ended. One thread looks."""
 
-    MARKED = 1000  # of so many, the oldest and the newest, it is noticed that another program marked them
+    PAGE = 2000  # members that are read at a time
 
-    def __init__(self, store: Store, notifications: Notifications, tell: Tell) -> None:
-        self._store, self._notifications, self._tell = store, notifications, tell
-        # By id where this service made it, else by member; its type and session. None for what is not told of: an
-        # invalid one, or one whose end was told. What is pending is mostly not parsed: 100,000 take 2 s.
-        self._known: dict[bytes, tuple[str, int] | None] = {}
+    def __init__(self, store: Store, notifications: Notifications, tell: Tell, pause: Callable[[], None]) -> None:
+        """`pause` is called in the middle of a long look."""
+        self._store, self._notifications, self._tell, self._pause = store, notifications, tell, pause
+        # By its id where this service made it, else by the member; its type and session. None for what is not told of:
+        # an invalid one, or one whose end was told. What is pending is mostly not parsed: 100,000 take 2 s.
+        self._known: dict[str | bytes, tuple[str, int] | None] = {}
         self.unread: collections.Counter[int] = collections.Counter()  # by session, prompts_ready that was made here
-        self._oldest: dict[str, bytes] = {}  # MARKED of those, by id
-        self._newest_ones: dict[str, bytes] = {}  # the same
         self._newest, self._scan_at, self._marks_at = 0.0, -math.inf, -math.inf
-        self._is_new = True
-        self._done: queue.SimpleQueue[Notification | str] = queue.SimpleQueue()
-
-    def note(self, *done: Notification | str) -> None:
-        """Notifications that were made here, or ids of those that were acknowledged here. From any thread."""
-        for one in done:
-            self._done.put(one)
 
     def knows(self, id: str) -> bool:
         """False for one that is to be told; True for any of another program."""
-        return not re.fullmatch(OWN_ID, id) or bool(self._known.get(id.encode()))
+        return not re.fullmatch(OWN_ID, id) or bool(self._known.get(id))
 
-    def look(self, *, is_new: bool) -> None:
-        """`is_new`: what differs from what is known is no news. Raises Unavailable."""
-        self._is_new = is_new
-        self._tell_done()
+    def made(self, one: Notification) -> None:
+        """It was made here."""
+        if one.id not in self._known:
+            self._keep(one.id, one)
+
+    def acknowledged(self, id: str) -> None:
+        """It was acknowledged here. The end of one of another program is found by the next look."""
+        self._forget(id)
+
+    def learn(self) -> None:
+        """What is there now is no news. Raises Unavailable."""
+        self._scan(is_new=True)
+        self._find_marked()
+
+    def look(self) -> None:
+        """Raises Unavailable."""
         count, newer = self._store.pending_since(self._newest)
         self._take(newer)
-        if count != len(self._known) or time.monotonic() >= self._marks_at:
-            self._look_at_marks(is_gone=count < len(self._known))
+        # Another instance marks what it removes: so most ends are found without a scan of all that is pending.
+        if (is_gone := count < len(self._known)) or time.monotonic() >= self._marks_at:
+            self._find_marked(is_gone=is_gone)
         if count != len(self._known) or time.monotonic() >= self._scan_at:
             self._scan()
 
-    def _tell_done(self) -> None:
-        while not self._done.empty():
-            one = self._done.get()
-            if isinstance(one, str):
-                self._forget(one.encode())
-            elif one.id.encode() not in self._known:
-                self._keep(one.id.encode(), one)
-
-    def _keep(self, key: bytes, found: Notification | None) -> None:
-        self._known[key] = found and (found.type, found.session)
-        if found:
-            self._count(key, self._known[key], 1)
-            self._newest_ones[found.id] = key
-            bound(self._newest_ones, self.MARKED)
-            self._tell("notification", found.text)
-
-    def _take(self, rows: Sequence[tuple[bytes, float]]) -> None:
-        fresh: dict[bytes, Notification | None] = {}
+    def _take(self, rows: Iterable[tuple[bytes, float]], *, is_new: bool = False) -> list[str | bytes]:
+        """Tell of those that are not known. By what each is known."""
+        keys, fresh = list[str | bytes](), dict[str | bytes, Notification | None]()
         for member, at in rows:
             self._newest = max(self._newest, at)
-            key, own = self._key(member)
+            own = _OWN_PENDING.match(member)
+            keys.append(key := own[1].decode() if own else member)
             if key in self._known:
                 continue
-            if self._is_new:
-                self._known[key] = own or ("", 0)
-                self._count(key, own, 1)
+            if is_new:
+                self._known[key] = (own[3].decode(), int(own[4])) if own else ("", 0)
+                self._count(key, 1)
             else:
                 fresh[key] = self._notifications.read(member, at)
         marked = self._store.acknowledged([found.id for found in fresh.values() if found])
         for key, found in fresh.items():
             self._keep(key, None if found and found.id in marked else found)
+        return keys
 
-    @staticmethod
-    def _key(member: bytes) -> tuple[bytes, tuple[str, int] | None]:
-        """By which it is known; its type and session where this service made it."""
-        own = _OWN_PENDING.match(member)
-        return (own[1], (own[3].decode(), int(own[4]))) if own else (member, None)
+    def _keep(self, key: str | bytes, found: Notification | None) -> None:
+        self._known[key] = found and (found.type, found.session)
+        self._count(key, 1)
+        if found:
+            self._tell("notification", found.text)
 
-    def _count(self, key: bytes, known: tuple[str, int] | None, change: int) -> None:
-        if known and known[0] == "prompts_ready" and re.fullmatch(OWN_ID.encode(), key):
+    def _count(self, key: str | bytes, change: int) -> None:
+        if isinstance(key, str) and (known := self._known[key]) and known[0] == "prompts_ready":
             self.unread[known[1]] += change
             if not self.unread[known[1]]:
                 del self.unread[known[1]]
 
-    def _forget(self, key: bytes, *, is_gone: bool = True) -> None:
-        """Tell its end, unless that was told."""
-        known = self._known.pop(key, None)
-        if not is_gone:
+    def _forget(self, key: str | bytes, *, is_gone: bool = True) -> None:
+        """Tell its end, unless that was told. One that is not gone is not told of again."""
+        if known := self._known.get(key):
+            self._count(key, -1)
+            found = None if isinstance(key, str) else self._notifications.read(key, 0)
+            id, type, session = (found.id, found.type, found.session) if found else (key, *known)
+            if isinstance(id, str):  # else it is an invalid one
+                self._tell("acknowledged", {"id": id, "type": type, "sessionTimestamp": session})
+        if is_gone:
+            self._known.pop(key, None)
+        else:
             self._known[key] = None
-        if not known:
-            return
-        id, (kind, session) = key.decode("utf-8", "replace"), known
-        if not re.fullmatch(OWN_ID, id):
-            found = self._notifications.read(key, 0)
-            if not found:
-                return
-            id, kind, session = found.id, found.type, found.session
-        self._count(key, known, -1)
-        self._tell("acknowledged", {"id": id, "type": kind, "sessionTimestamp": session})
 
-    def _look_at_marks(self, *, is_gone: bool) -> None:
-        """Another instance marks what it removes: so most ends are found without a scan of all that is pending."""
-        keys = {**self._oldest, **self._newest_ones}
-        for id in self._store.acknowledged([id for id, key in keys.items() if self._known.get(key)]):
-            self._forget(keys[id], is_gone=is_gone)
-        self._marks_at = time.monotonic() + 1.0
+    def _find_marked(self, *, is_gone: bool = False) -> None:
+        """What is marked has ended, though another program may have left it where it is."""
+        began, ids = time.monotonic(), dict[str, str | bytes]()
+        for key, known in self._known.items():
+            if known and isinstance(key, str):
+                ids[key] = key
+            elif known and isinstance(key, bytes) and (named := _IDS.search(key)):
+                ids[named[1].decode("utf-8", "replace")] = key
+        asked = iter(ids)
+        while part := list(itertools.islice(asked, 1000)):
+            for id in self._store.acknowledged(part):
+                self._forget(ids[id], is_gone=is_gone)
+        ended = time.monotonic()
+        self._marks_at = ended + max(1.0, 20 * (ended - began))
 
-    def _scan(self) -> None:
+    def _scan(self, *, is_new: bool = False) -> None:
         """Compare all that is pending with what is known."""
-        began, before, seen = time.monotonic(), set(self._known), set[bytes]()
-        fresh: list[tuple[bytes, float]] = []
-        self._oldest = {}
-        for number, (member, at) in enumerate(self._store.pending(page=2000)):
-            key, own = self._key(member)
-            seen.add(key)
-            if key not in before:
-                fresh.append((member, at))
-            elif number < self.MARKED and self._known.get(key):
-                found = None if own else self._notifications.read(member, at)
-                if own or found:
-                    self._oldest[found.id if found else key.decode()] = key
-            if number % 2000 == 1999:
-                self._tell_done()  # what is done here does not wait for all of 100,000
-        for key in before - seen:
-            if key in self._known:
+        began, before, seen = time.monotonic(), list(self._known), set[str | bytes]()
+        rows = self._store.pending(page=self.PAGE)
+        while page := list(itertools.islice(rows, self.PAGE)):
+            seen.update(self._take(page, is_new=is_new))
+            self._pause()  # what is done here does not wait for all of 100,000
+        for key in before:
+            if key not in seen:
                 self._forget(key)
-        self._take(fresh)
         ended = time.monotonic()
         self._scan_at = ended + max(2.0, 10 * (ended - began))
 
@@ -6359,7 +6345,6 @@ class SessionChanges:
         self._versions: dict[int, Any] = {}  # by which Store.newest_sessions() knows those, also of what is no session
         self._found: dict[int, tuple[str, bool, dict[str, Any]]] = {}  # mark, whether it announced its prompts, data
         self._told: dict[int, Any] = {}
-        self._late: set[int] = set()  # that announce their prompts once the store takes writes
 
     def look(self) -> None:
         """Read what was changed, and announce what is complete, as prompts-status does. Raises Unavailable."""
@@ -6371,17 +6356,15 @@ class SessionChanges:
             {one: value for one, value in known.items() if one in newest}
             for known in (self._versions, self._found, self._told)
         )
-        self._late &= newest.keys()
-        late = set() if services.store.writes.refusal else self._late
-        changed = [one for one, version in newest.items() if before.get(one) != version or one in late]
+        changed = [one for one, version in newest.items() if before.get(one) != version]
         for at in range(0, len(changed), 8):  # so few documents are in memory at once
             for timestamp, outcome in zip(changed[at:], services.store.read_sessions(changed[at : at + 8])):
+                self._versions[timestamp] = newest[timestamp]
                 if stored := services.in_step(result_of(outcome)):
                     with contextlib.suppress(OverflowError):  # a time past the year 9999
                         self._read(stored)
                     if timestamp < oldest:  # it is no news: a newer one is gone
                         self._told.setdefault(timestamp, self._data(timestamp))
-                self._versions[timestamp] = newest[timestamp]
 
     def _read(self, stored: StoredSession) -> None:
         services, timestamp = self._services, stored.timestamp
@@ -6389,7 +6372,8 @@ class SessionChanges:
         if is_announcement_due(stored, facts):
             if not services.store.writes.refusal:
                 announce_progress(services, stored)
-            (self._late.add if services.store.writes.refusal else self._late.discard)(timestamp)
+            if services.store.writes.refusal:
+                self._versions[timestamp] = None  # it is read again until the store takes writes
         if isinstance(facts.summary, str):  # it is no session
             self._found.pop(timestamp, None)
             return
@@ -6427,12 +6411,48 @@ class SessionChanges:
         return [self._told[one][1] for one in sorted(self._told, reverse=True) if self._told[one]]
 
 
+class OtherChanges:
+    """Tells of the GPU, of who reserved it, and of SwarmUI. One thread looks."""
+
+    def __init__(self, services: Services, tell: Tell) -> None:
+        self._services, self._tell = services, tell
+        self._told: dict[str, Any] = {}  # by type
+
+    def look(self) -> None:
+        services, swarmui = self._services, self._services.swarmui.status()
+        with contextlib.suppress(Unavailable):
+            services.reservations.ask()  # so that it is known at the next look
+        held, gpu = services.reservations.known, next(reversed(self._gpu_history()), None)
+        reservation = reservation_json(held) if held else None
+        still = {**swarmui, "startingFor": None, "idleFor": None, "logTail": None}  # what changes by itself is no news
+        for type, data, news in (
+            ("gpu", gpu, gpu), ("reservation", reservation, reservation), ("swarmui", swarmui, still),
+        ):  # fmt: skip
+            if self._told.setdefault(type, news) != news:
+                self._tell(type, data)
+            self._told[type] = news
+
+    def shown(self) -> dict[str, Any]:
+        """Their parts of `state`."""
+        gpu, reservation = self._told["gpu"], self._told["reservation"]
+        swarmui = self._services.swarmui.status()
+        return {"gpu": gpu, "gpuHistory": self._gpu_history(), "reservation": reservation, "swarmui": swarmui}
+
+    def _gpu_history(self) -> list[dict[str, Any]]:
+        return [{**gpu_json(status), "at": at} for at, status in self._services.gpu.history(now_ms())]
+
+
 # ======================================================================================================
 # Live: who is told
 # ======================================================================================================
 
 LISTENERS = min(350, descriptor_limit() - 200)  # and checks that wait, together
 STREAM_HEADERS = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}  # the second one for nginx
+# The parts of `state` beside `service`, and the type of the events that change each.
+STATE_PARTS = {
+    "gpu": "gpu", "gpuHistory": "gpu", "reservation": "reservation", "swarmui": "swarmui",
+    "notifications": "notification", "sessions": "session", "alerts": "alert",
+}  # fmt: skip
 
 
 class Event(NamedTuple):
@@ -6449,6 +6469,8 @@ class Listener:
     caller: Caller
     types: frozenset[str]
     last: str  # the id of the last event that it has
+    asked: Sequence[Future[Any]]  # what its state needs,
+    deadline: float  # and until when it waits for that, in monotonic seconds
     stream: Stream = dataclasses.field(default_factory=Stream)
     told_at: float = -math.inf  # monotonic seconds
     lacks_store: bool = False  # its state was made while the store was away
@@ -6461,7 +6483,7 @@ class Listener:
         self.stream.send(text)
 
 
-@dataclass
+@dataclass(eq=False)
 class Waiting:
     """A check that waits."""
 
@@ -6472,159 +6494,156 @@ class Waiting:
 
 class Live:
     """Tells listeners what changes, and checks that wait when they may be answered. While somebody is here, and for a
-    while afterwards, a thread compares the store with what is known; what is done here wakes it."""
+    while afterwards, a thread compares the store with what is known; what is done here wakes it. That thread alone
+    tells, so events and states are in order."""
 
     # Seconds between two looks at what others may change; between two at how many notifications are pending.
     INTERVAL, PENDING_INTERVAL = 0.75, 0.25
     KEPT = 1000  # events after which a client may go on
     SILENCE, LINGER = 15.0, 60.0  # seconds
     NOTIFICATIONS = 100  # in `state`
-    GPU_INTERVAL, GPU_WAIT = 5.0, 1.0  # seconds between two runs of nvidia-smi; that `state` waits for one
+    STATE_WAIT = 1.0  # seconds that `state` waits for nvidia-smi, and for the reservation
 
     def __init__(self, services: Services) -> None:
         self._services = services
         self.addresses: Sequence[str] = ()
-        self._run = secrets.token_hex(4)
-        self._states = itertools.count(1)
-        self._lock = threading.Lock()  # over these
+        self._lock = threading.Lock()  # over whether somebody may still come
+        self._is_closed = self._is_started = False
+        self._joining: dict[Future[Any], Listener] = {}
+        self._waiting: dict[Future[Any], Waiting] = {}
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # to be made in the thread
+        self._loop = Loop(self._turn, "live")
+        # The thread's alone; others read it.
+        self._listeners: Sequence[Listener] = ()  # replaced, and never changed
+        self._run, self._states = secrets.token_hex(4), itertools.count(1)
         self._number = 0  # of the newest event
         self._events: collections.deque[Event] = collections.deque(maxlen=self.KEPT)
-        self._listeners: list[Listener] = []
-        self._joining: list[tuple[Listener, Future[Response]]] = []
-        self._waiting: dict[Future[Any], Waiting] = {}
-        self._is_closed = self._is_started = False
-        self._gpu: dict[str, Any] | None = None  # the newest figures
-        self._gpu_due = -math.inf
-        self._loop = Loop(self._turn, "live")
-        # The thread's alone.
-        self._pending = PendingChanges(services.store, services.notifications, self._tell)
+        self._pending = PendingChanges(services.store, services.notifications, self._tell, self._call)
         self._sessions = SessionChanges(services, self._pending.unread, self._tell)
-        self._told: dict[str, Any] = {}  # by type
+        self._others = OtherChanges(services, self._publish)
         self._is_new = True  # what differs from what is known is no news
         self._left_at = self._looked_at = -math.inf
         self._store_up = True
 
     # ---- from any thread ----
 
-    def publish(self, type: str, data: Mapping[str, Any] | bytes | None, permission: str = "") -> None:
+    def publish(self, type: str, data: Mapping[str, Any], permission: str = "") -> None:
         """Tell an event, to those who want it and may see it."""
-        text = data if isinstance(data, bytes) else to_json(data)
-        with self._lock:
-            self._number += 1
-            event = Event(self._number, type, permission or EVENTS[type], self._frame(type, text, f"{self._number}"))
-            self._events.append(event)
-            for one in self._listeners:
-                if one.wants(event):
-                    one.send(event.text)
+        self._call_soon(functools.partial(self._publish, type, data, permission))
 
     def publish_alert(self, alert: Mapping[str, Any]) -> None:
         self.publish("alert", alert, ALERTS[alert["kind"]])
 
-    def count_listeners(self, type: str | None = None) -> int:
-        """Those to that type of events, by default to any."""
-        listeners = list(self._listeners)
-        return sum(not one.stream.is_closed and type in (None, *one.types) for one in listeners)
-
-    def join(self, caller: Caller, types: frozenset[str], last: str) -> Future[Response]:
-        """A stream of these events, after that one. Raises Unavailable when there are too many."""
-        listener, joined = Listener(caller, types, last), Future[Response]()
-        with self._place():
-            self._joining.append((listener, joined))
-        self._loop.wake()
-        return joined
-
-    def wait(self, check: Check, seconds: float) -> Any:
-        """The response to a check once something matches, after so many seconds an empty one. Raises the same."""
-        waiting: Future[Any] = Future()
-        with self._place():
-            self._waiting[waiting] = Waiting(check, time.monotonic() + seconds)
-        waiting.add_done_callback(lambda done: self._waiting.pop(done, None))
-        self._loop.wake()
-        return waiting
-
-    @contextlib.contextmanager
-    def _place(self) -> Iterator[None]:
-        with self._lock:
-            self._listeners = [one for one in self._listeners if not one.stream.is_closed]
-            if self._is_closed:
-                raise Unavailable("The service is stopping.", 5)
-            if len(self._listeners) + len(self._joining) + len(self._waiting) >= LISTENERS:
-                raise Unavailable(f"{LISTENERS} others listen or wait already: ask again later.", 5)
-            yield
-            if not self._is_started:
-                self._is_started = True
-                self._loop.start()
-
     def note(self, *done: Notification | str) -> None:
         """Notifications that were made here, or ids of those that were acknowledged here."""
-        if not self._is_new:  # somebody is here
-            self._pending.note(*done)
-            self._loop.wake()
+        for one in () if self._is_new else done:
+            if isinstance(one, str):
+                self._call_soon(functools.partial(self._pending.acknowledged, one))
+            else:
+                self._call_soon(functools.partial(self._pending.made, one))
 
     def look_soon(self) -> None:
         """A session, or what it announces, was changed here."""
         self._looked_at = -math.inf
-        if self._is_started:
+        self._call_soon(lambda: None)
+
+    def _call_soon(self, function: Callable[[], None]) -> None:
+        if self._is_started:  # else nobody ever came
+            self._calls.put(function)
             self._loop.wake()
+
+    def count_listeners(self, type: str | None = None) -> int:
+        """Those to that type of events, by default to any."""
+        return sum(not one.stream.is_closed and type in (None, *one.types) for one in self._listeners)
+
+    def join(self, caller: Caller, types: frozenset[str], last: str) -> Future[Response]:
+        """A stream of these events, after that one. Raises Unavailable when there are too many."""
+        asks = {"gpu": self._services.gpu.ask, "reservation": self._services.reservations.ask}
+        asked = [one for type in types & asks.keys() if isinstance(one := asks[type](), Future)]
+        deadline = time.monotonic() + self.STATE_WAIT
+        joining = self._enter(self._joining, Listener(caller, types, last, asked, deadline))
+        for one in asked:
+            one.add_done_callback(lambda _: self._loop.wake())
+        return joining
+
+    def wait(self, check: Check, seconds: float) -> Response | Future[Response]:
+        """The response to a check once something matches; an empty one after so many seconds, and at the service's end.
+        Raises the same."""
+        if self._is_closed:
+            return Response(NOTHING)
+        return self._enter(self._waiting, Waiting(check, time.monotonic() + seconds))
+
+    def _enter(self, places: dict[Future[Any], T], one: T) -> Future[Any]:
+        with self._lock:
+            if self._is_closed:
+                raise Unavailable("The service is stopping.", 5)
+            if self.count_listeners() + len(self._joining) + len(self._waiting) >= LISTENERS:
+                raise Unavailable(f"{LISTENERS} others listen or wait already: ask again later.", 5)
+            future: Future[Any] = Future()
+            places[future] = one
+            if not self._is_started:
+                self._is_started = True
+                self._loop.start()
+        future.add_done_callback(lambda done: places.pop(done, None))  # its client has left
+        self._loop.wake()
+        return future
+
+    def _answer(self, future: Future[Any], outcome: Any) -> bool:
+        """Whether somebody still waited for it."""
+        one = self._joining.pop(future, None) or self._waiting.pop(future, None)
+        return one is not None and offer(future, outcome)
 
     def close(self, timeout: float = 0.0) -> None:
         """End the events, answer who waits with an empty list, and end the thread. May be called again."""
         with self._lock:
-            self._is_closed, listeners = True, list(self._listeners)
-        self._refuse(Unavailable("The service is stopping.", 5))
-        for listener in listeners:
-            listener.stream.close()
+            self._is_closed = True
+        for joining in list(self._joining):
+            self._answer(joining, Unavailable("The service is stopping.", 5))
         for waiting in list(self._waiting):
             self._answer(waiting, Response(NOTHING))
+        for listener in self._listeners:
+            listener.stream.close()
         self._loop.close(timeout)
-
-    def _refuse(self, fault: Exception) -> None:
-        """Tell those who join."""
-        with self._lock:
-            joining, self._joining = self._joining, []
-        for _, joined in joining:
-            offer(joined, fault)
-
-    def _answer(self, waiting: Future[Any], outcome: Any) -> None:
-        if self._waiting.pop(waiting, None):
-            offer(waiting, outcome)
 
     # ---- in the thread ----
 
     def _turn(self) -> float:
+        self._call()
         now = time.monotonic()
-        with self._lock:
-            self._listeners = [one for one in self._listeners if not one.stream.is_closed]
-            joining, listeners = list(self._joining), list(self._listeners)
-        if joining or listeners or self._waiting:
+        self._listeners = [one for one in self._listeners if not one.stream.is_closed]
+        if self._listeners or self._joining or self._waiting:
             self._left_at = now
         if now - self._left_at > self.LINGER:
-            self._is_new, self._gpu = True, None
+            self._is_new = True
             return 3600.0
-        is_whole = bool(joining) or now - self._looked_at >= self.INTERVAL
+        ready = [
+            (joining, one)
+            for joining, one in list(self._joining.items())
+            if now >= one.deadline or all(asked.done() for asked in one.asked)
+        ]
+        is_whole = bool(ready) or now - self._looked_at >= self.INTERVAL
         try:
             self._store_up = self._look(is_whole=is_whole)
             if is_whole:
-                self._look_elsewhere(listeners)
-            self._admit(joining)
+                self._others.look()
+                self._end_events()
+            self._admit(ready)
         except Exception as fault:
-            self._refuse(fault)
+            for joining, _ in ready:
+                self._answer(joining, fault)
             raise
-        self._answer_waiting()
+        self._ask_again()
         now = time.monotonic()
-        for one in listeners:
-            if one.lacks_store and self._store_up:
-                one.lacks_store = False
-                one.send(self._state(one, self._number))
-            with self._lock:
-                if now - one.told_at >= self.SILENCE:
-                    one.send(self._comment())
-        ends = [
-            now + self.PENDING_INTERVAL,
-            self._looked_at + self.INTERVAL,
-            *(one.deadline for one in list(self._waiting.values())),
-        ]
-        return max(0.0, min(ends) - time.monotonic())
+        for listener in self._listeners:
+            if now - listener.told_at >= self.SILENCE:
+                listener.send(self._comment())
+        ends = [now + self.PENDING_INTERVAL, self._looked_at + self.INTERVAL]
+        ends += [one.deadline for one in list(self._waiting.values())]
+        return max(0.0, min(ends) - now)
+
+    def _call(self) -> None:
+        while not self._calls.empty():
+            self._calls.get()()
 
     def _look(self, *, is_whole: bool) -> bool:
         """At the store; whether it answers."""
@@ -6632,103 +6651,76 @@ class Live:
             if is_whole:
                 self._looked_at = time.monotonic()
                 self._sessions.look()
-            self._pending.look(is_new=self._is_new)
+            if self._is_new:
+                self._pending.learn()
+            else:
+                self._pending.look()
         except Unavailable:
             return False
         self._sessions.tell()
-        if self._is_new:
-            with self._lock:  # nobody goes on from before that
-                self._is_new, self._number = False, self._number + 1
-                self._events.clear()
+        if self._is_new:  # nobody goes on from before that
+            self._is_new, self._number = False, self._number + 1
+            self._events.clear()
         return True
+
+    def _end_events(self) -> None:
+        """Of those whose token has ended."""
+        is_good = functools.cache(self._services.authenticator.is_still_good)
+        for one in self._listeners:
+            if not is_good(one.caller):
+                one.stream.close()
 
     def _tell(self, type: str, data: Any) -> None:
         if not self._is_new:
-            self.publish(type, data)
+            self._publish(type, data)
         for waiting in list(self._waiting.values()) if type == "notification" else ():
             waiting.is_due = True
 
-    def _look_elsewhere(self, listeners: Sequence[Listener]) -> None:
-        """At SwarmUI, the GPU and who reserved it; whether tokens are still good."""
-        services, shown = self._services, self._services.swarmui.status()
-        known = {**shown, "startingFor": None, "idleFor": None, "logTail": None}  # without what changes by itself
-        if self._told.setdefault("swarmui", known) != known:
-            self.publish("swarmui", shown)
-        self._told["swarmui"] = known
-        with contextlib.suppress(Unavailable, concurrent.futures.TimeoutError):
-            held = services.reservations.ask().result(5.0)
-            found = reservation_json(held) if held else None
-            if self._told.setdefault("reservation", found) != found:
-                self.publish("reservation", found)
-            self._told["reservation"] = found
-        if any("gpu" in one.types for one in listeners):
-            self._ask_gpu()
-        callers = {one.caller for one in listeners}
-        good = {caller for caller in callers if services.authenticator.is_still_good(caller)}
-        for one in listeners:
-            if one.caller not in good:
+    def _publish(self, type: str, data: Any, permission: str = "") -> None:
+        self._number += 1
+        text = self._frame(type, data if isinstance(data, bytes) else to_json(data), f"{self._number}")
+        event = Event(self._number, type, permission or EVENTS[type], text)
+        self._events.append(event)
+        for one in self._listeners:
+            if one.wants(event):
+                one.send(event.text)
+
+    def _admit(self, ready: Sequence[tuple[Future[Any], Listener]]) -> None:
+        """Send those who join what they lack, and the state to who got one without the store."""
+        lacking = [one for one in self._listeners if one.lacks_store and self._store_up]
+        parts = self._state_parts() if ready or lacking else {}
+        for one in lacking:
+            one.send(self._state(one, parts))
+        for joining, one in ready:
+            found = re.fullmatch(rf"{self._run}-([0-9]{{1,15}})(\.[0-9]+)?", one.last)
+            after = int(found[1]) if found else -1
+            if self._number - min(len(self._events), self.KEPT - 1) <= after <= self._number:
+                missed = [event.text for event in self._events if event.number > after and one.wants(event)]
+                one.send(b"".join(missed) or self._comment())
+            else:
+                one.send(self._state(one, parts))
+            self._listeners = [*self._listeners, one]
+            if not self._answer(joining, Response(b"", 200, STREAM_HEADERS, one.stream)) or self._is_closed:
                 one.stream.close()
 
-    def _ask_gpu(self) -> GpuStatus | Future[GpuStatus] | None:
-        """Tell what nvidia-smi says, when that is due."""
-        if time.monotonic() < self._gpu_due:
-            return None
-        self._gpu_due = time.monotonic() + self.GPU_INTERVAL
-
-        def tell(status: GpuStatus) -> GpuStatus:
-            self._gpu_due = time.monotonic() + self.GPU_INTERVAL
-            self._gpu = {**gpu_json(status), "at": now_ms()}
-            self.publish("gpu", self._gpu)
-            return status
-
-        return then(self._services.gpu.ask(), tell)
-
-    def _admit(self, joining: Sequence[tuple[Listener, Future[Response]]]) -> None:
-        asked = self._ask_gpu() if any("gpu" in one.types for one, _ in joining) else None
-        if isinstance(asked, Future):
-            concurrent.futures.wait([asked], self.GPU_WAIT)
-        for listener, joined in joining:
-            found = re.fullmatch(rf"{self._run}-([0-9]{{1,15}})(\.[0-9]+)?", listener.last)
-            with self._lock:
-                if (listener, joined) not in self._joining:  # it was refused
-                    continue
-                self._joining.remove((listener, joined))
-                self._listeners.append(listener)
-                number, after = self._number, int(found[1]) if found else -1
-                goes_on = number - min(len(self._events), self.KEPT - 1) <= after <= number
-                if goes_on:
-                    due = [one.text for one in self._events if one.number > after and listener.wants(one)]
-                    listener.send(b"".join(due) or self._comment())
-            if not goes_on:  # what others tell meanwhile follows its state
-                listener.stream.send(self._state(listener, number), before_all=True)
-                listener.told_at = time.monotonic()
-            if not offer(joined, Response(b"", 200, STREAM_HEADERS, listener.stream)):
-                listener.stream.close()
-
-    def _state(self, listener: Listener, number: int) -> bytes:
-        services, types, shown = self._services, listener.types, dict[str, Any]()
-        if "gpu" in types:
-            history = [{**gpu_json(status), "at": at} for at, status in services.gpu.history(now_ms())]
-            shown = {"gpu": self._gpu, "gpuHistory": history}
-        if "reservation" in types:
-            shown["reservation"] = self._told.get("reservation")
-        if "swarmui" in types:
-            shown["swarmui"] = services.swarmui.status()
-        if "notification" in types:
-            shown["notifications"] = []
-            with contextlib.suppress(Unavailable):
-                pending = services.notifications.check(tuple(TOTALS), self.NOTIFICATIONS)
-                shown["notifications"] = [json.loads(one.text) for one in pending if self._pending.knows(one.id)]
-        if "session" in types:
-            shown["sessions"] = self._sessions.shown()
-        if "alert" in types:
-            shown["alerts"] = [one for one in services.alerts.shown() if listener.caller.may(ALERTS[one["kind"]])]
-        listener.lacks_store = not self._store_up
-        shown["service"] = {
+    def _state_parts(self) -> dict[str, Any]:
+        services, pending = self._services, list[Any]()
+        with contextlib.suppress(Unavailable):
+            found = services.notifications.check(tuple(TOTALS), self.NOTIFICATIONS)
+            pending = [json.loads(one.text) for one in found if self._pending.knows(one.id)]
+        service = {
             "version": __version__, "store": services.store.name, "storeUp": self._store_up,
             "startedAt": iso_time(services.started_at), "addresses": list(self.addresses), "now": now_ms(),
         }  # fmt: skip
-        return self._frame("state", to_json(shown), f"{number}.{next(self._states)}")
+        changing = {"notifications": pending, "sessions": self._sessions.shown(), "alerts": services.alerts.shown()}
+        return {**self._others.shown(), **changing, "service": service}
+
+    def _state(self, listener: Listener, parts: Mapping[str, Any]) -> bytes:
+        listener.lacks_store = not self._store_up
+        shown = {name: part for name, part in parts.items() if STATE_PARTS.get(name) in (None, *listener.types)}
+        if "alerts" in shown:
+            shown["alerts"] = [one for one in shown["alerts"] if listener.caller.may(ALERTS[one["kind"]])]
+        return self._frame("state", to_json(shown), f"{self._number}.{next(self._states)}")
 
     def _frame(self, type: str, text: bytes, number: str) -> bytes:
         return b"id: %b-%b\nevent: %b\ndata: %b\n\n" % (self._run.encode(), number.encode(), type.encode(), text)
@@ -6737,24 +6729,21 @@ class Live:
         """With the newest id, which its client takes for that of the last event that it has."""
         return f": {self._run}-{self._number}\nid: {self._run}-{self._number}\n\n".encode()
 
-    def _answer_waiting(self) -> None:
-        due = [(future, one) for future, one in list(self._waiting.items()) if one.is_due]
-        asked = [(future, self._services.checks.ask(one.check)) for future, one in due]
-        for _, one in due:
-            one.is_due = False
-        for future, answer in asked:
-            outcome: Any = answer
-            try:
-                while isinstance(outcome, Future):
-                    outcome = outcome.result(5.0)
-            except Exception as error:
-                outcome = error
-            if not isinstance(outcome, Response) or outcome.body != NOTHING:
-                self._answer(future, outcome)
-        now = time.monotonic()
-        for future, one in list(self._waiting.items()):
-            if now >= one.deadline:
+    def _ask_again(self) -> None:
+        """Ask the checks that may have an answer, and answer those whose time is over."""
+        for future, waiting in list(self._waiting.items()):
+            if waiting.is_due:
+                waiting.is_due = False
+                self._decide(future, self._services.checks.ask(waiting.check))
+            elif time.monotonic() >= waiting.deadline:
                 self._answer(future, Response(NOTHING))
+
+    def _decide(self, waiting: Future[Any], outcome: Any) -> None:
+        """It waits on where the outcome is empty. A future of an outcome decides later."""
+        if isinstance(outcome, Future):
+            outcome.add_done_callback(lambda done: self._decide(waiting, done.exception() or done.result()))
+        elif not isinstance(outcome, Response) or outcome.body != NOTHING:
+            self._answer(waiting, outcome)
 
 
 # ======================================================================================================

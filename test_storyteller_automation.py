@@ -9194,8 +9194,9 @@ def test_a_token_that_ends_ends_its_events(poll_service, listen, how, monkeypatc
 
 @pytest.mark.usefixtures("quick_looks")
 def test_swarmui_the_gpu_and_its_reservation_are_told(poll_service, nvidia_smi, listen, answering, monkeypatch):
-    monkeypatch.setattr(service.Live, "GPU_INTERVAL", 0.1)
+    monkeypatch.setattr(service.Observer, "WATCHED", 0.1)
     polled = poll_service(nvidia_smi=nvidia_smi(GOOD, {"print": "41\n"}))
+    polled.services.start()
     heard = listen(polled, "?types=gpu,reservation,swarmui")
     state = heard.next()
     assert (state["gpu"]["available"], state["reservation"], state["swarmui"]["state"]) == (True, None, "stopped")
@@ -9271,6 +9272,8 @@ def test_a_check_in_vain_is_an_empty_list_once_its_time_is_over(polled):
     began = time.monotonic()
     assert polled.check("?wait=1") == []
     assert time.monotonic() - began >= 1.0
+    polled.services.live.close()
+    assert polled.check("?wait=60") == []  # the service is stopping
 
 
 def test_what_is_made_while_a_wait_begins_answers_it(polled, twin, monkeypatch):
@@ -9320,6 +9323,114 @@ def test_while_the_store_is_away_events_go_on_and_the_state_comes_again(poll_ser
         forwarder.restore()
         state = heard.next("state")
         assert (state["notifications"], state["service"]["storeUp"]) == ([made], True)
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_what_was_marked_before_anybody_came_is_no_news(poll_service, redis_store, other_program, listen):
+    polled = poll_service(redis_store)
+    for id in ("old", "new"):
+        member = json.dumps({"id": id, "type": PROMPTS, "sessionTimestamp": T, "totalPrompts": 3})
+        other_program.zadd("notifications:pending", {member: service.now_ms()})
+    other_program.set("notifications:ack:old", "1")
+    heard = listen(polled, "?types=notification,acknowledged")
+    assert [one["id"] for one in heard.next()["notifications"]] == ["new"]
+    look_again(polled)
+    other_program.set("notifications:ack:new", "1")
+    assert heard.next()["id"] == "new"
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_a_mark_of_another_program_is_noticed_wherever_it_is(poll_service, redis_store, other_program, listen):
+    members = [json.dumps({"id": f"x-{n}", "type": PROMPTS, "sessionTimestamp": T, "totalPrompts": 3})
+               for n in range(2500)]  # fmt: skip
+    other_program.zadd("notifications:pending", {member: T + n for n, member in enumerate(members)})
+    redis_store._clock = lambda: T + 10_000
+    heard = listen(poll_service(redis_store), "?types=acknowledged")
+    heard.next()
+    other_program.set("notifications:ack:x-1250", "1")
+    assert heard.next()["id"] == "x-1250"
+
+
+def look_again(polled: Polled) -> None:
+    """Wait until all has been looked at, and marks too."""
+    pending = polled.services.live._pending
+    pending._marks_at = pending._scan_at = -math.inf
+    polled.services.live.look_soon()
+    wait_until(lambda: min(pending._marks_at, pending._scan_at) > 0)
+
+
+def test_a_check_that_takes_long_delays_no_event(polled, listen, monkeypatch):
+    heard = listen(polled, "?types=notification")
+    heard.next()
+    with send_request(polled.port, request_of("GET", f"{CHECK}?wait=60&batch=true")) as client:
+        wait_until(lambda: polled.services.live._waiting)
+        slow: Future[Any] = Future()
+        monkeypatch.setattr(polled.services.checks, "ask", lambda check: slow)
+        for number in range(3):
+            began = time.monotonic()
+            made = make_one(polled, T + number)
+            assert heard.next() == made
+            assert time.monotonic() - began < 2
+        slow.set_result(service.Response(b"{}"))
+        assert answer_of(client)[2] == b"{}"
+
+
+def test_who_joins_waits_for_a_slow_nvidia_smi_and_nobody_else_does(
+    poll_service, nvidia_smi, tmp_path, listen, monkeypatch
+):
+    monkeypatch.setattr(service.Live, "STATE_WAIT", PATIENCE)
+    polled = poll_service(
+        nvidia_smi=nvidia_smi({**GOOD, "after": str(tmp_path / "go")}, {}), nvidia_smi_timeout=2 * PATIENCE
+    )
+    heard = listen(polled, "?types=notification")
+    heard.next()
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(listen, polled, "?types=gpu")
+        wait_until(lambda: polled.services.live._joining)
+        began = time.monotonic()
+        assert make_one(polled) == heard.next()
+        assert time.monotonic() - began < PATIENCE / 2
+        (tmp_path / "go").touch()
+        assert joining.result(PATIENCE).next()["gpu"]["available"]
+
+
+def test_a_store_that_is_slow_to_tell_of_the_reservation_delays_no_event(polled, listen, monkeypatch):
+    heard = listen(polled, "?types=notification")
+    heard.next()
+    monkeypatch.setattr(service.Live, "INTERVAL", 0.0)
+    monkeypatch.setattr(polled.services.reservations, "ask", lambda: Future())
+    for number in range(3):
+        began = time.monotonic()
+        assert make_one(polled, T + number) == heard.next()
+        assert time.monotonic() - began < 2
+
+
+def test_the_figures_of_the_gpu_are_as_old_as_they_say(poll_service, nvidia_smi, listen):
+    polled = poll_service(nvidia_smi=nvidia_smi(GOOD, {"print": "41\n"}))
+    polled.services.gpu._ttl = 60.0
+    polled.ask("GET", "/api/v1/gpu/status")
+    time.sleep(0.05)
+    asked = service.now_ms()
+    assert listen(polled, "?types=gpu").next()["gpu"]["at"] < asked
+
+
+def test_what_happens_while_a_state_is_made_follows_it(poll_service, forwarder, listen, monkeypatch):
+    monkeypatch.setattr(service.Live, "INTERVAL", 0.05)
+    with contextlib.closing(service.RedisStore(forwarder.url)) as store:
+        polled = poll_service(store)
+        forwarder.refuse()
+        forwarder.end_connections()
+        heard = listen(polled, "?types=notification,alert")
+        heard.next()
+        check, live = polled.services.notifications.check, polled.services.live
+
+        def publish_and_check(*given: Any) -> Any:
+            live.publish("alert", {"kind": "disk"}, "any")
+            return check(*given)
+
+        monkeypatch.setattr(polled.services.notifications, "check", publish_and_check)
+        forwarder.restore()
+        assert [heard.next_block()["event"] for _ in range(2)] == ["state", "alert"]
 
 
 def test_looks_repeat_no_log_line(poll_service, redis_store, other_program, listen, caplog, monkeypatch):
