@@ -91,7 +91,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -2809,6 +2809,25 @@ class Sessions:
         return StoredSession(facts.timestamp, copy)
 
 
+class ChangedSessions:
+    """The newest sessions of a store. A look reads those alone that were changed since the last one."""
+
+    def __init__(self, store: Store, count: int) -> None:
+        self._store, self._count = store, count
+        self.versions: dict[int, Any] = {}  # by which Store.newest_sessions() knows them, also what is no session
+
+    def look(self, again: Container[int] = ()) -> Iterator[StoredSession]:
+        """Those, and those of `again`. What is yielded counts as read once the caller goes on."""
+        newest = dict(self._store.newest_sessions(self._count))
+        self.versions = {one: version for one, version in self.versions.items() if one in newest}
+        changed = [one for one, version in newest.items() if self.versions.get(one) != version or one in again]
+        for at in range(0, len(changed), 8):  # so few documents are in memory at once
+            for timestamp, outcome in zip(changed[at:], self._store.read_sessions(changed[at : at + 8])):
+                if stored := result_of(outcome):
+                    yield stored
+                self.versions[timestamp] = newest[timestamp]
+
+
 # ======================================================================================================
 # Bridge
 # ======================================================================================================
@@ -4693,18 +4712,20 @@ class Observer:
 
     WATCHED, UNWATCHED, SCRAPE_LASTS = 5.0, 60.0, 30.0  # seconds between two runs; for which a scrape is a watcher
     GPU_WAIT = 1.0  # seconds that a scrape waits for nvidia-smi
+    SESSIONS = 1000  # the newest, of which it knows those that wait
 
     def __init__(
         self, settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUISupervisor, sessions: Sessions,
-        notifications: Notifications, listeners: Callable[[], int] = lambda: 0,
-        is_gpu_watched: Callable[[], bool] = lambda: False, clock: Clock = time.monotonic,
+        notifications: Notifications, count_listeners: Callable[[str | None], int], clock: Clock = time.monotonic,
         wall: Callable[[], int] = now_ms,
     ) -> None:  # fmt: skip
+        """`count_listeners` to that type of events, or to any."""
         self._settings, self._store, self._gpu, self._swarmui, self._sessions = settings, store, gpu, swarmui, sessions
-        self._listeners, self._is_gpu_watched, self._clock, self.wall = listeners, is_gpu_watched, clock, wall
+        self._count_listeners, self._clock, self.wall = count_listeners, clock, wall
         self._pending = Throttled(notifications.dated, clock)
         self._waiting = Throttled(self._find_waiting, clock)
-        self._known: dict[int, WaitingSession] | None = None
+        self._changed, self._is_first = ChangedSessions(store, self.SESSIONS), True
+        self._known: dict[int, WaitingSession] = {}
         self._scraped_at = -math.inf
 
     def look(self, pending_age: float, waiting_age: float, share: float = 0.001) -> Situation:
@@ -4722,7 +4743,7 @@ class Observer:
         last, swarmui = self._gpu.last, self._swarmui
         return Situation(
             last[0] if last else None, swarmui.status(), swarmui.launches, self._store.name, fault, pending, waiting,
-            free, self._listeners(),
+            free, self._count_listeners(None),
         )  # fmt: skip
 
     def scrape(self) -> Situation:
@@ -4736,7 +4757,7 @@ class Observer:
     def watch_gpu(self) -> float:
         """Run nvidia-smi if that is due, without waiting for it. The seconds until it is, if it is not."""
         last, now = self._gpu.last, self._clock()
-        is_watched = self._is_gpu_watched() or now - self._scraped_at < self.SCRAPE_LASTS
+        is_watched = self._count_listeners("gpu") > 0 or now - self._scraped_at < self.SCRAPE_LASTS
         if last:
             is_watched = is_watched or is_hot(last[0], self._settings) or (last[0].failed and not last[0].is_missing)
             if (left := last[1] + (self.WATCHED if is_watched else self.UNWATCHED) - now) > 0:
@@ -4745,22 +4766,23 @@ class Observer:
         return math.inf
 
     def _find_waiting(self) -> list[WaitingSession]:
-        found, now = {}, self.wall()
-        for stored in self._store.sessions():
-            facts = self._sessions.facts_of(stored)
+        now = self.wall()
+        for stored in self._changed.look():
+            before, facts = self._known.pop(stored.timestamp, None), self._sessions.facts_of(stored)
             done = facts.progress
             if not facts.waits or isinstance(done, str) or done.ready or not done.total_beats:
                 continue
             # What was there at the first look is as old as it says. A later one, or a new prompt, came just now.
             since = now
-            if self._known is None:
+            if self._is_first:
                 since = min(now, max(stored.saved or 0, facts.updated or 0, stored.timestamp))
-            elif (known := self._known.get(stored.timestamp)) and done.total_prompts <= known.prompts:
-                since = known.since
+            elif before and done.total_prompts <= before.prompts:
+                since = before.since
             title = "" if isinstance(facts.summary, str) else facts.summary["analyzedEpisode"]["title"]
-            found[stored.timestamp] = WaitingSession(stored.timestamp, done.total_prompts, since, title[:60])
-        self._known = found
-        return list(found.values())
+            self._known[stored.timestamp] = WaitingSession(stored.timestamp, done.total_prompts, since, title[:60])
+        self._is_first = False
+        self._known = {one: session for one, session in self._known.items() if one in self._changed.versions}
+        return sorted(self._known.values(), reverse=True)
 
 
 # ======================================================================================================
@@ -4865,8 +4887,8 @@ def deliver(settings: Settings, alert: Alert) -> tuple[bool, str]:
 
 
 class Alerts:
-    """Raises and ends the alerts of this instance, in a thread of its own; another one POSTs them, a third one sends
-    the heartbeat. `publish` gets each."""
+    """Raises and ends the alerts of this instance, in a thread of its own; another one POSTs them, and sends the
+    heartbeat. `publish` gets each."""
 
     INTERVAL, KEPT, UNSENT, TRIES, RETRY, HEARTBEAT = 1.0, 3, 100, 3, 2.0, 60.0
 
@@ -4881,21 +4903,17 @@ class Alerts:
         self._changed: dict[str, float] = {}  # since when a kind is otherwise than its alert says
         self._unsent: queue.Queue[Alert] = queue.Queue(self.UNSENT)
         self._sending: tuple[Alert, int] | None = None  # and how often that was tried
-        self._is_heard = True
-        self._loop, self._posts = Loop(self.look, "alerts"), Loop(self._post, "alert-posts")
-        self._heartbeat = Loop(self._beat, "heartbeat")
+        self._is_heard, self._beat_at = True, -math.inf if settings.heartbeat_url else math.inf
+        self._loop, self._webhooks = Loop(self.look, "alerts"), Loop(self._call_webhooks, "webhooks")
 
     def start(self) -> None:
         self._loop.start()
-        if self._settings.alert_url:
-            self._posts.start()
-        if self._settings.heartbeat_url:
-            self._heartbeat.start()
+        if self._settings.alert_url or self._settings.heartbeat_url:
+            self._webhooks.start()
 
     def close(self) -> None:
         """End the threads. What is not sent by then is dropped."""
-        for loop in (self._heartbeat, self._posts):
-            loop.close()
+        self._webhooks.close()
         self._loop.close(0.5)
 
     def shown(self) -> list[dict[str, Any]]:
@@ -4935,9 +4953,17 @@ class Alerts:
         if self._settings.alert_url:
             with contextlib.suppress(queue.Full):  # nothing took them for half an hour
                 self._unsent.put_nowait(alert)
-            self._posts.wake()
+            self._webhooks.wake()
+
+    def _call_webhooks(self) -> float:
+        """The heartbeat if it is due, then an alert; none takes longer than 5 s. The seconds until the next one."""
+        if self._clock() >= self._beat_at:
+            self._beat_at = self._clock() + self.HEARTBEAT
+            self._beat()
+        return min(self._post(), self._beat_at - self._clock())
 
     def _post(self) -> float:
+        """The seconds until there may be another one."""
         if not self._sending:
             try:
                 self._sending = self._unsent.get_nowait(), 0
@@ -4952,13 +4978,11 @@ class Alerts:
             log.warning("alerts: %s was not delivered to STORYTELLER_ALERT_URL: %s", alert.kind, answer)
         return 0.0
 
-    def _beat(self) -> float:
-        began = self._clock()
+    def _beat(self) -> None:
         is_heard, answer = call_webhook(self._settings.heartbeat_url or "")
         if is_heard != self._is_heard:
             log.warning("alerts: the heartbeat to STORYTELLER_HEARTBEAT_URL: %s", answer)
         self._is_heard = is_heard
-        return max(0.0, self.HEARTBEAT - (self._clock() - began))
 
 
 # ======================================================================================================
@@ -5263,9 +5287,8 @@ class Services:
         self.authenticator = Authenticator(settings, store)
         self.bridge = Bridge(store, self.sessions, due_notification) if isinstance(store, BridgedStore) else None
         self.live = Live(self)
-        listeners, watched = self.live.count_listeners, functools.partial(self.live.count_listeners, "gpu")
         known = settings, store, gpu, swarmui, self.sessions, self.notifications
-        self.observer = Observer(*known, listeners, lambda: watched() > 0)
+        self.observer = Observer(*known, self.live.count_listeners)
         self.alerts = Alerts(settings, self.observer, self.live.publish_alert)
         self.counts, self.started_at = RequestCounts(), now_ms()
         self.pool = ThreadPoolExecutor(POOL_THREADS, "pool")  # for what works
@@ -5345,6 +5368,10 @@ def health(services: Services, request: Request) -> Response:
 
 def openapi(services: Services, request: Request) -> Response:
     return json_response(describe_api())
+
+
+def page(services: Services, request: Request) -> Response:
+    return Response(PAGE.encode(), 200, page_headers())
 
 
 def metrics(services: Services, request: Request) -> Future[Any]:
@@ -5875,6 +5902,7 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/health", health, "open", "Does the service answer, and its store?",
           {200: _HEALTH, 503: _HEALTH}, in_pool=True),
     Route("GET", "/openapi.json", openapi, "open", "This description.", {200: _OBJECT}),
+    Route("GET", "/", page, "open", "A page to look at.", {200: {**_TEXT, "contentMediaType": "text/html"}}),
     Route("GET", "/metrics", metrics, "metrics:read", "Figures for Prometheus.",
           {200: {**_TEXT, "contentMediaType": "text/plain"}}),
     Route("GET", f"{_API}/gpu/status", gpu_status, "gpu:read", "Is the GPU free?", {200: _GPU}, gpu_json(GpuStatus()),
@@ -6226,7 +6254,7 @@ class PendingChanges:
     PAGE = 2000  # members that are read at a time
 
     def __init__(self, store: Store, notifications: Notifications, tell: Tell, pause: Callable[[], None]) -> None:
-        """`pause` is called in the middle of a long look."""
+        """`pause` is called in the middle of a look: what is done here does not wait for all of 100,000."""
         self._store, self._notifications, self._tell, self._pause = store, notifications, tell, pause
         # By its id where this service made it, else by the member; its type and session. None for what is not told of:
         # an invalid one, or one whose end was told. What is pending is mostly not parsed: 100,000 take 2 s.
@@ -6272,8 +6300,8 @@ class PendingChanges:
             if key in self._known:
                 continue
             if is_new:
-                self._known[key] = (own[3].decode(), int(own[4])) if own else ("", 0)
-                self._count(key, 1)
+                self._known[key] = known = (own[3].decode(), int(own[4])) if own else ("", 0)
+                self._count(key, known, 1)
             else:
                 fresh[key] = self._notifications.read(member, at)
         marked = self._store.acknowledged([found.id for found in fresh.values() if found])
@@ -6282,29 +6310,29 @@ class PendingChanges:
         return keys
 
     def _keep(self, key: str | bytes, found: Notification | None) -> None:
-        self._known[key] = found and (found.type, found.session)
-        self._count(key, 1)
-        if found:
+        self._known[key] = known = found and (found.type, found.session)
+        if found and known:
+            self._count(key, known, 1)
             self._tell("notification", found.text)
 
-    def _count(self, key: str | bytes, change: int) -> None:
-        if isinstance(key, str) and (known := self._known[key]) and known[0] == "prompts_ready":
+    def _count(self, key: str | bytes, known: tuple[str, int], change: int) -> None:
+        if isinstance(key, str) and known[0] == "prompts_ready":
             self.unread[known[1]] += change
             if not self.unread[known[1]]:
                 del self.unread[known[1]]
 
     def _forget(self, key: str | bytes, *, is_gone: bool = True) -> None:
         """Tell its end, unless that was told. One that is not gone is not told of again."""
-        if known := self._known.get(key):
-            self._count(key, -1)
-            found = None if isinstance(key, str) else self._notifications.read(key, 0)
-            id, type, session = (found.id, found.type, found.session) if found else (key, *known)
-            if isinstance(id, str):  # else it is an invalid one
-                self._tell("acknowledged", {"id": id, "type": type, "sessionTimestamp": session})
-        if is_gone:
-            self._known.pop(key, None)
-        else:
+        known = self._known.pop(key, None)
+        if not known:
+            return
+        if not is_gone:
             self._known[key] = None
+        self._count(key, known, -1)
+        found = None if isinstance(key, str) else self._notifications.read(key, 0)
+        id, type, session = (found.id, found.type, found.session) if found else (key, *known)
+        if isinstance(id, str):  # else it is an invalid one
+            self._tell("acknowledged", {"id": id, "type": type, "sessionTimestamp": session})
 
     def _find_marked(self, *, is_gone: bool = False) -> None:
         """What is marked has ended, though another program may have left it where it is."""
@@ -6318,6 +6346,7 @@ class PendingChanges:
         while part := list(itertools.islice(asked, 1000)):
             for id in self._store.acknowledged(part):
                 self._forget(ids[id], is_gone=is_gone)
+            self._pause()
         ended = time.monotonic()
         self._marks_at = ended + max(1.0, 20 * (ended - began))
 
@@ -6327,7 +6356,7 @@ class PendingChanges:
         rows = self._store.pending(page=self.PAGE)
         while page := list(itertools.islice(rows, self.PAGE)):
             seen.update(self._take(page, is_new=is_new))
-            self._pause()  # what is done here does not wait for all of 100,000
+            self._pause()
         for key in before:
             if key not in seen:
                 self._forget(key)
@@ -6342,29 +6371,27 @@ class SessionChanges:
 
     def __init__(self, services: Services, unread: Mapping[int, int], tell: Tell) -> None:
         self._services, self._unread, self._tell = services, unread, tell
-        self._versions: dict[int, Any] = {}  # by which Store.newest_sessions() knows those, also of what is no session
+        self._changed = ChangedSessions(services.store, self.NEWEST)
+        self._late: set[int] = set()  # that announce their prompts once the store takes writes
         self._found: dict[int, tuple[str, bool, dict[str, Any]]] = {}  # mark, whether it announced its prompts, data
         self._told: dict[int, Any] = {}
 
     def look(self) -> None:
         """Read what was changed, and announce what is complete, as prompts-status does. Raises Unavailable."""
-        services, before = self._services, self._versions
+        services, before = self._services, self._changed.versions
         services.carry_latest()
-        newest = dict(services.store.newest_sessions(self.NEWEST))
         oldest = min(before) if len(before) >= self.NEWEST else 0
-        self._versions, self._found, self._told = (
-            {one: value for one, value in known.items() if one in newest}
-            for known in (self._versions, self._found, self._told)
+        for asked in self._changed.look(() if services.store.writes.refusal else self._late):
+            if stored := services.in_step(asked):
+                with contextlib.suppress(OverflowError):  # a time past the year 9999
+                    self._read(stored)
+            if asked.timestamp < oldest:  # it is no news: a newer one is gone
+                self._told.setdefault(asked.timestamp, self._data(asked.timestamp))
+        newest = self._changed.versions.keys()
+        self._late &= newest
+        self._found, self._told = (
+            {one: value for one, value in known.items() if one in newest} for known in (self._found, self._told)
         )
-        changed = [one for one, version in newest.items() if before.get(one) != version]
-        for at in range(0, len(changed), 8):  # so few documents are in memory at once
-            for timestamp, outcome in zip(changed[at:], services.store.read_sessions(changed[at : at + 8])):
-                self._versions[timestamp] = newest[timestamp]
-                if stored := services.in_step(result_of(outcome)):
-                    with contextlib.suppress(OverflowError):  # a time past the year 9999
-                        self._read(stored)
-                    if timestamp < oldest:  # it is no news: a newer one is gone
-                        self._told.setdefault(timestamp, self._data(timestamp))
 
     def _read(self, stored: StoredSession) -> None:
         services, timestamp = self._services, stored.timestamp
@@ -6372,8 +6399,7 @@ class SessionChanges:
         if is_announcement_due(stored, facts):
             if not services.store.writes.refusal:
                 announce_progress(services, stored)
-            if services.store.writes.refusal:
-                self._versions[timestamp] = None  # it is read again until the store takes writes
+            (self._late.add if services.store.writes.refusal else self._late.discard)(timestamp)
         if isinstance(facts.summary, str):  # it is no session
             self._found.pop(timestamp, None)
             return
@@ -6552,8 +6578,8 @@ class Live:
             self._calls.put(function)
             self._loop.wake()
 
-    def count_listeners(self, type: str | None = None) -> int:
-        """Those to that type of events, by default to any."""
+    def count_listeners(self, type: str | None) -> int:
+        """Those to that type of events, or to any."""
         return sum(not one.stream.is_closed and type in (None, *one.types) for one in self._listeners)
 
     def join(self, caller: Caller, types: frozenset[str], last: str) -> Future[Response]:
@@ -6577,7 +6603,7 @@ class Live:
         with self._lock:
             if self._is_closed:
                 raise Unavailable("The service is stopping.", 5)
-            if self.count_listeners() + len(self._joining) + len(self._waiting) >= LISTENERS:
+            if self.count_listeners(None) + len(self._joining) + len(self._waiting) >= LISTENERS:
                 raise Unavailable(f"{LISTENERS} others listen or wait already: ask again later.", 5)
             future: Future[Any] = Future()
             places[future] = one
@@ -7266,14 +7292,6 @@ def page_headers(page: str = PAGE) -> dict[str, str]:
     policy += ["connect-src 'self'", "img-src data:"]
     policy += [f"{tag}-src 'sha256-{digest_of_text(tag)}'" for tag in ("script", "style")]
     return {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": "; ".join(policy)}
-
-
-def page(services: Services, request: Request) -> Response:
-    return Response(PAGE.encode(), 200, page_headers())
-
-
-_HTML = {**_TEXT, "contentMediaType": "text/html"}
-ROUTES += (Route("GET", "/", page, "open", "A page to look at.", {200: _HTML}),)
 
 
 # ======================================================================================================

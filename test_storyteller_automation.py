@@ -6551,7 +6551,7 @@ class Seen:
         ask, monitor.ask = monitor.ask, lambda: self.asked.append(ask()) or self.asked[-1]
         self.observer = service.Observer(
             services.settings, services.store, monitor, services.swarmui, services.sessions, services.notifications,
-            lambda: 7, lambda: self.is_watched, clock, wall,
+            lambda type: int(type != "gpu" or self.is_watched), clock, wall,
         )  # fmt: skip
 
     def _query(self) -> service.GpuStatus:
@@ -6944,9 +6944,9 @@ def test_nothing_waits_for_who_does_not_answer(settings, caplog):
 def test_a_heartbeat_is_sent_at_the_start_and_its_loss_is_logged_once(settings, make_receiver, monkeypatch, caplog):
     monkeypatch.setattr(service.Alerts, "HEARTBEAT", 0.02)
     receiver = make_receiver(200, 500, 500, 500)
-    shown = Shown(dataclasses.replace(settings, heartbeat_url=receiver.url))
-    with contextlib.closing(shown.alerts):
-        shown.alerts.start()
+    given = dataclasses.replace(settings, heartbeat_url=receiver.url)
+    with contextlib.closing(service.Alerts(given, Shown(given))) as alerts:
+        alerts.start()
         wait_until(lambda: len(receiver.requests) > 6)
     assert {(method, path) for method, path, _ in receiver.requests} == {("GET", "/secret-topic?key=secret")}
     logged = [one.getMessage() for one in caplog.records if "heartbeat" in one.getMessage()]
