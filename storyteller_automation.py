@@ -22,6 +22,7 @@ The sections, each under a banner, each depending only on those above it:
     Sessions                                pure functions of a document; the cache of their results by SHA-256
     Bridge                                  the two copies of a session kept in step: who wins, and who looks
     Notifications                           what one is, which are valid, when a session announces one
+    Changes                                 what is new in the store since the last look
     GPU                                     the parser (pure); the monitor (one run at a time, cached)
     GPU: reservations                       a lease with a fence; who waits for it
     SwarmUI: the client                     what answers at its URL, whose pages it answers
@@ -37,7 +38,7 @@ The sections, each under a banner, each depending only on those above it:
     HTTP: handlers of sessions and tokens   the same
     HTTP: routes                            one table, from which OpenAPI is generated
     HTTP: application                       the one path of every request
-    Live: what changes                      among what is pending, and of the newest sessions
+    Live: what changes                      the newest sessions, the GPU, SwarmUI
     Live: who is told                       the stream of events, and checks that wait
     Page                                    the page as text
     Server: settings and sockets            waitress's settings with their reasons
@@ -2809,25 +2810,6 @@ class Sessions:
         return StoredSession(facts.timestamp, copy)
 
 
-class ChangedSessions:
-    """The newest sessions of a store. A look reads those alone that were changed since the last one."""
-
-    def __init__(self, store: Store, count: int) -> None:
-        self._store, self._count = store, count
-        self.versions: dict[int, Any] = {}  # by which Store.newest_sessions() knows them, also what is no session
-
-    def look(self, again: Container[int] = ()) -> Iterator[StoredSession]:
-        """Those, and those of `again`. What is yielded counts as read once the caller goes on."""
-        newest = dict(self._store.newest_sessions(self._count))
-        self.versions = {one: version for one, version in self.versions.items() if one in newest}
-        changed = [one for one, version in newest.items() if self.versions.get(one) != version or one in again]
-        for at in range(0, len(changed), 8):  # so few documents are in memory at once
-            for timestamp, outcome in zip(changed[at:], self._store.read_sessions(changed[at : at + 8])):
-                if stored := result_of(outcome):
-                    yield stored
-                self.versions[timestamp] = newest[timestamp]
-
-
 # ======================================================================================================
 # Bridge
 # ======================================================================================================
@@ -3128,6 +3110,7 @@ class Notification(NamedTuple):
     is_shown: bool  # else it is acknowledged by its own word, or a page could not acknowledge it
     fault: str = ""  # what is wrong with it
     session: int = 0
+    episode: int = 0
 
 
 def read_member(member: bytes, time: float | None) -> Notification:
@@ -3159,7 +3142,8 @@ def read_member(member: bytes, time: float | None) -> Notification:
     fault = "its episodeNumber is not a whole number" if episode is not None and read_count(episode) is None else ""
     if is_cut := NOT_WHOLE.search(id):
         fault = f"its id {id!r:.250} does not come back whole from a path"
-    return Notification(id, kind, to_json(shown), value.get("acknowledged") is not True and not is_cut, fault, session)
+    is_shown = value.get("acknowledged") is not True and not is_cut
+    return Notification(id, kind, to_json(shown), is_shown, fault, session, shown["episodeNumber"])
 
 
 def _story_fields(uuid: object, episode: object) -> dict[str, Any]:
@@ -3250,15 +3234,6 @@ class Notifications:
         answers = [[one for one in found if one.type in types][:limit] for types, limit in queries]
         return [one if len(pending) < count or len(one) == limit else None for one, (_, limit) in zip(answers, queries)]
 
-    def dated(self) -> list[tuple[int, Notification]]:
-        """All that are not acknowledged, with their times in ms."""
-        rows, found = self._store.pending(page=1000), list[tuple[int, Notification]]()
-        while batch := list(itertools.islice(rows, 1000)):
-            known = [(int(time), one) for member, time in batch for one in self._read([(member, time)])]
-            marked = self._store.acknowledged([one.id for _, one in known])
-            found += [row for row in known if row[1].id not in marked]
-        return found
-
     def create(self, drafts: Sequence[Draft]) -> list[tuple[Notification, bool] | ApiError]:
         """Add each, and True; or the one of the same type and session that is pending already, and False."""
         return map_results(lambda made: (read_member(*made[:2]), made[2]), self._store.add(drafts))
@@ -3319,6 +3294,165 @@ class Notifications:
         if len(self._reported) < self.REPORTED and digest not in self._reported:
             self._reported.add(digest)
             log.warning("notifications: a pending member, or a part of it, is left out (%s): %.200r", fault, member)
+
+
+# ======================================================================================================
+# Changes
+# ======================================================================================================
+
+_OWN_PENDING = re.compile(
+    OWN_MEMBER % b"(%b)" % OWN_ID.encode()
+    + rb'"type":"(\w+)","sessionTimestamp":(\d+),(?:"storyUuid":"[^"\\]*",)?(?:"episodeNumber":(\d+),)?'
+)
+
+Tell = Callable[[str, Any], None]  # the type of an event, and its data
+
+
+class Pending(NamedTuple):
+    """What is kept of a pending notification."""
+
+    id: str
+    type: str
+    session: int
+    episode: int
+    since: int  # ms
+
+
+class PendingChanges:
+    """Knows the pending notifications, and tells of what is new among them and of what ended. One thread looks."""
+
+    PAGE = 2000  # members that are read at a time
+
+    def __init__(
+        self, store: Store, notifications: Notifications, tell: Tell = lambda type, data: None,
+        pause: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """`pause` is called in the middle of a look: what is done here does not wait for all of 100,000."""
+        self._store, self._notifications, self._tell, self._pause = store, notifications, tell, pause
+        # By its id where this service made it, else by the member. None for what is not told of: an invalid one, or one
+        # whose end was told.
+        self._known: dict[str | bytes, Pending | None] = {}
+        self.unread: collections.Counter[int] = collections.Counter()  # by session, prompts_ready that was made here
+        self._newest, self._scan_at, self._marks_at = 0.0, -math.inf, -math.inf
+        self._doubles = 0  # members beside those that are known, as two have one id
+
+    def all(self) -> list[Pending]:
+        return [known for known in self._known.values() if known]
+
+    def knows(self, id: str) -> bool:
+        """False for one that is to be told; True for any of another program."""
+        return not re.fullmatch(OWN_ID, id) or bool(self._known.get(id))
+
+    def made(self, one: Notification) -> None:
+        """It was made here."""
+        if one.id not in self._known:
+            self._keep(one.id, Pending(one.id, one.type, one.session, one.episode, now_ms()))
+            self._tell("notification", one.text)
+
+    def acknowledged(self, id: str) -> None:
+        """It was acknowledged here. The end of one of another program is found by the next look."""
+        self._forget(id)
+
+    def look(self, *, is_new: bool = False) -> None:
+        """`is_new`: what is there now is no news. Raises Unavailable."""
+        if is_new:
+            self._scan(is_new=True)
+            return
+        count, newer = self._store.pending_since(self._newest)
+        self._take(newer)
+        # Another instance marks what it removes: so most ends are found without a scan of all that is pending.
+        if (is_gone := count < self._count()) or time.monotonic() >= self._marks_at:
+            self._find_marked(is_gone=is_gone)
+        if count != self._count() or time.monotonic() >= self._scan_at:
+            self._scan()
+
+    def _count(self) -> int:
+        return len(self._known) + self._doubles
+
+    def _take(self, rows: Iterable[tuple[bytes, float]], *, is_new: bool = False) -> list[str | bytes]:
+        """Tell of those that are not known. By what each is known."""
+        keys, fresh, texts = list[str | bytes](), dict[str | bytes, Pending | None](), dict[str | bytes, bytes]()
+        for member, at in rows:
+            self._newest = max(self._newest, at)
+            own = _OWN_PENDING.match(member)
+            keys.append(key := own[1].decode() if own else member)
+            if key in self._known:
+                continue
+            if own and is_new:  # it is not parsed: 100,000 would take 2 s
+                fresh[key] = Pending(own[1].decode(), own[3].decode(), int(own[4]), int(own[5] or 0), int(at))
+            else:
+                found = self._notifications.read(member, at)
+                fresh[key] = found and Pending(found.id, found.type, found.session, found.episode, int(at))
+                texts[key] = found.text if found else b""
+        marked = self._store.acknowledged([found.id for found in fresh.values() if found])
+        for key, one in fresh.items():
+            self._keep(key, None if one and one.id in marked else one)
+            if self._known[key] and not is_new:
+                self._tell("notification", texts[key])
+        return keys
+
+    def _keep(self, key: str | bytes, found: Pending | None) -> None:
+        self._known[key] = found
+        self._count_unread(key, found, 1)
+
+    def _count_unread(self, key: str | bytes, found: Pending | None, change: int) -> None:
+        if found and found.type == "prompts_ready" and isinstance(key, str):
+            self.unread[found.session] += change
+            if not self.unread[found.session]:
+                del self.unread[found.session]
+
+    def _forget(self, key: str | bytes, *, is_gone: bool = True) -> None:
+        """Tell its end, unless that was told. One that is not gone is not told of again."""
+        if known := self._known.pop(key, None):
+            if not is_gone:
+                self._known[key] = None
+            self._count_unread(key, known, -1)
+            self._tell("acknowledged", {"id": known.id, "type": known.type, "sessionTimestamp": known.session})
+
+    def _find_marked(self, *, is_gone: bool) -> None:
+        """What is marked has ended, though another program may have left it where it is."""
+        began = time.monotonic()
+        keys = {known.id: key for key, known in self._known.items() if known}
+        ids = iter(keys)
+        while part := list(itertools.islice(ids, 1000)):
+            for id in self._store.acknowledged(part):
+                self._forget(keys[id], is_gone=is_gone)
+            self._pause()
+        ended = time.monotonic()
+        self._marks_at = ended + max(1.0, 20 * (ended - began))
+
+    def _scan(self, *, is_new: bool = False) -> None:
+        """Compare all that is pending with what is known."""
+        began, before, seen, count = time.monotonic(), list(self._known), set[str | bytes](), 0
+        rows = self._store.pending(page=self.PAGE)
+        while page := list(itertools.islice(rows, self.PAGE)):
+            count += len(page)
+            seen.update(self._take(page, is_new=is_new))
+            self._pause()
+        for key in before:
+            if key not in seen:
+                self._forget(key)
+        ended = time.monotonic()
+        self._doubles, self._scan_at = count - len(seen), ended + max(2.0, 10 * (ended - began))
+
+
+class ChangedSessions:
+    """The newest sessions of a store. A look reads those alone that were changed since the last one."""
+
+    def __init__(self, store: Store, count: int) -> None:
+        self._store, self._count = store, count
+        self.versions: dict[int, Any] = {}  # by which Store.newest_sessions() knows them, also what is no session
+
+    def look(self, again: Container[int] = ()) -> Iterator[StoredSession]:
+        """Those, and those of `again`. What is yielded counts as read once the caller goes on."""
+        newest = dict(self._store.newest_sessions(self._count))
+        self.versions = {one: version for one, version in self.versions.items() if one in newest}
+        changed = [one for one, version in newest.items() if self.versions.get(one) != version or one in again]
+        for at in range(0, len(changed), 8):  # so few documents are in memory at once
+            for timestamp, outcome in zip(changed[at:], self._store.read_sessions(changed[at : at + 8])):
+                if stored := result_of(outcome):
+                    yield stored
+                self.versions[timestamp] = newest[timestamp]
 
 
 # ======================================================================================================
@@ -4660,25 +4794,6 @@ LASTING = ("gpu_hot", "gpu_failing", "store")  # these may pass by themselves: S
 WEBHOOK_TIMEOUT = 5.0  # seconds
 
 
-class Throttled(Generic[T]):
-    """What a function returned, for who can take an older value. Any thread may ask."""
-
-    def __init__(self, compute: Callable[[], T], clock: Clock) -> None:
-        self._compute, self._clock = compute, clock
-        self._known: tuple[T, float, float] | None = None  # when, and how long it took
-        self._lock = threading.Lock()
-
-    def get(self, age: float, share: float) -> T:
-        """The value, at most `age` seconds old; older where computing it would take more than `share` of the time."""
-        with self._lock:
-            began = self._clock()
-            if self._known and began - self._known[1] < max(age, self._known[2] / share):
-                return self._known[0]
-            value = self._compute()
-            self._known = value, (now := self._clock()), now - began
-            return value
-
-
 class WaitingSession(NamedTuple):
     """A session that waits for StorySwarm."""
 
@@ -4697,7 +4812,7 @@ class Situation:
     launches: int = 0
     store: str = ""
     fault: str = ""  # of the store
-    pending: Sequence[tuple[int, Notification]] | None = None  # with their times in ms
+    pending: Sequence[Pending] | None = None
     waiting: Sequence[WaitingSession] | None = None
     free: int | None = None  # bytes, where the data folder is
     listeners: int = 0
@@ -4722,29 +4837,38 @@ class Observer:
         """`count_listeners` to that type of events, or to any."""
         self._settings, self._store, self._gpu, self._swarmui, self._sessions = settings, store, gpu, swarmui, sessions
         self._count_listeners, self._clock, self.wall = count_listeners, clock, wall
-        self._pending = Throttled(notifications.dated, clock)
-        self._waiting = Throttled(self._find_waiting, clock)
-        self._changed, self._is_first = ChangedSessions(store, self.SESSIONS), True
-        self._known: dict[int, WaitingSession] = {}
+        self._lock = threading.Lock()  # over these
+        self._pending, self._changed = PendingChanges(store, notifications), ChangedSessions(store, self.SESSIONS)
+        self._is_first, self._waiting = True, dict[int, WaitingSession]()
+        self._found: tuple[Sequence[Pending], Sequence[WaitingSession]] | None = None  # by the last look
+        self._looked_at = -math.inf
         self._scraped_at = -math.inf
 
-    def look(self, pending_age: float, waiting_age: float, share: float = 0.001) -> Situation:
-        """What is known now; ages in seconds and share as for Throttled. It waits for the store."""
-        fault, pending, waiting, free = "", None, None, None
+    def look(self, age: float) -> Situation:
+        """What is known now; of what is in the store as of at most `age` seconds ago. It waits for the store."""
+        fault, free = "", None
         try:
             self._store.ping()
         except ApiError as error:
             fault = str(error)
-        with contextlib.suppress(ApiError):  # reads may go on while writes are refused
-            pending = self._pending.get(pending_age, share)
-            waiting = self._waiting.get(waiting_age, share)
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(self._settings.data_dir).free
+        pending, waiting = self._look_at_store(age) or (None, None)
         last, swarmui = self._gpu.last, self._swarmui
         return Situation(
             last[0] if last else None, swarmui.status(), swarmui.launches, self._store.name, fault, pending, waiting,
             free, self._count_listeners(None),
         )  # fmt: skip
+
+    def _look_at_store(self, age: float) -> tuple[Sequence[Pending], Sequence[WaitingSession]] | None:
+        with self._lock:
+            if self._clock() - self._looked_at >= age or not self._found:
+                self._looked_at, self._found = self._clock(), None
+                with contextlib.suppress(ApiError):  # reads may go on while writes are refused
+                    self._pending.look(is_new=self._is_first)
+                    self._find_waiting()
+                    self._found, self._is_first = (self._pending.all(), list(self._waiting.values())), False
+            return self._found
 
     def scrape(self) -> Situation:
         """The same for a scrape, with the GPU's present status if that comes in time."""
@@ -4752,7 +4876,7 @@ class Observer:
         asked = self._gpu.ask()
         if isinstance(asked, Future):
             concurrent.futures.wait([asked], timeout=self.GPU_WAIT)
-        return self.look(0.0, 0.0, share=0.1)
+        return self.look(0.0)
 
     def watch_gpu(self) -> float:
         """Run nvidia-smi if that is due, without waiting for it. The seconds until it is, if it is not."""
@@ -4765,10 +4889,10 @@ class Observer:
         self._gpu.ask()
         return math.inf
 
-    def _find_waiting(self) -> list[WaitingSession]:
+    def _find_waiting(self) -> None:
         now = self.wall()
         for stored in self._changed.look():
-            before, facts = self._known.pop(stored.timestamp, None), self._sessions.facts_of(stored)
+            before, facts = self._waiting.pop(stored.timestamp, None), self._sessions.facts_of(stored)
             done = facts.progress
             if not facts.waits or isinstance(done, str) or done.ready or not done.total_beats:
                 continue
@@ -4779,10 +4903,8 @@ class Observer:
             elif before and done.total_prompts <= before.prompts:
                 since = before.since
             title = "" if isinstance(facts.summary, str) else facts.summary["analyzedEpisode"]["title"]
-            self._known[stored.timestamp] = WaitingSession(stored.timestamp, done.total_prompts, since, title[:60])
-        self._is_first = False
-        self._known = {one: session for one, session in self._known.items() if one in self._changed.versions}
-        return sorted(self._known.values(), reverse=True)
+            self._waiting[stored.timestamp] = WaitingSession(stored.timestamp, done.total_prompts, since, title[:60])
+        self._waiting = {one: session for one, session in self._waiting.items() if one in self._changed.versions}
 
 
 # ======================================================================================================
@@ -4793,17 +4915,10 @@ class Observer:
 def find_conditions(seen: Situation, settings: Settings, now: int) -> dict[str, str | None]:
     """By kind of alert what is wrong: "" where nothing is, None where that is not known. `now` in ms."""
 
-    def overdue(rows: Sequence[tuple[int, T]], minutes: float, what: str, words: str, name: Callable[[T], str]) -> str:
-        late = [one for since, one in rows if 0 < minutes * 60_000 <= now - since <= DAY_MS]
-        names = ", ".join(map(name, late[:5])) + f" and {len(late) - 5} more" * (len(late) > 5)
+    def overdue(rows: Iterable[tuple[int, str]], minutes: float, what: str, words: str) -> str:
+        late = [name for since, name in rows if 0 < minutes * 60_000 <= now - since <= DAY_MS]
+        names = ", ".join(late[:5]) + f" and {len(late) - 5} more" * (len(late) > 5)
         return f"{len(late)} {what}{'s' * (len(late) > 1)} {words} for {minutes:g} min: {names}." if late else ""
-
-    def name_notification(one: Notification) -> str:
-        shown = json.loads(one.text)
-        return f"{one.type} of session {shown['sessionTimestamp']} (episode {shown['episodeNumber']})"
-
-    def name_session(one: WaitingSession) -> str:
-        return f"{one.timestamp} ({one.title and f'{one.title}, '}{one.prompts} prompts)"
 
     found: dict[str, str | None] = dict.fromkeys(ALERTS)
     found["store"] = seen.fault
@@ -4817,11 +4932,12 @@ def find_conditions(seen: Situation, settings: Settings, now: int) -> dict[str, 
         low = f"{seen.free / 10**9:.2f} GB are free for {settings.data_dir}: free space on that disk."
         found["disk"] = low if seen.free < settings.alert_disk * 10**9 else ""
     if seen.pending is not None:
-        limit = settings.alert_unacknowledged
-        found["unacknowledged"] = overdue(seen.pending, limit, "notification", "not acknowledged", name_notification)
+        named = ((one.since, f"{one.type} of session {one.session} (episode {one.episode})") for one in seen.pending)
+        found["unacknowledged"] = overdue(named, settings.alert_unacknowledged, "notification", "not acknowledged")
     if seen.waiting is not None:
-        rows = [(one.since, one) for one in seen.waiting]
-        found["stuck"] = overdue(rows, settings.alert_stuck, "session", "without a new prompt", name_session)
+        titles = ((one, one.title and f"{one.title}, ") for one in seen.waiting)
+        named = ((one.since, f"{one.timestamp} ({title}{one.prompts} prompts)") for one, title in titles)
+        found["stuck"] = overdue(named, settings.alert_stuck, "session", "without a new prompt")
     return found
 
 
@@ -4923,9 +5039,9 @@ class Alerts:
     def look(self) -> float:
         """Raise what is wrong, end what is over. The seconds until the next look."""
         seconds = min(self.INTERVAL, self._observer.watch_gpu())
-        limits = {"unacknowledged": self._settings.alert_unacknowledged, "stuck": self._settings.alert_stuck}
-        ages = [1.0 if kind in self.raised else min(5.0, limit * 6) for kind, limit in limits.items()]
-        for kind, text in find_conditions(self._observer.look(*ages), self._settings, self._observer.wall()).items():
+        limits = self._settings.alert_unacknowledged, self._settings.alert_stuck
+        age = 1.0 if self.raised else min([5.0, *(minutes * 6 for minutes in limits if minutes)])
+        for kind, text in find_conditions(self._observer.look(age), self._settings, self._observer.wall()).items():
             if text is not None:
                 self._advance(kind, text)
         return seconds
@@ -5027,7 +5143,7 @@ def find_metrics(seen: Situation, raised: Iterable[str], counts: RequestCounts, 
         {"": round(getattr(gpu, name) * unit, 2) if gpu and gpu.available and name not in gpu.unknown else None}
         for name, unit in units.items()
     )
-    pending = collections.Counter(one.type for _, one in seen.pending or ())
+    pending = collections.Counter(one.type for one in seen.pending or ())
     return (
         ("nvidia_smi_utilization_gpu_ratio", "gauge", "Use of the GPUs, on average.", use),
         ("nvidia_smi_memory_used_bytes", "gauge", "Used memory of all GPUs.", used),
@@ -5040,7 +5156,7 @@ def find_metrics(seen: Situation, raised: Iterable[str], counts: RequestCounts, 
         ("storyteller_notifications_pending", "gauge", "Notifications that are not acknowledged.",
          {labels(type=type): None if seen.pending is None else pending[type] for type in TOTALS}),
         ("storyteller_notifications_oldest_timestamp_seconds", "gauge", "When the oldest of them was made.",
-         {"": min(time for time, _ in seen.pending) / 1000 if seen.pending else None}),
+         {"": min(one.since for one in seen.pending) / 1000 if seen.pending else None}),
         ("storyteller_sessions_waiting", "gauge", "Sessions that wait for prompts by StorySwarm.",
          {"": None if seen.waiting is None else len(seen.waiting)}),
         ("storyteller_store_up", "gauge", "Whether the store answers, and takes writes.",
@@ -6243,126 +6359,6 @@ def respond(app: bottle.Bottle, environ: dict[str, Any], *, refused: ApiError | 
 # Live: what changes
 # ======================================================================================================
 
-_OWN_PENDING = re.compile(OWN_MEMBER % b"(%b)" % OWN_ID.encode() + rb'"type":"(\w+)","sessionTimestamp":(\d+),')
-
-Tell = Callable[[str, Any], None]  # the type of an event, and its data
-
-
-class PendingChanges:
-    """Tells of what is new among the pending notifications, and of what ended. One thread looks."""
-
-    PAGE = 2000  # members that are read at a time
-
-    def __init__(self, store: Store, notifications: Notifications, tell: Tell, pause: Callable[[], None]) -> None:
-        """`pause` is called in the middle of a look: what is done here does not wait for all of 100,000."""
-        self._store, self._notifications, self._tell, self._pause = store, notifications, tell, pause
-        # By its id where this service made it, else by the member; its type and session. None for what is not told of:
-        # an invalid one, or one whose end was told. What is pending is mostly not parsed: 100,000 take 2 s.
-        self._known: dict[str | bytes, tuple[str, int] | None] = {}
-        self.unread: collections.Counter[int] = collections.Counter()  # by session, prompts_ready that was made here
-        self._newest, self._scan_at, self._marks_at = 0.0, -math.inf, -math.inf
-
-    def knows(self, id: str) -> bool:
-        """False for one that is to be told; True for any of another program."""
-        return not re.fullmatch(OWN_ID, id) or bool(self._known.get(id))
-
-    def made(self, one: Notification) -> None:
-        """It was made here."""
-        if one.id not in self._known:
-            self._keep(one.id, one)
-
-    def acknowledged(self, id: str) -> None:
-        """It was acknowledged here. The end of one of another program is found by the next look."""
-        self._forget(id)
-
-    def learn(self) -> None:
-        """What is there now is no news. Raises Unavailable."""
-        self._scan(is_new=True)
-        self._find_marked()
-
-    def look(self) -> None:
-        """Raises Unavailable."""
-        count, newer = self._store.pending_since(self._newest)
-        self._take(newer)
-        # Another instance marks what it removes: so most ends are found without a scan of all that is pending.
-        if (is_gone := count < len(self._known)) or time.monotonic() >= self._marks_at:
-            self._find_marked(is_gone=is_gone)
-        if count != len(self._known) or time.monotonic() >= self._scan_at:
-            self._scan()
-
-    def _take(self, rows: Iterable[tuple[bytes, float]], *, is_new: bool = False) -> list[str | bytes]:
-        """Tell of those that are not known. By what each is known."""
-        keys, fresh = list[str | bytes](), dict[str | bytes, Notification | None]()
-        for member, at in rows:
-            self._newest = max(self._newest, at)
-            own = _OWN_PENDING.match(member)
-            keys.append(key := own[1].decode() if own else member)
-            if key in self._known:
-                continue
-            if is_new:
-                self._known[key] = known = (own[3].decode(), int(own[4])) if own else ("", 0)
-                self._count(key, known, 1)
-            else:
-                fresh[key] = self._notifications.read(member, at)
-        marked = self._store.acknowledged([found.id for found in fresh.values() if found])
-        for key, found in fresh.items():
-            self._keep(key, None if found and found.id in marked else found)
-        return keys
-
-    def _keep(self, key: str | bytes, found: Notification | None) -> None:
-        self._known[key] = known = found and (found.type, found.session)
-        if found and known:
-            self._count(key, known, 1)
-            self._tell("notification", found.text)
-
-    def _count(self, key: str | bytes, known: tuple[str, int], change: int) -> None:
-        if isinstance(key, str) and known[0] == "prompts_ready":
-            self.unread[known[1]] += change
-            if not self.unread[known[1]]:
-                del self.unread[known[1]]
-
-    def _forget(self, key: str | bytes, *, is_gone: bool = True) -> None:
-        """Tell its end, unless that was told. One that is not gone is not told of again."""
-        known = self._known.pop(key, None)
-        if not known:
-            return
-        if not is_gone:
-            self._known[key] = None
-        self._count(key, known, -1)
-        found = None if isinstance(key, str) else self._notifications.read(key, 0)
-        id, type, session = (found.id, found.type, found.session) if found else (key, *known)
-        if isinstance(id, str):  # else it is an invalid one
-            self._tell("acknowledged", {"id": id, "type": type, "sessionTimestamp": session})
-
-    def _find_marked(self, *, is_gone: bool = False) -> None:
-        """What is marked has ended, though another program may have left it where it is."""
-        began, ids = time.monotonic(), dict[str, str | bytes]()
-        for key, known in self._known.items():
-            if known and isinstance(key, str):
-                ids[key] = key
-            elif known and isinstance(key, bytes) and (named := _IDS.search(key)):
-                ids[named[1].decode("utf-8", "replace")] = key
-        asked = iter(ids)
-        while part := list(itertools.islice(asked, 1000)):
-            for id in self._store.acknowledged(part):
-                self._forget(ids[id], is_gone=is_gone)
-            self._pause()
-        ended = time.monotonic()
-        self._marks_at = ended + max(1.0, 20 * (ended - began))
-
-    def _scan(self, *, is_new: bool = False) -> None:
-        """Compare all that is pending with what is known."""
-        began, before, seen = time.monotonic(), list(self._known), set[str | bytes]()
-        rows = self._store.pending(page=self.PAGE)
-        while page := list(itertools.islice(rows, self.PAGE)):
-            seen.update(self._take(page, is_new=is_new))
-            self._pause()
-        for key in before:
-            if key not in seen:
-                self._forget(key)
-        ended = time.monotonic()
-        self._scan_at = ended + max(2.0, 10 * (ended - began))
-
 
 class SessionChanges:
     """Tells of the newest sessions, once for each change of one. One thread looks."""
@@ -6677,10 +6673,7 @@ class Live:
             if is_whole:
                 self._looked_at = time.monotonic()
                 self._sessions.look()
-            if self._is_new:
-                self._pending.learn()
-            else:
-                self._pending.look()
+            self._pending.look(is_new=self._is_new)
         except Unavailable:
             return False
         self._sessions.tell()

@@ -6614,7 +6614,7 @@ def test_a_session_waits_since_its_last_new_prompt(seen, store):
 
     def waiting() -> dict[int, int]:
         seen.clock.now += 100
-        return {one.timestamp: one.since for one in seen.observer.look(0.0, 0.0).waiting}
+        return {one.timestamp: one.since for one in seen.observer.look(0.0).waiting}
 
     minute = 60_000
     store.save(T, json.dumps(with_beats(OPEN, OPEN)).encode(), None)  # it says nothing of its time but its name
@@ -6631,31 +6631,26 @@ def test_a_session_waits_since_its_last_new_prompt(seen, store):
     assert list(waiting()) == [T + 1]
 
 
-def test_what_is_read_of_the_store_takes_a_small_part_of_the_time():
-    clock, computed = Clock(0.0), []
-
-    def compute() -> int:
-        clock.now += 0.3
-        computed.append(clock.now)
-        return len(computed)
-
-    throttled = service.Throttled(compute, clock)
-    for _ in range(1000):
-        throttled.get(1.0, 0.003)
-        clock.now += 1.0
-    assert 9 <= len(computed) <= 11
-    clock.now += 3.1
-    assert throttled.get(0.0, 0.1) == len(computed)
-    clock.now += 0.1
-    assert throttled.get(math.inf, 0.1) == len(computed)
+def test_a_look_reads_of_the_store_what_was_changed_alone(seen, store, monkeypatch):
+    for number in range(3):
+        store.save(T + number, json.dumps(with_beats(OPEN)).encode(), None)
+        add(store, draft(session=T + number))
+    assert len(seen.observer.look(0.0).pending) == 3
+    read, sessions = store.read_sessions, []
+    monkeypatch.setattr(store, "read_sessions", lambda given: sessions.extend(given) or read(given))
+    monkeypatch.setattr(store, "pending", None)
+    store.save(T + 1, json.dumps(with_beats(OPEN, DONE)).encode(), None)
+    made = json.loads(add(store, draft(session=T + 9))[0])
+    situation = seen.observer.look(0.0)
+    assert (sessions, len(situation.waiting)) == ([T + 1], 3)
+    assert [one.episode for one in situation.pending if one.id == made["id"]] == [made["episodeNumber"]]
 
 
 # ---------------------------------------------------------------------------------- what to alert of ----
 
 
-def pending_since(*minutes: float) -> list[tuple[int, service.Notification]]:
-    members = [service.read_member(draft(session=T + n).member(T), None) for n in range(len(minutes))]
-    return [(T - int(one * 60_000), member) for one, member in zip(minutes, members)]
+def pending_since(*minutes: float) -> list[service.Pending]:
+    return [service.Pending(f"x-{n}", PROMPTS, T + n, 2, T - int(one * 60_000)) for n, one in enumerate(minutes)]
 
 
 def waiting_since(*minutes: float) -> list[service.Waiting]:
