@@ -5004,12 +5004,12 @@ def deliver(settings: Settings, alert: Alert) -> tuple[bool, str]:
 
 class Alerts:
     """Raises and ends the alerts of this instance, in a thread of its own; another one POSTs them, and sends the
-    heartbeat. `publish` gets each."""
+    heartbeat. `publish` gets each as an event, and the permission that it needs."""
 
     INTERVAL, KEPT, UNSENT, TRIES, RETRY, HEARTBEAT = 1.0, 3, 100, 3, 2.0, 60.0
 
     def __init__(
-        self, settings: Settings, observer: Observer, publish: Callable[[dict[str, Any]], None] = lambda alert: None,
+        self, settings: Settings, observer: Observer, publish: Callable[[str, dict[str, Any], str], None],
         clock: Clock = time.monotonic,
     ) -> None:  # fmt: skip
         self._settings, self._observer, self._publish, self._clock = settings, observer, publish, clock
@@ -5065,7 +5065,7 @@ class Alerts:
         else:
             self.raised, self.ended = others, (alert, *self.ended)[: self.KEPT]
         log.warning("alerts: %s %s: %s", kind, alert.state, alert.text)
-        self._publish(alert_json(alert))
+        self._publish("alert", alert_json(alert), ALERTS[kind])
         if self._settings.alert_url:
             with contextlib.suppress(queue.Full):  # nothing took them for half an hour
                 self._unsent.put_nowait(alert)
@@ -5405,7 +5405,7 @@ class Services:
         self.live = Live(self)
         known = settings, store, gpu, swarmui, self.sessions, self.notifications
         self.observer = Observer(*known, self.live.count_listeners)
-        self.alerts = Alerts(settings, self.observer, self.live.publish_alert)
+        self.alerts = Alerts(settings, self.observer, self.live.publish)
         self.counts, self.started_at = RequestCounts(), now_ms()
         self.pool = ThreadPoolExecutor(POOL_THREADS, "pool")  # for what works
         self.large_bodies = ThreadPoolExecutor(1, "large-bodies")
@@ -6553,9 +6553,6 @@ class Live:
         """Tell an event, to those who want it and may see it."""
         self._call_soon(functools.partial(self._publish, type, data, permission))
 
-    def publish_alert(self, alert: Mapping[str, Any]) -> None:
-        self.publish("alert", alert, ALERTS[alert["kind"]])
-
     def note(self, *done: Notification | str) -> None:
         """Notifications that were made here, or ids of those that were acknowledged here."""
         for one in () if self._is_new else done:
@@ -6567,7 +6564,7 @@ class Live:
     def look_soon(self) -> None:
         """A session, or what it announces, was changed here."""
         self._looked_at = -math.inf
-        self._call_soon(lambda: None)
+        self._loop.wake()
 
     def _call_soon(self, function: Callable[[], None]) -> None:
         if self._is_started:  # else nobody ever came

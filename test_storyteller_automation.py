@@ -6719,7 +6719,7 @@ class Shown:
 
     def __init__(self, settings: service.Settings) -> None:
         self.situation, self.clock, self.wall, self.events = service.Situation(), Clock(50.0), Clock(T), []
-        self.alerts = service.Alerts(settings, self, self.events.append, self.clock)
+        self.alerts = service.Alerts(settings, self, lambda _, alert, permission: self.events.append(alert), self.clock)
 
     def watch_gpu(self) -> float:
         return math.inf
@@ -6940,7 +6940,7 @@ def test_a_heartbeat_is_sent_at_the_start_and_its_loss_is_logged_once(settings, 
     monkeypatch.setattr(service.Alerts, "HEARTBEAT", 0.02)
     receiver = make_receiver(200, 500, 500, 500)
     given = dataclasses.replace(settings, heartbeat_url=receiver.url)
-    with contextlib.closing(service.Alerts(given, Shown(given))) as alerts:
+    with contextlib.closing(service.Alerts(given, Shown(given), lambda *told: None)) as alerts:
         alerts.start()
         wait_until(lambda: len(receiver.requests) > 6)
     assert {(method, path) for method, path, _ in receiver.requests} == {("GET", "/secret-topic?key=secret")}
