@@ -3372,17 +3372,19 @@ class PendingChanges:
     def _take(self, rows: Iterable[tuple[bytes, float]], *, is_new: bool = False) -> list[str | bytes]:
         """Tell of those that are not known. By what each is known."""
         keys, fresh, texts = list[str | bytes](), dict[str | bytes, Pending | None](), dict[str | bytes, bytes]()
-        for member, at in rows:
+        now = now_ms()
+        for member, score in rows:
+            at = min(int(min(score, LARGEST)), now)  # another program may have written one of the future, or infinity
             self._newest = max(self._newest, at)
             own = _OWN_PENDING.match(member)
             keys.append(key := own[1].decode() if own else member)
             if key in self._known:
                 continue
             if own and is_new:  # it is not parsed: 100,000 would take 2 s
-                fresh[key] = Pending(own[1].decode(), own[3].decode(), int(own[4]), int(own[5] or 0), int(at))
+                fresh[key] = Pending(own[1].decode(), own[3].decode(), int(own[4]), int(own[5] or 0), at)
             else:
-                found = self._notifications.read(member, at)
-                fresh[key] = found and Pending(found.id, found.type, found.session, found.episode, int(at))
+                found = self._notifications.read(member, score)
+                fresh[key] = found and Pending(found.id, found.type, found.session, found.episode, at)
                 texts[key] = found.text if found else b""
         marked = self._store.acknowledged([found.id for found in fresh.values() if found])
         for key, one in fresh.items():

@@ -9007,6 +9007,21 @@ def test_what_another_program_plants_is_told_whatever_its_score(
     assert heard.next() == made  # its end was told
 
 
+@pytest.mark.usefixtures("quick_looks")
+@pytest.mark.parametrize("score", ["inf", 1e300])
+def test_a_score_without_sense_stops_neither_events_nor_alerts(poll_service, redis_store, other_program, listen, score):
+    other_program.zadd("notifications:pending", {json.dumps({"id": "x", "type": PROMPTS, "sessionTimestamp": T,
+        "totalPrompts": 3, "timestamp": "2026-01-29T10:00:00Z"}): score})  # fmt: skip
+    polled = poll_service(redis_store)
+    heard = listen(polled, "?types=notification")
+    assert [one["id"] for one in heard.next()["notifications"]] == ["x"]
+    made = make_one(polled)
+    assert heard.next() == made
+    add(redis_store, draft(session=T + 1))
+    assert heard.next()["sessionTimestamp"] == T + 1
+    assert len(polled.services.observer.look(0.0).pending) == 3
+
+
 @pytest.mark.slow
 def test_however_many_are_pending_one_more_is_told_at_once(poll_service, redis_store, other_program, listen):
     for part in range(50):
