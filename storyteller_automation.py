@@ -3421,7 +3421,7 @@ class PendingChanges:
                 self._forget(keys[id], is_gone=is_gone)
             self._pause()
         ended = time.monotonic()
-        self._marks_at = ended + max(1.0, 20 * (ended - began))
+        self._marks_at = ended + max(1.0, 5 * (ended - began))
 
     def _scan(self, *, is_new: bool = False) -> None:
         """Compare all that is pending with what is known."""
@@ -4843,11 +4843,12 @@ class Observer:
         self._pending, self._changed = PendingChanges(store, notifications), ChangedSessions(store, self.SESSIONS)
         self._is_first, self._waiting = True, dict[int, WaitingSession]()
         self._found: tuple[Sequence[Pending], Sequence[WaitingSession]] | None = None  # by the last look
-        self._looked_at = -math.inf
+        self._looked_at, self._took = -math.inf, 0.0  # when, and how long it took
         self._scraped_at = -math.inf
 
     def look(self, age: float) -> Situation:
-        """What is known now; of what is in the store as of at most `age` seconds ago. It waits for the store."""
+        """What is known now; of the store what was known at most `age` seconds ago, or so long that looks take a
+        hundredth of the time. It waits for the store."""
         fault, free = "", None
         try:
             self._store.ping()
@@ -4864,12 +4865,14 @@ class Observer:
 
     def _look_at_store(self, age: float) -> tuple[Sequence[Pending], Sequence[WaitingSession]] | None:
         with self._lock:
-            if self._clock() - self._looked_at >= age or not self._found:
-                self._looked_at, self._found = self._clock(), None
+            began = self._clock()
+            if began - self._looked_at >= (age and max(age, 100 * self._took)) or not self._found:
+                self._looked_at, self._found = began, None
                 with contextlib.suppress(ApiError):  # reads may go on while writes are refused
                     self._pending.look(is_new=self._is_first)
                     self._find_waiting()
                     self._found, self._is_first = (self._pending.all(), list(self._waiting.values())), False
+                self._took = self._clock() - began
             return self._found
 
     def scrape(self) -> Situation:
