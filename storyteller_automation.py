@@ -3377,11 +3377,12 @@ class PendingChanges:
             at = min(int(min(score, LARGEST)), now)  # another program may have written one of the future, or infinity
             self._newest = max(self._newest, at)
             own = _OWN_PENDING.match(member)
-            keys.append(key := own[1].decode() if own else member)
+            id = own[1].decode() if own else ""
+            keys.append(key := id or member)
             if key in self._known:
                 continue
             if own and is_new:  # it is not parsed: 100,000 would take 2 s
-                fresh[key] = Pending(own[1].decode(), own[3].decode(), int(own[4]), int(own[5] or 0), at)
+                fresh[key] = Pending(id, sys.intern(own[3].decode()), int(own[4]), int(own[5] or 0), at)
             else:
                 found = self._notifications.read(member, score)
                 fresh[key] = found and Pending(found.id, found.type, found.session, found.episode, at)
@@ -6156,28 +6157,17 @@ COMMON_HEADERS: Mapping[str, str] = {
 Steps = Generator[Future[Any], None, Response]
 
 
-def awaited(outcome: T | Future[Any]) -> Generator[Future[Any], None, T]:
-    """For `yield from`: the outcome itself, or the result of the future, which may be a future or an error again."""
+def awaited(outcome: T | Future[Any], waits: list[float] | None = None) -> Generator[Future[Any], None, T]:
+    """For `yield from`: the outcome itself, or the result of the future, which may be a future or an error again.
+    `waits` gets the seconds of each wait for what can be withdrawn."""
     while isinstance(outcome, Future):
+        began, is_wait = time.monotonic(), not outcome.running()
         if not outcome.done():
             yield outcome
+        if waits is not None and is_wait:
+            waits.append(time.monotonic() - began)
         outcome = outcome.result()
     return result_of(outcome)
-
-
-def without_waits(steps: Steps, waits: list[float]) -> Steps:
-    """The same steps. `waits` gets the seconds of each wait for what can be withdrawn."""
-    try:
-        while True:
-            future, began = next(steps), time.monotonic()
-            waiting = not future.running()
-            yield future
-            if waiting:
-                waits.append(time.monotonic() - began)
-    except StopIteration as end:
-        return cast(Response, end.value)
-    finally:
-        steps.close()
 
 
 class Exchange:
@@ -6237,7 +6227,7 @@ class Endpoint:
             request_id = secrets.token_hex(8)
         route = self.routes.get("GET" if method == "HEAD" else method)
         shape, is_open = (route.error_shape, route.permission == "open") if route else ({}, False)
-        caller, waits = ANONYMOUS, [0.0]
+        caller, waits = ANONYMOUS, list[float]()
         try:
             if refused and not is_open:
                 raise refused
@@ -6253,8 +6243,7 @@ class Endpoint:
                 last = environ.get("HTTP_LAST_EVENT_ID", "")
                 query = read_query(environ, route.query)
                 request = Request(caller, origin, read_path(environ, path), query, last_event=last)
-                steps = self._handle(route, request, environ)
-                response = yield from without_waits(steps, waits) if route.waits else steps
+                response = yield from self._handle(route, request, environ, waits)
             elif method == "OPTIONS":
                 response = Response(b"", 204, self._preflight(origin, environ))
             elif self.routes:
@@ -6293,7 +6282,7 @@ class Endpoint:
         is_open = self.services.settings.metrics.lower() == "open"
         return SCRAPER if is_open and is_from_this_pc(environ) else None
 
-    def _handle(self, route: Route, request: Request, environ: Mapping[str, Any]) -> Steps:
+    def _handle(self, route: Route, request: Request, environ: Mapping[str, Any], waits: list[float]) -> Steps:
         if route.body:
             size = int(environ.get("CONTENT_LENGTH") or 0)
             read = functools.partial(read_body, environ, size, route.body)
@@ -6306,7 +6295,8 @@ class Endpoint:
                 request = dataclasses.replace(request, barred_by=other)
         if route.in_pool:
             return (yield from awaited(self.services.submit(route.handler, self.services, request)))
-        return (yield from awaited(route.handler(self.services, request)))
+        outcome = route.handler(self.services, request)
+        return (yield from awaited(outcome, waits if route.waits else None))
 
     def _preflight(self, origin: str | None, environ: Mapping[str, Any]) -> dict[str, str]:
         """Also for a path that does not exist: otherwise the page would never see the 404."""

@@ -6522,22 +6522,6 @@ def test_a_wait_for_the_gpu_is_no_duration_of_a_request(make_app):
     assert scrape(app)["storyteller_http_request_duration_seconds_sum"] < (time.monotonic() - began) / 2
 
 
-def test_a_step_that_fails_while_it_waits_fails_outside_too():
-    def steps() -> Any:
-        yield Future()
-        raise service.Conflict("late")
-
-    timed, waits = service.without_waits(steps(), []), []
-    next(timed)
-    with pytest.raises(service.Conflict):
-        next(timed)
-    inner = steps()
-    timed = service.without_waits(inner, waits)
-    next(timed)
-    timed.close()
-    assert (waits, inner.gi_frame) == ([], None)
-
-
 # ------------------------------------------------------------------------------------ what is seen ----
 
 
@@ -8469,6 +8453,12 @@ class Polled:
     def close(self) -> None:
         self.connection.close()
 
+    def app(self) -> webtest.TestApp:
+        """The same without the server."""
+        return webtest.TestApp(
+            service.create_app(self.services), extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"}
+        )
+
     def in_flight(self) -> int:
         """How many connections wait for a response."""
         return sum(bool(getattr(one, "requests", [])) for one in self.server._channels())
@@ -9174,7 +9164,7 @@ def test_only_what_is_known_and_allowed_may_be_asked_for(make_app, query, status
 
 def test_an_event_is_told_to_those_who_may_see_it(poll_service, listen):
     polled = poll_service()
-    app = webtest.TestApp(service.create_app(polled.services), extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"})
+    app = polled.app()
     own, other = listen(polled), listen(polled, token=make_token(app, "events:read", "gpu:read"))
     for heard in (own, other):
         heard.next("state")
@@ -9189,7 +9179,7 @@ def test_an_event_is_told_to_those_who_may_see_it(poll_service, listen):
 @pytest.mark.parametrize("how", ["revoked", "over"])
 def test_a_token_that_ends_ends_its_events(poll_service, listen, how, monkeypatch):
     polled = poll_service()
-    app = webtest.TestApp(service.create_app(polled.services), extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"})
+    app = polled.app()
     token = make_token(app, "events:read")
     heard, stays = listen(polled, token=token), listen(polled)
     for one in (heard, stays):
