@@ -9351,6 +9351,22 @@ def test_a_mark_of_another_program_is_noticed_wherever_it_is(poll_service, redis
     assert heard.next()["id"] == "x-1250"
 
 
+def test_two_members_of_one_id_cause_no_endless_scans(poll_service, redis_store, other_program, listen, monkeypatch):
+    monkeypatch.setattr(service.Live, "PENDING_INTERVAL", 0.01)
+    polled = poll_service(redis_store)
+    make_one(polled)
+    (member,) = other_program.zrange("notifications:pending", 0, -1)
+    double = member.replace('"acknowledged":false', '"acknowledged":true')
+    other_program.zadd("notifications:pending", {double: service.now_ms()})
+    heard = listen(polled, "?types=notification")
+    heard.next()
+    pending, scans = redis_store.pending, []
+    monkeypatch.setattr(redis_store, "pending", lambda page: scans.append(page) or pending(page))
+    for number in range(20):
+        assert make_one(polled, T + 1 + number) == heard.next()
+    assert len(scans) <= 1
+
+
 def look_again(polled: Polled) -> None:
     """Wait until all has been looked at, and marks too."""
     pending = polled.services.live._pending
