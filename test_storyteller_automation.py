@@ -6434,7 +6434,8 @@ def test_metrics_tell_of_the_process(make_app):
         pytest.param(None, 0, set(), id="no nvidia-smi"),
     ],
 )
-def test_what_the_gpu_does_not_tell_is_absent_from_the_metrics(make_app, nvidia_smi, gpus, up, known):
+def test_what_the_gpu_does_not_tell_is_absent_from_the_metrics(make_app, nvidia_smi, monkeypatch, gpus, up, known):
+    monkeypatch.setattr(service.Observer, "GPU_WAIT", PATIENCE)
     found = scrape(make_app(**({"nvidia_smi": nvidia_smi({"print": gpus}, {})} if gpus else {})))
     assert found["storyteller_gpu_up"] == up
     assert {name.removeprefix("nvidia_smi_") for name in found if name.startswith("nvidia_smi_")} == known
@@ -9195,6 +9196,7 @@ def test_a_token_that_ends_ends_its_events(poll_service, listen, how, monkeypatc
 @pytest.mark.usefixtures("quick_looks")
 def test_swarmui_the_gpu_and_its_reservation_are_told(poll_service, nvidia_smi, listen, answering, monkeypatch):
     monkeypatch.setattr(service.Observer, "WATCHED", 0.1)
+    monkeypatch.setattr(service.Live, "STATE_WAIT", PATIENCE)
     polled = poll_service(nvidia_smi=nvidia_smi(GOOD, {"print": "41\n"}))
     polled.services.start()
     heard = listen(polled, "?types=gpu,reservation,swarmui")
@@ -9421,7 +9423,8 @@ def test_a_store_that_is_slow_to_tell_of_the_reservation_delays_no_event(polled,
         assert time.monotonic() - began < 2
 
 
-def test_the_figures_of_the_gpu_are_as_old_as_they_say(poll_service, nvidia_smi, listen):
+def test_the_figures_of_the_gpu_are_as_old_as_they_say(poll_service, nvidia_smi, listen, monkeypatch):
+    monkeypatch.setattr(service.Live, "STATE_WAIT", PATIENCE)
     polled = poll_service(nvidia_smi=nvidia_smi(GOOD, {"print": "41\n"}))
     polled.services.gpu._ttl = 60.0
     polled.ask("GET", "/api/v1/gpu/status")
