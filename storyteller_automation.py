@@ -5023,8 +5023,8 @@ class Alerts:
         self.raised: Mapping[str, Alert] = {}
         self.ended: tuple[Alert, ...] = ()  # the last ones
         self._changed: dict[str, float] = {}  # since when a kind is otherwise than its alert says
-        self._unsent: queue.Queue[Alert] = queue.Queue(self.UNSENT)
-        self._sending: tuple[Alert, int] | None = None  # and how often that was tried
+        self._unsent: collections.deque[Alert] = collections.deque()
+        self._tries = 0  # of the first one
         self._is_heard, self._beat_at = True, -math.inf if settings.heartbeat_url else math.inf
         self._loop, self._webhooks = Loop(self.look, "alerts"), Loop(self._call_webhooks, "webhooks")
 
@@ -5073,8 +5073,8 @@ class Alerts:
         log.warning("alerts: %s %s: %s", kind, alert.state, alert.text)
         self._publish("alert", alert_json(alert), ALERTS[kind])
         if self._settings.alert_url:
-            with contextlib.suppress(queue.Full):  # nothing took them for half an hour
-                self._unsent.put_nowait(alert)
+            if len(self._unsent) < self.UNSENT:  # else nothing took them for half an hour
+                self._unsent.append(alert)
             self._webhooks.wake()
 
     def _call_webhooks(self) -> float:
@@ -5086,16 +5086,13 @@ class Alerts:
 
     def _post(self) -> float:
         """The seconds until there may be another one."""
-        if not self._sending:
-            try:
-                self._sending = self._unsent.get_nowait(), 0
-            except queue.Empty:
-                return 3600.0
-        (alert, tries), self._sending = self._sending, None
-        is_taken, answer = deliver(self._settings, alert)
-        if not is_taken and tries + 1 < self.TRIES:
-            self._sending = alert, tries + 1
+        if not self._unsent:
+            return 3600.0
+        is_taken, answer = deliver(self._settings, self._unsent[0])
+        self._tries += 1
+        if not is_taken and self._tries < self.TRIES:
             return self.RETRY
+        alert, self._tries = self._unsent.popleft(), 0
         if not is_taken:
             log.warning("alerts: %s was not delivered to STORYTELLER_ALERT_URL: %s", alert.kind, answer)
         return 0.0
