@@ -22,6 +22,7 @@ The sections, each under a banner, each depending only on those above it:
     Sessions                                pure functions of a document; the cache of their results by SHA-256
     Bridge                                  the two copies of a session kept in step: who wins, and who looks
     Notifications                           what one is, which are valid, when a session announces one
+    Changes                                 what is new in the store since the last look
     GPU                                     the parser (pure); the monitor (one run at a time, cached)
     GPU: reservations                       a lease with a fence; who waits for it
     SwarmUI: the client                     what answers at its URL, whose pages it answers
@@ -37,7 +38,7 @@ The sections, each under a banner, each depending only on those above it:
     HTTP: handlers of sessions and tokens   the same
     HTTP: routes                            one table, from which OpenAPI is generated
     HTTP: application                       the one path of every request
-    Live: what changes                      among what is pending, and of the newest sessions
+    Live: what changes                      the newest sessions, the GPU, SwarmUI
     Live: who is told                       the stream of events, and checks that wait
     Page                                    the page as text
     Server: settings and sockets            waitress's settings with their reasons
@@ -94,7 +95,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -3169,6 +3170,7 @@ class Notification(NamedTuple):
     is_shown: bool  # else it is acknowledged by its own word, or a page could not acknowledge it
     fault: str = ""  # what is wrong with it
     session: int = 0
+    episode: int = 0
 
 
 def read_member(member: bytes, time: float | None) -> Notification:
@@ -3200,7 +3202,8 @@ def read_member(member: bytes, time: float | None) -> Notification:
     fault = "its episodeNumber is not a whole number" if episode is not None and read_count(episode) is None else ""
     if is_cut := NOT_WHOLE.search(id):
         fault = f"its id {id!r:.250} does not come back whole from a path"
-    return Notification(id, kind, to_json(shown), value.get("acknowledged") is not True and not is_cut, fault, session)
+    is_shown = value.get("acknowledged") is not True and not is_cut
+    return Notification(id, kind, to_json(shown), is_shown, fault, session, shown["episodeNumber"])
 
 
 def _story_fields(uuid: object, episode: object) -> dict[str, Any]:
@@ -3267,8 +3270,12 @@ class Notifications:
         ours = re.compile("|".join(["\\\\", *types]).encode())
         others = re.compile("|".join(TOTALS.keys() - set(types)).encode() or b"(?!)")
         rows = (row for row in self._store.pending(page=1000) if ours.search(row[0]) or not others.search(row[0]))
-        wanted = ((0, one) for one in self._read(rows) if one.type in types)
-        return [one for _, one in itertools.islice(self._unmarked(wanted, min(limit, 1000)), limit)]
+        wanted = (one for one in self._read(rows) if one.type in types)
+        found: list[Notification] = []
+        while len(found) < limit and (batch := list(itertools.islice(wanted, min(limit, 1000)))):
+            marked = self._store.acknowledged([one.id for one in batch])
+            found += [one for one in batch if one.id not in marked]
+        return found[:limit]
 
     def check_many(self, queries: Sequence[tuple[Sequence[str], int]]) -> list[list[Notification] | None]:
         """The same for several (types, limit), all from one snapshot. None for a query that has to read further."""
@@ -3286,17 +3293,6 @@ class Notifications:
             found = [one for one in found if one.id not in marked]
         answers = [[one for one in found if one.type in types][:limit] for types, limit in queries]
         return [one if len(pending) < count or len(one) == limit else None for one, (_, limit) in zip(answers, queries)]
-
-    def dated(self) -> list[tuple[int, Notification]]:
-        """All that are not acknowledged, with their times in ms."""
-        rows = self._store.pending(page=1000)
-        dated = ((int(time), one) for member, time in rows if (one := self.read(member, time)))
-        return list(self._unmarked(dated, 1000))
-
-    def _unmarked(self, rows: Iterator[tuple[int, Notification]], page: int) -> Iterator[tuple[int, Notification]]:
-        while found := list(itertools.islice(rows, page)):
-            marked = self._store.acknowledged([one.id for _, one in found])
-            yield from (row for row in found if row[1].id not in marked)
 
     def create(self, drafts: Sequence[Draft]) -> list[tuple[Notification, bool] | ApiError]:
         """Add each, and True; or the one of the same type and session that is pending already, and False."""
@@ -3364,6 +3360,168 @@ class Notifications:
         if len(self._reported) < self.REPORTED and digest not in self._reported:
             self._reported.add(digest)
             log.warning("notifications: a pending member, or a part of it, is left out (%s): %.200r", fault, member)
+
+
+# ======================================================================================================
+# Changes
+# ======================================================================================================
+
+_OWN_PENDING = re.compile(
+    OWN_MEMBER % b"(%b)" % OWN_ID.encode()
+    + rb'"type":"(\w+)","sessionTimestamp":(\d+),(?:"storyUuid":"[^"\\]*",)?(?:"episodeNumber":(\d+),)?'
+)
+
+Tell = Callable[[str, Any], None]  # the type of an event, and its data
+
+
+class Pending(NamedTuple):
+    """What is kept of a pending notification."""
+
+    id: str
+    type: str
+    session: int
+    episode: int
+    since: int  # ms
+
+
+class PendingChanges:
+    """Knows the pending notifications, and tells of what is new among them and of what ended. One thread looks."""
+
+    PAGE = 2000  # members that are read at a time
+
+    def __init__(
+        self, store: Store, notifications: Notifications, tell: Tell = lambda type, data: None,
+        pause: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """`pause` is called in the middle of a look: what is done here does not wait for all of 100,000."""
+        self._store, self._notifications, self._tell, self._pause = store, notifications, tell, pause
+        # By its id where this service made it, else by the member. None for what is not told of: an invalid one, or one
+        # whose end was told.
+        self._known: dict[str | bytes, Pending | None] = {}
+        self.unread: collections.Counter[int] = collections.Counter()  # by session, prompts_ready that was made here
+        self._newest, self._scan_at, self._marks_at = 0.0, -math.inf, -math.inf
+        self._doubles = 0  # members beside those that are known, as two have one id
+
+    def all(self) -> list[Pending]:
+        return [known for known in self._known.values() if known]
+
+    def knows(self, id: str) -> bool:
+        """False for one that is to be told; True for any of another program."""
+        return not re.fullmatch(OWN_ID, id) or bool(self._known.get(id))
+
+    def made(self, one: Notification) -> None:
+        """It was made here."""
+        if one.id not in self._known:
+            self._keep(one.id, Pending(one.id, one.type, one.session, one.episode, now_ms()))
+            self._tell("notification", one.text)
+
+    def acknowledged(self, id: str) -> None:
+        """It was acknowledged here. The end of one of another program is found by the next look."""
+        self._forget(id)
+
+    def look(self, *, is_new: bool = False) -> None:
+        """`is_new`: what is there now is no news. Raises Unavailable."""
+        if is_new:
+            self._scan(is_new=True)
+            return
+        count, newer = self._store.pending_since(self._newest)
+        self._take(newer)
+        # Another instance marks what it removes: so most ends are found without a scan of all that is pending.
+        if (is_gone := count < self._count()) or time.monotonic() >= self._marks_at:
+            self._find_marked(is_gone=is_gone)
+        if count != self._count() or time.monotonic() >= self._scan_at:
+            self._scan()
+
+    def _count(self) -> int:
+        return len(self._known) + self._doubles
+
+    def _take(self, rows: Iterable[tuple[bytes, float]], *, is_new: bool = False) -> list[str | bytes]:
+        """Tell of those that are not known. By what each is known."""
+        keys, fresh, texts = list[str | bytes](), dict[str | bytes, Pending | None](), dict[str | bytes, bytes]()
+        now = now_ms()
+        for member, score in rows:
+            at = min(int(min(score, LARGEST)), now)  # another program may have written one of the future, or infinity
+            self._newest = max(self._newest, at)
+            own = _OWN_PENDING.match(member)
+            id = own[1].decode() if own else ""
+            keys.append(key := id or member)
+            if key in self._known:
+                continue
+            if own and is_new:  # it is not parsed: 100,000 would take 2 s
+                fresh[key] = Pending(id, sys.intern(own[3].decode()), int(own[4]), int(own[5] or 0), at)
+            else:
+                found = self._notifications.read(member, score)
+                fresh[key] = found and Pending(found.id, found.type, found.session, found.episode, at)
+                texts[key] = found.text if found else b""
+        marked = self._store.acknowledged([found.id for found in fresh.values() if found])
+        for key, one in fresh.items():
+            self._keep(key, None if one and one.id in marked else one)
+            if self._known[key] and not is_new:
+                self._tell("notification", texts[key])
+        return keys
+
+    def _keep(self, key: str | bytes, found: Pending | None) -> None:
+        self._known[key] = found
+        self._count_unread(key, found, 1)
+
+    def _count_unread(self, key: str | bytes, found: Pending | None, change: int) -> None:
+        if found and found.type == "prompts_ready" and isinstance(key, str):
+            self.unread[found.session] += change
+            if not self.unread[found.session]:
+                del self.unread[found.session]
+
+    def _forget(self, key: str | bytes, *, is_gone: bool = True) -> None:
+        """Tell its end, unless that was told. One that is not gone is not told of again."""
+        if known := self._known.pop(key, None):
+            if not is_gone:
+                self._known[key] = None
+            self._count_unread(key, known, -1)
+            self._tell("acknowledged", {"id": known.id, "type": known.type, "sessionTimestamp": known.session})
+
+    def _find_marked(self, *, is_gone: bool) -> None:
+        """What is marked has ended, though another program may have left it where it is."""
+        began = time.monotonic()
+        keys = {known.id: key for key, known in self._known.items() if known}
+        ids = iter(keys)
+        while part := list(itertools.islice(ids, 1000)):
+            for id in self._store.acknowledged(part):
+                self._forget(keys[id], is_gone=is_gone)
+            self._pause()
+        ended = time.monotonic()
+        self._marks_at = ended + max(1.0, 5 * (ended - began))
+
+    def _scan(self, *, is_new: bool = False) -> None:
+        """Compare all that is pending with what is known."""
+        began, before, seen, count = time.monotonic(), list(self._known), set[str | bytes](), 0
+        rows = self._store.pending(page=self.PAGE)
+        while page := list(itertools.islice(rows, self.PAGE)):
+            count += len(page)
+            seen.update(self._take(page, is_new=is_new))
+            self._pause()
+        for key in before:
+            if key not in seen:
+                self._forget(key)
+        ended = time.monotonic()
+        self._doubles, self._scan_at = count - len(seen), ended + max(2.0, 10 * (ended - began))
+
+
+class ChangedSessions:
+    """The newest sessions of a store. A look reads those alone that were changed since the last one."""
+
+    def __init__(self, store: Store, count: int) -> None:
+        self._store, self._count = store, count
+        self.versions: dict[int, Any] = {}  # by which Store.newest_sessions() knows them, also what is no session
+
+    def look(self, again: Container[int] = ()) -> Iterator[StoredSession]:
+        """Those, and those of `again`. What is yielded counts as read once the caller goes on."""
+        newest = dict(self._store.newest_sessions(self._count))
+        self.versions = {one: version for one, version in self.versions.items() if one in newest}
+        changed = [one for one, version in newest.items() if self.versions.get(one) != version or one in again]
+        for at in range(0, len(changed), 8):  # so few documents are in memory at once
+            for timestamp, outcome in zip(changed[at:], self._store.read_sessions(changed[at : at + 8])):
+                if stored := result_of(outcome):
+                    yield stored
+                self.versions[timestamp] = newest[timestamp]
 
 
 # ======================================================================================================
@@ -4717,25 +4875,6 @@ LASTING = ("gpu_hot", "gpu_failing", "store")  # these may pass by themselves: S
 WEBHOOK_TIMEOUT = 5.0  # seconds
 
 
-class Throttled(Generic[T]):
-    """What a function returned, for who can take an older value. Any thread may ask."""
-
-    def __init__(self, compute: Callable[[], T], clock: Clock) -> None:
-        self._compute, self._clock = compute, clock
-        self._known: tuple[T, float, float] | None = None  # when, and how long it took
-        self._lock = threading.Lock()
-
-    def get(self, age: float, share: float) -> T:
-        """The value, at most `age` seconds old; older where computing it would take more than `share` of the time."""
-        with self._lock:
-            began = self._clock()
-            if self._known and began - self._known[1] < max(age, self._known[2] / share):
-                return self._known[0]
-            value = self._compute()
-            self._known = value, (now := self._clock()), now - began
-            return value
-
-
 class WaitingSession(NamedTuple):
     """A session that waits for StorySwarm."""
 
@@ -4754,7 +4893,7 @@ class Situation:
     launches: int = 0
     store: str = ""
     fault: str = ""  # of the store
-    pending: Sequence[tuple[int, Notification]] | None = None  # with their times in ms
+    pending: Sequence[Pending] | None = None
     waiting: Sequence[WaitingSession] | None = None
     free: int | None = None  # bytes, where the data folder is
     listeners: int = 0
@@ -4769,37 +4908,51 @@ class Observer:
 
     WATCHED, UNWATCHED, SCRAPE_LASTS = 5.0, 60.0, 30.0  # seconds between two runs; for which a scrape is a watcher
     GPU_WAIT = 1.0  # seconds that a scrape waits for nvidia-smi
+    SESSIONS = 1000  # the newest, of which it knows those that wait
 
     def __init__(
         self, settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUISupervisor, sessions: Sessions,
-        notifications: Notifications, listeners: Callable[[], int] = lambda: 0,
-        is_gpu_watched: Callable[[], bool] = lambda: False, clock: Clock = time.monotonic,
+        notifications: Notifications, count_listeners: Callable[[str | None], int], clock: Clock = time.monotonic,
         wall: Callable[[], int] = now_ms,
     ) -> None:  # fmt: skip
+        """`count_listeners` to that type of events, or to any."""
         self._settings, self._store, self._gpu, self._swarmui, self._sessions = settings, store, gpu, swarmui, sessions
-        self._listeners, self._is_gpu_watched, self._clock, self.wall = listeners, is_gpu_watched, clock, wall
-        self._pending = Throttled(notifications.dated, clock)
-        self._waiting = Throttled(self._find_waiting, clock)
-        self._known: dict[int, WaitingSession] | None = None
+        self._count_listeners, self._clock, self.wall = count_listeners, clock, wall
+        self._lock = threading.Lock()  # over these
+        self._pending, self._changed = PendingChanges(store, notifications), ChangedSessions(store, self.SESSIONS)
+        self._is_first, self._waiting = True, dict[int, WaitingSession]()
+        self._found: tuple[Sequence[Pending], Sequence[WaitingSession]] | None = None  # by the last look
+        self._looked_at, self._took = -math.inf, 0.0  # when, and how long it took
         self._scraped_at = -math.inf
 
-    def look(self, pending_age: float, waiting_age: float, share: float = 0.001) -> Situation:
-        """What is known now; ages in seconds and share as for Throttled. It waits for the store."""
-        fault, pending, waiting, free = "", None, None, None
+    def look(self, age: float) -> Situation:
+        """What is known now; of the store what was known at most `age` seconds ago, or so long that looks take a
+        hundredth of the time. It waits for the store."""
+        fault, free = "", None
         try:
             self._store.ping()
         except ApiError as error:
             fault = str(error)
-        with contextlib.suppress(ApiError):  # reads may go on while writes are refused
-            pending = self._pending.get(pending_age, share)
-            waiting = self._waiting.get(waiting_age, share)
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(self._settings.data_dir).free
+        pending, waiting = self._look_at_store(age) or (None, None)
         last, swarmui = self._gpu.last, self._swarmui
         return Situation(
             last[0] if last else None, swarmui.status(), swarmui.launches, self._store.name, fault, pending, waiting,
-            free, self._listeners(),
+            free, self._count_listeners(None),
         )  # fmt: skip
+
+    def _look_at_store(self, age: float) -> tuple[Sequence[Pending], Sequence[WaitingSession]] | None:
+        with self._lock:
+            began = self._clock()
+            if began - self._looked_at >= (age and max(age, 100 * self._took)) or not self._found:
+                self._looked_at, self._found = began, None
+                with contextlib.suppress(ApiError):  # reads may go on while writes are refused
+                    self._pending.look(is_new=self._is_first)
+                    self._find_waiting()
+                    self._found, self._is_first = (self._pending.all(), list(self._waiting.values())), False
+                self._took = self._clock() - began
+            return self._found
 
     def scrape(self) -> Situation:
         """The same for a scrape, with the GPU's present status if that comes in time."""
@@ -4807,12 +4960,12 @@ class Observer:
         asked = self._gpu.ask()
         if isinstance(asked, Future):
             concurrent.futures.wait([asked], timeout=self.GPU_WAIT)
-        return self.look(0.0, 0.0, share=0.1)
+        return self.look(0.0)
 
     def watch_gpu(self) -> float:
         """Run nvidia-smi if that is due, without waiting for it. The seconds until it is, if it is not."""
         last, now = self._gpu.last, self._clock()
-        is_watched = self._is_gpu_watched() or now - self._scraped_at < self.SCRAPE_LASTS
+        is_watched = self._count_listeners("gpu") > 0 or now - self._scraped_at < self.SCRAPE_LASTS
         if last:
             is_watched = is_watched or is_hot(last[0], self._settings) or (last[0].failed and not last[0].is_missing)
             if (left := last[1] + (self.WATCHED if is_watched else self.UNWATCHED) - now) > 0:
@@ -4820,23 +4973,22 @@ class Observer:
         self._gpu.ask()
         return math.inf
 
-    def _find_waiting(self) -> list[WaitingSession]:
-        found, now = {}, self.wall()
-        for stored in self._store.sessions():
-            facts = self._sessions.facts_of(stored)
+    def _find_waiting(self) -> None:
+        now = self.wall()
+        for stored in self._changed.look():
+            before, facts = self._waiting.pop(stored.timestamp, None), self._sessions.facts_of(stored)
             done = facts.progress
             if not facts.waits or isinstance(done, str) or done.ready or not done.total_beats:
                 continue
             # What was there at the first look is as old as it says. A later one, or a new prompt, came just now.
             since = now
-            if self._known is None:
+            if self._is_first:
                 since = min(now, max(stored.saved or 0, facts.updated or 0, stored.timestamp))
-            elif (known := self._known.get(stored.timestamp)) and done.total_prompts <= known.prompts:
-                since = known.since
+            elif before and done.total_prompts <= before.prompts:
+                since = before.since
             title = "" if isinstance(facts.summary, str) else facts.summary["analyzedEpisode"]["title"]
-            found[stored.timestamp] = WaitingSession(stored.timestamp, done.total_prompts, since, title[:60])
-        self._known = found
-        return list(found.values())
+            self._waiting[stored.timestamp] = WaitingSession(stored.timestamp, done.total_prompts, since, title[:60])
+        self._waiting = {one: session for one, session in self._waiting.items() if one in self._changed.versions}
 
 
 # ======================================================================================================
@@ -4847,17 +4999,10 @@ class Observer:
 def find_conditions(seen: Situation, settings: Settings, now: int) -> dict[str, str | None]:
     """By kind of alert what is wrong: "" where nothing is, None where that is not known. `now` in ms."""
 
-    def overdue(rows: Sequence[tuple[int, T]], minutes: float, what: str, words: str, name: Callable[[T], str]) -> str:
-        late = [one for since, one in rows if 0 < minutes * 60_000 <= now - since <= DAY_MS]
-        names = ", ".join(map(name, late[:5])) + f" and {len(late) - 5} more" * (len(late) > 5)
+    def overdue(rows: Iterable[tuple[int, str]], minutes: float, what: str, words: str) -> str:
+        late = [name for since, name in rows if 0 < minutes * 60_000 <= now - since <= DAY_MS]
+        names = ", ".join(late[:5]) + f" and {len(late) - 5} more" * (len(late) > 5)
         return f"{len(late)} {what}{'s' * (len(late) > 1)} {words} for {minutes:g} min: {names}." if late else ""
-
-    def name_notification(one: Notification) -> str:
-        shown = json.loads(one.text)
-        return f"{one.type} of session {shown['sessionTimestamp']} (episode {shown['episodeNumber']})"
-
-    def name_session(one: WaitingSession) -> str:
-        return f"{one.timestamp} ({one.title and f'{one.title}, '}{one.prompts} prompts)"
 
     found: dict[str, str | None] = dict.fromkeys(ALERTS)
     found["store"] = seen.fault
@@ -4871,11 +5016,12 @@ def find_conditions(seen: Situation, settings: Settings, now: int) -> dict[str, 
         low = f"{seen.free / 10**9:.2f} GB are free for {settings.data_dir}: free space on that disk."
         found["disk"] = low if seen.free < settings.alert_disk * 10**9 else ""
     if seen.pending is not None:
-        limit = settings.alert_unacknowledged
-        found["unacknowledged"] = overdue(seen.pending, limit, "notification", "not acknowledged", name_notification)
+        named = ((one.since, f"{one.type} of session {one.session} (episode {one.episode})") for one in seen.pending)
+        found["unacknowledged"] = overdue(named, settings.alert_unacknowledged, "notification", "not acknowledged")
     if seen.waiting is not None:
-        rows = [(one.since, one) for one in seen.waiting]
-        found["stuck"] = overdue(rows, settings.alert_stuck, "session", "without a new prompt", name_session)
+        titles = ((one, one.title and f"{one.title}, ") for one in seen.waiting)
+        named = ((one.since, f"{one.timestamp} ({title}{one.prompts} prompts)") for one, title in titles)
+        found["stuck"] = overdue(named, settings.alert_stuck, "session", "without a new prompt")
     return found
 
 
@@ -4941,13 +5087,13 @@ def deliver(settings: Settings, alert: Alert) -> tuple[bool, str]:
 
 
 class Alerts:
-    """Raises and ends the alerts of this instance, in a thread of its own; another one POSTs them, a third one sends
-    the heartbeat. `publish` gets each."""
+    """Raises and ends the alerts of this instance, in a thread of its own; another one POSTs them, and sends the
+    heartbeat. `publish` gets each as an event, and the permission that it needs."""
 
     INTERVAL, KEPT, UNSENT, TRIES, RETRY, HEARTBEAT = 1.0, 3, 100, 3, 2.0, 60.0
 
     def __init__(
-        self, settings: Settings, observer: Observer, publish: Callable[[dict[str, Any]], None] = lambda alert: None,
+        self, settings: Settings, observer: Observer, publish: Callable[[str, dict[str, Any], str], None],
         clock: Clock = time.monotonic,
     ) -> None:  # fmt: skip
         self._settings, self._observer, self._publish, self._clock = settings, observer, publish, clock
@@ -4955,23 +5101,19 @@ class Alerts:
         self.raised: Mapping[str, Alert] = {}
         self.ended: tuple[Alert, ...] = ()  # the last ones
         self._changed: dict[str, float] = {}  # since when a kind is otherwise than its alert says
-        self._unsent: queue.Queue[Alert] = queue.Queue(self.UNSENT)
-        self._sending: tuple[Alert, int] | None = None  # and how often that was tried
-        self._is_heard = True
-        self._loop, self._posts = Loop(self.look, "alerts"), Loop(self._post, "alert-posts")
-        self._heartbeat = Loop(self._beat, "heartbeat")
+        self._unsent: collections.deque[Alert] = collections.deque()
+        self._tries = 0  # of the first one
+        self._is_heard, self._beat_at = True, -math.inf if settings.heartbeat_url else math.inf
+        self._loop, self._webhooks = Loop(self.look, "alerts"), Loop(self._call_webhooks, "webhooks")
 
     def start(self) -> None:
         self._loop.start()
-        if self._settings.alert_url:
-            self._posts.start()
-        if self._settings.heartbeat_url:
-            self._heartbeat.start()
+        if self._settings.alert_url or self._settings.heartbeat_url:
+            self._webhooks.start()
 
     def close(self) -> None:
         """End the threads. What is not sent by then is dropped."""
-        for loop in (self._heartbeat, self._posts):
-            loop.close()
+        self._webhooks.close()
         self._loop.close(0.5)
 
     def shown(self) -> list[dict[str, Any]]:
@@ -4981,9 +5123,9 @@ class Alerts:
     def look(self) -> float:
         """Raise what is wrong, end what is over. The seconds until the next look."""
         seconds = min(self.INTERVAL, self._observer.watch_gpu())
-        limits = {"unacknowledged": self._settings.alert_unacknowledged, "stuck": self._settings.alert_stuck}
-        ages = [1.0 if kind in self.raised else min(5.0, limit * 6) for kind, limit in limits.items()]
-        for kind, text in find_conditions(self._observer.look(*ages), self._settings, self._observer.wall()).items():
+        limits = self._settings.alert_unacknowledged, self._settings.alert_stuck
+        age = 1.0 if self.raised else min([5.0, *(minutes * 6 for minutes in limits if minutes)])
+        for kind, text in find_conditions(self._observer.look(age), self._settings, self._observer.wall()).items():
             if text is not None:
                 self._advance(kind, text)
         return seconds
@@ -5007,34 +5149,37 @@ class Alerts:
         else:
             self.raised, self.ended = others, (alert, *self.ended)[: self.KEPT]
         log.warning("alerts: %s %s: %s", kind, alert.state, alert.text)
-        self._publish(alert_json(alert))
+        self._publish("alert", alert_json(alert), ALERTS[kind])
         if self._settings.alert_url:
-            with contextlib.suppress(queue.Full):  # nothing took them for half an hour
-                self._unsent.put_nowait(alert)
-            self._posts.wake()
+            if len(self._unsent) < self.UNSENT:  # else nothing took them for half an hour
+                self._unsent.append(alert)
+            self._webhooks.wake()
+
+    def _call_webhooks(self) -> float:
+        """The heartbeat if it is due, then an alert; none takes longer than 5 s. The seconds until the next one."""
+        if self._clock() >= self._beat_at:
+            self._beat_at = self._clock() + self.HEARTBEAT
+            self._beat()
+        return min(self._post(), self._beat_at - self._clock())
 
     def _post(self) -> float:
-        if not self._sending:
-            try:
-                self._sending = self._unsent.get_nowait(), 0
-            except queue.Empty:
-                return 3600.0
-        (alert, tries), self._sending = self._sending, None
-        is_taken, answer = deliver(self._settings, alert)
-        if not is_taken and tries + 1 < self.TRIES:
-            self._sending = alert, tries + 1
+        """The seconds until there may be another one."""
+        if not self._unsent:
+            return 3600.0
+        is_taken, answer = deliver(self._settings, self._unsent[0])
+        self._tries += 1
+        if not is_taken and self._tries < self.TRIES:
             return self.RETRY
+        alert, self._tries = self._unsent.popleft(), 0
         if not is_taken:
             log.warning("alerts: %s was not delivered to STORYTELLER_ALERT_URL: %s", alert.kind, answer)
         return 0.0
 
-    def _beat(self) -> float:
-        began = self._clock()
+    def _beat(self) -> None:
         is_heard, answer = call_webhook(self._settings.heartbeat_url or "")
         if is_heard != self._is_heard:
             log.warning("alerts: the heartbeat to STORYTELLER_HEARTBEAT_URL: %s", answer)
         self._is_heard = is_heard
-        return max(0.0, self.HEARTBEAT - (self._clock() - began))
 
 
 # ======================================================================================================
@@ -5079,7 +5224,7 @@ def find_metrics(seen: Situation, raised: Iterable[str], counts: RequestCounts, 
         {"": round(getattr(gpu, name) * unit, 2) if gpu and gpu.available and name not in gpu.unknown else None}
         for name, unit in units.items()
     )
-    pending = collections.Counter(one.type for _, one in seen.pending or ())
+    pending = collections.Counter(one.type for one in seen.pending or ())
     return (
         ("nvidia_smi_utilization_gpu_ratio", "gauge", "Use of the GPUs, on average.", use),
         ("nvidia_smi_memory_used_bytes", "gauge", "Used memory of all GPUs.", used),
@@ -5092,7 +5237,7 @@ def find_metrics(seen: Situation, raised: Iterable[str], counts: RequestCounts, 
         ("storyteller_notifications_pending", "gauge", "Notifications that are not acknowledged.",
          {labels(type=type): None if seen.pending is None else pending[type] for type in TOTALS}),
         ("storyteller_notifications_oldest_timestamp_seconds", "gauge", "When the oldest of them was made.",
-         {"": min(time for time, _ in seen.pending) / 1000 if seen.pending else None}),
+         {"": min(one.since for one in seen.pending) / 1000 if seen.pending else None}),
         ("storyteller_sessions_waiting", "gauge", "Sessions that wait for prompts by StorySwarm.",
          {"": None if seen.waiting is None else len(seen.waiting)}),
         ("storyteller_store_up", "gauge", "Whether the store answers, and takes writes.",
@@ -5163,9 +5308,8 @@ class Stream:
         self._tell, self._is_chunked = tell, is_chunked
         tell()
 
-    def send(self, part: bytes, *, before_all: bool = False) -> None:
-        """`before_all`: only before it is opened."""
-        (self._parts.appendleft if before_all else self._parts.append)(part)
+    def send(self, part: bytes) -> None:
+        self._parts.append(part)
         self._tell()
 
     def close(self) -> None:
@@ -5329,7 +5473,7 @@ Outcome = Response | ApiError | Future[Any]  # of a question to a batcher; a fut
 class Services:
     """What the handlers work with."""
 
-    WATCH_INTERVAL = 5.0  # seconds between two looks of _watch()
+    WATCH_INTERVAL = 5.0  # seconds between two looks at a store
 
     def __init__(
         self, settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUISupervisor, reservations: Reservations
@@ -5340,10 +5484,9 @@ class Services:
         self.authenticator = Authenticator(settings, store)
         self.bridge = Bridge(store, self.sessions, due_notification) if isinstance(store, BridgedStore) else None
         self.live = Live(self)
-        listeners, watched = self.live.count_listeners, functools.partial(self.live.count_listeners, "gpu")
         known = settings, store, gpu, swarmui, self.sessions, self.notifications
-        self.observer = Observer(*known, listeners, lambda: watched() > 0)
-        self.alerts = Alerts(settings, self.observer, self.live.publish_alert)
+        self.observer = Observer(*known, self.live.count_listeners)
+        self.alerts = Alerts(settings, self.observer, self.live.publish)
         self.counts, self.started_at = RequestCounts(), now_ms()
         self.pool = ThreadPoolExecutor(POOL_THREADS, "pool")  # for what works
         self.large_bodies = ThreadPoolExecutor(1, "large-bodies")
@@ -5353,35 +5496,43 @@ class Services:
         self.creations = Batcher[Draft, Outcome](functools.partial(answer_creations, self), "creations")
         self.acknowledgements = Batcher[str, Outcome](functools.partial(answer_acknowledgements, self), "acknowledge")
         self.scrapes = Batcher[None, Outcome](functools.partial(answer_scrapes, self), "scrapes")
-        self._loop = Loop(self._watch, "store-watch")
-        self._ending = Throttled(lambda: ending_tokens(store, now_ms()), time.monotonic)
-        self._warned_at = -math.inf  # monotonic seconds
-        self.ending_tokens = ""  # as _watch() saw them last
+        self._loops = Loop(self._watch, "store-watch"), Loop(self._look_at_tokens, "tokens")
+        self.ending_tokens = ""  # as seen last
+        self._warned_at = -math.inf  # of them, in monotonic seconds
 
     def start(self) -> None:
         """Begin with what is done without a request."""
-        self._loop.start()
+        for loop in self._loops:
+            loop.start()
         self.alerts.start()
         if self.bridge:
             self.bridge.start()
 
     def _watch(self) -> float:
-        """Try a write until the store answers, and again while it refuses them; report old notifications, and once a
-        day the tokens that end soon."""
+        """Try a write until the store answers, and again while it refuses them; report old notifications."""
         with contextlib.suppress(Unavailable):  # its callers get the reason
             if self.store.writes.refusal != "":
                 self.store.try_write()
             self.notifications.report_expired()
-            self.ending_tokens, now = self._ending.get(60.0, 0.001), time.monotonic()
-            if self.ending_tokens and now - self._warned_at >= 86_400:
-                self._warned_at = now
-                log.warning("authentication: tokens end soon: %s: %s", self.ending_tokens, RENEW_ADVICE)
         return self.WATCH_INTERVAL
+
+    def _look_at_tokens(self) -> float:
+        """Once a day warn of those that end soon. A Redis with many keys takes long to find them."""
+        began = time.monotonic()
+        try:
+            self.ending_tokens = ending_tokens(self.store, now_ms())
+        except Unavailable:
+            return self.WATCH_INTERVAL
+        if self.ending_tokens and began - self._warned_at >= 86_400:
+            self._warned_at = began
+            log.warning("authentication: tokens end soon: %s: %s", self.ending_tokens, RENEW_ADVICE)
+        return max(60.0, 1000 * (time.monotonic() - began))
 
     def close(self) -> None:
         """End the threads: what waits for one is dropped, what is at work ends within the store's own timeouts."""
         self.live.close(timeout=0.5)
-        self._loop.close()
+        for loop in self._loops:
+            loop.close()
         self.alerts.close()
         if self.bridge:
             self.bridge.close()
@@ -5430,6 +5581,10 @@ def health(services: Services, request: Request) -> Response:
 
 def openapi(services: Services, request: Request) -> Response:
     return json_response(describe_api())
+
+
+def page(services: Services, request: Request) -> Response:
+    return Response(PAGE.encode(), 200, page_headers())
 
 
 def metrics(services: Services, request: Request) -> Future[Any]:
@@ -5977,6 +6132,7 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/health", health, "open", "Does the service answer, and its store?",
           {200: _HEALTH, 503: _HEALTH}, in_pool=True),
     Route("GET", "/openapi.json", openapi, "open", "This description.", {200: _OBJECT}),
+    Route("GET", "/", page, "open", "A page to look at.", {200: {**_TEXT, "contentMediaType": "text/html"}}),
     Route("GET", "/metrics", metrics, "metrics:read", "Figures for Prometheus.",
           {200: {**_TEXT, "contentMediaType": "text/plain"}}),
     Route("GET", f"{_API}/gpu/status", gpu_status, "gpu:read", "Is the GPU free?", {200: _GPU}, gpu_json(GpuStatus()),
@@ -6113,28 +6269,17 @@ COMMON_HEADERS: Mapping[str, str] = {
 Steps = Generator[Future[Any], None, Response]
 
 
-def awaited(outcome: T | Future[Any]) -> Generator[Future[Any], None, T]:
-    """For `yield from`: the outcome itself, or the result of the future, which may be a future or an error again."""
+def awaited(outcome: T | Future[Any], waits: list[float] | None = None) -> Generator[Future[Any], None, T]:
+    """For `yield from`: the outcome itself, or the result of the future, which may be a future or an error again.
+    `waits` gets the seconds of each wait for what can be withdrawn."""
     while isinstance(outcome, Future):
+        began, is_wait = time.monotonic(), not outcome.running()
         if not outcome.done():
             yield outcome
+        if waits is not None and is_wait:
+            waits.append(time.monotonic() - began)
         outcome = outcome.result()
     return result_of(outcome)
-
-
-def without_waits(steps: Steps, waits: list[float]) -> Steps:
-    """The same steps. `waits` gets the seconds of each wait for what can be withdrawn."""
-    try:
-        while True:
-            future, began = next(steps), time.monotonic()
-            waiting = not future.running()
-            yield future
-            if waiting:
-                waits.append(time.monotonic() - began)
-    except StopIteration as end:
-        return cast(Response, end.value)
-    finally:
-        steps.close()
 
 
 class Exchange:
@@ -6194,7 +6339,7 @@ class Endpoint:
             request_id = secrets.token_hex(8)
         route = self.routes.get("GET" if method == "HEAD" else method)
         shape, is_open = (route.error_shape, route.permission == "open") if route else ({}, False)
-        caller, waits = ANONYMOUS, [0.0]
+        caller, waits = ANONYMOUS, list[float]()
         try:
             if refused and not is_open:
                 raise refused
@@ -6210,8 +6355,7 @@ class Endpoint:
                 last = environ.get("HTTP_LAST_EVENT_ID", "")
                 query = read_query(environ, route.query)
                 request = Request(caller, origin, read_path(environ, path), query, last_event=last)
-                steps = self._handle(route, request, environ)
-                response = yield from without_waits(steps, waits) if route.waits else steps
+                response = yield from self._handle(route, request, environ, waits)
             elif method == "OPTIONS":
                 response = Response(b"", 204, self._preflight(origin, environ))
             elif self.routes:
@@ -6250,7 +6394,7 @@ class Endpoint:
         is_open = self.services.settings.metrics.lower() == "open"
         return SCRAPER if is_open and is_from_this_pc(environ) else None
 
-    def _handle(self, route: Route, request: Request, environ: Mapping[str, Any]) -> Steps:
+    def _handle(self, route: Route, request: Request, environ: Mapping[str, Any], waits: list[float]) -> Steps:
         if route.body:
             size = int(environ.get("CONTENT_LENGTH") or 0)
             read = functools.partial(read_body, environ, size, route.body)
@@ -6263,7 +6407,8 @@ class Endpoint:
                 request = dataclasses.replace(request, barred_by=other)
         if route.in_pool:
             return (yield from awaited(self.services.submit(route.handler, self.services, request)))
-        return (yield from awaited(route.handler(self.services, request)))
+        outcome = route.handler(self.services, request)
+        return (yield from awaited(outcome, waits if route.waits else None))
 
     def _preflight(self, origin: str | None, environ: Mapping[str, Any]) -> dict[str, str]:
         """Also for a path that does not exist: otherwise the page would never see the 404."""
@@ -6321,138 +6466,6 @@ def respond(app: bottle.Bottle, environ: dict[str, Any], *, refused: ApiError | 
 # Live: what changes
 # ======================================================================================================
 
-_OWN_PENDING = re.compile(OWN_MEMBER % b"(%b)" % OWN_ID.encode() + rb'"type":"(\w+)","sessionTimestamp":(\d+),')
-
-Tell = Callable[[str, Any], None]  # the type of an event, and its data
-
-
-class PendingChanges:
-    """Tells of what is new among the pending notifications, and of what ended. One thread looks."""
-
-    MARKED = 1000  # of so many, the oldest and the newest, it is noticed that another program marked them
-
-    def __init__(self, store: Store, notifications: Notifications, tell: Tell) -> None:
-        self._store, self._notifications, self._tell = store, notifications, tell
-        # By id where this service made it, else by member; its type and session. None for what is not told of: an
-        # invalid one, or one whose end was told. What is pending is mostly not parsed: 100,000 take 2 s.
-        self._known: dict[bytes, tuple[str, int] | None] = {}
-        self.unread: collections.Counter[int] = collections.Counter()  # by session, prompts_ready that was made here
-        self._oldest: dict[str, bytes] = {}  # MARKED of those, by id
-        self._newest_ones: dict[str, bytes] = {}  # the same
-        self._newest, self._scan_at, self._marks_at = 0.0, -math.inf, -math.inf
-        self._is_new = True
-        self._done: queue.SimpleQueue[Notification | str] = queue.SimpleQueue()
-
-    def note(self, *done: Notification | str) -> None:
-        """Notifications that were made here, or ids of those that were acknowledged here. From any thread."""
-        for one in done:
-            self._done.put(one)
-
-    def knows(self, id: str) -> bool:
-        """False for one that is to be told; True for any of another program."""
-        return not re.fullmatch(OWN_ID, id) or bool(self._known.get(id.encode()))
-
-    def look(self, *, is_new: bool) -> None:
-        """`is_new`: what differs from what is known is no news. Raises Unavailable."""
-        self._is_new = is_new
-        self._tell_done()
-        count, newer = self._store.pending_since(self._newest)
-        self._take(newer)
-        if count != len(self._known) or time.monotonic() >= self._marks_at:
-            self._look_at_marks(is_gone=count < len(self._known))
-        if count != len(self._known) or time.monotonic() >= self._scan_at:
-            self._scan()
-
-    def _tell_done(self) -> None:
-        while not self._done.empty():
-            one = self._done.get()
-            if isinstance(one, str):
-                self._forget(one.encode())
-            elif one.id.encode() not in self._known:
-                self._keep(one.id.encode(), one)
-
-    def _keep(self, key: bytes, found: Notification | None) -> None:
-        self._known[key] = found and (found.type, found.session)
-        if found:
-            self._count(key, self._known[key], 1)
-            self._newest_ones[found.id] = key
-            bound(self._newest_ones, self.MARKED)
-            self._tell("notification", found.text)
-
-    def _take(self, rows: Sequence[tuple[bytes, float]]) -> None:
-        fresh: dict[bytes, Notification | None] = {}
-        for member, at in rows:
-            self._newest = max(self._newest, at)
-            key, own = self._key(member)
-            if key in self._known:
-                continue
-            if self._is_new:
-                self._known[key] = own or ("", 0)
-                self._count(key, own, 1)
-            else:
-                fresh[key] = self._notifications.read(member, at)
-        marked = self._store.acknowledged([found.id for found in fresh.values() if found])
-        for key, found in fresh.items():
-            self._keep(key, None if found and found.id in marked else found)
-
-    @staticmethod
-    def _key(member: bytes) -> tuple[bytes, tuple[str, int] | None]:
-        """By which it is known; its type and session where this service made it."""
-        own = _OWN_PENDING.match(member)
-        return (own[1], (own[3].decode(), int(own[4]))) if own else (member, None)
-
-    def _count(self, key: bytes, known: tuple[str, int] | None, change: int) -> None:
-        if known and known[0] == "prompts_ready" and re.fullmatch(OWN_ID.encode(), key):
-            self.unread[known[1]] += change
-            if not self.unread[known[1]]:
-                del self.unread[known[1]]
-
-    def _forget(self, key: bytes, *, is_gone: bool = True) -> None:
-        """Tell its end, unless that was told."""
-        known = self._known.pop(key, None)
-        if not is_gone:
-            self._known[key] = None
-        if not known:
-            return
-        id, (kind, session) = key.decode("utf-8", "replace"), known
-        if not re.fullmatch(OWN_ID, id):
-            found = self._notifications.read(key, 0)
-            if not found:
-                return
-            id, kind, session = found.id, found.type, found.session
-        self._count(key, known, -1)
-        self._tell("acknowledged", {"id": id, "type": kind, "sessionTimestamp": session})
-
-    def _look_at_marks(self, *, is_gone: bool) -> None:
-        """Another instance marks what it removes: so most ends are found without a scan of all that is pending."""
-        keys = {**self._oldest, **self._newest_ones}
-        for id in self._store.acknowledged([id for id, key in keys.items() if self._known.get(key)]):
-            self._forget(keys[id], is_gone=is_gone)
-        self._marks_at = time.monotonic() + 1.0
-
-    def _scan(self) -> None:
-        """Compare all that is pending with what is known."""
-        began, before, seen = time.monotonic(), set(self._known), set[bytes]()
-        fresh: list[tuple[bytes, float]] = []
-        self._oldest = {}
-        for number, (member, at) in enumerate(self._store.pending(page=2000)):
-            key, own = self._key(member)
-            seen.add(key)
-            if key not in before:
-                fresh.append((member, at))
-            elif number < self.MARKED and self._known.get(key):
-                found = None if own else self._notifications.read(member, at)
-                if own or found:
-                    self._oldest[found.id if found else key.decode()] = key
-            if number % 2000 == 1999:
-                self._tell_done()  # what is done here does not wait for all of 100,000
-        for key in before - seen:
-            if key in self._known:
-                self._forget(key)
-        self._take(fresh)
-        ended = time.monotonic()
-        self._scan_at = ended + max(2.0, 10 * (ended - began))
-
 
 class SessionChanges:
     """Tells of the newest sessions, once for each change of one. One thread looks."""
@@ -6461,35 +6474,30 @@ class SessionChanges:
 
     def __init__(self, services: Services, unread: Mapping[int, int], tell: Tell) -> None:
         self._services, self._unread, self._tell = services, unread, tell
-        self._versions: dict[int, Any] = {}  # by which Store.newest_sessions() knows those, also of what is no session
+        self._changed = ChangedSessions(services.store, self.NEWEST)
+        self._late: set[int] = set()  # that announce their prompts once the store takes writes
         self._found: dict[int, tuple[str, bool, dict[str, Any]]] = {}  # mark, whether it announced its prompts, data
         self._told: dict[int, Any] = {}
-        self._late: set[int] = set()  # that announce their prompts once the store takes writes
 
     def look(self) -> None:
         """Read what was changed, and announce what is complete, as prompts-status does. Raises Unavailable."""
-        services, before = self._services, self._versions
+        services, before = self._services, self._changed.versions
         services.carry_latest()
-        newest = dict(services.store.newest_sessions(self.NEWEST))
         oldest = min(before) if len(before) >= self.NEWEST else 0
+        for asked in self._changed.look(() if services.store.writes.refusal else self._late):
+            if stored := services.in_step(asked):
+                with contextlib.suppress(OverflowError):  # a time past the year 9999
+                    self._read(stored)
+            if asked.timestamp < oldest:  # it is no news: a newer one is gone
+                self._told.setdefault(asked.timestamp, self._data(asked.timestamp))
+        newest = self._changed.versions.keys()
+        self._late &= newest
         lowest = min(newest) if len(newest) >= self.NEWEST else 0  # older ones are not looked at any more
         for gone in sorted(one for one in self._told if one > lowest and one not in newest and self._told[one]):
             self._tell("session", {"sessionTimestamp": gone, "step": "deleted"})
-        self._versions, self._found, self._told = (
-            {one: value for one, value in known.items() if one in newest}
-            for known in (self._versions, self._found, self._told)
+        self._found, self._told = (
+            {one: value for one, value in known.items() if one in newest} for known in (self._found, self._told)
         )
-        self._late &= newest.keys()
-        late = set() if services.store.writes.refusal else self._late
-        changed = [one for one, version in newest.items() if before.get(one) != version or one in late]
-        for at in range(0, len(changed), 8):  # so few documents are in memory at once
-            for timestamp, outcome in zip(changed[at:], services.store.read_sessions(changed[at : at + 8])):
-                if stored := services.in_step(result_of(outcome)):
-                    with contextlib.suppress(OverflowError):  # a time past the year 9999
-                        self._read(stored)
-                    if timestamp < oldest:  # it is no news: a newer one is gone
-                        self._told.setdefault(timestamp, self._data(timestamp))
-                self._versions[timestamp] = newest[timestamp]
 
     def _read(self, stored: StoredSession) -> None:
         services, timestamp = self._services, stored.timestamp
@@ -6535,12 +6543,48 @@ class SessionChanges:
         return [self._told[one][1] for one in sorted(self._told, reverse=True) if self._told[one]]
 
 
+class OtherChanges:
+    """Tells of the GPU, of who reserved it, and of SwarmUI. One thread looks."""
+
+    def __init__(self, services: Services, tell: Tell) -> None:
+        self._services, self._tell = services, tell
+        self._told: dict[str, Any] = {}  # by type
+
+    def look(self) -> None:
+        services, swarmui = self._services, self._services.swarmui.status()
+        with contextlib.suppress(Unavailable):
+            services.reservations.ask()  # so that it is known at the next look
+        held, gpu = services.reservations.known, next(reversed(self._gpu_history()), None)
+        reservation = reservation_json(held) if held else None
+        still = {**swarmui, "startingFor": None, "idleFor": None, "logTail": None}  # what changes by itself is no news
+        for type, data, news in (
+            ("gpu", gpu, gpu), ("reservation", reservation, reservation), ("swarmui", swarmui, still),
+        ):  # fmt: skip
+            if self._told.setdefault(type, news) != news:
+                self._tell(type, data)
+            self._told[type] = news
+
+    def shown(self) -> dict[str, Any]:
+        """Their parts of `state`."""
+        gpu, reservation = self._told["gpu"], self._told["reservation"]
+        swarmui = self._services.swarmui.status()
+        return {"gpu": gpu, "gpuHistory": self._gpu_history(), "reservation": reservation, "swarmui": swarmui}
+
+    def _gpu_history(self) -> list[dict[str, Any]]:
+        return [{**gpu_json(status), "at": at} for at, status in self._services.gpu.history(now_ms())]
+
+
 # ======================================================================================================
 # Live: who is told
 # ======================================================================================================
 
 LISTENERS = min(350, descriptor_limit() - 200)  # and checks that wait, together
 STREAM_HEADERS = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}  # the second one for nginx
+# The parts of `state` beside `service`, and the type of the events that change each.
+STATE_PARTS = {
+    "gpu": "gpu", "gpuHistory": "gpu", "reservation": "reservation", "swarmui": "swarmui",
+    "notifications": "notification", "sessions": "session", "alerts": "alert",
+}  # fmt: skip
 
 
 class Event(NamedTuple):
@@ -6557,6 +6601,8 @@ class Listener:
     caller: Caller
     types: frozenset[str]
     last: str  # the id of the last event that it has
+    asked: Sequence[Future[Any]]  # what its state needs,
+    deadline: float  # and until when it waits for that, in monotonic seconds
     stream: Stream = dataclasses.field(default_factory=Stream)
     told_at: float = -math.inf  # monotonic seconds
     lacks_store: bool = False  # its state was made while the store was away
@@ -6569,7 +6615,7 @@ class Listener:
         self.stream.send(text)
 
 
-@dataclass
+@dataclass(eq=False)
 class Waiting:
     """A check that waits."""
 
@@ -6580,159 +6626,153 @@ class Waiting:
 
 class Live:
     """Tells listeners what changes, and checks that wait when they may be answered. While somebody is here, and for a
-    while afterwards, a thread compares the store with what is known; what is done here wakes it."""
+    while afterwards, a thread compares the store with what is known; what is done here wakes it. That thread alone
+    tells, so events and states are in order."""
 
     # Seconds between two looks at what others may change; between two at how many notifications are pending.
     INTERVAL, PENDING_INTERVAL = 0.75, 0.25
     KEPT = 1000  # events after which a client may go on
     SILENCE, LINGER = 15.0, 60.0  # seconds
     NOTIFICATIONS = 100  # in `state`
-    GPU_INTERVAL, GPU_WAIT = 5.0, 1.0  # seconds between two runs of nvidia-smi; that `state` waits for one
+    STATE_WAIT = 1.0  # seconds that `state` waits for nvidia-smi, and for the reservation
 
     def __init__(self, services: Services) -> None:
         self._services = services
         self.addresses: Sequence[str] = ()
-        self._run = secrets.token_hex(4)
-        self._states = itertools.count(1)
-        self._lock = threading.Lock()  # over these
+        self._lock = threading.Lock()  # over whether somebody may still come
+        self._is_closed = self._is_started = False
+        self._joining: dict[Future[Any], Listener] = {}
+        self._waiting: dict[Future[Any], Waiting] = {}
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # to be made in the thread
+        self._loop = Loop(self._turn, "live")
+        # The thread's alone; others read it.
+        self._listeners: Sequence[Listener] = ()  # replaced, and never changed
+        self._run, self._states = secrets.token_hex(4), itertools.count(1)
         self._number = 0  # of the newest event
         self._events: collections.deque[Event] = collections.deque(maxlen=self.KEPT)
-        self._listeners: list[Listener] = []
-        self._joining: list[tuple[Listener, Future[Response]]] = []
-        self._waiting: dict[Future[Any], Waiting] = {}
-        self._is_closed = self._is_started = False
-        self._gpu: dict[str, Any] | None = None  # the newest figures
-        self._gpu_due = -math.inf
-        self._loop = Loop(self._turn, "live")
-        # The thread's alone.
-        self._pending = PendingChanges(services.store, services.notifications, self._tell)
+        self._pending = PendingChanges(services.store, services.notifications, self._tell, self._call)
         self._sessions = SessionChanges(services, self._pending.unread, self._tell)
-        self._told: dict[str, Any] = {}  # by type
+        self._others = OtherChanges(services, self._publish)
         self._is_new = True  # what differs from what is known is no news
         self._left_at = self._looked_at = -math.inf
         self._store_up = True
 
     # ---- from any thread ----
 
-    def publish(self, type: str, data: Mapping[str, Any] | bytes | None, permission: str = "") -> None:
+    def publish(self, type: str, data: Mapping[str, Any], permission: str = "") -> None:
         """Tell an event, to those who want it and may see it."""
-        text = data if isinstance(data, bytes) else to_json(data)
-        with self._lock:
-            self._number += 1
-            event = Event(self._number, type, permission or EVENTS[type], self._frame(type, text, f"{self._number}"))
-            self._events.append(event)
-            for one in self._listeners:
-                if one.wants(event):
-                    one.send(event.text)
-
-    def publish_alert(self, alert: Mapping[str, Any]) -> None:
-        self.publish("alert", alert, ALERTS[alert["kind"]])
-
-    def count_listeners(self, type: str | None = None) -> int:
-        """Those to that type of events, by default to any."""
-        listeners = list(self._listeners)
-        return sum(not one.stream.is_closed and type in (None, *one.types) for one in listeners)
-
-    def join(self, caller: Caller, types: frozenset[str], last: str) -> Future[Response]:
-        """A stream of these events, after that one. Raises Unavailable when there are too many."""
-        listener, joined = Listener(caller, types, last), Future[Response]()
-        with self._place():
-            self._joining.append((listener, joined))
-        self._loop.wake()
-        return joined
-
-    def wait(self, check: Check, seconds: float) -> Any:
-        """The response to a check once something matches, after so many seconds an empty one. Raises the same."""
-        waiting: Future[Any] = Future()
-        with self._place():
-            self._waiting[waiting] = Waiting(check, time.monotonic() + seconds)
-        waiting.add_done_callback(lambda done: self._waiting.pop(done, None))
-        self._loop.wake()
-        return waiting
-
-    @contextlib.contextmanager
-    def _place(self) -> Iterator[None]:
-        with self._lock:
-            self._listeners = [one for one in self._listeners if not one.stream.is_closed]
-            if self._is_closed:
-                raise Unavailable("The service is stopping.", 5)
-            if len(self._listeners) + len(self._joining) + len(self._waiting) >= LISTENERS:
-                raise Unavailable(f"{LISTENERS} others listen or wait already: ask again later.", 5)
-            yield
-            if not self._is_started:
-                self._is_started = True
-                self._loop.start()
+        self._call_soon(functools.partial(self._publish, type, data, permission))
 
     def note(self, *done: Notification | str) -> None:
         """Notifications that were made here, or ids of those that were acknowledged here."""
-        if not self._is_new:  # somebody is here
-            self._pending.note(*done)
-            self._loop.wake()
+        for one in () if self._is_new else done:
+            if isinstance(one, str):
+                self._call_soon(functools.partial(self._pending.acknowledged, one))
+            else:
+                self._call_soon(functools.partial(self._pending.made, one))
 
     def look_soon(self) -> None:
         """A session, or what it announces, was changed here."""
         self._looked_at = -math.inf
-        if self._is_started:
+        self._loop.wake()
+
+    def _call_soon(self, function: Callable[[], None]) -> None:
+        if self._is_started:  # else nobody ever came
+            self._calls.put(function)
             self._loop.wake()
+
+    def count_listeners(self, type: str | None) -> int:
+        """Those to that type of events, or to any."""
+        return sum(not one.stream.is_closed and type in (None, *one.types) for one in self._listeners)
+
+    def join(self, caller: Caller, types: frozenset[str], last: str) -> Future[Response]:
+        """A stream of these events, after that one. Raises Unavailable when there are too many."""
+        asks = {"gpu": self._services.gpu.ask, "reservation": self._services.reservations.ask}
+        asked = [one for type in types & asks.keys() if isinstance(one := asks[type](), Future)]
+        deadline = time.monotonic() + self.STATE_WAIT
+        joining = self._enter(self._joining, Listener(caller, types, last, asked, deadline))
+        for one in asked:
+            one.add_done_callback(lambda _: self._loop.wake())
+        return joining
+
+    def wait(self, check: Check, seconds: float) -> Response | Future[Response]:
+        """The response to a check once something matches; an empty one after so many seconds, and at the service's end.
+        Raises the same."""
+        if self._is_closed:
+            return Response(NOTHING)
+        return self._enter(self._waiting, Waiting(check, time.monotonic() + seconds))
+
+    def _enter(self, places: dict[Future[Any], T], one: T) -> Future[Any]:
+        with self._lock:
+            if self._is_closed:
+                raise Unavailable("The service is stopping.", 5)
+            if self.count_listeners(None) + len(self._joining) + len(self._waiting) >= LISTENERS:
+                raise Unavailable(f"{LISTENERS} others listen or wait already: ask again later.", 5)
+            future: Future[Any] = Future()
+            places[future] = one
+            if not self._is_started:
+                self._is_started = True
+                self._loop.start()
+        future.add_done_callback(lambda done: places.pop(done, None))  # its client has left
+        self._loop.wake()
+        return future
+
+    def _answer(self, future: Future[Any], outcome: Any) -> bool:
+        """Whether somebody still waited for it."""
+        one = self._joining.pop(future, None) or self._waiting.pop(future, None)
+        return one is not None and settle(future, outcome)
 
     def close(self, timeout: float = 0.0) -> None:
         """End the events, answer who waits with an empty list, and end the thread. May be called again."""
         with self._lock:
-            self._is_closed, listeners = True, list(self._listeners)
-        self._refuse(Unavailable("The service is stopping.", 5))
-        for listener in listeners:
-            listener.stream.close()
+            self._is_closed = True
+        for joining in list(self._joining):
+            self._answer(joining, Unavailable("The service is stopping.", 5))
         for waiting in list(self._waiting):
             self._answer(waiting, Response(NOTHING))
+        for listener in self._listeners:
+            listener.stream.close()
         self._loop.close(timeout)
-
-    def _refuse(self, fault: Exception) -> None:
-        """Tell those who join."""
-        with self._lock:
-            joining, self._joining = self._joining, []
-        for _, joined in joining:
-            settle(joined, fault)
-
-    def _answer(self, waiting: Future[Any], outcome: Any) -> None:
-        if self._waiting.pop(waiting, None):
-            settle(waiting, outcome)
 
     # ---- in the thread ----
 
     def _turn(self) -> float:
+        self._call()
         now = time.monotonic()
-        with self._lock:
-            self._listeners = [one for one in self._listeners if not one.stream.is_closed]
-            joining, listeners = list(self._joining), list(self._listeners)
-        if joining or listeners or self._waiting:
+        self._listeners = [one for one in self._listeners if not one.stream.is_closed]
+        if self._listeners or self._joining or self._waiting:
             self._left_at = now
         if now - self._left_at > self.LINGER:
-            self._is_new, self._gpu = True, None
+            self._is_new = True
             return 3600.0
-        is_whole = bool(joining) or now - self._looked_at >= self.INTERVAL
+        ready = [
+            (joining, one)
+            for joining, one in list(self._joining.items())
+            if now >= one.deadline or all(asked.done() for asked in one.asked)
+        ]
+        is_whole = bool(ready) or now - self._looked_at >= self.INTERVAL
         try:
             self._store_up = self._look(is_whole=is_whole)
             if is_whole:
-                self._look_elsewhere(listeners)
-            self._admit(joining)
+                self._others.look()
+                self._end_events()
+            self._admit(ready)
         except Exception as fault:
-            self._refuse(fault)
+            for joining, _ in ready:
+                self._answer(joining, fault)
             raise
-        self._answer_waiting()
+        self._ask_again()
         now = time.monotonic()
-        for one in listeners:
-            if one.lacks_store and self._store_up:
-                one.lacks_store = False
-                one.send(self._state(one, self._number))
-            with self._lock:
-                if now - one.told_at >= self.SILENCE:
-                    one.send(self._comment())
-        ends = [
-            now + self.PENDING_INTERVAL,
-            self._looked_at + self.INTERVAL,
-            *(one.deadline for one in list(self._waiting.values())),
-        ]
-        return max(0.0, min(ends) - time.monotonic())
+        for listener in self._listeners:
+            if now - listener.told_at >= self.SILENCE:
+                listener.send(self._comment())
+        ends = [now + self.PENDING_INTERVAL, self._looked_at + self.INTERVAL]
+        ends += [one.deadline for one in list(self._waiting.values())]
+        return max(0.0, min(ends) - now)
+
+    def _call(self) -> None:
+        while not self._calls.empty():
+            self._calls.get()()
 
     def _look(self, *, is_whole: bool) -> bool:
         """At the store; whether it answers."""
@@ -6744,100 +6784,70 @@ class Live:
         except Unavailable:
             return False
         self._sessions.tell()
-        if self._is_new:
-            with self._lock:  # nobody goes on from before that
-                self._is_new, self._number = False, self._number + 1
-                self._events.clear()
+        if self._is_new:  # nobody goes on from before that
+            self._is_new, self._number = False, self._number + 1
+            self._events.clear()
         return True
+
+    def _end_events(self) -> None:
+        """Of those whose token has ended."""
+        is_good = functools.cache(self._services.authenticator.is_still_good)
+        for one in self._listeners:
+            if not is_good(one.caller):
+                one.stream.close()
 
     def _tell(self, type: str, data: Any) -> None:
         if not self._is_new:
-            self.publish(type, data)
+            self._publish(type, data)
         for waiting in list(self._waiting.values()) if type == "notification" else ():
             waiting.is_due = True
 
-    def _look_elsewhere(self, listeners: Sequence[Listener]) -> None:
-        """At SwarmUI, the GPU and who reserved it; whether tokens are still good."""
-        services, shown = self._services, self._services.swarmui.status()
-        known = {**shown, "startingFor": None, "idleFor": None, "logTail": None}  # without what changes by itself
-        if self._told.setdefault("swarmui", known) != known:
-            self.publish("swarmui", shown)
-        self._told["swarmui"] = known
-        with contextlib.suppress(Unavailable, concurrent.futures.TimeoutError):
-            held = services.reservations.ask().result(5.0)
-            found = reservation_json(held) if held else None
-            if self._told.setdefault("reservation", found) != found:
-                self.publish("reservation", found)
-            self._told["reservation"] = found
-        if any("gpu" in one.types for one in listeners):
-            self._ask_gpu()
-        callers = {one.caller for one in listeners}
-        good = {caller for caller in callers if services.authenticator.is_still_good(caller)}
-        for one in listeners:
-            if one.caller not in good:
+    def _publish(self, type: str, data: Any, permission: str = "") -> None:
+        self._number += 1
+        text = self._frame(type, data if isinstance(data, bytes) else to_json(data), f"{self._number}")
+        event = Event(self._number, type, permission or EVENTS[type], text)
+        self._events.append(event)
+        for one in self._listeners:
+            if one.wants(event):
+                one.send(event.text)
+
+    def _admit(self, ready: Sequence[tuple[Future[Any], Listener]]) -> None:
+        """Send those who join what they lack, and the state to who got one without the store."""
+        lacking = [one for one in self._listeners if one.lacks_store and self._store_up]
+        parts = self._state_parts() if ready or lacking else {}
+        for one in lacking:
+            one.send(self._state(one, parts))
+        for joining, one in ready:
+            found = re.fullmatch(rf"{self._run}-([0-9]{{1,15}})(\.[0-9]+)?", one.last)
+            after = int(found[1]) if found else -1
+            if self._number - min(len(self._events), self.KEPT - 1) <= after <= self._number:
+                missed = [event.text for event in self._events if event.number > after and one.wants(event)]
+                one.send(b"".join(missed) or self._comment())
+            else:
+                one.send(self._state(one, parts))
+            self._listeners = [*self._listeners, one]
+            if not self._answer(joining, Response(b"", 200, STREAM_HEADERS, one.stream)) or self._is_closed:
                 one.stream.close()
 
-    def _ask_gpu(self) -> GpuStatus | Future[GpuStatus] | None:
-        """Tell what nvidia-smi says, when that is due."""
-        if time.monotonic() < self._gpu_due:
-            return None
-        self._gpu_due = time.monotonic() + self.GPU_INTERVAL
-
-        def tell(status: GpuStatus) -> GpuStatus:
-            self._gpu_due = time.monotonic() + self.GPU_INTERVAL
-            self._gpu = {**gpu_json(status), "at": now_ms()}
-            self.publish("gpu", self._gpu)
-            return status
-
-        return then(self._services.gpu.ask(), tell)
-
-    def _admit(self, joining: Sequence[tuple[Listener, Future[Response]]]) -> None:
-        asked = self._ask_gpu() if any("gpu" in one.types for one, _ in joining) else None
-        if isinstance(asked, Future):
-            concurrent.futures.wait([asked], self.GPU_WAIT)
-        for listener, joined in joining:
-            found = re.fullmatch(rf"{self._run}-([0-9]{{1,15}})(\.[0-9]+)?", listener.last)
-            with self._lock:
-                if (listener, joined) not in self._joining:  # it was refused
-                    continue
-                self._joining.remove((listener, joined))
-                self._listeners.append(listener)
-                number, after = self._number, int(found[1]) if found else -1
-                goes_on = number - min(len(self._events), self.KEPT - 1) <= after <= number
-                if goes_on:
-                    due = [one.text for one in self._events if one.number > after and listener.wants(one)]
-                    listener.send(b"".join(due) or self._comment())
-            if not goes_on:  # what others tell meanwhile follows its state
-                listener.stream.send(self._state(listener, number), before_all=True)
-                listener.told_at = time.monotonic()
-            if not settle(joined, Response(b"", 200, STREAM_HEADERS, listener.stream)):
-                listener.stream.close()
-
-    def _state(self, listener: Listener, number: int) -> bytes:
-        services, types, shown = self._services, listener.types, dict[str, Any]()
-        if "gpu" in types:
-            history = [{**gpu_json(status), "at": at} for at, status in services.gpu.history(now_ms())]
-            shown = {"gpu": self._gpu, "gpuHistory": history}
-        if "reservation" in types:
-            shown["reservation"] = self._told.get("reservation")
-        if "swarmui" in types:
-            shown["swarmui"] = services.swarmui.status()
-        if "notification" in types:
-            shown["notifications"] = []
-            with contextlib.suppress(Unavailable):
-                pending = services.notifications.check(tuple(TOTALS), self.NOTIFICATIONS)
-                shown["notifications"] = [json.loads(one.text) for one in pending if self._pending.knows(one.id)]
-        if "session" in types:
-            shown["sessions"] = self._sessions.shown()
-        if "alert" in types:
-            shown["alerts"] = [one for one in services.alerts.shown() if listener.caller.may(ALERTS[one["kind"]])]
-        listener.lacks_store = not self._store_up
-        shown["service"] = {
+    def _state_parts(self) -> dict[str, Any]:
+        services, pending = self._services, list[Any]()
+        with contextlib.suppress(Unavailable):
+            found = services.notifications.check(tuple(TOTALS), self.NOTIFICATIONS)
+            pending = [json.loads(one.text) for one in found if self._pending.knows(one.id)]
+        service = {
             "version": __version__, "store": services.store.name, "storeUp": self._store_up,
             "startedAt": iso_time(services.started_at), "addresses": list(self.addresses), "now": now_ms(),
             "tokensEnding": services.ending_tokens,
         }  # fmt: skip
-        return self._frame("state", to_json(shown), f"{number}.{next(self._states)}")
+        changing = {"notifications": pending, "sessions": self._sessions.shown(), "alerts": services.alerts.shown()}
+        return {**self._others.shown(), **changing, "service": service}
+
+    def _state(self, listener: Listener, parts: Mapping[str, Any]) -> bytes:
+        listener.lacks_store = not self._store_up
+        shown = {name: part for name, part in parts.items() if STATE_PARTS.get(name) in (None, *listener.types)}
+        if "alerts" in shown:
+            shown["alerts"] = [one for one in shown["alerts"] if listener.caller.may(ALERTS[one["kind"]])]
+        return self._frame("state", to_json(shown), f"{self._number}.{next(self._states)}")
 
     def _frame(self, type: str, text: bytes, number: str) -> bytes:
         return b"id: %b-%b\nevent: %b\ndata: %b\n\n" % (self._run.encode(), number.encode(), type.encode(), text)
@@ -6846,24 +6856,21 @@ class Live:
         """With the newest id, which its client takes for that of the last event that it has."""
         return f": {self._run}-{self._number}\nid: {self._run}-{self._number}\n\n".encode()
 
-    def _answer_waiting(self) -> None:
-        due = [(future, one) for future, one in list(self._waiting.items()) if one.is_due]
-        asked = [(future, self._services.checks.ask(one.check)) for future, one in due]
-        for _, one in due:
-            one.is_due = False
-        for future, answer in asked:
-            outcome: Any = answer
-            try:
-                while isinstance(outcome, Future):
-                    outcome = outcome.result(5.0)
-            except Exception as error:
-                outcome = error
-            if not isinstance(outcome, Response) or outcome.body != NOTHING:
-                self._answer(future, outcome)
-        now = time.monotonic()
-        for future, one in list(self._waiting.items()):
-            if now >= one.deadline:
+    def _ask_again(self) -> None:
+        """Ask the checks that may have an answer, and answer those whose time is over."""
+        for future, waiting in list(self._waiting.items()):
+            if waiting.is_due:
+                waiting.is_due = False
+                self._decide(future, self._services.checks.ask(waiting.check))
+            elif time.monotonic() >= waiting.deadline:
                 self._answer(future, Response(NOTHING))
+
+    def _decide(self, waiting: Future[Any], outcome: Any) -> None:
+        """It waits on where the outcome is empty. A future of an outcome decides later."""
+        if isinstance(outcome, Future):
+            outcome.add_done_callback(lambda done: self._decide(waiting, done.exception() or done.result()))
+        elif not isinstance(outcome, Response) or outcome.body != NOTHING:
+            self._answer(waiting, outcome)
 
 
 # ======================================================================================================
@@ -7387,14 +7394,6 @@ def page_headers(page: str = PAGE) -> dict[str, str]:
     policy += ["connect-src 'self'", "img-src data:"]
     policy += [f"{tag}-src 'sha256-{digest_of_text(tag)}'" for tag in ("script", "style")]
     return {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": "; ".join(policy)}
-
-
-def page(services: Services, request: Request) -> Response:
-    return Response(PAGE.encode(), 200, page_headers())
-
-
-_HTML = {**_TEXT, "contentMediaType": "text/html"}
-ROUTES += (Route("GET", "/", page, "open", "A page to look at.", {200: _HTML}),)
 
 
 # ======================================================================================================

@@ -6396,7 +6396,8 @@ def test_metrics_tell_of_the_process(make_app):
         pytest.param(None, 0, set(), id="no nvidia-smi"),
     ],
 )
-def test_what_the_gpu_does_not_tell_is_absent_from_the_metrics(make_app, nvidia_smi, gpus, up, known):
+def test_what_the_gpu_does_not_tell_is_absent_from_the_metrics(make_app, nvidia_smi, monkeypatch, gpus, up, known):
+    monkeypatch.setattr(service.Observer, "GPU_WAIT", PATIENCE)
     found = scrape(make_app(**({"nvidia_smi": nvidia_smi({"print": gpus}, {})} if gpus else {})))
     assert found["storyteller_gpu_up"] == up
     assert {name.removeprefix("nvidia_smi_") for name in found if name.startswith("nvidia_smi_")} == known
@@ -6484,22 +6485,6 @@ def test_a_wait_for_the_gpu_is_no_duration_of_a_request(make_app):
     assert scrape(app)["storyteller_http_request_duration_seconds_sum"] < (time.monotonic() - began) / 2
 
 
-def test_a_step_that_fails_while_it_waits_fails_outside_too():
-    def steps() -> Any:
-        yield Future()
-        raise service.Conflict("late")
-
-    timed, waits = service.without_waits(steps(), []), []
-    next(timed)
-    with pytest.raises(service.Conflict):
-        next(timed)
-    inner = steps()
-    timed = service.without_waits(inner, waits)
-    next(timed)
-    timed.close()
-    assert (waits, inner.gi_frame) == ([], None)
-
-
 # ------------------------------------------------------------------------------------ what is seen ----
 
 
@@ -6513,7 +6498,7 @@ class Seen:
         ask, monitor.ask = monitor.ask, lambda: self.asked.append(ask()) or self.asked[-1]
         self.observer = service.Observer(
             services.settings, services.store, monitor, services.swarmui, services.sessions, services.notifications,
-            lambda: 7, lambda: self.is_watched, clock, wall,
+            lambda type: int(type != "gpu" or self.is_watched), clock, wall,
         )  # fmt: skip
 
     def _query(self) -> service.GpuStatus:
@@ -6576,7 +6561,7 @@ def test_a_session_waits_since_its_last_new_prompt(seen, store):
 
     def waiting() -> dict[int, int]:
         seen.clock.now += 100
-        return {one.timestamp: one.since for one in seen.observer.look(0.0, 0.0).waiting}
+        return {one.timestamp: one.since for one in seen.observer.look(0.0).waiting}
 
     minute = 60_000
     store.save(T, json.dumps(with_beats(OPEN, OPEN)).encode(), None)  # it says nothing of its time but its name
@@ -6593,31 +6578,26 @@ def test_a_session_waits_since_its_last_new_prompt(seen, store):
     assert list(waiting()) == [T + 1]
 
 
-def test_what_is_read_of_the_store_takes_a_small_part_of_the_time():
-    clock, computed = Clock(0.0), []
-
-    def compute() -> int:
-        clock.now += 0.3
-        computed.append(clock.now)
-        return len(computed)
-
-    throttled = service.Throttled(compute, clock)
-    for _ in range(1000):
-        throttled.get(1.0, 0.003)
-        clock.now += 1.0
-    assert 9 <= len(computed) <= 11
-    clock.now += 3.1
-    assert throttled.get(0.0, 0.1) == len(computed)
-    clock.now += 0.1
-    assert throttled.get(math.inf, 0.1) == len(computed)
+def test_a_look_reads_of_the_store_what_was_changed_alone(seen, store, monkeypatch):
+    for number in range(3):
+        store.save(T + number, json.dumps(with_beats(OPEN)).encode(), None)
+        add(store, draft(session=T + number))
+    assert len(seen.observer.look(0.0).pending) == 3
+    read, sessions = store.read_sessions, []
+    monkeypatch.setattr(store, "read_sessions", lambda given: sessions.extend(given) or read(given))
+    monkeypatch.setattr(store, "pending", None)
+    store.save(T + 1, json.dumps(with_beats(OPEN, DONE)).encode(), None)
+    made = json.loads(add(store, draft(session=T + 9))[0])
+    situation = seen.observer.look(0.0)
+    assert (sessions, len(situation.waiting)) == ([T + 1], 3)
+    assert [one.episode for one in situation.pending if one.id == made["id"]] == [made["episodeNumber"]]
 
 
 # ---------------------------------------------------------------------------------- what to alert of ----
 
 
-def pending_since(*minutes: float) -> list[tuple[int, service.Notification]]:
-    members = [service.read_member(draft(session=T + n).member(T), None) for n in range(len(minutes))]
-    return [(T - int(one * 60_000), member) for one, member in zip(minutes, members)]
+def pending_since(*minutes: float) -> list[service.Pending]:
+    return [service.Pending(f"x-{n}", PROMPTS, T + n, 2, T - int(one * 60_000)) for n, one in enumerate(minutes)]
 
 
 def waiting_since(*minutes: float) -> list[service.Waiting]:
@@ -6686,7 +6666,7 @@ class Shown:
 
     def __init__(self, settings: service.Settings) -> None:
         self.situation, self.clock, self.wall, self.events = service.Situation(), Clock(50.0), Clock(T), []
-        self.alerts = service.Alerts(settings, self, self.events.append, self.clock)
+        self.alerts = service.Alerts(settings, self, lambda _, alert, permission: self.events.append(alert), self.clock)
 
     def watch_gpu(self) -> float:
         return math.inf
@@ -6906,9 +6886,9 @@ def test_nothing_waits_for_who_does_not_answer(settings, caplog):
 def test_a_heartbeat_is_sent_at_the_start_and_its_loss_is_logged_once(settings, make_receiver, monkeypatch, caplog):
     monkeypatch.setattr(service.Alerts, "HEARTBEAT", 0.02)
     receiver = make_receiver(200, 500, 500, 500)
-    shown = Shown(dataclasses.replace(settings, heartbeat_url=receiver.url))
-    with contextlib.closing(shown.alerts):
-        shown.alerts.start()
+    given = dataclasses.replace(settings, heartbeat_url=receiver.url)
+    with contextlib.closing(service.Alerts(given, Shown(given), lambda *told: None)) as alerts:
+        alerts.start()
         wait_until(lambda: len(receiver.requests) > 6)
     assert {(method, path) for method, path, _ in receiver.requests} == {("GET", "/secret-topic?key=secret")}
     logged = [one.getMessage() for one in caplog.records if "heartbeat" in one.getMessage()]
@@ -8474,6 +8454,12 @@ class Polled:
     def close(self) -> None:
         self.connection.close()
 
+    def app(self) -> webtest.TestApp:
+        """The same without the server."""
+        return webtest.TestApp(
+            service.create_app(self.services), extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"}
+        )
+
     def in_flight(self) -> int:
         """How many connections wait for a response."""
         return sum(bool(getattr(one, "requests", [])) for one in self.server._channels())
@@ -9028,6 +9014,21 @@ def test_what_another_program_plants_is_told_whatever_its_score(
     assert heard.next() == made  # its end was told
 
 
+@pytest.mark.usefixtures("quick_looks")
+@pytest.mark.parametrize("score", ["inf", 1e300])
+def test_a_score_without_sense_stops_neither_events_nor_alerts(poll_service, redis_store, other_program, listen, score):
+    other_program.zadd("notifications:pending", {json.dumps({"id": "x", "type": PROMPTS, "sessionTimestamp": T,
+        "totalPrompts": 3, "timestamp": "2026-01-29T10:00:00Z"}): score})  # fmt: skip
+    polled = poll_service(redis_store)
+    heard = listen(polled, "?types=notification")
+    assert [one["id"] for one in heard.next()["notifications"]] == ["x"]
+    made = make_one(polled)
+    assert heard.next() == made
+    add(redis_store, draft(session=T + 1))
+    assert heard.next()["sessionTimestamp"] == T + 1
+    assert len(polled.services.observer.look(0.0).pending) == 3
+
+
 @pytest.mark.slow
 def test_however_many_are_pending_one_more_is_told_at_once(poll_service, redis_store, other_program, listen):
     for part in range(50):
@@ -9181,7 +9182,7 @@ def test_only_what_is_known_and_allowed_may_be_asked_for(make_app, query, status
 
 def test_an_event_is_told_to_those_who_may_see_it(poll_service, listen):
     polled = poll_service()
-    app = webtest.TestApp(service.create_app(polled.services), extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"})
+    app = polled.app()
     own, other = listen(polled), listen(polled, token=make_token(app, "events:read", "gpu:read"))
     for heard in (own, other):
         heard.next("state")
@@ -9196,7 +9197,7 @@ def test_an_event_is_told_to_those_who_may_see_it(poll_service, listen):
 @pytest.mark.parametrize("how", ["revoked", "over"])
 def test_a_token_that_ends_ends_its_events(poll_service, listen, how, monkeypatch):
     polled = poll_service()
-    app = webtest.TestApp(service.create_app(polled.services), extra_environ={"HTTP_AUTHORIZATION": f"Bearer {TOKEN}"})
+    app = polled.app()
     token = make_token(app, "events:read")
     heard, stays = listen(polled, token=token), listen(polled)
     for one in (heard, stays):
@@ -9211,8 +9212,10 @@ def test_a_token_that_ends_ends_its_events(poll_service, listen, how, monkeypatc
 
 @pytest.mark.usefixtures("quick_looks")
 def test_swarmui_the_gpu_and_its_reservation_are_told(poll_service, nvidia_smi, listen, answering, monkeypatch):
-    monkeypatch.setattr(service.Live, "GPU_INTERVAL", 0.1)
+    monkeypatch.setattr(service.Observer, "WATCHED", 0.1)
+    monkeypatch.setattr(service.Live, "STATE_WAIT", PATIENCE)
     polled = poll_service(nvidia_smi=nvidia_smi(GOOD, {"print": "41\n"}))
+    polled.services.start()
     heard = listen(polled, "?types=gpu,reservation,swarmui")
     state = heard.next()
     assert (state["gpu"]["available"], state["reservation"], state["swarmui"]["state"]) == (True, None, "stopped")
@@ -9288,6 +9291,8 @@ def test_a_check_in_vain_is_an_empty_list_once_its_time_is_over(polled):
     began = time.monotonic()
     assert polled.check("?wait=1") == []
     assert time.monotonic() - began >= 1.0
+    polled.services.live.close()
+    assert polled.check("?wait=60") == []  # the service is stopping
 
 
 def test_what_is_made_while_a_wait_begins_answers_it(polled, twin, monkeypatch):
@@ -9337,6 +9342,131 @@ def test_while_the_store_is_away_events_go_on_and_the_state_comes_again(poll_ser
         forwarder.restore()
         state = heard.next("state")
         assert (state["notifications"], state["service"]["storeUp"]) == ([made], True)
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_what_was_marked_before_anybody_came_is_no_news(poll_service, redis_store, other_program, listen):
+    polled = poll_service(redis_store)
+    for id in ("old", "new"):
+        member = json.dumps({"id": id, "type": PROMPTS, "sessionTimestamp": T, "totalPrompts": 3})
+        other_program.zadd("notifications:pending", {member: service.now_ms()})
+    other_program.set("notifications:ack:old", "1")
+    heard = listen(polled, "?types=notification,acknowledged")
+    assert [one["id"] for one in heard.next()["notifications"]] == ["new"]
+    look_again(polled)
+    other_program.set("notifications:ack:new", "1")
+    assert heard.next()["id"] == "new"
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_a_mark_of_another_program_is_noticed_wherever_it_is(poll_service, redis_store, other_program, listen):
+    members = [json.dumps({"id": f"x-{n}", "type": PROMPTS, "sessionTimestamp": T, "totalPrompts": 3})
+               for n in range(2500)]  # fmt: skip
+    other_program.zadd("notifications:pending", {member: T + n for n, member in enumerate(members)})
+    redis_store._clock = lambda: T + 10_000
+    heard = listen(poll_service(redis_store), "?types=acknowledged")
+    heard.next()
+    other_program.set("notifications:ack:x-1250", "1")
+    assert heard.next()["id"] == "x-1250"
+
+
+def test_two_members_of_one_id_cause_no_endless_scans(poll_service, redis_store, other_program, listen, monkeypatch):
+    monkeypatch.setattr(service.Live, "PENDING_INTERVAL", 0.01)
+    polled = poll_service(redis_store)
+    make_one(polled)
+    (member,) = other_program.zrange("notifications:pending", 0, -1)
+    double = member.replace('"acknowledged":false', '"acknowledged":true')
+    other_program.zadd("notifications:pending", {double: service.now_ms()})
+    heard = listen(polled, "?types=notification")
+    heard.next()
+    pending, scans = redis_store.pending, []
+    monkeypatch.setattr(redis_store, "pending", lambda page: scans.append(page) or pending(page))
+    for number in range(20):
+        assert make_one(polled, T + 1 + number) == heard.next()
+    assert len(scans) < 10  # one every 2 s, not one for each
+
+
+def look_again(polled: Polled) -> None:
+    """Wait until all has been looked at, and marks too."""
+    pending = polled.services.live._pending
+    pending._marks_at = pending._scan_at = -math.inf
+    polled.services.live.look_soon()
+    wait_until(lambda: min(pending._marks_at, pending._scan_at) > 0)
+
+
+def test_a_check_that_takes_long_delays_no_event(polled, listen, monkeypatch):
+    heard = listen(polled, "?types=notification")
+    heard.next()
+    with send_request(polled.port, request_of("GET", f"{CHECK}?wait=60&batch=true")) as client:
+        wait_until(lambda: polled.services.live._waiting)
+        slow: Future[Any] = Future()
+        monkeypatch.setattr(polled.services.checks, "ask", lambda check: slow)
+        for number in range(3):
+            began = time.monotonic()
+            made = make_one(polled, T + number)
+            assert heard.next() == made
+            assert time.monotonic() - began < 2
+        slow.set_result(service.Response(b"{}"))
+        assert answer_of(client)[2] == b"{}"
+
+
+def test_who_joins_waits_for_a_slow_nvidia_smi_and_nobody_else_does(
+    poll_service, nvidia_smi, tmp_path, listen, monkeypatch
+):
+    monkeypatch.setattr(service.Live, "STATE_WAIT", PATIENCE)
+    polled = poll_service(
+        nvidia_smi=nvidia_smi({**GOOD, "after": str(tmp_path / "go")}, {}), nvidia_smi_timeout=2 * PATIENCE
+    )
+    heard = listen(polled, "?types=notification")
+    heard.next()
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(listen, polled, "?types=gpu")
+        wait_until(lambda: polled.services.live._joining)
+        began = time.monotonic()
+        assert make_one(polled) == heard.next()
+        assert time.monotonic() - began < PATIENCE / 2
+        (tmp_path / "go").touch()
+        assert joining.result(PATIENCE).next()["gpu"]["available"]
+
+
+def test_a_store_that_is_slow_to_tell_of_the_reservation_delays_no_event(polled, listen, monkeypatch):
+    heard = listen(polled, "?types=notification")
+    heard.next()
+    monkeypatch.setattr(service.Live, "INTERVAL", 0.0)
+    monkeypatch.setattr(polled.services.reservations, "ask", lambda: Future())
+    for number in range(3):
+        began = time.monotonic()
+        assert make_one(polled, T + number) == heard.next()
+        assert time.monotonic() - began < 2
+
+
+def test_the_figures_of_the_gpu_are_as_old_as_they_say(poll_service, nvidia_smi, listen, monkeypatch):
+    monkeypatch.setattr(service.Live, "STATE_WAIT", PATIENCE)
+    polled = poll_service(nvidia_smi=nvidia_smi(GOOD, {"print": "41\n"}))
+    polled.services.gpu._ttl = 60.0
+    polled.ask("GET", "/api/v1/gpu/status")
+    time.sleep(0.05)
+    asked = service.now_ms()
+    assert listen(polled, "?types=gpu").next()["gpu"]["at"] < asked
+
+
+def test_what_happens_while_a_state_is_made_follows_it(poll_service, forwarder, listen, monkeypatch):
+    monkeypatch.setattr(service.Live, "INTERVAL", 0.05)
+    with contextlib.closing(service.RedisStore(forwarder.url)) as store:
+        polled = poll_service(store)
+        forwarder.refuse()
+        forwarder.end_connections()
+        heard = listen(polled, "?types=notification,alert")
+        heard.next()
+        check, live = polled.services.notifications.check, polled.services.live
+
+        def publish_and_check(*given: Any) -> Any:
+            live.publish("alert", {"kind": "disk"}, "any")
+            return check(*given)
+
+        monkeypatch.setattr(polled.services.notifications, "check", publish_and_check)
+        forwarder.restore()
+        assert [heard.next_block()["event"] for _ in range(2)] == ["state", "alert"]
 
 
 def test_looks_repeat_no_log_line(poll_service, redis_store, other_program, listen, caplog, monkeypatch):
@@ -13468,7 +13598,7 @@ def test_the_log_warns_of_such_tokens_once_a_day(make_services, sqlite_store, ca
     times = Clock(time.monotonic())
     monkeypatch.setattr(service.time, "monotonic", times)
     for _ in range(50):  # two days and an hour
-        services._watch()
+        services._look_at_tokens()
         service.issue_token(sqlite_store, "storyart", ["gpu:read"], 3600, service.now_ms())
         times.now += 3600
     assert caplog.text.count("tokens end soon: storyart") == 3
