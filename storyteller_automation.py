@@ -18,6 +18,7 @@ The sections, each under a banner, each depending only on those above it:
     Redis: scripts                          what is one atomic step, in Lua
     Stores: Redis                           the interface on Redis
     Stores: Redis with both copies          StoryArt's copy of a session beside StorySwarm's
+    SQLite: the file                        its tables, and what may be wrong with it
     Stores: SQLite                          the same on SQLite, in the same order
     Sessions                                pure functions of a document; the cache of their results by SHA-256
     Bridge                                  the two copies of a session kept in step: who wins, and who looks
@@ -2354,7 +2355,7 @@ class BridgedStore(RedisStore):
 
 
 # ======================================================================================================
-# Stores: SQLite
+# SQLite: the file
 # ======================================================================================================
 
 # Each made the next version of the file out of the one before; a file's own version is how many it has had.
@@ -2377,7 +2378,6 @@ CREATE INDEX token_expires ON token (expires);
     "CREATE TABLE reservation (host TEXT PRIMARY KEY, record BLOB NOT NULL);",
 )
 
-
 # What is wrong with the file, by SQLite's words, and what to do.
 _SQLITE_FAULTS = (
     ("locked", "it is locked by another program", "end what uses it, like a backup or a virus scan"),
@@ -2386,6 +2386,11 @@ _SQLITE_FAULTS = (
     ("already exists", "it is another program's", "set STORYTELLER_DATA_DIR to another folder"),
     ("", "", "see that this user may read and write it"),
 )
+
+
+# ======================================================================================================
+# Stores: SQLite
+# ======================================================================================================
 
 
 class SqliteStore(Store):
