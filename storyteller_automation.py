@@ -441,7 +441,7 @@ NotFound = _error("NotFound", 404)
 Conflict = _error("Conflict", 409)
 ContentTooLarge = _error("ContentTooLarge", 413)
 UnsupportedMediaType = _error("UnsupportedMediaType", 415)
-MisdirectedRequest = _error("MisdirectedRequest", 421)  # a Host header that names another machine
+MisdirectedRequest = _error("MisdirectedRequest", 421)  # a Host header that is no known name of this PC
 TooManyRequests = _error("TooManyRequests", 429)
 Unavailable = _error("Unavailable", 503)  # the store does not answer, or the service is stopping or at a limit
 
@@ -1718,7 +1718,8 @@ class RedisClient:
             if self._fault or self._probes.is_closing:
                 return
             self._fault = fault
-        log.warning("store: %s The circuit is open.", self.unavailable(fault))
+        unavailable = self.unavailable(fault)
+        log.warning("store: %s Calls fail at once until it answers: %s", unavailable, unavailable.advice)
         self._pool.disconnect(inuse_connections=False)
 
     def _probe(self) -> float:
@@ -1727,7 +1728,7 @@ class RedisClient:
                 # An error reply is an answer: each call gets its own.
                 self._call_now(lambda connection: self._send(connection, [self.PROBE]))
                 self._fault = None
-                log.warning("store: Redis at %s answers again: the circuit is closed", self.place)
+                log.warning("store: Redis at %s answers again", self.place)
         return self.PROBE_INTERVAL
 
 
@@ -5081,7 +5082,8 @@ def call_webhook(url: str, data: bytes | None = None, headers: Mapping[str, str]
         return 200 <= status < 300, f"{status} {http.client.responses.get(status, '')}".rstrip()
     except (OSError, http.client.HTTPException, ValueError) as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
-        names = {"TimeoutError": f"not within {WEBHOOK_TIMEOUT:g} s", "ConnectionRefusedError": "nobody listens there"}
+        names = {"TimeoutError": f"not within {WEBHOOK_TIMEOUT:g} s", "ConnectionRefusedError": "nobody listens there",
+                 "gaierror": "its host's name is not known"}  # fmt: skip
         return False, f"no answer ({names.get(type(cause).__name__, type(cause).__name__)})"
 
 
@@ -5355,6 +5357,8 @@ def json_response(body: Mapping[str, Any], status: int = 200, headers: Mapping[s
 
 def _expected(schema: Schema) -> str:
     """A schema in words."""
+    if "title" in schema:
+        return str(schema["title"])
     kind = schema.get("type")
     if "enum" in schema:
         return "one of " + ", ".join(map(str, schema["enum"]))
@@ -6094,7 +6098,14 @@ _CHECK_QUERY: Mapping[str, Schema] = {
 }
 _ANY_EVENT = "|".join(EVENTS)
 _EVENTS_QUERY: Mapping[str, Schema] = {
-    "types": _schema("string", "gpu,alert", maxLength=200, pattern=f"^({_ANY_EVENT})(,({_ANY_EVENT}))*$", default="")
+    "types": _schema(
+        "string",
+        "gpu,alert",
+        title=f"some of {', '.join(EVENTS)}, with commas between them",
+        maxLength=200,
+        pattern=f"^({_ANY_EVENT})(,({_ANY_EVENT}))*$",
+        default="",
+    )
 }
 _ACKNOWLEDGED = _body(
     ["ids"], ids=_array(_schema("string", "notif_1", minLength=1, maxLength=200), minItems=1, maxItems=1000)
@@ -6349,8 +6360,8 @@ class Endpoint:
             if refused and not is_open:
                 raise refused
             if not is_own_host(environ.get("HTTP_HOST"), settings):
-                advice = "add its name to STORYTELLER_ALLOWED_HOSTS."
-                raise MisdirectedRequest(f"The Host header names another machine: {advice}")
+                fault = "The Host header is no known name of this PC: add it to STORYTELLER_ALLOWED_HOSTS."
+                raise MisdirectedRequest(fault)
             if method != "OPTIONS" and not is_open:
                 known = self._scraper(route, environ) or services.authenticator.known(environ)
                 caller = known or (yield from awaited(services.submit(services.authenticator.identify, environ)))
@@ -6780,7 +6791,7 @@ class Live:
             self._calls.get()()
 
     def _look(self, *, is_whole: bool) -> bool:
-        """At the store; whether it answers."""
+        """At the store; whether it answers, and takes writes."""
         try:
             if is_whole:
                 self._looked_at = time.monotonic()
@@ -6792,7 +6803,7 @@ class Live:
         if self._is_new:  # nobody goes on from before that
             self._is_new, self._number = False, self._number + 1
             self._events.clear()
-        return True
+        return not self._services.store.writes.refusal
 
     def _end_events(self) -> None:
         """Of those whose token has ended."""
@@ -7166,7 +7177,7 @@ function showNotifications() {
 
 function showService() {
   const { store, storeUp, version, startedAt, addresses, tokensEnding: ending } = data.service;
-  show($("#store"), store + (storeUp === false ? ", which does not answer" : "")), show($("#version"), version);
+  show($("#store"), store + (storeUp ? "" : " (no answer, or no writes)")), show($("#version"), version);
   show($("#running"), since(startedAt)), show($("#addresses"), addresses.join(" "));
   show($("#ending"), ending ? `End soon: ${ending}` : "None ends within 3 days");
 }

@@ -9344,6 +9344,16 @@ def test_while_the_store_is_away_events_go_on_and_the_state_comes_again(poll_ser
         assert (state["notifications"], state["service"]["storeUp"]) == ([made], True)
 
 
+def test_a_store_that_takes_no_writes_is_not_up_and_the_state_comes_again(poll_service, store, listen, monkeypatch):
+    monkeypatch.setattr(service.Live, "INTERVAL", 0.05)
+    polled = poll_service(store)
+    store.writes.note("it is a replica")
+    heard = listen(polled, "?types=alert")
+    assert heard.next()["service"]["storeUp"] is False
+    store.writes.note()
+    assert heard.next("state")["service"]["storeUp"] is True
+
+
 @pytest.mark.usefixtures("quick_looks")
 def test_what_was_marked_before_anybody_came_is_no_news(poll_service, redis_store, other_program, listen):
     polled = poll_service(redis_store)
