@@ -3490,8 +3490,10 @@ class PendingChanges:
         keys = {known.id: key for key, known in self._known.items() if known}
         ids = iter(keys)
         while part := list(itertools.islice(ids, 1000)):
-            for id in self._store.acknowledged(part):
-                self._forget(keys[id], is_gone=is_gone)
+            marked = self._store.acknowledged(part)
+            for id in part:
+                if id in marked:
+                    self._forget(keys[id], is_gone=is_gone)
             self._pause()
         ended = time.monotonic()
         self._marks_at = ended + max(1.0, 5 * (ended - began))
@@ -7309,6 +7311,7 @@ function confirm(question, loss, yes) {
   for (const answer of ["yes", "no"]) $(`#${answer}`).onclick = () => dialog.close(answer);
   dialog.showModal();
   return new Promise((done) => dialog.onclose = () => {
+    if (dialog.open || !asker) return;  // this event is of the question before
     (asker.isConnected && asker.checkVisibility() ? asker : heading)?.focus(), asker = null;
     done(dialog.returnValue === "yes");
   });

@@ -616,6 +616,14 @@ def ack(number: int, type: str) -> str:
     return f"Acknowledge {type}, episode {number}, session {NOW - (10 - number) * 1000}"
 
 
+def test_a_question_is_not_ended_by_the_end_of_the_one_before(open_page, server):
+    browser = open_page()
+    browser.run("const all = $('#all'); all.click(), $('dialog').close('no'), all.click()")
+    browser.reach("Acknowledge")
+    browser.press(ENTER)
+    until(lambda: server.calls)
+
+
 def test_a_notification_is_acknowledged_after_a_question_and_the_focus_survives(open_page, server):
     browser = open_page()
     names = [ack(2, "prompts_ready"), ack(3, "beats_ready"), ack(4, "beats_ready")]
