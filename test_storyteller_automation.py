@@ -9075,7 +9075,7 @@ def test_an_older_session_is_no_news_when_a_newer_one_is_gone(
         redis_store.save(T + number, json.dumps(SESSION).encode(), None)
     heard = listen(polled, "?types=session")
     assert [one["sessionTimestamp"] for one in heard.next()["sessions"]] == [T + 3, T + 2, T + 1]
-    other_program.zrem("storyteller:sessions", f"session:{T + 3}")  # first: a key alone that is gone makes room for none
+    other_program.zrem("storyteller:sessions", f"session:{T + 3}")  # first: by its key alone it makes no room
     other_program.delete(f"session:{T + 3}")
     assert heard.next() == {"sessionTimestamp": T + 3, "step": "deleted"}
     wait_until(lambda: T in polled.services.live._sessions._told)
