@@ -1851,7 +1851,7 @@ end
 _LUA_REMOVE = """
 local is_read, latest = pcall(cjson.decode, redis.pcall('GET', KEYS[6]))
 local removed = redis.call('DEL', KEYS[1], KEYS[2])
-if is_read and type(latest) == 'table' and latest.timestamp == tonumber(ARGV[1]) then
+if is_read and type(latest) == 'table' and tonumber(latest.timestamp) == tonumber(ARGV[1]) then
   removed = removed + redis.call('DEL', KEYS[6], KEYS[7])
 end
 redis.call('DEL', KEYS[3])

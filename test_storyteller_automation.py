@@ -5384,6 +5384,13 @@ def test_a_session_that_was_deleted_can_be_made_and_announced_anew(app):
         app.delete(f"/api/v1/session/{T}")
 
 
+def test_a_latest_whose_timestamp_is_a_text_is_deleted_with_its_session(bridged, other_program):
+    other_program.set("session:latest", json.dumps({**SESSION, "timestamp": str(T)}))
+    bridged.app.delete(f"/api/v1/session/{T}")
+    bridged.look()
+    assert [key for key in other_program.keys("*session*") if str(T) in key or "latest" in key] == []
+
+
 def test_put_refuses_a_timestamp_that_is_not_the_paths(app):
     answer = app.put_json("/api/v1/session/5", {**SESSION, "timestamp": 6}, status=400)
     assert "timestamp" in answer.json["error"]
