@@ -8259,15 +8259,24 @@ def restore(given: Mapping[str, Any]) -> int:
     draft, kept = store.with_name(f"restored-{stamp}.sqlite3"), ""
     with contextlib.closing(own_data_dir(settings)), contextlib.ExitStack() as undo:
         copy_store(source, draft)
+        if store.exists():
+            with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(store)) as old:
+                old.execute("PRAGMA journal_mode = DELETE")  # what is in its WAL goes into its file
         try:
             for path in [path for name in STORE_FILES if (path := settings.data_dir / name).exists()]:
-                aside = path.rename(path.with_name(path.name.replace(".", f"-{stamp}.", 1)))
-                undo.callback(aside.rename, path)
-                kept = kept or f"; what was there is kept as {aside}"
-            draft.rename(store)
+                aside = path.with_name(path.name.replace(".", f"-{stamp}.", 1))
+                if path == store:  # it is there all the time: killed here, a service would begin with an empty one
+                    undo.callback(aside.unlink, missing_ok=True)
+                    shutil.copyfile(path, aside)
+                    kept = f"; what was there is kept as {aside}"
+                else:
+                    path.rename(aside)
+                    undo.callback(aside.rename, path)
+            os.replace(draft, store)
         except OSError as error:
             draft.unlink(missing_ok=True)
-            raise StartError(f"{store} cannot be replaced ({error.strerror}): close what uses it.") from None
+            fault = f"{store} cannot be replaced ({error.strerror})"
+            raise StartError(f"{fault}: close what uses it, or free space on its disk.") from None
         undo.pop_all()
     print(f"{source} is restored to {store}{kept}.")
     return 0

@@ -13356,6 +13356,43 @@ def test_a_restore_keeps_what_was_there_with_what_it_had_not_yet_written_into_it
     assert sessions_in(kept) == [T, T + 1, T + 2]
 
 
+# Ends the process, as SIGKILL would, before the n-th time that it renames, copies or removes a file.
+KILLED_AT = """
+import os, runpy, sys
+left = int(sys.argv.pop(1))
+def count(event, arguments):
+    global left
+    left -= event in ("os.rename", "os.remove", "os.link", "shutil.copyfile")
+    if left < 0:
+        os._exit(9)
+sys.addaudithook(count)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_restore_that_is_killed_leaves_the_store_before_or_the_restored_one(
+    run_module, filled, embedded, module_copy, clean_environment, tmp_path
+):
+    assert run_module("backup", str(tmp_path / "b")).returncode == 0
+    data, killed = module_copy.parent / "data", tmp_path / "killed"
+    with embedded() as store:
+        store.save(T + 2, b"{}", None)
+        shutil.copytree(data, killed, ignore=shutil.ignore_patterns("*-shm"))  # as a killed service leaves it
+    for steps in range(20):
+        shutil.rmtree(data)
+        shutil.copytree(killed, data)
+        command = [sys.executable, "-c", KILLED_AT, str(steps), str(module_copy), "restore", str(tmp_path / "b")]
+        code = subprocess.run(command, env=clean_environment, timeout=PATIENCE).returncode
+        with embedded() as store:
+            found = [one.timestamp for one in store.sessions()]
+        assert found in ([T + 2, T + 1, T], [T + 1, T])
+        if code == 0:
+            break
+    assert (code, found, steps > 1) == (0, [T + 1, T], True)
+
+
 def test_a_copy_of_three_files_is_restored_with_all(run_module, embedded, module_copy, tmp_path):
     with embedded() as store:
         store.save(T, b"{}", None)
