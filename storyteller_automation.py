@@ -1493,8 +1493,9 @@ class Store(Protocol):
     def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
         """The same for the members of exactly that time that begin with OWN_MEMBER % id."""
 
-    def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
-        """Store the record of a session token under its SHA-256, with a TTL in ms."""
+    def keep_token(self, digest: str, record: bytes, ttl: int, *, renews: bool = False) -> bool:
+        """Store the record of a session token under its SHA-256, with a TTL in ms. `renews`: only where there is one;
+        else False, and no change."""
 
     def token(self, digest: str) -> bytes | None:
         """None when it is unknown, has expired, or was revoked."""
@@ -2179,8 +2180,9 @@ class RedisStore(Store):
         calls = [((self.PENDING, self.MARK + id), (max(at, oldest), at, OWN_MEMBER % id.encode())) for id, at in ids]
         return map_results(lambda removed: removed == 1, self._run(_LUA_ACKNOWLEDGE, calls))
 
-    def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
-        result_of(self._write(("SET", self.TOKEN + digest, record, "PX", ttl))[0])
+    def keep_token(self, digest: str, record: bytes, ttl: int, *, renews: bool = False) -> bool:
+        command = ("SET", self.TOKEN + digest, record, "PX", ttl, *(("XX",) if renews else ()))
+        return result_of(self._write(command)[0]) is not None
 
     def token(self, digest: str) -> bytes | None:
         return self._get(self.TOKEN + digest)
@@ -2652,9 +2654,11 @@ class SqliteStore(Store):
         self._writer.execute("INSERT OR REPLACE INTO marker VALUES (?, ?)", (id, self._clock() + TTL_MS))
         return True
 
-    def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
-        row = (digest, record, self._clock() + ttl)
-        self._write(lambda: self._writer.execute("INSERT OR REPLACE INTO token VALUES (?, ?, ?)", row))
+    def keep_token(self, digest: str, record: bytes, ttl: int, *, renews: bool = False) -> bool:
+        row, keep = (digest, record, self._clock() + ttl), "INSERT OR REPLACE INTO token VALUES (?1, ?2, ?3)"
+        if renews:
+            keep = "UPDATE token SET record = ?2, expires = ?3 WHERE digest = ?1"
+        return self._write(lambda: self._writer.execute(keep, row).rowcount > 0)
 
     def token(self, digest: str) -> bytes | None:
         rows = self._read("SELECT record FROM token WHERE digest = ? AND expires > ?", digest, self._clock())
@@ -4470,11 +4474,14 @@ def issue_token(store: Store, subject: str, permissions: Iterable[str], ttl: int
     return token, keep_caller(store, digest_of(token), subject, [one for one in PERMISSIONS if one in given], ttl, now)
 
 
-def keep_caller(store: Store, digest: str, subject: str, permissions: Sequence[str], ttl: int, now: int) -> Caller:
-    """Store whose a token is, for `ttl` seconds from now."""
+def keep_caller(
+    store: Store, digest: str, subject: str, permissions: Sequence[str], ttl: int, now: int, *, renews: bool = False
+) -> Caller:
+    """Store whose a token is, for `ttl` seconds from now. Raises NotFound where one that it `renews` was revoked."""
     caller = Caller(subject, tuple(permissions), now + ttl * 1000, digest)
     record = {"subject": subject, "permissions": caller.permissions, "expiresAt": caller.expires}
-    store.keep_token(digest, json.dumps(record).encode("ascii"), ttl * 1000)
+    if not store.keep_token(digest, json.dumps(record).encode("ascii"), ttl * 1000, renews=renews):
+        raise NotFound("The token was revoked, or has expired.")
     return caller
 
 
@@ -8303,8 +8310,8 @@ def token_command(given: Mapping[str, Any]) -> int:
     settings = command_settings(given)
     prepare_data_dir(settings, serves=False)
     subject, ttl, renewed, revoked = (given[name] for name in ("subject", "ttl", "renew", "revoke"))
-    if renewed and not ttl:
-        raise StartError("--renew needs a --ttl that begins now, like --ttl 90d.")
+    if renewed and (not ttl or given["permission"]):
+        raise StartError("--renew needs a --ttl that begins now, like --ttl 90d, and takes no --permission.")
     with contextlib.closing(open_store(settings)) as store:
         if not (renewed or revoked or given["list"]):
             if not re.fullmatch(SUBJECT_PATTERN, subject or "") or not given["permission"]:
@@ -8320,8 +8327,9 @@ def token_command(given: Mapping[str, Any]) -> int:
                 store.revoke_token(digest)
                 print(f"revoked: {revoked}, which would have expired {end}")
             elif renewed:
-                until = keep_caller(store, digest, renewed, caller.permissions, ttl, now_ms()).expires
-                print(f"renewed: {renewed}, until {iso_time(until or 0)} instead of {end}")
+                with contextlib.suppress(NotFound):  # it was revoked meanwhile
+                    until = keep_caller(store, digest, renewed, caller.permissions, ttl, now_ms(), renews=True).expires
+                    print(f"renewed: {renewed}, until {iso_time(until or 0)} instead of {end}")
             else:
                 print(caller.subject, end, *caller.permissions)
     if wanted and not found:

@@ -13471,8 +13471,9 @@ def test_a_token_that_is_renewed_stays_good_for_longer(start_service, run_module
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
-    [(["--renew", "storyart"], 2, "--renew needs a --ttl"), (["--renew", "a", "--ttl", "90d"], 1, "a has no token.")],
-)
+    [(["--renew", "storyart"], 2, "--renew needs a --ttl"), (["--renew", "a", "--ttl", "90d"], 1, "a has no token."),
+     (["--renew", "a", "--ttl", "90d", "--permission", "gpu:read"], 2, "takes no --permission")],
+)  # fmt: skip
 def test_a_renewal_that_cannot_be(run_module, arguments, code, words):
     done = run_module("token", *arguments)
     assert (done.returncode, done.stdout, words in done.stderr) == (code, "", True)
@@ -13485,6 +13486,15 @@ def test_a_renewal_lets_the_store_keep_the_token_as_long(store, clock):
     clock.now += 600_000
     (found,) = service.session_tokens(store)
     assert (found.subject, found.expires) == ("storyart", clock.now + 3_000_000)
+
+
+def test_a_token_that_was_revoked_meanwhile_is_not_renewed(store, clock):
+    service.issue_token(store, "storyart", ["gpu:read"], 60, clock.now)
+    (caller,) = service.session_tokens(store)
+    store.revoke_token(caller.digest)
+    with pytest.raises(service.NotFound):
+        service.keep_caller(store, caller.digest, caller.subject, caller.permissions, 60, clock.now, renews=True)
+    assert store.tokens() == []
 
 
 def test_tokens_that_end_within_3_days_are_named_by_subject_with_their_first_end(store, clock):
