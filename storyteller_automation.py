@@ -8230,6 +8230,8 @@ def copy_store(source: Path, target: Path) -> None:
         if os.path.exists(target):
             with open_copy(target):
                 pass  # it is no other file, given by a slip
+            if os.path.exists(f"{target}-wal"):
+                raise StartError(f"{target} is a store in use: give another name.")
         with open_copy(source) as old, contextlib.closing(sqlite3.connect(draft)) as new:
             old.backup(new)
             new.execute("PRAGMA journal_mode = DELETE")  # in WAL mode it could become three files

@@ -13326,6 +13326,14 @@ def test_a_backup_replaces_nothing_but_a_backup(run_module, filled, module_copy,
     assert not list(folder.glob(".*"))
 
 
+def test_a_backup_does_not_replace_the_store_of_a_service_that_runs(run_module, filled, tmp_path):
+    with contextlib.closing(service.SqliteStore(tmp_path / "other.sqlite3")) as other:
+        other.save(T + 5, b"{}", None)
+        done = run_module("backup", str(tmp_path / "other.sqlite3"))
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert sessions_in(tmp_path / "other.sqlite3") == [T + 5]
+
+
 def test_a_full_disk_leaves_the_backup_before(run_module, filled, small_disk):
     disk = small_disk(200_000)
     (disk / "b").write_bytes(b"")
