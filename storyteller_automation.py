@@ -7792,10 +7792,15 @@ def url_of(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+def page_url(host: str, port: int) -> str:
+    """What a browser on this PC opens. 0.0.0.0 and :: are all of its addresses."""
+    return url_of("localhost" if host in ("0.0.0.0", "::") else host, port)
+
+
 def page_links(host: str, port: int, api_token: str) -> Iterator[str]:
-    """Where a browser finds the page, with its token. 0.0.0.0 and :: are all addresses of this PC."""
+    """Where a browser finds the page, with its token."""
     end, is_all, found = f"/#token={page_token(api_token)}", host in ("0.0.0.0", "::"), list[str]()
-    yield url_of("localhost" if is_all else host, port) + end
+    yield page_url(host, port) + end
     family, far = (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")
     if is_all:
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -7960,7 +7965,7 @@ def check_swarmui_path(settings: Settings) -> Finding:
 
 def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
     """Whether the port is free, or this service has it; and whether that service finds other GPUs than `status`."""
-    address = f"its page is {url_of(settings.host, settings.port)}, {START_SCRIPT} page prints the link with a token"
+    address = f"its page is {page_url(settings.host, settings.port)}, {START_SCRIPT} page prints the link with a token"
     try:
         for one in open_sockets(settings.host, settings.port):
             one.close()
@@ -8133,14 +8138,14 @@ def serve_until_stopped(given: Mapping[str, Any]) -> NoReturn:
 def print_status(given: Mapping[str, Any]) -> int:
     """Print what the page shows. The exit code is 1 when the service of this data folder does not answer."""
     settings = command_settings(given)
-    found, token = running_address(settings), settings.api_token
+    found, file, token = running_address(settings), token_path(settings), settings.api_token
     fault = f"No service uses the data folder {settings.data_dir}: start it by {START_SCRIPT}."
     if found:
         fault = f"The service at {url_of(*found)} does not answer: see {settings.data_dir / 'storyteller.log'}."
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError, StopIteration):
-            state = read_state(*found, token or token_path(settings).read_text(encoding="utf-8").strip())
+            state = read_state(*found, token or (file.read_text(encoding="utf-8").strip() if file.exists() else ""))
             if "error" not in state:
-                print(*status_lines(state, url_of(*found)), sep="\n")
+                print(*status_lines(state, page_url(*found)), sep="\n")
                 return 0
             fault = f"The service at {url_of(*found)} refuses: {state['error']}"
     print(fault, file=sys.stderr)

@@ -13128,8 +13128,15 @@ def test_status_of_a_service_that_it_may_not_ask(start_service, run_module, toke
     running = start_service()
     done = run_module("status", STORYTELLER_API_TOKEN=token)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert f"The service at http://localhost:{running.port} " in done.stderr
+    assert f"The service at http://localhost:{running.port} refuses: " in done.stderr
     assert not (module_copy.parent / "data" / "api_token").exists()
+
+
+def test_the_address_that_status_and_check_show_can_be_opened(start_service, run_module):
+    running = start_service(STORYTELLER_HOST="0.0.0.0")
+    given = {"STORYTELLER_API_TOKEN": TOKEN, "STORYTELLER_HOST": "0.0.0.0", "STORYTELLER_PORT": str(running.port)}
+    for command in ("status", "check"):
+        assert f" http://localhost:{running.port}" in run_module(command, **given).stdout
 
 
 def test_status_without_a_service(run_module):
