@@ -8451,7 +8451,7 @@ def parse_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0; 1 when a check failed, nothing answered, no token was found or an alert was refused; 2 when it
-    cannot start."""
+    cannot start; 130 for a command that Ctrl+C ended."""
     prepare_console()
     given = parse_arguments(argv)
     try:
@@ -8460,7 +8460,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(with_advice(error) if isinstance(error, Unavailable) else error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 0
+        return 130
 
 
 if __name__ == "__main__":

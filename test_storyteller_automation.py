@@ -13341,6 +13341,15 @@ def test_a_backup_does_not_replace_the_store_of_a_service_that_runs(run_module, 
     assert sessions_in(tmp_path / "other.sqlite3") == [T + 5]
 
 
+def test_a_command_that_is_interrupted_has_not_succeeded(monkeypatch, tmp_path):
+    def interrupt(*paths: Path) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "storyteller.sqlite3").touch()
+    monkeypatch.setattr(service, "copy_store", interrupt)
+    assert service.main(["backup", str(tmp_path / "b"), "--data-dir", str(tmp_path)]) == 130
+
+
 def test_a_full_disk_leaves_the_backup_before(run_module, filled, small_disk):
     disk = small_disk(200_000)
     (disk / "b").write_bytes(b"")
