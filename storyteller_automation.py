@@ -8139,7 +8139,7 @@ def print_status(given: Mapping[str, Any]) -> int:
     """Print what the page shows. The exit code is 1 when the service of this data folder does not answer."""
     settings = command_settings(given)
     found, file, token = running_address(settings), token_path(settings), settings.api_token
-    fault = f"No service uses the data folder {settings.data_dir}: start it by {START_SCRIPT}."
+    fault = f"No service of the data folder {settings.data_dir} listens yet: start it by {START_SCRIPT}, or wait."
     if found:
         fault = f"The service at {url_of(*found)} does not answer: see {settings.data_dir / 'storyteller.log'}."
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError, StopIteration):
