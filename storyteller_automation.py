@@ -2217,7 +2217,9 @@ class RedisStore(Store):
             commands = [("ZADD", self.INDEXES[0], timestamp, keys[0]), ("DEL", meta), ("HSET", meta, *noted)]
             commands += [("PEXPIRE", meta, life[1]), ("SET", keys[0], document, *life)]
         elif table == "pending":
-            keys = [f"storyteller:made:{row[2]}", self.MARK + str(parse_json(row[0])["id"])]
+            keys = [f"storyteller:made:{row[2]}"]
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # it is no notification
+                keys.append(self.MARK + str(parse_json(row[0])["id"]))
             commands = [("ZADD", self.PENDING, row[1], row[0]), ("SET", keys[0], row[0], *life)]
         else:
             keys = [f"{self.TOKEN if table == 'token' else self.MARK}{row[0]}"]

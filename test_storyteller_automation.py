@@ -13220,6 +13220,17 @@ def test_a_second_move_brings_nothing_back_that_ended_since(run_module, filled, 
     assert (members_of(redis_store), redis_store.tokens()) == ([], [])
 
 
+@pytest.mark.parametrize("member", [b"no JSON", b"[]", b"{}"])
+def test_a_move_takes_a_member_that_is_no_notification_as_it_is(
+    run_module, filled, redis_url, other_program, module_copy, member
+):
+    with contextlib.closing(sqlite3.connect(module_copy.parent / "data" / "storyteller.sqlite3")) as database, database:
+        database.execute("INSERT INTO pending VALUES (?, ?, 'it')", (member, service.now_ms()))
+    done = run_module("move", "--to", redis_url)
+    assert (done.stderr, "notifications: 2 copied, 0 there already\ntokens: 1 copied" in done.stdout) == ("", True)
+    assert other_program.zscore("notifications:pending", member)
+
+
 def test_a_session_that_is_in_redis_is_not_replaced(run_module, filled, redis_url, storyart, other_program):
     storyart.save(spoken("w", timestamp=T))
     other_program.set(f"session:{T + 1}", "theirs")
