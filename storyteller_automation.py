@@ -8174,6 +8174,7 @@ def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
     figures = "{utilization} % use, {memoryUsed} of {memoryTotal} MiB, {temperature} °C"
     work = [one for one in state["sessions"] if one["step"] in ("beats_ready", "prompts")]
     newest = "; {totalPrompts} of {promptsNeeded} prompts of session {sessionTimestamp} {title}"
+    ending = "none ends within 3 days" if service["storeUp"] else "not known"
     queued = f", {queue['live']} images in work, {queue['waiting']} waiting" if queue else ""
     yield f"StoryTeller automation {service['version']}, running for {since(service['startedAt'])}"
     for name, text in {
@@ -8185,7 +8186,7 @@ def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
         "GPU": gpu["error"] or figures.format_map(gpu),
         "reserved": f"by {held['holder']} until {held['expiresAt']}" if held else "by nobody",
         "SwarmUI": f"{swarmui['state']} for {since(swarmui['since'])}{queued} {swarmui['lastError'] or ''}",
-        "tokens": f"end soon: {service['tokensEnding']}" if service["tokensEnding"] else "none ends within 3 days",
+        "tokens": f"end soon: {service['tokensEnding']}" if service["tokensEnding"] else ending,
     }.items():
         yield f"  {name:<14} {' '.join(text.split())}"
 

@@ -13132,6 +13132,11 @@ def test_status_of_a_service_that_it_may_not_ask(start_service, run_module, toke
     assert not (module_copy.parent / "data" / "api_token").exists()
 
 
+def test_status_does_not_say_that_no_token_ends_where_the_store_was_never_read(start_service, run_module):
+    start_service(REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")
+    assert re.search(r"\n  tokens +not known\n", run_module("status", STORYTELLER_API_TOKEN=TOKEN).stdout)
+
+
 def test_the_address_that_status_and_check_show_can_be_opened(start_service, run_module):
     running = start_service(STORYTELLER_HOST="0.0.0.0")
     given = {"STORYTELLER_API_TOKEN": TOKEN, "STORYTELLER_HOST": "0.0.0.0", "STORYTELLER_PORT": str(running.port)}
