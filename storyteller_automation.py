@@ -1876,20 +1876,6 @@ redis.call('PEXPIRE', KEYS[4], 1000)
 return redis.call('DEL', KEYS[2], KEYS[3], KEYS[4])
 """
 
-# Run commands, once for a name, and only while none of some keys is there. KEYS: 1 the names, those keys. ARGV: 1 name;
-# of each command the number of its words, then these.
-_LUA_TAKE = """
-local is_new = redis.call('SISMEMBER', KEYS[1], ARGV[1]) == 0 and redis.call('EXISTS', unpack(KEYS, 2)) == 0
-local at = 2
-while is_new and ARGV[at] do
-  redis.call(unpack(ARGV, at + 1, at + ARGV[at]))
-  at = at + 1 + ARGV[at]
-end
-redis.call('SADD', KEYS[1], ARGV[1])
-redis.call('PEXPIRE', KEYS[1], 31622400000)  -- 366 days: no token lives longer
-return is_new and 1 or 0
-"""
-
 # KEYS: 1 record. ARGV: 1 before, "" for none; 2 after, "" to read it.
 _LUA_SWAP = """
 local is_same = (redis.call('GET', KEYS[1]) or '') == ARGV[1]
@@ -2067,6 +2053,9 @@ class RedisStore(Store):
                 self.writes.note(outcome.refusal)
         return outcomes
 
+    def _transact(self, *call: Any) -> list[Any]:
+        return list(map(result_of, self._noted(self._redis.transact(*call))))
+
     def _change_call(
         self, draft: Draft | None, at: int, keys: Sequence[str], further: Sequence[Any]
     ) -> tuple[Sequence[str], Sequence[Any]]:
@@ -2202,18 +2191,17 @@ class RedisStore(Store):
         call = [f"storyteller:gpu:{host}"], (before or b"", after or b"")
         return cast("bytes | None", result_of(self._run(_LUA_SWAP, [call])[0]))
 
-    TAKEN = "storyteller:taken"  # the keys of what take() saw
+    TAKEN = "storyteller:taken"  # the keys that take() was asked for: what was removed since does not come back
 
     def take(self, table: str, row: Sequence[Any]) -> bool:
-        """Store a row of SqliteStore.rows() until its end. False, and no change, when it is there, or was taken before:
-        what was removed here since does not come back."""
+        """Store a row of SqliteStore.rows() until its end. False when it is there, or was taken before."""
         end = row[-1] if table != "pending" else row[1] + TTL_MS
         life, commands = ("PX", max(1, end - self._clock())), list[_Command]()
         if table == "session":
             (*keys, meta), (timestamp, document, saved, announced, _) = self._session_keys(row[0]), row
             # As StoryArt's: so the bridge makes StoryArt's copy, and a later one of StorySwarm's leaves its words.
-            noted = ("saved", saved, "byStoryArt", 1, *(("announced", announced) if announced else ()))
-            commands = [("ZADD", self.INDEXES[0], timestamp, keys[0]), ("DEL", meta), ("HSET", meta, *noted)]
+            about = ("saved", saved, "byStoryArt", 1, *(("announced", announced) if announced else ()))
+            commands = [("ZADD", self.INDEXES[0], timestamp, keys[0]), ("DEL", meta), ("HSET", meta, *about)]
             commands += [("PEXPIRE", meta, life[1]), ("SET", keys[0], document, *life)]
         elif table == "pending":
             keys = [f"storyteller:made:{row[2]}", self.MARK + str(parse_json(row[0])["id"])]
@@ -2221,8 +2209,17 @@ class RedisStore(Store):
         else:
             keys = [f"{self.TOKEN if table == 'token' else self.MARK}{row[0]}"]
             commands = [("SET", keys[0], row[1] if table == "token" else "1", *life)]
-        words = [word for command in commands for word in (len(command), *command)]
-        return bool(result_of(self._run(_LUA_TAKE, [((self.TAKEN, *keys), (keys[0], *words))])[0]))
+        # No token lives for longer than 366 days.
+        noted: list[_Command] = [("SADD", self.TAKEN, keys[0]), ("PEXPIRE", self.TAKEN, 366 * 86_400_000)]
+        reads: list[_Command] = [("EXISTS", *keys), ("SISMEMBER", self.TAKEN, keys[0])]
+        # A transaction goes on after a command that fails: a sorted set of another type fails before it.
+        reads += [("ZCARD", key) for verb, key, *_ in commands if verb == "ZADD"]
+
+        def write(replies: list[Any]) -> list[_Command]:
+            is_there, is_taken, *_ = map(result_of, replies)
+            return noted if is_there or is_taken else [*commands, *noted]
+
+        return len(self._transact((*keys, self.TAKEN), reads, write)) > len(noted)
 
 
 # ======================================================================================================
@@ -2325,9 +2322,6 @@ class BridgedStore(RedisStore):
             if draft and state == b"late":
                 self.announce(timestamp, draft)
         return copies
-
-    def _transact(self, *call: Any) -> list[Any]:
-        return list(map(result_of, self._noted(self._redis.transact(*call))))
 
     def renew_latest(self, newest: int) -> None:
         """Let session:latest be StorySwarm's copy of the newest session, unless another program changed it."""

@@ -13345,6 +13345,16 @@ def test_a_session_that_is_in_redis_is_not_replaced(run_module, filled, redis_ur
     assert not other_program.exists(f"session:{T}")
 
 
+def test_what_redis_refused_is_moved_by_the_next(run_module, filled, redis_url, other_program):
+    for key in ("storyteller:sessions", "notifications:pending"):
+        other_program.set(key, "of another type")
+        assert run_module("move", "--to", redis_url).returncode == 2
+        other_program.delete(key)
+    run_module("move", "--to", redis_url)
+    assert other_program.zcard("storyteller:sessions") == 2
+    assert other_program.zcard("notifications:pending") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(service.WINDOWS, reason="a redis-server of its own is slow to start there")
 def test_a_move_that_is_killed_is_completed_by_the_next(
