@@ -1485,7 +1485,7 @@ class Store(Protocol):
         """Those of `ids` that are marked; none where no other program writes, since what is marked is not pending."""
         return set()
 
-    def remove(self, members: Sequence[bytes]) -> bool:
+    def remove_pending(self, members: Sequence[bytes]) -> bool:
         """Remove pending members, and mark nothing. False when none was there."""
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
@@ -2158,7 +2158,7 @@ class RedisStore(Store):
             return set()
         return {id for id, found in zip(ids, self._redis.ask(*[("EXISTS", self.MARK + id) for id in ids])) if found}
 
-    def remove(self, members: Sequence[bytes]) -> bool:
+    def remove_pending(self, members: Sequence[bytes]) -> bool:
         return bool(result_of(self._write(("ZREM", self.PENDING, *members))[0]))
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
@@ -2629,7 +2629,7 @@ class SqliteStore(Store):
         rows = self._read(self._PENDING, self._clock() - TTL_MS, b"\xff", count)
         return [member for member, _ in rows], False
 
-    def remove(self, members: Sequence[bytes]) -> bool:
+    def remove_pending(self, members: Sequence[bytes]) -> bool:
         remove, rows = "DELETE FROM pending WHERE member = ?", [(member,) for member in members]
         return self._write(lambda: self._writer.executemany(remove, rows).rowcount > 0)
 
@@ -3300,13 +3300,7 @@ class Notifications:
         """The same for different ones: those for which it is true, in their order, after one search for all."""
         done = {id for id, outcome in zip(ids, self.acknowledge_own(ids)) if result_of(outcome)}
         done |= {id for id in ids if id not in done and self._store.acknowledge(id, [])}
-        left: dict[str, list[bytes]] = {id: [] for id in ids if id not in done}
-        # Another program made these, or nobody did. JSON may also write an id with escapes.
-        for member, at in self._store.pending(page=2000) if left else ():
-            if b"\\" in member or any(id.decode("utf-8", "replace") in left for id in _IDS.findall(member)):
-                found = self._parse(member, at)
-                if found and found.id in left:
-                    left[found.id].append(member)
+        left = self._members_of(id for id in ids if id not in done)
         return [id for id in ids if id in done or (left[id] and self._store.acknowledge(id, left[id]))]
 
     def acknowledge_own(self, ids: Sequence[str]) -> list[bool | ApiError]:
@@ -3318,9 +3312,19 @@ class Notifications:
 
     def remove(self, id: str) -> bool:
         """Not an acknowledgement: to acknowledge it later is in vain. False when it is not pending."""
-        rows = self._store.pending(page=2000)
-        found = [member for member, at in rows if (one := self._parse(member, at)) and one.id == id]
-        return bool(found) and self._store.remove(found)
+        found = self._members_of([id])[id]
+        return bool(found) and self._store.remove_pending(found)
+
+    def _members_of(self, ids: Iterable[str]) -> dict[str, list[bytes]]:
+        """The pending members of each id, by one search of all that are pending."""
+        left: dict[str, list[bytes]] = {id: [] for id in ids}
+        for member, at in self._store.pending(page=2000) if left else ():
+            # JSON may also write an id with escapes.
+            if b"\\" in member or any(id.decode("utf-8", "replace") in left for id in _IDS.findall(member)):
+                found = self._parse(member, at)
+                if found and found.id in left:
+                    left[found.id].append(member)
+        return left
 
     def _read(self, rows: Iterable[tuple[bytes, float | None]]) -> Iterator[Notification]:
         """The valid ones that are to be shown. The others stay where they are."""
