@@ -2351,6 +2351,8 @@ class BridgedStore(RedisStore):
 # Stores: SQLite
 # ======================================================================================================
 
+STORE_FILES = ("storyteller.sqlite3", "storyteller.sqlite3-wal", "storyteller.sqlite3-shm")  # in the data folder
+
 # Each made the next version of the file out of the one before; a file's own version is how many it has had.
 _SCHEMA_STEPS = (
     """
@@ -2679,7 +2681,7 @@ def open_store(settings: Settings, patience: float | None = None) -> Store:
     """The store that the settings name. Redis is not asked yet; SQLite raises StartError, as SqliteStore says."""
     if settings.redis_address:
         return (BridgedStore if settings.bridge else RedisStore)(settings.redis_address)
-    return SqliteStore(settings.data_dir / "storyteller.sqlite3", patience=patience)
+    return SqliteStore(settings.data_dir / STORE_FILES[0], patience=patience)
 
 
 # ======================================================================================================
@@ -7743,7 +7745,6 @@ class Server:
 # Command line: check
 # ======================================================================================================
 
-STORE_FILES = ("storyteller.sqlite3", "storyteller.sqlite3-wal", "storyteller.sqlite3-shm")
 DATA_FILES = (*STORE_FILES, "running", "api_token", "storyteller.log", "swarmui.log", "swarmui.json")
 
 
@@ -7868,16 +7869,18 @@ def run_checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
 def missed_sessions(settings: Settings) -> str | None:
     """A warning that sessions are in another store than the one that is used: StoryArt's in Redis, or those of the
     embedded store, which `move` copies. It takes 0.6 s at most."""
-    newest, url = newest_embedded(settings), settings.redis_address
+    url, newest = settings.redis_address, "SELECT max(timestamp) FROM session WHERE expires > ?"
     limits: dict[str, Any] = {"socket_connect_timeout": 0.2, "socket_timeout": 0.2}  # from_url() does not retry
-    if url and not newest:
-        return None
     client = redis.Redis.from_url(url or STORYARTS_REDIS, protocol=2, driver_info=None, **limits)
-    with contextlib.suppress(redis.RedisError, OSError, ValueError), client:  # ValueError: what answers is no Redis
-        if url and not client.sismember(RedisStore.TAKEN, f"session:{newest}"):
+    # ValueError: what answers is no Redis. StartError: there is no embedded store.
+    with contextlib.suppress(redis.RedisError, OSError, ValueError, StartError, sqlite3.Error), client:
+        if not url:
+            advice = f"StoryArt's sessions are in Redis, which is not used here: set REDIS_URL={STORYARTS_REDIS}"
+            return advice if client.exists(RedisStore.INDEXES[1]) else None
+        with contextlib.closing(sqlite3.connect(embedded_store(settings), timeout=0.2)) as database:
+            ((timestamp,),) = database.execute(newest, (now_ms(),))
+        if timestamp is not None and not client.sismember(RedisStore.TAKEN, f"session:{timestamp}"):
             return f"there are sessions in the embedded store, which Redis replaces: {START_SCRIPT} move copies them"
-        if not url and client.exists(RedisStore.INDEXES[1]):
-            return f"StoryArt's sessions are in Redis, which is not used here: set REDIS_URL={STORYARTS_REDIS}"
     return None
 
 
@@ -7886,17 +7889,6 @@ def embedded_store(settings: Settings) -> Path:
     if not os.path.isfile(path := settings.data_dir / STORE_FILES[0]):
         raise StartError(f"There is no embedded store in the data folder {settings.data_dir}.")
     return path
-
-
-def newest_embedded(settings: Settings) -> int | None:
-    """The timestamp of the newest session in the embedded store."""
-    newest = "SELECT max(timestamp) FROM session WHERE expires > ?"
-    with (
-        contextlib.suppress(StartError, sqlite3.Error),
-        contextlib.closing(sqlite3.connect(embedded_store(settings), timeout=0.2)) as database,
-    ):
-        return cast("int | None", database.execute(newest, (now_ms(),)).fetchone()[0])
-    return None
 
 
 def check_storyart(settings: Settings) -> Iterator[Finding]:
