@@ -4849,6 +4849,13 @@ def own_token(settings: Settings) -> str:
         raise StartError(f"{path} holds no token: remove it, and a new one is made.") from None
 
 
+def kept_token(settings: Settings) -> str:
+    """The same, but none is made: "" where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return settings.api_token or token_path(settings).read_text(encoding="utf-8").strip()
+    return ""
+
+
 def token_path(settings: Settings) -> Path:
     return settings.data_dir / "api_token"
 
@@ -7783,10 +7790,15 @@ def url_of(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+def page_url(host: str, port: int) -> str:
+    """Where a browser on this PC finds the page: 0.0.0.0 and :: are all addresses, and it opens neither."""
+    return url_of("localhost" if host in ("0.0.0.0", "::") else host, port)
+
+
 def page_links(host: str, port: int, api_token: str) -> Iterator[str]:
-    """Where a browser finds the page, with its token. 0.0.0.0 and :: are all addresses of this PC."""
+    """Where a browser finds the page, with its token."""
     end, is_all, found = f"/#token={page_token(api_token)}", host in ("0.0.0.0", "::"), list[str]()
-    yield url_of("localhost" if is_all else host, port) + end
+    yield page_url(host, port) + end
     family, far = (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")
     if is_all:
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -7942,7 +7954,7 @@ def check_swarmui_path(settings: Settings) -> Finding:
 
 def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
     """Whether the port is free, or this service has it; and whether that service finds other GPUs than `status`."""
-    address = f"its page is {url_of(settings.host, settings.port)}, {START_SCRIPT} page prints the link with a token"
+    address = f"its page is {page_url(settings.host, settings.port)}, {START_SCRIPT} page prints the link with a token"
     try:
         for one in open_sockets(settings.host, settings.port):
             one.close()
@@ -7957,8 +7969,7 @@ def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
         if json.loads(fetch(f"{url}/health", 6).body).keys() == {"status", "store"}:  # 3 s for a store that hangs
             fault = ""
             yield "OK", "port", f"this service runs on {settings.port} already; {address}"
-            token = settings.api_token or token_path(settings).read_text(encoding="utf-8").strip()
-            wait, bearer = settings.nvidia_smi_timeout + 5, {"Authorization": f"Bearer {token}"}
+            wait, bearer = settings.nvidia_smi_timeout + 5, {"Authorization": f"Bearer {kept_token(settings)}"}
             reply = fetch(f"{url}/api/v1/gpu/status", wait, headers=bearer)
             theirs, ours = json.loads(reply.body), gpu_json(status)
             differs = any(theirs.get(key, ours[key]) != ours[key] for key in ("gpuCount", "memoryTotal"))
@@ -8115,16 +8126,16 @@ def serve_until_stopped(given: Mapping[str, Any]) -> NoReturn:
 def print_status(given: Mapping[str, Any]) -> int:
     """Print what the page shows. The exit code is 1 when the service of this data folder does not answer."""
     settings = command_settings(given)
-    found, token = running_address(settings), settings.api_token
     fault = f"No service uses the data folder {settings.data_dir}: start it by {START_SCRIPT}."
-    if found:
-        fault = f"The service at {url_of(*found)} does not answer: see {settings.data_dir / 'storyteller.log'}."
+    if found := running_address(settings):
+        url = page_url(*found)
+        fault = f"The service at {url} does not answer: see {settings.data_dir / 'storyteller.log'}."
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError, StopIteration):
-            state = read_state(*found, token or token_path(settings).read_text(encoding="utf-8").strip())
+            state = read_state(*found, kept_token(settings))
             if "error" not in state:
-                print(*status_lines(state, url_of(*found)), sep="\n")
+                print(*status_lines(state, url), sep="\n")
                 return 0
-            fault = f"The service at {url_of(*found)} refuses: {state['error']}"
+            fault = f"The service at {url} refuses: {state['error']}"
     print(fault, file=sys.stderr)
     return 1
 
@@ -8133,14 +8144,15 @@ def read_state(host: str, port: int, token: str) -> dict[str, Any]:
     """The data of the event `state`, or of a refusal. Raises OSError, HTTPException, ValueError."""
     with contextlib.closing(http.client.HTTPConnection(near_host(host), port, timeout=10)) as connection:
         connection.request("GET", "/api/v1/events", headers={"Authorization": f"Bearer {token}"})
-        with connection.getresponse() as response:
-            lines = iter([b"data: " + response.read(65536)] if response.status != 200 else response)
-            return cast("dict[str, Any]", json.loads(next(line[6:] for line in lines if line.startswith(b"data: "))))
+        with connection.getresponse() as response:  # it does not end
+            line = next(one for one in response if response.status != 200 or one.startswith(b"data: "))
+            state: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
+            return state
 
 
 def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
-    """Ten lines."""
-    service, pending, swarmui, held = (state[name] for name in ("service", "notifications", "swarmui", "reservation"))
+    """The ten lines of `status`, of the data of an event `state`."""
+    service, pending, swarmui, lease = (state[name] for name in ("service", "notifications", "swarmui", "reservation"))
 
     def since(time: object) -> str:
         return str(timedelta(seconds=max(0, service["now"] - (read_time(time) or service["now"])) // 1000))
@@ -8158,7 +8170,7 @@ def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
         "sessions": f"{len(work) or 'none'} in work{newest.format_map(work[0]) if work else ''}",
         "notifications": f"{len(pending)} wait, the oldest for {since(pending[0]['timestamp'])}" if pending else "none",
         "GPU": gpu["error"] or figures.format_map(gpu),
-        "reserved": f"by {held['holder']} until {held['expiresAt']}" if held else "by nobody",
+        "reserved": f"by {lease['holder']} until {lease['expiresAt']}" if lease else "by nobody",
         "SwarmUI": f"{swarmui['state']} for {since(swarmui['since'])}{queued} {swarmui['lastError'] or ''}",
         "tokens": f"end soon: {service['tokensEnding']}" if service["tokensEnding"] else "none ends within 3 days",
     }.items():

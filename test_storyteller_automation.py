@@ -13246,12 +13246,12 @@ def test_status_says_in_ten_lines_what_the_page_shows(start_service, run_module)
     assert (rows["tokens"], "nvidia-smi" in rows["GPU"]) == ("none ends within 3 days", True)
 
 
-@pytest.mark.parametrize("token", ["", "another-token-0123456789"], ids=["none", "another"])
-def test_status_of_a_service_that_it_may_not_ask(start_service, run_module, token, module_copy):
-    running = start_service()
+@pytest.mark.parametrize(("token", "fault"), [("", "A token is needed"), ("another-token-0123456789", "is unknown")])
+def test_status_of_a_service_that_it_may_not_ask(start_service, run_module, token, fault, module_copy):
+    running = start_service(STORYTELLER_HOST="0.0.0.0")
     done = run_module("status", STORYTELLER_API_TOKEN=token)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert f"The service at http://localhost:{running.port} " in done.stderr
+    assert (done.returncode, done.stdout, done.stderr.count("\n"), fault in done.stderr) == (1, "", 1, True)
+    assert f"The service at http://localhost:{running.port} refuses: " in done.stderr
     assert not (module_copy.parent / "data" / "api_token").exists()
 
 
