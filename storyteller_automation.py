@@ -4663,9 +4663,12 @@ def session_tokens(store: Store) -> list[Caller]:
 
 def ending_tokens(store: Store, now: int) -> str:
     """The subjects whose tokens end soon, each with the first end; "" for none. Raises Unavailable."""
-    soon = [one for one in session_tokens(store) if (one.expires or 0) - now < ENDS_SOON]
-    ends = {one.subject: f"{one.subject} ({iso_time(one.expires or 0)})" for one in reversed(soon)}
-    return ", ".join([*reversed(ends.values())][:5]) + f" and {len(ends) - 5} more" * (len(ends) > 5)
+    ends: dict[str, str] = {}
+    for one in session_tokens(store):
+        if (one.expires or 0) - now < ENDS_SOON:
+            ends.setdefault(one.subject, f"{one.subject} ({iso_time(one.expires or 0)})")
+    more = f" and {len(ends) - 5} more" if len(ends) > 5 else ""
+    return ", ".join(itertools.islice(ends.values(), 5)) + more
 
 
 RENEW_ADVICE = f"{START_SCRIPT} token --renew NAME --ttl 90d gives those of a name a new end"
@@ -8318,7 +8321,8 @@ def token_command(given: Mapping[str, Any]) -> int:
                 print(caller.subject, end, *caller.permissions)
     if wanted and not found:
         print(f"{wanted} has no token.", file=sys.stderr)
-    return int(bool(wanted and not found))
+        return 1
+    return 0
 
 
 def alert_command(given: Mapping[str, Any]) -> int:
@@ -8353,10 +8357,17 @@ def add_token_arguments(parser: argparse.ArgumentParser) -> None:
     instead.add_argument("--revoke", metavar="SUBJECT", help="revoke every token of that subject")
 
 
+def add_topic(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("topic", nargs="?", type=read_command)
+
+
 def print_help(given: Mapping[str, Any]) -> int:
-    """Or the version."""
-    topic = given.get("topic") or "--help"
-    parse_arguments(["--version"] if given["command"] == "version" else [topic, "--help"])
+    make_parser(given["topic"]).print_help()
+    return 0
+
+
+def print_version(given: Mapping[str, Any]) -> int:
+    print(TITLE)
     return 0
 
 
@@ -8372,10 +8383,9 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "backup": Command(backup, "copy the embedded store to FILE", lambda one: one.add_argument("file", metavar="FILE")),
     "restore": Command(restore, "let FILE be the embedded store", lambda one: one.add_argument("file", metavar="FILE")),
-    "version": Command(print_help, "print the version"),
-    "help": Command(print_help, "this text, or that of a command", lambda one: one.add_argument("topic", nargs="?")),
+    "version": Command(print_version, "print the version"),
+    "help": Command(print_help, "this text, or that of a command", add_topic),
 }
-TESTS = f"run the developers' tests of this program; what looks at this PC is {START_SCRIPT} check"
 
 
 def read_command(text: str) -> str:
@@ -8389,8 +8399,9 @@ def read_command(text: str) -> str:
 def describe_all() -> Iterator[str]:
     """The lines of --help on commands and settings."""
     yield "commands, of which COMMAND --help says more:"
-    for name, meaning in [*((name, one.meaning) for name, one in COMMANDS.items()), ("test", TESTS)]:
-        yield f"  {name:<33} {meaning}"
+    for name, command in COMMANDS.items():
+        yield f"  {name:<33} {command.meaning}"
+    yield f"  {'test':<33} run the developers' tests of this program; what looks at this PC is {START_SCRIPT} check"
     yield "\nsettings, from the environment or a .env file beside this module:"
     for row in dataclasses.fields(Settings):
         default = " ".join(row.default) if isinstance(row.default, tuple) else row.default
