@@ -8094,30 +8094,22 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
         log.warning("store: %s Requests that need it get 503 until it does.", fault)
 
 
-def run_service(given: Mapping[str, Any]) -> int:
-    """serve(), with its exit code. All that it says goes through the log."""
-    try:
-        return serve(command_settings(given))
-    except StartError as error:
-        log.error("server: %s", error, extra={"console": str(error)})
-        return 2
-    except KeyboardInterrupt:
-        return 0
-    except Exception:
-        log.exception("server: the service ended by an unexpected error")
-        return 1
-
-
 def serve_until_stopped(given: Mapping[str, Any]) -> NoReturn:
-    """run_service(), with which this process ends."""
-    end_console = start_console()
-    code = 0
+    """serve(), with which this process ends. All that it says goes through the log."""
+    end_console, code = start_console(), 0
     try:
-        code = run_service(given)
-        end_console()
+        code = serve(command_settings(given))
+    except StartError as error:
+        code = 2
+        log.error("server: %s", error, extra={"console": str(error)})
     except KeyboardInterrupt:
-        pass  # a second one, at its end
+        pass
+    except Exception:
+        code = 1
+        log.exception("server: the service ended by an unexpected error")
     finally:
+        with contextlib.suppress(KeyboardInterrupt):  # a second one
+            end_console()
         os._exit(code)  # Python's own end would wait for a console that takes no output
 
 
@@ -8438,8 +8430,8 @@ def parse_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0; 1 when a check failed, nothing answered, no token was found or an alert was refused; 2 when it
-    cannot start."""
+    """Exit codes: 0; 1 when a check failed, nothing answered, no token was found or an alert was refused; 2 when the
+    command cannot be done."""
     prepare_console()
     given = parse_arguments(argv)
     try:
