@@ -11902,7 +11902,7 @@ def test_a_command_that_is_none_is_refused_with_the_nearest(run_module, command,
 @pytest.mark.parametrize("words", ["help {}", "{} --help", "--port 1 {} --help"])
 def test_each_command_has_a_help_of_its_own(command, words, capsys):
     with contextlib.suppress(SystemExit):
-        assert service.main(words.format(command).split()) == 0
+        service.print_help(service.parse_arguments(words.format(command).split()))
     assert f"usage: {service.START_SCRIPT} {command} " in capsys.readouterr().out
 
 
