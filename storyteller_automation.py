@@ -1494,8 +1494,9 @@ class Store(Protocol):
     def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
         """The same for the members of exactly that time that begin with OWN_MEMBER % id."""
 
-    def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
-        """Store the record of a session token under its SHA-256, with a TTL in ms."""
+    def keep_token(self, digest: str, record: bytes, ttl: int, *, renews: bool = False) -> bool:
+        """Store the record of a session token under its SHA-256, with a TTL in ms. `renews`: only where there is one;
+        else False, and no change."""
 
     def token(self, digest: str) -> bytes | None:
         """None when it is unknown, has expired, or was revoked."""
@@ -1852,7 +1853,7 @@ end
 _LUA_REMOVE = """
 local is_read, latest = pcall(cjson.decode, redis.pcall('GET', KEYS[6]))
 local removed = redis.call('DEL', KEYS[1], KEYS[2])
-if is_read and type(latest) == 'table' and latest.timestamp == tonumber(ARGV[1]) then
+if is_read and type(latest) == 'table' and tonumber(latest.timestamp) == tonumber(ARGV[1]) then
   removed = removed + redis.call('DEL', KEYS[6], KEYS[7])
 end
 redis.call('DEL', KEYS[3])
@@ -2169,8 +2170,9 @@ class RedisStore(Store):
         calls = [((self.PENDING, self.MARK + id), (max(at, oldest), at, OWN_MEMBER % id.encode())) for id, at in ids]
         return map_results(lambda removed: removed == 1, self._run(_LUA_ACKNOWLEDGE, calls))
 
-    def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
-        result_of(self._write(("SET", self.TOKEN + digest, record, "PX", ttl))[0])
+    def keep_token(self, digest: str, record: bytes, ttl: int, *, renews: bool = False) -> bool:
+        command = ("SET", self.TOKEN + digest, record, "PX", ttl, *(("XX",) if renews else ()))
+        return result_of(self._write(command)[0]) is not None
 
     def token(self, digest: str) -> bytes | None:
         return self._get(self.TOKEN + digest)
@@ -2204,7 +2206,9 @@ class RedisStore(Store):
             commands = [("ZADD", self.INDEXES[0], timestamp, keys[0]), ("DEL", meta), ("HSET", meta, *about)]
             commands += [("PEXPIRE", meta, life[1]), ("SET", keys[0], document, *life)]
         elif table == "pending":
-            keys = [f"storyteller:made:{row[2]}", self.MARK + str(parse_json(row[0])["id"])]
+            keys = [f"storyteller:made:{row[2]}"]
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # it is no notification
+                keys.append(self.MARK + str(parse_json(row[0])["id"]))
             commands = [("ZADD", self.PENDING, row[1], row[0]), ("SET", keys[0], row[0], *life)]
         else:
             keys = [f"{self.TOKEN if table == 'token' else self.MARK}{row[0]}"]
@@ -2649,9 +2653,11 @@ class SqliteStore(Store):
         self._writer.execute("INSERT OR REPLACE INTO marker VALUES (?, ?)", (id, self._clock() + TTL_MS))
         return True
 
-    def keep_token(self, digest: str, record: bytes, ttl: int) -> None:
-        row = (digest, record, self._clock() + ttl)
-        self._write(lambda: self._writer.execute("INSERT OR REPLACE INTO token VALUES (?, ?, ?)", row))
+    def keep_token(self, digest: str, record: bytes, ttl: int, *, renews: bool = False) -> bool:
+        row, keep = (digest, record, self._clock() + ttl), "INSERT OR REPLACE INTO token VALUES (?1, ?2, ?3)"
+        if renews:
+            keep = "UPDATE token SET record = ?2, expires = ?3 WHERE digest = ?1"
+        return self._write(lambda: self._writer.execute(keep, row).rowcount > 0)
 
     def token(self, digest: str) -> bytes | None:
         rows = self._read("SELECT record FROM token WHERE digest = ? AND expires > ?", digest, self._clock())
@@ -4628,11 +4634,14 @@ def issue_token(store: Store, subject: str, permissions: Iterable[str], ttl: int
     return token, keep_caller(store, digest_of(token), subject, [one for one in PERMISSIONS if one in given], ttl, now)
 
 
-def keep_caller(store: Store, digest: str, subject: str, permissions: Sequence[str], ttl: int, now: int) -> Caller:
-    """Store whose a token is, for `ttl` seconds from now."""
+def keep_caller(
+    store: Store, digest: str, subject: str, permissions: Sequence[str], ttl: int, now: int, *, renews: bool = False
+) -> Caller:
+    """Store whose a token is, for `ttl` seconds from now. Raises NotFound where one that it `renews` was revoked."""
     caller = Caller(subject, tuple(permissions), now + ttl * 1000, digest)
     record = {"subject": subject, "permissions": caller.permissions, "expiresAt": caller.expires}
-    store.keep_token(digest, json.dumps(record).encode("ascii"), ttl * 1000)
+    if not store.keep_token(digest, json.dumps(record).encode("ascii"), ttl * 1000, renews=renews):
+        raise NotFound("The token was revoked, or has expired.")
     return caller
 
 
@@ -7794,7 +7803,7 @@ def url_of(host: str, port: int) -> str:
 
 
 def page_url(host: str, port: int) -> str:
-    """Where a browser on this PC finds the page: 0.0.0.0 and :: are all addresses, and it opens neither."""
+    """What a browser on this PC opens. 0.0.0.0 and :: are all of its addresses."""
     return url_of("localhost" if host in ("0.0.0.0", "::") else host, port)
 
 
@@ -8121,7 +8130,7 @@ def serve_until_stopped(given: Mapping[str, Any]) -> NoReturn:
 def print_status(given: Mapping[str, Any]) -> int:
     """Print what the page shows. The exit code is 1 when the service of this data folder does not answer."""
     settings = command_settings(given)
-    fault = f"No service uses the data folder {settings.data_dir}: start it by {START_SCRIPT}."
+    fault = f"No service of the data folder {settings.data_dir} listens yet: start it by {START_SCRIPT}, or wait."
     if found := running_address(settings):
         url = page_url(*found)
         fault = f"The service at {url} does not answer: see {settings.data_dir / 'storyteller.log'}."
@@ -8156,6 +8165,7 @@ def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
     figures = "{utilization} % use, {memoryUsed} of {memoryTotal} MiB, {temperature} °C"
     work = [one for one in state["sessions"] if one["step"] in ("beats_ready", "prompts")]
     newest = "; {totalPrompts} of {promptsNeeded} prompts of session {sessionTimestamp} {title}"
+    ending = "none ends within 3 days" if service["storeUp"] else "not known"
     queued = f", {queue['live']} images in work, {queue['waiting']} waiting" if queue else ""
     yield f"StoryTeller automation {service['version']}, running for {since(service['startedAt'])}"
     for name, text in {
@@ -8167,7 +8177,7 @@ def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
         "GPU": gpu["error"] or figures.format_map(gpu),
         "reserved": f"by {lease['holder']} until {lease['expiresAt']}" if lease else "by nobody",
         "SwarmUI": f"{swarmui['state']} for {since(swarmui['since'])}{queued} {swarmui['lastError'] or ''}",
-        "tokens": f"end soon: {service['tokensEnding']}" if service["tokensEnding"] else "none ends within 3 days",
+        "tokens": f"end soon: {service['tokensEnding']}" if service["tokensEnding"] else ending,
     }.items():
         yield f"  {name:<14} {' '.join(text.split())}"
 
@@ -8219,6 +8229,8 @@ def copy_store(source: Path, target: Path) -> None:
         if os.path.exists(target):
             with open_copy(target):
                 pass  # it is no other file, given by a slip
+            if os.path.exists(f"{target}-wal"):
+                raise StartError(f"{target} is a store in use: give another name.")
         with open_copy(source) as old, contextlib.closing(sqlite3.connect(draft)) as new:
             old.backup(new)
             new.execute("PRAGMA journal_mode = DELETE")  # in WAL mode it could become three files
@@ -8255,15 +8267,24 @@ def restore(given: Mapping[str, Any]) -> int:
     draft, kept = store.with_name(f"restored-{stamp}.sqlite3"), ""
     with contextlib.closing(own_data_dir(settings)), contextlib.ExitStack() as undo:
         copy_store(source, draft)
+        if store.exists():
+            with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(store)) as old:
+                old.execute("PRAGMA journal_mode = DELETE")  # what is in its WAL goes into its file
         try:
             for path in [path for name in STORE_FILES if (path := settings.data_dir / name).exists()]:
-                aside = path.rename(path.with_name(path.name.replace(".", f"-{stamp}.", 1)))
-                undo.callback(aside.rename, path)
-                kept = kept or f"; what was there is kept as {aside}"
-            draft.rename(store)
+                aside = path.with_name(path.name.replace(".", f"-{stamp}.", 1))
+                if path == store:  # it is there all the time: killed here, a service would begin with an empty one
+                    undo.callback(aside.unlink, missing_ok=True)
+                    shutil.copyfile(path, aside)
+                    kept = f"; what was there is kept as {aside}"
+                else:
+                    path.rename(aside)
+                    undo.callback(aside.rename, path)
+            os.replace(draft, store)
         except OSError as error:
             draft.unlink(missing_ok=True)
-            raise StartError(f"{store} cannot be replaced ({error.strerror}): close what uses it.") from None
+            fault = f"{store} cannot be replaced ({error.strerror})"
+            raise StartError(f"{fault}: close what uses it, or free space on its disk.") from None
         undo.pop_all()
     print(f"{source} is restored to {store}{kept}.")
     return 0
@@ -8290,8 +8311,8 @@ def token_command(given: Mapping[str, Any]) -> int:
     settings = command_settings(given)
     prepare_data_dir(settings, serves=False)
     subject, ttl, renewed, revoked = (given[name] for name in ("subject", "ttl", "renew", "revoke"))
-    if renewed and not ttl:
-        raise StartError("--renew needs a --ttl that begins now, like --ttl 90d.")
+    if renewed and (not ttl or given["permission"]):
+        raise StartError("--renew needs a --ttl that begins now, like --ttl 90d, and takes no --permission.")
     with contextlib.closing(open_store(settings)) as store:
         if not (renewed or revoked or given["list"]):
             if not re.fullmatch(SUBJECT_PATTERN, subject or "") or not given["permission"]:
@@ -8307,8 +8328,9 @@ def token_command(given: Mapping[str, Any]) -> int:
                 store.revoke_token(digest)
                 print(f"revoked: {revoked}, which would have expired {end}")
             elif renewed:
-                until = keep_caller(store, digest, renewed, caller.permissions, ttl, now_ms()).expires
-                print(f"renewed: {renewed}, until {iso_time(until or 0)} instead of {end}")
+                with contextlib.suppress(NotFound):  # it was revoked meanwhile
+                    until = keep_caller(store, digest, renewed, caller.permissions, ttl, now_ms(), renews=True).expires
+                    print(f"renewed: {renewed}, until {iso_time(until or 0)} instead of {end}")
             else:
                 print(caller.subject, end, *caller.permissions)
     if wanted and not found:
@@ -8431,7 +8453,7 @@ def parse_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0; 1 when a check failed, nothing answered, no token was found or an alert was refused; 2 when the
-    command cannot be done."""
+    command cannot be done; 130 when Ctrl+C ended it."""
     prepare_console()
     given = parse_arguments(argv)
     try:
@@ -8440,7 +8462,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(with_advice(error) if isinstance(error, Unavailable) else error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 0
+        return 130
 
 
 if __name__ == "__main__":

@@ -5384,6 +5384,13 @@ def test_a_session_that_was_deleted_can_be_made_and_announced_anew(app):
         app.delete(f"/api/v1/session/{T}")
 
 
+def test_a_latest_whose_timestamp_is_a_text_is_deleted_with_its_session(bridged, other_program):
+    other_program.set("session:latest", json.dumps({**SESSION, "timestamp": str(T)}))
+    bridged.app.delete(f"/api/v1/session/{T}")
+    bridged.look()
+    assert [key for key in other_program.keys("*session*") if str(T) in key or "latest" in key] == []
+
+
 def test_put_refuses_a_timestamp_that_is_not_the_paths(app):
     answer = app.put_json("/api/v1/session/5", {**SESSION, "timestamp": 6}, status=400)
     assert "timestamp" in answer.json["error"]
@@ -13249,10 +13256,22 @@ def test_status_of_a_service_that_it_may_not_ask(start_service, run_module, toke
     assert not (module_copy.parent / "data" / "api_token").exists()
 
 
+def test_status_does_not_say_that_no_token_ends_where_the_store_was_never_read(start_service, run_module):
+    start_service(REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")
+    assert re.search(r"\n  tokens +not known\n", run_module("status", STORYTELLER_API_TOKEN=TOKEN).stdout)
+
+
+def test_the_address_that_status_and_check_show_can_be_opened(start_service, run_module):
+    running = start_service(STORYTELLER_HOST="0.0.0.0")
+    given = {"STORYTELLER_API_TOKEN": TOKEN, "STORYTELLER_HOST": "0.0.0.0", "STORYTELLER_PORT": str(running.port)}
+    for command in ("status", "check"):
+        assert f" http://localhost:{running.port}" in run_module(command, **given).stdout
+
+
 def test_status_without_a_service(run_module):
     done = run_module("status")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith("No service uses the data folder ")
+    assert re.search(r"^No service of the data folder .* listens yet: .*, or wait\.$", done.stderr)
 
 
 # ---------------------------------------------------------------------------------------- move ----
@@ -13328,6 +13347,17 @@ def test_a_second_move_brings_nothing_back_that_ended_since(run_module, filled, 
     assert re.findall(r"(\d+) copied, (\d+) there", done.stdout) == [("0", "2"), ("0", "1"), ("0", "1"), ("0", "1")]
     assert [one.timestamp for one in redis_store.sessions()] == [T + 1]
     assert (members_of(redis_store), redis_store.tokens()) == ([], [])
+
+
+@pytest.mark.parametrize("member", [b"no JSON", b"[]", b"{}"])
+def test_a_move_takes_a_member_that_is_no_notification_as_it_is(
+    run_module, filled, redis_url, other_program, module_copy, member
+):
+    with contextlib.closing(sqlite3.connect(module_copy.parent / "data" / "storyteller.sqlite3")) as database, database:
+        database.execute("INSERT INTO pending VALUES (?, ?, 'it')", (member, service.now_ms()))
+    done = run_module("move", "--to", redis_url)
+    assert (done.stderr, "notifications: 2 copied, 0 there already\ntokens: 1 copied" in done.stdout) == ("", True)
+    assert other_program.zscore("notifications:pending", member)
 
 
 def test_a_session_that_is_in_redis_is_not_replaced(run_module, filled, redis_url, storyart, other_program):
@@ -13453,6 +13483,23 @@ def test_a_backup_replaces_nothing_but_a_backup(run_module, filled, module_copy,
     assert not list(folder.glob(".*"))
 
 
+def test_a_backup_does_not_replace_the_store_of_a_service_that_runs(run_module, filled, tmp_path):
+    with contextlib.closing(service.SqliteStore(tmp_path / "other.sqlite3")) as other:
+        other.save(T + 5, b"{}", None)
+        done = run_module("backup", str(tmp_path / "other.sqlite3"))
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert sessions_in(tmp_path / "other.sqlite3") == [T + 5]
+
+
+def test_a_command_that_is_interrupted_has_not_succeeded(monkeypatch, tmp_path):
+    def interrupt(*paths: Path) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "storyteller.sqlite3").touch()
+    monkeypatch.setattr(service, "copy_store", interrupt)
+    assert service.main(["backup", str(tmp_path / "b"), "--data-dir", str(tmp_path)]) == 130
+
+
 def test_a_full_disk_leaves_the_backup_before(run_module, filled, small_disk):
     disk = small_disk(200_000)
     (disk / "b").write_bytes(b"")
@@ -13479,6 +13526,43 @@ def test_a_restore_keeps_what_was_there_with_what_it_had_not_yet_written_into_it
     assert sessions_in(data / "storyteller.sqlite3") == [T, T + 1]
     kept = Path(re.search(r"is kept as (.*)\.$", done.stdout.strip())[1])
     assert sessions_in(kept) == [T, T + 1, T + 2]
+
+
+# Ends the process, as SIGKILL would, before the n-th time that it renames, copies or removes a file.
+KILLED_AT = """
+import os, runpy, sys
+left = int(sys.argv.pop(1))
+def count(event, arguments):
+    global left
+    left -= event in ("os.rename", "os.remove", "os.link", "shutil.copyfile")
+    if left < 0:
+        os._exit(9)
+sys.addaudithook(count)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_restore_that_is_killed_leaves_the_store_before_or_the_restored_one(
+    run_module, filled, embedded, module_copy, clean_environment, tmp_path
+):
+    assert run_module("backup", str(tmp_path / "b")).returncode == 0
+    data, killed = module_copy.parent / "data", tmp_path / "killed"
+    with embedded() as store:
+        store.save(T + 2, b"{}", None)
+        shutil.copytree(data, killed, ignore=shutil.ignore_patterns("*-shm"))  # as a killed service leaves it
+    for steps in range(20):
+        shutil.rmtree(data)
+        shutil.copytree(killed, data)
+        command = [sys.executable, "-c", KILLED_AT, str(steps), str(module_copy), "restore", str(tmp_path / "b")]
+        code = subprocess.run(command, env=clean_environment, timeout=PATIENCE).returncode
+        with embedded() as store:
+            found = [one.timestamp for one in store.sessions()]
+        assert found in ([T + 2, T + 1, T], [T + 1, T])
+        if code == 0:
+            break
+    assert (code, found, steps > 1) == (0, [T + 1, T], True)
 
 
 def test_a_copy_of_three_files_is_restored_with_all(run_module, embedded, module_copy, tmp_path):
@@ -13553,8 +13637,9 @@ def test_a_token_that_is_renewed_stays_good_for_longer(start_service, run_module
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
-    [(["--renew", "storyart"], 2, "--renew needs a --ttl"), (["--renew", "a", "--ttl", "90d"], 1, "a has no token.")],
-)
+    [(["--renew", "storyart"], 2, "--renew needs a --ttl"), (["--renew", "a", "--ttl", "90d"], 1, "a has no token."),
+     (["--renew", "a", "--ttl", "90d", "--permission", "gpu:read"], 2, "takes no --permission")],
+)  # fmt: skip
 def test_a_renewal_that_cannot_be(run_module, arguments, code, words):
     done = run_module("token", *arguments)
     assert (done.returncode, done.stdout, words in done.stderr) == (code, "", True)
@@ -13567,6 +13652,15 @@ def test_a_renewal_lets_the_store_keep_the_token_as_long(store, clock):
     clock.now += 600_000
     (found,) = service.session_tokens(store)
     assert (found.subject, found.expires) == ("storyart", clock.now + 3_000_000)
+
+
+def test_a_token_that_was_revoked_meanwhile_is_not_renewed(store, clock):
+    service.issue_token(store, "storyart", ["gpu:read"], 60, clock.now)
+    (caller,) = service.session_tokens(store)
+    store.revoke_token(caller.digest)
+    with pytest.raises(service.NotFound):
+        service.keep_caller(store, caller.digest, caller.subject, caller.permissions, 60, clock.now, renews=True)
+    assert store.tokens() == []
 
 
 def test_tokens_that_end_within_3_days_are_named_by_subject_with_their_first_end(store, clock):
