@@ -8264,29 +8264,24 @@ def restore(given: Mapping[str, Any]) -> int:
         raise StartError(f"There is no file {source}.")
     prepare_data_dir(settings, serves=False)
     store, stamp = settings.data_dir / STORE_FILES[0], re.sub("[^0-9]", "", iso_time(now_ms()))
-    draft, kept = store.with_name(f"restored-{stamp}.sqlite3"), ""
-    with contextlib.closing(own_data_dir(settings)), contextlib.ExitStack() as undo:
+    draft, *kept = (settings.data_dir / one.replace(".", f"-{stamp}.", 1) for one in ("restored.sqlite3", *STORE_FILES))
+    with contextlib.closing(own_data_dir(settings)):
         copy_store(source, draft)
-        if store.exists():
-            with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(store)) as old:
-                old.execute("PRAGMA journal_mode = DELETE")  # what is in its WAL goes into its file
         try:
-            for path in [path for name in STORE_FILES if (path := settings.data_dir / name).exists()]:
-                aside = path.with_name(path.name.replace(".", f"-{stamp}.", 1))
-                if path == store:  # it is there all the time: killed here, a service would begin with an empty one
-                    undo.callback(aside.unlink, missing_ok=True)
-                    shutil.copyfile(path, aside)
-                    kept = f"; what was there is kept as {aside}"
-                else:
+            if store.exists():
+                with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(store)) as old:
+                    old.execute("PRAGMA journal_mode = DELETE")  # what is in its WAL goes into its file
+                shutil.copyfile(store, kept[0])  # a service that starts without it would begin with an empty one
+            for name, aside in zip(STORE_FILES[1:], kept[1:]):  # of a damaged one
+                if (path := settings.data_dir / name).exists():
                     path.rename(aside)
-                    undo.callback(aside.rename, path)
             os.replace(draft, store)
         except OSError as error:
-            draft.unlink(missing_ok=True)
+            for path in (draft, kept[0]):
+                path.unlink(missing_ok=True)
             fault = f"{store} cannot be replaced ({error.strerror})"
             raise StartError(f"{fault}: close what uses it, or free space on its disk.") from None
-        undo.pop_all()
-    print(f"{source} is restored to {store}{kept}.")
+    print(f"{source} is restored to {store}{f'; what was there is kept as {kept[0]}' * kept[0].exists()}.")
     return 0
 
 
