@@ -1486,7 +1486,7 @@ class Store(Protocol):
         """Those of `ids` that are marked; none where no other program writes, since what is marked is not pending."""
         return set()
 
-    def remove(self, members: Sequence[bytes]) -> bool:
+    def remove_pending(self, members: Sequence[bytes]) -> bool:
         """Remove pending members, and mark nothing. False when none was there."""
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
@@ -1879,20 +1879,6 @@ redis.call('PEXPIRE', KEYS[4], 1000)
 return redis.call('DEL', KEYS[2], KEYS[3], KEYS[4])
 """
 
-# Run commands, once for a name, and only while none of some keys is there. KEYS: 1 the names, those keys. ARGV: 1 name;
-# of each command the number of its words, then these.
-_LUA_TAKE = """
-local is_new = redis.call('SISMEMBER', KEYS[1], ARGV[1]) == 0 and redis.call('EXISTS', unpack(KEYS, 2)) == 0
-local at = 2
-while is_new and ARGV[at] do
-  redis.call(unpack(ARGV, at + 1, at + ARGV[at]))
-  at = at + 1 + ARGV[at]
-end
-redis.call('SADD', KEYS[1], ARGV[1])
-redis.call('PEXPIRE', KEYS[1], 31622400000)  -- 366 days: no token lives longer
-return is_new and 1 or 0
-"""
-
 # KEYS: 1 record. ARGV: 1 before, "" for none; 2 after, "" to read it.
 _LUA_SWAP = """
 local is_same = (redis.call('GET', KEYS[1]) or '') == ARGV[1]
@@ -2070,6 +2056,9 @@ class RedisStore(Store):
                 self.writes.note(outcome.refusal)
         return outcomes
 
+    def _transact(self, *call: Any) -> list[Any]:
+        return list(map(result_of, self._noted(self._redis.transact(*call))))
+
     def _change_call(
         self, draft: Draft | None, at: int, keys: Sequence[str], further: Sequence[Any]
     ) -> tuple[Sequence[str], Sequence[Any]]:
@@ -2172,7 +2161,7 @@ class RedisStore(Store):
             return set()
         return {id for id, found in zip(ids, self._redis.ask(*[("EXISTS", self.MARK + id) for id in ids])) if found}
 
-    def remove(self, members: Sequence[bytes]) -> bool:
+    def remove_pending(self, members: Sequence[bytes]) -> bool:
         return bool(result_of(self._write(("ZREM", self.PENDING, *members))[0]))
 
     def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
@@ -2206,18 +2195,17 @@ class RedisStore(Store):
         call = [f"storyteller:gpu:{host}"], (before or b"", after or b"")
         return cast("bytes | None", result_of(self._run(_LUA_SWAP, [call])[0]))
 
-    TAKEN = "storyteller:taken"  # the keys of what take() saw
+    TAKEN = "storyteller:taken"  # the keys that take() was asked for: what was removed since does not come back
 
     def take(self, table: str, row: Sequence[Any]) -> bool:
-        """Store a row of SqliteStore.rows() until its end. False, and no change, when it is there, or was taken before:
-        what was removed here since does not come back."""
+        """Store a row of SqliteStore.rows() until its end. False when it is there, or was taken before."""
         end = row[-1] if table != "pending" else row[1] + TTL_MS
         life, commands = ("PX", max(1, end - self._clock())), list[_Command]()
         if table == "session":
             (*keys, meta), (timestamp, document, saved, announced, _) = self._session_keys(row[0]), row
             # As StoryArt's: so the bridge makes StoryArt's copy, and a later one of StorySwarm's leaves its words.
-            noted = ("saved", saved, "byStoryArt", 1, *(("announced", announced) if announced else ()))
-            commands = [("ZADD", self.INDEXES[0], timestamp, keys[0]), ("DEL", meta), ("HSET", meta, *noted)]
+            about = ("saved", saved, "byStoryArt", 1, *(("announced", announced) if announced else ()))
+            commands = [("ZADD", self.INDEXES[0], timestamp, keys[0]), ("DEL", meta), ("HSET", meta, *about)]
             commands += [("PEXPIRE", meta, life[1]), ("SET", keys[0], document, *life)]
         elif table == "pending":
             keys = [f"storyteller:made:{row[2]}"]
@@ -2227,8 +2215,17 @@ class RedisStore(Store):
         else:
             keys = [f"{self.TOKEN if table == 'token' else self.MARK}{row[0]}"]
             commands = [("SET", keys[0], row[1] if table == "token" else "1", *life)]
-        words = [word for command in commands for word in (len(command), *command)]
-        return bool(result_of(self._run(_LUA_TAKE, [((self.TAKEN, *keys), (keys[0], *words))])[0]))
+        # No token lives for longer than 366 days.
+        noted: list[_Command] = [("SADD", self.TAKEN, keys[0]), ("PEXPIRE", self.TAKEN, 366 * 86_400_000)]
+        reads: list[_Command] = [("EXISTS", *keys), ("SISMEMBER", self.TAKEN, keys[0])]
+        # A transaction goes on after a command that fails: a sorted set of another type fails before it.
+        reads += [("ZCARD", key) for verb, key, *_ in commands if verb == "ZADD"]
+
+        def write(replies: list[Any]) -> list[_Command]:
+            is_there, is_taken, *_ = map(result_of, replies)
+            return noted if is_there or is_taken else [*commands, *noted]
+
+        return len(self._transact((*keys, self.TAKEN), reads, write)) > len(noted)
 
 
 # ======================================================================================================
@@ -2332,9 +2329,6 @@ class BridgedStore(RedisStore):
                 self.announce(timestamp, draft)
         return copies
 
-    def _transact(self, *call: Any) -> list[Any]:
-        return list(map(result_of, self._noted(self._redis.transact(*call))))
-
     def renew_latest(self, newest: int) -> None:
         """Let session:latest be StorySwarm's copy of the newest session, unless another program changed it."""
         session, _, meta = self._session_keys(newest)
@@ -2362,6 +2356,8 @@ class BridgedStore(RedisStore):
 # ======================================================================================================
 # SQLite: the file
 # ======================================================================================================
+
+STORE_FILES = ("storyteller.sqlite3", "storyteller.sqlite3-wal", "storyteller.sqlite3-shm")  # in the data folder
 
 # Each made the next version of the file out of the one before; a file's own version is how many it has had.
 _SCHEMA_STEPS = (
@@ -2645,7 +2641,7 @@ class SqliteStore(Store):
         rows = self._read(self._PENDING, self._clock() - TTL_MS, b"\xff", count)
         return [member for member, _ in rows], False
 
-    def remove(self, members: Sequence[bytes]) -> bool:
+    def remove_pending(self, members: Sequence[bytes]) -> bool:
         remove, rows = "DELETE FROM pending WHERE member = ?", [(member,) for member in members]
         return self._write(lambda: self._writer.executemany(remove, rows).rowcount > 0)
 
@@ -2697,7 +2693,7 @@ def open_store(settings: Settings, patience: float | None = None) -> Store:
     """The store that the settings name. Redis is not asked yet; SQLite raises StartError, as SqliteStore says."""
     if settings.redis_address:
         return (BridgedStore if settings.bridge else RedisStore)(settings.redis_address)
-    return SqliteStore(settings.data_dir / "storyteller.sqlite3", patience=patience)
+    return SqliteStore(settings.data_dir / STORE_FILES[0], patience=patience)
 
 
 # ======================================================================================================
@@ -3318,13 +3314,7 @@ class Notifications:
         """The same for different ones: those for which it is true, in their order, after one search for all."""
         done = {id for id, outcome in zip(ids, self.acknowledge_own(ids)) if result_of(outcome)}
         done |= {id for id in ids if id not in done and self._store.acknowledge(id, [])}
-        left: dict[str, list[bytes]] = {id: [] for id in ids if id not in done}
-        # Another program made these, or nobody did. JSON may also write an id with escapes.
-        for member, at in self._store.pending(page=2000) if left else ():
-            if b"\\" in member or any(id.decode("utf-8", "replace") in left for id in _IDS.findall(member)):
-                found = self._parse(member, at)
-                if found and found.id in left:
-                    left[found.id].append(member)
+        left = self._members_of(id for id in ids if id not in done)
         return [id for id in ids if id in done or (left[id] and self._store.acknowledge(id, left[id]))]
 
     def acknowledge_own(self, ids: Sequence[str]) -> list[bool | ApiError]:
@@ -3336,9 +3326,19 @@ class Notifications:
 
     def remove(self, id: str) -> bool:
         """Not an acknowledgement: to acknowledge it later is in vain. False when it is not pending."""
-        rows = self._store.pending(page=2000)
-        found = [member for member, at in rows if (one := self._parse(member, at)) and one.id == id]
-        return bool(found) and self._store.remove(found)
+        found = self._members_of([id])[id]
+        return bool(found) and self._store.remove_pending(found)
+
+    def _members_of(self, ids: Iterable[str]) -> dict[str, list[bytes]]:
+        """The pending members of each id, by one search of all that are pending."""
+        left: dict[str, list[bytes]] = {id: [] for id in ids}
+        for member, at in self._store.pending(page=2000) if left else ():
+            # JSON may also write an id with escapes.
+            if b"\\" in member or any(id.decode("utf-8", "replace") in left for id in _IDS.findall(member)):
+                found = self._parse(member, at)
+                if found and found.id in left:
+                    left[found.id].append(member)
+        return left
 
     def _read(self, rows: Iterable[tuple[bytes, float | None]]) -> Iterator[Notification]:
         """The valid ones that are to be shown. The others stay where they are."""
@@ -4680,9 +4680,12 @@ def session_tokens(store: Store) -> list[Caller]:
 
 def ending_tokens(store: Store, now: int) -> str:
     """The subjects whose tokens end soon, each with the first end; "" for none. Raises Unavailable."""
-    soon = [one for one in session_tokens(store) if (one.expires or 0) - now < ENDS_SOON]
-    ends = {one.subject: f"{one.subject} ({iso_time(one.expires or 0)})" for one in reversed(soon)}
-    return ", ".join([*reversed(ends.values())][:5]) + f" and {len(ends) - 5} more" * (len(ends) > 5)
+    ends: dict[str, str] = {}
+    for one in session_tokens(store):
+        if (one.expires or 0) - now < ENDS_SOON:
+            ends.setdefault(one.subject, f"{one.subject} ({iso_time(one.expires or 0)})")
+    more = f" and {len(ends) - 5} more" if len(ends) > 5 else ""
+    return ", ".join(itertools.islice(ends.values(), 5)) + more
 
 
 RENEW_ADVICE = f"{START_SCRIPT} token --renew NAME --ttl 90d gives those of a name a new end"
@@ -4864,6 +4867,13 @@ def own_token(settings: Settings) -> str:
         raise StartError(f"{path} cannot be made or read ({error.strerror}): set STORYTELLER_API_TOKEN.") from None
     except ValueError:
         raise StartError(f"{path} holds no token: remove it, and a new one is made.") from None
+
+
+def kept_token(settings: Settings) -> str:
+    """The same, but none is made: "" where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return settings.api_token or token_path(settings).read_text(encoding="utf-8").strip()
+    return ""
 
 
 def token_path(settings: Settings) -> Path:
@@ -7773,7 +7783,6 @@ class Server:
 # Command line: check
 # ======================================================================================================
 
-STORE_FILES = ("storyteller.sqlite3", "storyteller.sqlite3-wal", "storyteller.sqlite3-shm")
 DATA_FILES = (*STORE_FILES, "running", "api_token", "storyteller.log", "swarmui.log", "swarmui.json")
 
 
@@ -7903,16 +7912,18 @@ def run_checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
 def missed_sessions(settings: Settings) -> str | None:
     """A warning that sessions are in another store than the one that is used: StoryArt's in Redis, or those of the
     embedded store, which `move` copies. It takes 0.6 s at most."""
-    newest, url = newest_embedded(settings), settings.redis_address
+    url, newest = settings.redis_address, "SELECT max(timestamp) FROM session WHERE expires > ?"
     limits: dict[str, Any] = {"socket_connect_timeout": 0.2, "socket_timeout": 0.2}  # from_url() does not retry
-    if url and not newest:
-        return None
     client = redis.Redis.from_url(url or STORYARTS_REDIS, protocol=2, driver_info=None, **limits)
-    with contextlib.suppress(redis.RedisError, OSError, ValueError), client:  # ValueError: what answers is no Redis
-        if url and not client.sismember(RedisStore.TAKEN, f"session:{newest}"):
+    # ValueError: what answers is no Redis. StartError: there is no embedded store.
+    with contextlib.suppress(redis.RedisError, OSError, ValueError, StartError, sqlite3.Error), client:
+        if not url:
+            advice = f"StoryArt's sessions are in Redis, which is not used here: set REDIS_URL={STORYARTS_REDIS}"
+            return advice if client.exists(RedisStore.INDEXES[1]) else None
+        with contextlib.closing(sqlite3.connect(embedded_store(settings), timeout=0.2)) as database:
+            ((timestamp,),) = database.execute(newest, (now_ms(),))
+        if timestamp is not None and not client.sismember(RedisStore.TAKEN, f"session:{timestamp}"):
             return f"there are sessions in the embedded store, which Redis replaces: {START_SCRIPT} move copies them"
-        if not url and client.exists(RedisStore.INDEXES[1]):
-            return f"StoryArt's sessions are in Redis, which is not used here: set REDIS_URL={STORYARTS_REDIS}"
     return None
 
 
@@ -7921,17 +7932,6 @@ def embedded_store(settings: Settings) -> Path:
     if not os.path.isfile(path := settings.data_dir / STORE_FILES[0]):
         raise StartError(f"There is no embedded store in the data folder {settings.data_dir}.")
     return path
-
-
-def newest_embedded(settings: Settings) -> int | None:
-    """The timestamp of the newest session in the embedded store."""
-    newest = "SELECT max(timestamp) FROM session WHERE expires > ?"
-    with (
-        contextlib.suppress(StartError, sqlite3.Error),
-        contextlib.closing(sqlite3.connect(embedded_store(settings), timeout=0.2)) as database,
-    ):
-        return cast("int | None", database.execute(newest, (now_ms(),)).fetchone()[0])
-    return None
 
 
 def check_storyart(settings: Settings) -> Iterator[Finding]:
@@ -8000,8 +8000,7 @@ def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
         if json.loads(fetch(f"{url}/health", 6).body).keys() == {"status", "store"}:  # 3 s for a store that hangs
             fault = ""
             yield "OK", "port", f"this service runs on {settings.port} already; {address}"
-            token = settings.api_token or token_path(settings).read_text(encoding="utf-8").strip()
-            wait, bearer = settings.nvidia_smi_timeout + 5, {"Authorization": f"Bearer {token}"}
+            wait, bearer = settings.nvidia_smi_timeout + 5, {"Authorization": f"Bearer {kept_token(settings)}"}
             reply = fetch(f"{url}/api/v1/gpu/status", wait, headers=bearer)
             theirs, ours = json.loads(reply.body), gpu_json(status)
             differs = any(theirs.get(key, ours[key]) != ours[key] for key in ("gpuCount", "memoryTotal"))
@@ -8123,30 +8122,22 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
         log.warning("store: %s Requests that need it get 503 until it does.", fault)
 
 
-def run_service(given: Mapping[str, Any]) -> int:
-    """serve(), with its exit code. All that it says goes through the log."""
-    try:
-        return serve(command_settings(given))
-    except StartError as error:
-        log.error("server: %s", error, extra={"console": str(error)})
-        return 2
-    except KeyboardInterrupt:
-        return 0
-    except Exception:
-        log.exception("server: the service ended by an unexpected error")
-        return 1
-
-
 def serve_until_stopped(given: Mapping[str, Any]) -> NoReturn:
-    """run_service(), with which this process ends."""
-    end_console = start_console()
-    code = 0
+    """serve(), with which this process ends. All that it says goes through the log."""
+    end_console, code = start_console(), 0
     try:
-        code = run_service(given)
-        end_console()
+        code = serve(command_settings(given))
+    except StartError as error:
+        code = 2
+        log.error("server: %s", error, extra={"console": str(error)})
     except KeyboardInterrupt:
-        pass  # a second one, at its end
+        pass
+    except Exception:
+        code = 1
+        log.exception("server: the service ended by an unexpected error")
     finally:
+        with contextlib.suppress(KeyboardInterrupt):  # a second one
+            end_console()
         os._exit(code)  # Python's own end would wait for a console that takes no output
 
 
@@ -8158,16 +8149,16 @@ def serve_until_stopped(given: Mapping[str, Any]) -> NoReturn:
 def print_status(given: Mapping[str, Any]) -> int:
     """Print what the page shows. The exit code is 1 when the service of this data folder does not answer."""
     settings = command_settings(given)
-    found, file, token = running_address(settings), token_path(settings), settings.api_token
     fault = f"No service of the data folder {settings.data_dir} listens yet: start it by {START_SCRIPT}, or wait."
-    if found:
-        fault = f"The service at {url_of(*found)} does not answer: see {settings.data_dir / 'storyteller.log'}."
+    if found := running_address(settings):
+        url = page_url(*found)
+        fault = f"The service at {url} does not answer: see {settings.data_dir / 'storyteller.log'}."
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError, StopIteration):
-            state = read_state(*found, token or (file.read_text(encoding="utf-8").strip() if file.exists() else ""))
+            state = read_state(*found, kept_token(settings))
             if "error" not in state:
-                print(*status_lines(state, page_url(*found)), sep="\n")
+                print(*status_lines(state, url), sep="\n")
                 return 0
-            fault = f"The service at {url_of(*found)} refuses: {state['error']}"
+            fault = f"The service at {url} refuses: {state['error']}"
     print(fault, file=sys.stderr)
     return 1
 
@@ -8176,14 +8167,15 @@ def read_state(host: str, port: int, token: str) -> dict[str, Any]:
     """The data of the event `state`, or of a refusal. Raises OSError, HTTPException, ValueError."""
     with contextlib.closing(http.client.HTTPConnection(near_host(host), port, timeout=10)) as connection:
         connection.request("GET", "/api/v1/events", headers={"Authorization": f"Bearer {token}"})
-        with connection.getresponse() as response:
-            lines = iter([b"data: " + response.read(65536)] if response.status != 200 else response)
-            return cast("dict[str, Any]", json.loads(next(line[6:] for line in lines if line.startswith(b"data: "))))
+        with connection.getresponse() as response:  # it does not end
+            line = next(one for one in response if response.status != 200 or one.startswith(b"data: "))
+            state: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
+            return state
 
 
 def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
-    """Ten lines."""
-    service, pending, swarmui, held = (state[name] for name in ("service", "notifications", "swarmui", "reservation"))
+    """The ten lines of `status`, of the data of an event `state`."""
+    service, pending, swarmui, lease = (state[name] for name in ("service", "notifications", "swarmui", "reservation"))
 
     def since(time: object) -> str:
         return str(timedelta(seconds=max(0, service["now"] - (read_time(time) or service["now"])) // 1000))
@@ -8202,7 +8194,7 @@ def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
         "sessions": f"{len(work) or 'none'} in work{newest.format_map(work[0]) if work else ''}",
         "notifications": f"{len(pending)} wait, the oldest for {since(pending[0]['timestamp'])}" if pending else "none",
         "GPU": gpu["error"] or figures.format_map(gpu),
-        "reserved": f"by {held['holder']} until {held['expiresAt']}" if held else "by nobody",
+        "reserved": f"by {lease['holder']} until {lease['expiresAt']}" if lease else "by nobody",
         "SwarmUI": f"{swarmui['state']} for {since(swarmui['since'])}{queued} {swarmui['lastError'] or ''}",
         "tokens": f"end soon: {service['tokensEnding']}" if service["tokensEnding"] else ending,
     }.items():
@@ -8291,29 +8283,24 @@ def restore(given: Mapping[str, Any]) -> int:
         raise StartError(f"There is no file {source}.")
     prepare_data_dir(settings, serves=False)
     store, stamp = settings.data_dir / STORE_FILES[0], re.sub("[^0-9]", "", iso_time(now_ms()))
-    draft, kept = store.with_name(f"restored-{stamp}.sqlite3"), ""
-    with contextlib.closing(own_data_dir(settings)), contextlib.ExitStack() as undo:
+    draft, *kept = (settings.data_dir / one.replace(".", f"-{stamp}.", 1) for one in ("restored.sqlite3", *STORE_FILES))
+    with contextlib.closing(own_data_dir(settings)):
         copy_store(source, draft)
-        if store.exists():
-            with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(store)) as old:
-                old.execute("PRAGMA journal_mode = DELETE")  # what is in its WAL goes into its file
         try:
-            for path in [path for name in STORE_FILES if (path := settings.data_dir / name).exists()]:
-                aside = path.with_name(path.name.replace(".", f"-{stamp}.", 1))
-                if path == store:  # it is there all the time: killed here, a service would begin with an empty one
-                    undo.callback(aside.unlink, missing_ok=True)
-                    shutil.copyfile(path, aside)
-                    kept = f"; what was there is kept as {aside}"
-                else:
+            if store.exists():
+                with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(store)) as old:
+                    old.execute("PRAGMA journal_mode = DELETE")  # what is in its WAL goes into its file
+                shutil.copyfile(store, kept[0])  # a service that starts without it would begin with an empty one
+            for name, aside in zip(STORE_FILES[1:], kept[1:]):  # of a damaged one
+                if (path := settings.data_dir / name).exists():
                     path.rename(aside)
-                    undo.callback(aside.rename, path)
             os.replace(draft, store)
         except OSError as error:
-            draft.unlink(missing_ok=True)
+            for path in (draft, kept[0]):
+                path.unlink(missing_ok=True)
             fault = f"{store} cannot be replaced ({error.strerror})"
             raise StartError(f"{fault}: close what uses it, or free space on its disk.") from None
-        undo.pop_all()
-    print(f"{source} is restored to {store}{kept}.")
+    print(f"{source} is restored to {store}{f'; what was there is kept as {kept[0]}' * kept[0].exists()}.")
     return 0
 
 
@@ -8362,7 +8349,8 @@ def token_command(given: Mapping[str, Any]) -> int:
                 print(caller.subject, end, *caller.permissions)
     if wanted and not found:
         print(f"{wanted} has no token.", file=sys.stderr)
-    return int(bool(wanted and not found))
+        return 1
+    return 0
 
 
 def alert_command(given: Mapping[str, Any]) -> int:
@@ -8397,10 +8385,17 @@ def add_token_arguments(parser: argparse.ArgumentParser) -> None:
     instead.add_argument("--revoke", metavar="SUBJECT", help="revoke every token of that subject")
 
 
+def add_topic(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("topic", nargs="?", type=read_command)
+
+
 def print_help(given: Mapping[str, Any]) -> int:
-    """Or the version."""
-    topic = given.get("topic") or "--help"
-    parse_arguments(["--version"] if given["command"] == "version" else [topic, "--help"])
+    make_parser(given["topic"]).print_help()
+    return 0
+
+
+def print_version(given: Mapping[str, Any]) -> int:
+    print(TITLE)
     return 0
 
 
@@ -8416,10 +8411,9 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "backup": Command(backup, "copy the embedded store to FILE", lambda one: one.add_argument("file", metavar="FILE")),
     "restore": Command(restore, "let FILE be the embedded store", lambda one: one.add_argument("file", metavar="FILE")),
-    "version": Command(print_help, "print the version"),
-    "help": Command(print_help, "this text, or that of a command", lambda one: one.add_argument("topic", nargs="?")),
+    "version": Command(print_version, "print the version"),
+    "help": Command(print_help, "this text, or that of a command", add_topic),
 }
-TESTS = f"run the developers' tests of this program; what looks at this PC is {START_SCRIPT} check"
 
 
 def read_command(text: str) -> str:
@@ -8433,8 +8427,9 @@ def read_command(text: str) -> str:
 def describe_all() -> Iterator[str]:
     """The lines of --help on commands and settings."""
     yield "commands, of which COMMAND --help says more:"
-    for name, meaning in [*((name, one.meaning) for name, one in COMMANDS.items()), ("test", TESTS)]:
-        yield f"  {name:<33} {meaning}"
+    for name, command in COMMANDS.items():
+        yield f"  {name:<33} {command.meaning}"
+    yield f"  {'test':<33} run the developers' tests of this program; what looks at this PC is {START_SCRIPT} check"
     yield "\nsettings, from the environment or a .env file beside this module:"
     for row in dataclasses.fields(Settings):
         default = " ".join(row.default) if isinstance(row.default, tuple) else row.default
@@ -8471,8 +8466,8 @@ def parse_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0; 1 when a check failed, nothing answered, no token was found or an alert was refused; 2 when it
-    cannot start; 130 for a command that Ctrl+C ended."""
+    """Exit codes: 0; 1 when a check failed, nothing answered, no token was found or an alert was refused; 2 when the
+    command cannot be done; 130 when Ctrl+C ended it."""
     prepare_console()
     given = parse_arguments(argv)
     try:
