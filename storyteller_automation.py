@@ -2182,7 +2182,7 @@ class RedisStore(Store):
     def tokens(self) -> list[tuple[str, bytes]]:
         keys: set[bytes] = set()
         cursor = b""
-        while cursor != b"0":  # SCAN, since only people at the command line ask
+        while cursor != b"0":  # SCAN: it is not asked often
             ((cursor, found),) = self._redis.ask(("SCAN", cursor or 0, "MATCH", f"{self.TOKEN}*", "COUNT", 1000))
             keys.update(found)
         digests = [key.decode("utf-8", "replace").removeprefix(self.TOKEN) for key in sorted(keys)]
@@ -7937,7 +7937,7 @@ def embedded_store(settings: Settings) -> Path:
 def check_storyart(settings: Settings) -> Iterator[Finding]:
     """Whether sessions are in another store than in that of this service."""
     if missed := missed_sessions(settings):
-        yield "WARN", "StoryArt", missed
+        yield "WARN", "store" if settings.redis_address else "StoryArt", missed
     if (url := settings.redis_address) and redis.connection.parse_url(url).get("db"):
         yield "WARN", "StoryArt", "its own server always uses database 0: name that one in REDIS_URL"
 
@@ -7984,32 +7984,35 @@ def check_swarmui_path(settings: Settings) -> Finding:
 
 
 def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
-    """Whether the port is free, or this service has it; and whether that service finds other GPUs than `status`."""
-    address = f"its page is {page_url(settings.host, settings.port)}, {START_SCRIPT} page prints the link with a token"
-    try:
-        for one in open_sockets(settings.host, settings.port):
-            one.close()
-        yield "OK", "port", f"{settings.port} is free; {address}"
+    """Whether this service runs, or its port is free; and whether one that runs finds other GPUs than `status`."""
+    link = f"{START_SCRIPT} page prints its page's link with a token"
+    running = running_address(settings)
+    url = url_of(near_host(running[0]), running[1]) if running else url_of(near_host(settings.host), settings.port)
+    expected_errors = OSError, http.client.HTTPException, ValueError, AttributeError, LookupError, RecursionError
+    if not running:
+        try:
+            for one in open_sockets(settings.host, settings.port):
+                one.close()
+            address = page_url(settings.host, settings.port) if settings.port else "an address that it chooses"
+            yield "OK", "port", f"{settings.port} is free: it will run at {address}; {link}"
+        except StartError as error:
+            fault = str(error)
+            with contextlib.suppress(*expected_errors):
+                if json.loads(fetch(f"{url}/health", 6).body).keys() == {"status", "store"}:  # 3 s for a hanging store
+                    advice = "stop that one, or set STORYTELLER_PORT"
+                    fault = f"Port {settings.port} is in use by this service with another data folder: {advice}."
+            yield "FAIL", "port", fault
         return
-    except StartError as error:
-        fault = str(error)
-    url = url_of(near_host(settings.host), settings.port)
-    with contextlib.suppress(
-        OSError, http.client.HTTPException, ValueError, AttributeError, LookupError, RecursionError
-    ):
-        if json.loads(fetch(f"{url}/health", 6).body).keys() == {"status", "store"}:  # 3 s for a store that hangs
-            fault = ""
-            yield "OK", "port", f"this service runs on {settings.port} already; {address}"
-            wait, bearer = settings.nvidia_smi_timeout + 5, {"Authorization": f"Bearer {kept_token(settings)}"}
-            reply = fetch(f"{url}/api/v1/gpu/status", wait, headers=bearer)
-            theirs, ours = json.loads(reply.body), gpu_json(status)
-            differs = any(theirs.get(key, ours[key]) != ours[key] for key in ("gpuCount", "memoryTotal"))
-            if differs and reply.status in (200, 500):  # not one that refuses the token, which may be another folder's
-                found = theirs["error"] or f"{theirs['gpuCount']} GPU(s), {theirs['memoryTotal']} MiB"
-                advice = "it has another PATH or NVIDIA_SMI: set NVIDIA_SMI in .env, and start it again"
-                yield "WARN", "nvidia-smi", f"the service on {settings.port} finds otherwise ({found}): {advice}"
-    if fault:
-        yield "FAIL", "port", fault
+    yield "OK", "port", f"this service runs at {page_url(*running)}; {link}"
+    with contextlib.suppress(*expected_errors):
+        wait, bearer = settings.nvidia_smi_timeout + 5, {"Authorization": f"Bearer {kept_token(settings)}"}
+        reply = fetch(f"{url}/api/v1/gpu/status", wait, headers=bearer)
+        theirs, ours = json.loads(reply.body), gpu_json(status)
+        differs = any(theirs.get(key, ours[key]) != ours[key] for key in ("gpuCount", "memoryTotal"))
+        if differs and reply.status in (200, 500):  # not one that refuses the token
+            found = theirs["error"] or f"{theirs['gpuCount']} GPU(s), {theirs['memoryTotal']} MiB"
+            advice = "it has another PATH or NVIDIA_SMI: set NVIDIA_SMI in .env, and start it again"
+            yield "WARN", "nvidia-smi", f"the service that runs finds otherwise ({found}): {advice}"
 
 
 # ======================================================================================================
@@ -8017,8 +8020,11 @@ def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
 # ======================================================================================================
 
 
-def own_data_dir(settings: Settings) -> TextIO:
-    """Lock the data folder for this process: the open lock file. Raises StartError when another service uses it."""
+def own_data_dir(
+    settings: Settings, advice: str = "use that one, stop it, or set STORYTELLER_DATA_DIR and STORYTELLER_PORT"
+) -> TextIO:
+    """Lock the data folder for this process: the open lock file. Raises StartError, with `advice`, when another service
+    uses it."""
     path = settings.data_dir / "running"
     try:
         file = lock_file(path)
@@ -8027,7 +8033,7 @@ def own_data_dir(settings: Settings) -> TextIO:
     if file is None:
         where = path.read_text(encoding="utf-8").strip() or "an address that it has not written down yet"
         fault = f"The data folder {settings.data_dir} is in use by the service at {where}"
-        raise StartError(f"{fault}: use that one, stop it, or set STORYTELLER_DATA_DIR and STORYTELLER_PORT.")
+        raise StartError(f"{fault}: {advice}.")
     return file
 
 
@@ -8185,17 +8191,18 @@ def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
     work = [one for one in state["sessions"] if one["step"] in ("beats_ready", "prompts")]
     newest = "; {totalPrompts} of {promptsNeeded} prompts of session {sessionTimestamp} {title}"
     ending = "none ends within 3 days" if service["storeUp"] else "not known"
+    error = f": {swarmui['lastError']}" if swarmui["lastError"] else ""
     queued = f", {queue['live']} images in work, {queue['waiting']} waiting" if queue else ""
     yield f"StoryTeller automation {service['version']}, running for {since(service['startedAt'])}"
     for name, text in {
         "address": url,
-        "store": service["store"] + ("" if service["storeUp"] else ", which does not answer"),
-        "alerts": " ".join(one["text"] for one in state["alerts"] if one["state"] == "raised") or "none",
+        "store": service["store"] + ("" if service["storeUp"] else " (no answer, or no writes)"),
+        "alerts": "; ".join(one["text"].rstrip(".") for one in state["alerts"] if one["state"] == "raised") or "none",
         "sessions": f"{len(work) or 'none'} in work{newest.format_map(work[0]) if work else ''}",
         "notifications": f"{len(pending)} wait, the oldest for {since(pending[0]['timestamp'])}" if pending else "none",
         "GPU": gpu["error"] or figures.format_map(gpu),
         "reserved": f"by {lease['holder']} until {lease['expiresAt']}" if lease else "by nobody",
-        "SwarmUI": f"{swarmui['state']} for {since(swarmui['since'])}{queued} {swarmui['lastError'] or ''}",
+        "SwarmUI": f"{swarmui['state']} for {since(swarmui['since'])}{queued}{error}",
         "tokens": f"end soon: {service['tokensEnding']}" if service["tokensEnding"] else ending,
     }.items():
         yield f"  {name:<14} {' '.join(text.split())}"
@@ -8204,6 +8211,9 @@ def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
 # ======================================================================================================
 # Command line: the embedded store
 # ======================================================================================================
+
+
+STOP_FIRST = "stop it, then try again"
 
 
 def move(given: Mapping[str, Any]) -> int:
@@ -8218,7 +8228,7 @@ def move(given: Mapping[str, Any]) -> int:
         raise StartError("The Redis to copy to is not known: give it, like --to redis://127.0.0.1:6379/0.")
     kinds = {"session": "sessions", "marker": "acknowledgements", "pending": "notifications", "token": "tokens"}
     with (
-        contextlib.closing(own_data_dir(settings)),
+        contextlib.closing(own_data_dir(settings, STOP_FIRST)),
         contextlib.closing(SqliteStore(path)) as source,
         contextlib.closing(RedisStore(url)) as target,
     ):
@@ -8237,7 +8247,7 @@ def open_copy(path: Path) -> Iterator[sqlite3.Connection]:
         tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master")}
         version = database.execute("PRAGMA user_version").fetchone()[0]
         if not tables >= {"session", "pending", "marker", "newest"} or version > len(_SCHEMA_STEPS):
-            raise StartError(f"{path} is not a store of this service, or of a newer version of it.")
+            raise StartError(f"{path} is no store of this service, or one of a newer version.")
         yield database
 
 
@@ -8284,7 +8294,7 @@ def restore(given: Mapping[str, Any]) -> int:
     prepare_data_dir(settings, serves=False)
     store, stamp = settings.data_dir / STORE_FILES[0], re.sub("[^0-9]", "", iso_time(now_ms()))
     draft, *kept = (settings.data_dir / one.replace(".", f"-{stamp}.", 1) for one in ("restored.sqlite3", *STORE_FILES))
-    with contextlib.closing(own_data_dir(settings)):
+    with contextlib.closing(own_data_dir(settings, STOP_FIRST)):
         copy_store(source, draft)
         try:
             if store.exists():
@@ -8347,10 +8357,9 @@ def token_command(given: Mapping[str, Any]) -> int:
                     print(f"renewed: {renewed}, until {iso_time(until or 0)} instead of {end}")
             else:
                 print(caller.subject, end, *caller.permissions)
-    if wanted and not found:
-        print(f"{wanted} has no token.", file=sys.stderr)
-        return 1
-    return 0
+    if not found:
+        print(f"{wanted} has no token." if wanted else "There are no tokens.", file=sys.stderr)
+    return int(bool(wanted and not found))
 
 
 def alert_command(given: Mapping[str, Any]) -> int:

@@ -12215,9 +12215,18 @@ def test_check_fails_for_a_bad_setting(run_module, value):
     assert f"SWARMUI_API_URL is '{value}'" in done.stdout
 
 
-def test_check_knows_this_service_on_the_port(start_service, run_module):
-    done = run_module("check", STORYTELLER_PORT=str(start_service().port))
+def test_check_knows_the_service_of_its_data_folder_whatever_its_port(start_service, run_module):
+    made = start_service()
+    done = run_module("check", STORYTELLER_PORT=str(free_port()))
     assert (read_check(done)["port"], done.returncode) == ("OK", 0)
+    assert f"OK   port: this service runs at http://localhost:{made.port};" in done.stdout
+
+
+def test_check_fails_where_a_service_of_another_data_folder_has_the_port(start_service, run_module):
+    made = start_service(STORYTELLER_DATA_DIR="another")
+    done = run_module("check", STORYTELLER_PORT=str(made.port))
+    assert (read_check(done)["port"], done.returncode) == ("FAIL", 1)
+    assert f"Port {made.port} is in use by this service with another data folder: stop that one" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -12229,12 +12238,12 @@ def test_check_knows_this_service_on_the_port(start_service, run_module):
         pytest.param(8192, 8192, {}, None, id="the same"),
         pytest.param(None, None, {}, None, id="neither finds one"),
         pytest.param(None, 8192, {"STORYTELLER_API_TOKEN": "of-another-data-folder"}, None, id="another token"),
-        pytest.param(None, 8192, {"STORYTELLER_DATA_DIR": "another"}, None, id="no token"),
     ],
 )
 def test_check_warns_where_the_running_service_finds_other_gpus(
     start_service, run_module, tmp_path, service_finds, check_finds, environment, found
 ):
+    @functools.cache  # a program that runs cannot be written
     def nvidia_smi(memory: int | None) -> str:
         if memory is None:
             return str(tmp_path / "none")
@@ -12242,9 +12251,9 @@ def test_check_warns_where_the_running_service_finds_other_gpus(
         plan = {"gpus": gpus, "processes": {}, "runs": str(tmp_path / "runs")}
         return str(write_program(tmp_path / f"nvidia-smi {memory}", NVIDIA_SMI, plan))
 
-    made = start_service(NVIDIA_SMI=nvidia_smi(service_finds), STORYTELLER_API_TOKEN="")
-    done = run_module("check", NVIDIA_SMI=nvidia_smi(check_finds), STORYTELLER_PORT=str(made.port), **environment)
-    warned = [line for line in done.stdout.splitlines() if f"the service on {made.port} finds otherwise" in line]
+    start_service(NVIDIA_SMI=nvidia_smi(service_finds), STORYTELLER_API_TOKEN="")
+    done = run_module("check", NVIDIA_SMI=nvidia_smi(check_finds), **environment)
+    warned = [line for line in done.stdout.splitlines() if "the service that runs finds otherwise" in line]
     assert len(warned) == bool(found)
     assert all(line.startswith("WARN nvidia-smi: ") and found in line for line in warned)
     assert (read_check(done)["port"], done.returncode) == ("OK", 0)
