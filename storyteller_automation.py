@@ -3466,7 +3466,10 @@ class PendingChanges:
                 fresh[key] = found and Pending(found.id, found.type, found.session, found.episode, at)
                 texts[key] = found.text if found else b""
         marked = self._store.acknowledged([found.id for found in fresh.values() if found])
+        self._pause()  # one that was made here is told of before its end, as nobody knew its id before
         for key, one in fresh.items():
+            if key in self._known:
+                continue
             self._keep(key, None if one and one.id in marked else one)
             if self._known[key] and not is_new:
                 self._tell("notification", texts[key])
@@ -8449,7 +8452,7 @@ def describe_all() -> Iterator[str]:
 
 def make_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser of a command's arguments; by default of what comes before them, and of the command."""
-    meaning = COMMANDS[command].meaning if command else "joins StoryArt, StorySwarm and SwarmUI; run.bat on Windows"
+    meaning = COMMANDS[command].meaning if command else "run.sh starts it, on Windows run.bat"
     parser = argparse.ArgumentParser(
         prog=f"{START_SCRIPT} {command or ''}".rstrip(),
         description=f"{TITLE}: {meaning}.",
