@@ -7329,9 +7329,8 @@ function confirm(question, loss, yes) {
   asker = document.activeElement;
   const heading = asker.closest("section")?.querySelector("h2");
   show($("#question"), question), show($("#loss"), loss), show($("#yes"), yes);
-  dialog.returnValue = "";
   for (const answer of ["yes", "no"]) $(`#${answer}`).onclick = () => dialog.close(answer);
-  dialog.showModal();
+  dialog.returnValue = "", dialog.showModal();
   return new Promise((done) => dialog.onclose = () => {
     if (dialog.open || !asker) return;  // this event is of the question before
     (asker.isConnected && asker.checkVisibility() ? asker : heading)?.focus(), asker = null;
