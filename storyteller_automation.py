@@ -96,7 +96,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -541,6 +541,12 @@ def read_count(value: object, *, is_time: bool = False) -> int | None:
     """A whole number from 0 to LARGEST of another program, perhaps as text, else None. A time may have a fraction."""
     value = math.floor(value) if isinstance(value, float) and is_time else from_digits(value)
     return int(value) if is_whole(value) and 0 <= value <= LARGEST else None
+
+
+def name_some(names: Collection[str]) -> str:
+    """The first five, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(itertools.islice(names, 5)) + more
 
 
 def bound(kept: dict[Any, Any], most: int) -> None:
@@ -1166,9 +1172,14 @@ def last_lines(path: Path, since: int = 0, count: int = 5) -> list[str]:
 # ======================================================================================================
 
 
+def claim(future: Future[Any]) -> bool:
+    """Mark a future as running, from when on it cannot be cancelled: False when it was."""
+    return future.running() or future.set_running_or_notify_cancel()
+
+
 def settle(future: Future[T], outcome: T | BaseException) -> bool:
     """Give a future its result or its exception, unless it was cancelled: whether it was not."""
-    if not (future.running() or future.set_running_or_notify_cancel()):
+    if not claim(future):
         return False
     if isinstance(outcome, BaseException):
         future.set_exception(outcome)
@@ -1204,7 +1215,7 @@ def then(outcome: T | Future[T], function: Callable[[T], R]) -> R | Future[R]:
     result: Future[R] = Future()
 
     def finish(done: Future[T]) -> None:
-        if result.set_running_or_notify_cancel():
+        if claim(result):
             settle_by(result, lambda: function(done.result()))
 
     outcome.add_done_callback(finish)
@@ -1247,7 +1258,7 @@ class Batcher(Generic[Q, T]):
             del asked, first  # hold on to nothing while waiting for the next question
 
     def _answer(self, asked: Sequence[tuple[Q, Future[T]]]) -> None:
-        waiting = [one for one in asked if one[1].running() or one[1].set_running_or_notify_cancel()]
+        waiting = [one for one in asked if claim(one[1])]
         outcomes: dict[Q, Any] = dict.fromkeys(question for question, _ in waiting)
         if waiting:
             try:
@@ -4687,8 +4698,7 @@ def ending_tokens(store: Store, now: int) -> str:
     for one in session_tokens(store):
         if (one.expires or 0) - now < ENDS_SOON:
             ends.setdefault(one.subject, f"{one.subject} ({iso_time(one.expires or 0)})")
-    more = f" and {len(ends) - 5} more" if len(ends) > 5 else ""
-    return ", ".join(itertools.islice(ends.values(), 5)) + more
+    return name_some(ends.values())
 
 
 RENEW_ADVICE = f"{START_SCRIPT} token --renew NAME --ttl 90d gives those of a name a new end"
@@ -5031,8 +5041,8 @@ def find_conditions(seen: Situation, settings: Settings, now: int) -> dict[str, 
 
     def overdue(rows: Iterable[tuple[int, str]], minutes: float, what: str, words: str) -> str:
         late = [name for since, name in rows if 0 < minutes * 60_000 <= now - since <= DAY_MS]
-        names = ", ".join(late[:5]) + f" and {len(late) - 5} more" * (len(late) > 5)
-        return f"{len(late)} {what}{'s' * (len(late) > 1)} {words} for {minutes:g} min: {names}." if late else ""
+        many = f"{len(late)} {what}{'s' * (len(late) > 1)}"
+        return f"{many} {words} for {minutes:g} min: {name_some(late)}." if late else ""
 
     found: dict[str, str | None] = dict.fromkeys(ALERTS)
     found["store"] = seen.fault
