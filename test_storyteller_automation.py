@@ -274,28 +274,24 @@ class Held:
         connection.settimeout(PATIENCE)
         self.connection = connection
         self.report: dict[str, Any] = json.loads(connection.makefile("rb").readline())
+        connection.setblocking(False)
 
     def has_ended(self, patience: float = PATIENCE) -> bool:
         """Wait for its end; False when it lives on past all patience."""
-        self.connection.settimeout(patience)
-        with contextlib.suppress(ConnectionError):
-            try:
-                return self.connection.recv(1) == b""
-            except TimeoutError:
-                return False
-        return True
+        deadline = time.monotonic() + patience
+        while (lives := self.is_alive()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return not lives
 
     def is_alive(self) -> bool:
         """Whether it runs at this moment."""
-        self.connection.setblocking(False)
         try:
             return self.connection.recv(1) != b""
         except BlockingIOError:
-            return True
+            # Wine may keep the socket open of a process that was ended while it read.
+            return not service.WINDOWS or service.process_identity(self.report["pid"]) is not None
         except ConnectionError:
             return False
-        finally:
-            self.connection.settimeout(PATIENCE)
 
 
 class Leash:
