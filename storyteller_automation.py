@@ -5540,7 +5540,7 @@ class Services:
         self.acknowledgements = Batcher[str, Outcome](functools.partial(answer_acknowledgements, self), "acknowledge")
         self.scrapes = Batcher[None, Outcome](functools.partial(answer_scrapes, self), "scrapes")
         self._loops = Loop(self._watch, "store-watch"), Loop(self._look_at_tokens, "tokens")
-        self.ending_tokens = ""  # as seen last
+        self.ending_tokens: str | None = None  # as seen last
         self._warned_at = -math.inf  # of them, in monotonic seconds
 
     def start(self) -> None:
@@ -7213,7 +7213,7 @@ function showService() {
   const { store, storeUp, version, startedAt, addresses, tokensEnding: ending } = data.service;
   show($("#store"), store + (storeUp ? "" : " (no answer, or no writes)")), show($("#version"), version);
   show($("#running"), since(startedAt)), show($("#addresses"), addresses.join(" "));
-  show($("#ending"), ending ? `End soon: ${ending}` : "None ends within 3 days");
+  show($("#ending"), ending ? `End soon: ${ending}` : ending === null ? "Not known" : "None ends within 3 days");
 }
 
 function render() {
@@ -8202,7 +8202,7 @@ def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
     figures = "{utilization} % use, {memoryUsed} of {memoryTotal} MiB, {temperature} °C"
     work = [one for one in state["sessions"] if one["step"] in ("beats_ready", "prompts")]
     newest = "; {totalPrompts} of {promptsNeeded} prompts of session {sessionTimestamp} {title}"
-    ending = "none ends within 3 days" if service["storeUp"] else "not known"
+    ending = "not known" if service["tokensEnding"] is None else "none ends within 3 days"
     error = f": {swarmui['lastError']}" if swarmui["lastError"] else ""
     queued = f", {queue['live']} images in work, {queue['waiting']} waiting" if queue else ""
     yield f"StoryTeller automation {service['version']}, running for {since(service['startedAt'])}"
@@ -8441,7 +8441,7 @@ def read_command(text: str) -> str:
     if text in COMMANDS:
         return text
     near = difflib.get_close_matches(text, [*COMMANDS, "test"], 1) or [f"one of {', '.join(COMMANDS)}, test"]
-    advice = "run.sh and run.bat have that one" if text == "test" else f"did you mean {near[0]}?"
+    advice = "only run.sh and run.bat know it" if text == "test" else f"did you mean {near[0]}?"
     raise argparse.ArgumentTypeError(f"{text!r} is not a command: {advice}")
 
 

@@ -473,7 +473,7 @@ def test_a_session_is_shown_by_its_steps(open_page, server):
 
 @pytest.mark.parametrize(
     ("ending", "shown"),
-    [("", "None ends within 3 days"), ("storyart (2026-12-01T10:00:00Z)", "End soon: storyart (2026-12-01T10:00:00Z)")],
+    [(None, "Not known"), ("", "None ends within 3 days"), ("storyart (then)", "End soon: storyart (then)")],
 )
 def test_tokens_that_end_soon_are_shown(open_page, ending, shown):
     browser = open_page(service={**state()["service"], "tokensEnding": ending})
