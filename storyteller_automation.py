@@ -4402,7 +4402,9 @@ class SwarmUISupervisor:
                 self._ours.note_ready(found.server_id)
 
     def _lives(self) -> bool:
-        return self._ours.lives(self._session.server_id)
+        """As of this turn: one that died since it began is noticed by the next, so that no step of a turn sees another
+        SwarmUI than the one before."""
+        return self._ours.program is not None
 
     def _notice_death(self) -> None:
         if self._ending:
@@ -4496,7 +4498,7 @@ class SwarmUISupervisor:
         ending = self._ending
         if not ending:
             return
-        if not (self._lives() if self._ours.program else self._probe.occupied):
+        if not (self._ours.lives(self._session.server_id) if self._ours.program else self._probe.occupied):
             self._ours.bury()
             self._ending, self._error, self._has_failed = None, "", False
             self._look()

@@ -4467,6 +4467,26 @@ def test_another_program_at_the_port_is_a_failure_as_long_as_it_is_there(make_lo
         assert looked.wait_for("stopped")["lastError"] is None
 
 
+def test_one_that_dies_in_the_midst_of_a_look_is_not_told_as_the_fault_of_its_port(
+    make_looked, swarmui_folder, settings, leash, monkeypatch, tmp_path
+):
+    shut_down_idle = service.SwarmUISupervisor._shut_down_idle
+
+    def die_then_shut_down_idle(supervisor):
+        if supervisor._probe.occupied and supervisor._ours.program:
+            kill(held)
+            wait_until(lambda: not supervisor._ours.program.lives())
+        shut_down_idle(supervisor)
+
+    looked = make_looked(swarmui_path=swarmui_folder(after=str(tmp_path / "never")), health_timeout=0.1)
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(looked, "POST", "start", 500)
+        held = leash.next()
+        monkeypatch.setattr(service.SwarmUISupervisor, "_shut_down_idle", die_then_shut_down_idle)
+        with socket.create_server(("127.0.0.1", settings.swarmui_port)):
+            assert "it exited with code" in started.result()["error"]
+
+
 def test_all_probes_use_one_session(make_looked, swarmui_folder, settings, leash):
     looked = make_looked(swarmui_path=swarmui_folder(print=""))
     looked("POST", "start")
