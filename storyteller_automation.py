@@ -5571,7 +5571,7 @@ class Services:
         if self.ending_tokens and began - self._warned_at >= 86_400:
             self._warned_at = began
             log.warning("authentication: tokens end soon: %s: %s", self.ending_tokens, RENEW_ADVICE)
-        return max(60.0, 1000 * (time.monotonic() - began))
+        return max(5.0, 1000 * (time.monotonic() - began))
 
     def close(self) -> None:
         """End the threads: what waits for one is dropped, what is at work ends within the store's own timeouts."""
@@ -8037,17 +8037,18 @@ def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
 def own_data_dir(
     settings: Settings, advice: str = "use that one, stop it, or set STORYTELLER_DATA_DIR and STORYTELLER_PORT"
 ) -> TextIO:
-    """Lock the data folder for this process: the open lock file. Raises StartError, with `advice`, when another service
-    uses it."""
+    """Lock the data folder for this process: the open lock file, into which a service writes its address. Raises
+    StartError, with `advice`, when another process uses the folder."""
     path = settings.data_dir / "running"
     try:
         file = lock_file(path)
     except OSError as error:
         raise StartError(f"{path} cannot be written ({error.strerror}): fix or remove it.") from None
     if file is None:
-        where = path.read_text(encoding="utf-8").strip() or "an address that it has not written down yet"
-        fault = f"The data folder {settings.data_dir} is in use by the service at {where}"
-        raise StartError(f"{fault}: {advice}.")
+        where = path.read_text(encoding="utf-8").strip()
+        by = f"the service at {where}" if where else "another start, move or restore"
+        raise StartError(f"The data folder {settings.data_dir} is in use by {by}: {advice}.")
+    file.truncate(0)
     return file
 
 
@@ -8091,7 +8092,6 @@ def serve(settings: Settings) -> int:
 
         handler = on_end_signal(stop, ended)
         port = sockets[0].getsockname()[1]
-        running.truncate(0)
         print(url_of(settings.host, port), file=running, flush=True)
         greet(settings, store, port, token_place)
         services.live.addresses = [url_of(*one.getsockname()[:2]) for one in sockets]
@@ -8240,7 +8240,8 @@ def move(given: Mapping[str, Any]) -> int:
         raise StartError(f"--to cannot be used: expected {expected}.") from None
     if not url:
         raise StartError("The Redis to copy to is not known: give it, like --to redis://127.0.0.1:6379/0.")
-    kinds = {"session": "sessions", "marker": "acknowledgements", "pending": "notifications", "token": "tokens"}
+    # The newest session is the last: as long as it is not there, missed_sessions() tells that some are missing.
+    kinds = {"token": "tokens", "marker": "acknowledgements", "pending": "notifications", "session": "sessions"}
     with (
         contextlib.closing(own_data_dir(settings, STOP_FIRST)),
         contextlib.closing(SqliteStore(path)) as source,
@@ -8267,8 +8268,11 @@ def open_copy(path: Path) -> Iterator[sqlite3.Connection]:
 
 def copy_store(source: Path, target: Path) -> None:
     """The target is whole, or as it was. Raises StartError."""
-    draft = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+    draft = target.parent / f".{target.name}.{secrets.token_hex(4)}.part"
     try:
+        for path in target.parent.iterdir():  # left by one that was killed
+            if re.fullmatch(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.part(-journal)?", path.name):
+                path.unlink()
         if os.path.exists(target):
             with open_copy(target):
                 pass  # it is no other file, given by a slip
@@ -8307,7 +8311,8 @@ def restore(given: Mapping[str, Any]) -> int:
         raise StartError(f"There is no file {source}.")
     prepare_data_dir(settings, serves=False)
     store, stamp = settings.data_dir / STORE_FILES[0], re.sub("[^0-9]", "", iso_time(now_ms()))
-    draft, *kept = (settings.data_dir / one.replace(".", f"-{stamp}.", 1) for one in ("restored.sqlite3", *STORE_FILES))
+    draft = settings.data_dir / "restored.sqlite3"
+    kept = [settings.data_dir / one.replace(".", f"-{stamp}.", 1) for one in STORE_FILES]
     with contextlib.closing(own_data_dir(settings, STOP_FIRST)):
         copy_store(source, draft)
         try:
@@ -8325,6 +8330,8 @@ def restore(given: Mapping[str, Any]) -> int:
             fault = f"{store} cannot be replaced ({error.strerror})"
             raise StartError(f"{fault}: close what uses it, or free space on its disk.") from None
     print(f"{source} is restored to {store}{f'; what was there is kept as {kept[0]}' * kept[0].exists()}.")
+    if settings.redis_address:
+        print(f"The service uses a Redis, which is as it was: {START_SCRIPT} move copies that store.", file=sys.stderr)
     return 0
 
 
@@ -8349,10 +8356,13 @@ def token_command(given: Mapping[str, Any]) -> int:
     settings = command_settings(given)
     prepare_data_dir(settings, serves=False)
     subject, ttl, renewed, revoked = (given[name] for name in ("subject", "ttl", "renew", "revoke"))
-    if renewed and (not ttl or given["permission"]):
-        raise StartError("--renew needs a --ttl that begins now, like --ttl 90d, and takes no --permission.")
+    makes = not (renewed or revoked or given["list"])
+    if renewed and not ttl:
+        raise StartError("--renew needs a --ttl that begins now, like --ttl 90d.")
+    if not makes and (subject or given["permission"] or (ttl and not renewed)):
+        raise StartError("--subject, --permission and --ttl are of a new token, and --ttl of --renew.")
     with contextlib.closing(open_store(settings)) as store:
-        if not (renewed or revoked or given["list"]):
+        if makes:
             if not re.fullmatch(SUBJECT_PATTERN, subject or "") or not given["permission"]:
                 form = "--subject NAME (at most 64 letters, digits, dots, hyphens, underscores)"
                 raise StartError(f"A token needs {form} and at least one --permission: see --help.")
@@ -8408,6 +8418,10 @@ def add_token_arguments(parser: argparse.ArgumentParser) -> None:
     instead.add_argument("--revoke", metavar="SUBJECT", help="revoke every token of that subject")
 
 
+def add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", metavar="URL", help="by default the Redis that is set")
+
+
 def add_topic(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("topic", nargs="?", type=read_command)
 
@@ -8422,6 +8436,10 @@ def print_version(given: Mapping[str, Any]) -> int:
     return 0
 
 
+def refer_to_scripts(given: Mapping[str, Any]) -> int:
+    raise StartError("run.sh and run.bat run the tests: call one of them.")
+
+
 COMMANDS: Mapping[str, Command] = {
     "serve": Command(serve_until_stopped, "run the service (by default)"),
     "status": Command(print_status, "what the running service does, in ten lines"),
@@ -8429,22 +8447,20 @@ COMMANDS: Mapping[str, Command] = {
     "check": Command(check, "look for what may be wrong on this PC"),
     "token": Command(token_command, "make a session token, which is all that it prints", add_token_arguments),
     "alert": Command(alert_command, "send a test to STORYTELLER_ALERT_URL"),
-    "move": Command(
-        move, "copy the embedded store into the Redis --to URL", lambda one: one.add_argument("--to", metavar="URL")
-    ),
+    "move": Command(move, "copy the embedded store into a Redis", add_target),
     "backup": Command(backup, "copy the embedded store to FILE", lambda one: one.add_argument("file", metavar="FILE")),
     "restore": Command(restore, "let FILE be the embedded store", lambda one: one.add_argument("file", metavar="FILE")),
     "version": Command(print_version, "print the version"),
     "help": Command(print_help, "this text, or that of a command", add_topic),
+    "test": Command(refer_to_scripts, f"run this program's own tests; what looks at this PC is {START_SCRIPT} check"),
 }
 
 
 def read_command(text: str) -> str:
     if text in COMMANDS:
         return text
-    near = difflib.get_close_matches(text, [*COMMANDS, "test"], 1) or [f"one of {', '.join(COMMANDS)}, test"]
-    advice = "only run.sh and run.bat know it" if text == "test" else f"did you mean {near[0]}?"
-    raise argparse.ArgumentTypeError(f"{text!r} is not a command: {advice}")
+    near = difflib.get_close_matches(text, COMMANDS, 1) or [f"one of {', '.join(COMMANDS)}"]
+    raise argparse.ArgumentTypeError(f"{text!r} is not a command: did you mean {near[0]}?")
 
 
 def describe_all() -> Iterator[str]:
@@ -8452,7 +8468,6 @@ def describe_all() -> Iterator[str]:
     yield "commands, of which COMMAND --help says more:"
     for name, command in COMMANDS.items():
         yield f"  {name:<33} {command.meaning}"
-    yield f"  {'test':<33} run the developers' tests of this program; what looks at this PC is {START_SCRIPT} check"
     yield "\nsettings, from the environment or a .env file beside this module:"
     for row in dataclasses.fields(Settings):
         default = " ".join(row.default) if isinstance(row.default, tuple) else row.default

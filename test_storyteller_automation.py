@@ -329,9 +329,16 @@ class Leash:
             held.connection.close()
 
 
+# Below those that systems choose by themselves: else a test's own connection may have one before its server does.
+PORTS = itertools.cycle(random.sample(range(20_000, 32_000), 12_000))
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as made:
-        return made.getsockname()[1]
+    """A port at which nobody listens."""
+    for port in PORTS:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError
 
 
 def can_connect(port: int) -> bool:
@@ -10923,12 +10930,14 @@ def test_what_was_kept_of_an_ended_swarmui_holds_up_no_launch(make_supervisor, s
 def test_a_swarmui_found_again_that_ends_is_told(make_supervisor, settings, swarmui_folder, leash):
     """How it ended cannot be known, as it is nobody's child any more."""
     folder = swarmui_folder(delay=3600)
-    failure(make_supervisor(swarmui_path=folder, start_timeout=0.1))
+    first = make_supervisor(swarmui_path=folder, start_timeout=0.1)
+    failure(first)
+    first.close()
     pid = leash.next().report["pid"]
     again = make_supervisor(swarmui_path=folder, health_timeout=0.3, start_timeout=PATIENCE)
     waiting = again.start()
     with socket.create_server(("127.0.0.1", settings.swarmui_port)) as listener:
-        for _ in range(3):  # two probes may be of before it waits
+        for _ in range(3):  # the first probe may be of before it waits, the second one goes on meanwhile
             listener.accept()[0].close()
         os.kill(pid, signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
         assert "it exited" in str(waiting.exception(PATIENCE))
@@ -11929,7 +11938,7 @@ def test_ctrl_c_with_no_request_in_flight_says_just_that(start_service):
 
 def test_help_names_the_scripts_every_command_and_each_setting_with_its_default(run_module):
     text = run_module("--help").stdout
-    words = ("run.sh", "run.bat", *service.COMMANDS, "test")
+    words = ("run.sh", "run.bat", *service.COMMANDS)
     assert not [word for word in words if word not in text]
     rows = {line.split()[0]: line for line in text.split("\nsettings, ")[1].splitlines()[1:]}
     assert rows.keys() == {row.metadata["name"] for row in dataclasses.fields(service.Settings)}
@@ -11945,13 +11954,17 @@ def test_help_names_the_scripts_every_command_and_each_setting_with_its_default(
 @pytest.mark.parametrize(
     ("command", "advice"),
     [("tset", "did you mean test?"), ("chekc", "did you mean check?"), ("tokne", "did you mean token?"),
-     ("server", "did you mean serve?"), ("x", "one of serve, status, page, check, token, alert, move, backup,"),
-     ("test", "run.sh and run.bat")],
+     ("server", "did you mean serve?"), ("x", "one of serve, status, page, check, token, alert, move, backup,")],
 )  # fmt: skip
 def test_a_command_that_is_none_is_refused_with_the_nearest(run_module, command, advice):
     done = run_module(command, "-k", "swarmui")
     assert (done.returncode, done.stdout) == (2, "")
     assert advice in done.stderr.splitlines()[-1]
+
+
+def test_the_tests_are_run_by_the_scripts_alone(run_module):
+    done = run_module("test")
+    assert (done.returncode, done.stderr) == (2, "run.sh and run.bat run the tests: call one of them.\n")
 
 
 @pytest.mark.parametrize("command", service.COMMANDS)
@@ -13359,8 +13372,8 @@ def filled(embedded: Any) -> dict[str, Any]:
     return {"acknowledged": acknowledged, "waiting": waiting, "token": token, "saved": saved, "document": done}
 
 
-ALL_NEW = "sessions: 2 copied, 0 there already\nacknowledgements: 1 copied, 0 there already\n"
-ALL_NEW += "notifications: 1 copied, 0 there already\ntokens: 1 copied, 0 there already\n"
+ALL_NEW = "tokens: 1 copied, 0 there already\nacknowledgements: 1 copied, 0 there already\n"
+ALL_NEW += "notifications: 1 copied, 0 there already\nsessions: 2 copied, 0 there already\n"
 
 
 def test_what_was_moved_goes_on_in_the_redis(run_module, filled, redis_url, make_bridged, other_program, module_copy):
@@ -13402,7 +13415,7 @@ def test_a_second_move_brings_nothing_back_that_ended_since(run_module, filled, 
     assert service.Notifications(redis_store).remove(filled["waiting"])
     assert redis_store.revoke_token(service.digest_of(filled["token"]))
     done = run_module("move", REDIS_URL=redis_url)
-    assert re.findall(r"(\d+) copied, (\d+) there", done.stdout) == [("0", "2"), ("0", "1"), ("0", "1"), ("0", "1")]
+    assert re.findall(r"(\d+) copied, (\d+) there", done.stdout) == [("0", "1"), ("0", "1"), ("0", "1"), ("0", "2")]
     assert [one.timestamp for one in redis_store.sessions()] == [T + 1]
     assert (members_of(redis_store), redis_store.tokens()) == ([], [])
 
@@ -13414,7 +13427,7 @@ def test_a_move_takes_a_member_that_is_no_notification_as_it_is(
     with contextlib.closing(sqlite3.connect(module_copy.parent / "data" / "storyteller.sqlite3")) as database, database:
         database.execute("INSERT INTO pending VALUES (?, ?, 'it')", (member, service.now_ms()))
     done = run_module("move", "--to", redis_url)
-    assert (done.stderr, "notifications: 2 copied, 0 there already\ntokens: 1 copied" in done.stdout) == ("", True)
+    assert (done.stderr, "notifications: 2 copied, 0 there already\nsessions: 2 copied" in done.stdout) == ("", True)
     assert other_program.zscore("notifications:pending", member)
 
 
@@ -13428,7 +13441,7 @@ def test_a_session_that_is_in_redis_is_not_replaced(run_module, filled, redis_ur
 
 
 def test_what_redis_refused_is_moved_by_the_next(run_module, filled, redis_url, other_program):
-    for key in ("storyteller:sessions", "notifications:pending"):
+    for key in ("notifications:pending", "storyteller:sessions"):
         other_program.set(key, "of another type")
         assert run_module("move", "--to", redis_url).returncode == 2
         other_program.delete(key)
@@ -13452,10 +13465,11 @@ def test_a_move_that_is_killed_is_completed_by_the_next(
         wait_until(lambda share=share: target.tell("ZCARD", "storyteller:sessions") >= share)
         process.kill()
         process.wait(PATIENCE)
+    assert f"{service.START_SCRIPT} move copies them" in run_module("check", REDIS_URL=target.url).stdout
+    assert target.tell("ZCARD", "notifications:pending") == count
     done = run_module("move", "--to", target.url)
     copied, there = map(int, re.search(r"sessions: (\d+) copied, (\d+)", done.stdout).groups())
     assert (copied + there, target.tell("ZCARD", "storyteller:sessions")) == (count, count)
-    assert target.tell("ZCARD", "notifications:pending") == count
     assert all(target.tell("HGET", f"storyteller:session:{T + n}", "announced") for n in range(count))
 
 
@@ -13527,6 +13541,13 @@ def test_a_backup_is_taken_beside_a_service_that_writes(start_service, run_modul
     found = sessions_in(tmp_path / "a backup.sqlite3")
     assert found == list(range(T, T + len(found)))
     assert sorted(path.name for path in tmp_path.iterdir() if "backup" in path.name) == ["a backup.sqlite3"]
+
+
+def test_a_backup_removes_what_one_that_was_killed_has_left(run_module, filled, tmp_path):
+    for name in (".b.0123abcd.part", ".b.0123abcd.part-journal", ".b.own", ".other.0123abcd.part"):
+        (tmp_path / name).touch()
+    assert run_module("backup", str(tmp_path / "b")).returncode == 0
+    assert sorted(path.name for path in tmp_path.glob(".*")) == [".b.own", ".other.0123abcd.part"]
 
 
 @pytest.mark.parametrize("name", ["a document", "a folder", "data/storyteller.sqlite3"])
@@ -13671,6 +13692,24 @@ def test_what_is_no_whole_store_is_not_restored(run_module, filled, module_copy,
     assert {path.name for path in data.iterdir()} <= {"running", "storyteller.sqlite3"}
 
 
+def test_a_restore_says_that_the_service_uses_another_store(run_module, filled):
+    run_module("backup", "b")
+    done = run_module("restore", "b", REDIS_URL="redis://127.0.0.1:1/0")
+    assert done.returncode == 0
+    assert f"uses a Redis, which is as it was: {service.START_SCRIPT} move copies that store" in done.stderr
+
+
+def test_a_data_folder_in_use_by_a_command_is_not_told_as_that_of_the_service_before(
+    start_service, run_module, settings, module_copy
+):
+    start_service().stop()
+    run_module("backup", "b")
+    data = module_copy.parent / "data"
+    with contextlib.closing(service.own_data_dir(dataclasses.replace(settings, data_dir=data))):
+        done = run_module("restore", "b")
+    assert (done.returncode, "is in use by another start, move or restore: " in done.stderr) == (2, True)
+
+
 def test_a_restore_is_good_where_there_is_no_store_yet(run_module, filled, module_copy):
     run_module("backup", "b")
     shutil.rmtree(module_copy.parent / "data")
@@ -13696,11 +13735,20 @@ def test_a_token_that_is_renewed_stays_good_for_longer(start_service, run_module
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [(["--renew", "storyart"], 2, "--renew needs a --ttl"), (["--renew", "a", "--ttl", "90d"], 1, "a has no token."),
-     (["--renew", "a", "--ttl", "90d", "--permission", "gpu:read"], 2, "takes no --permission")],
+     (["--renew", "a", "--ttl", "90d", "--permission", "gpu:read"], 2, "--permission and --ttl are of a new token"),
+     (["--list", "--subject", "a"], 2, "--subject, "), (["--revoke", "a", "--ttl", "90d"], 2, "--ttl of --renew")],
 )  # fmt: skip
-def test_a_renewal_that_cannot_be(run_module, arguments, code, words):
+def test_token_arguments_that_do_not_go_together(run_module, arguments, code, words):
     done = run_module("token", *arguments)
     assert (done.returncode, done.stdout, words in done.stderr) == (code, "", True)
+
+
+@pytest.mark.slow
+def test_a_running_service_soon_knows_the_tokens_that_end(start_service, run_module):
+    start_service()
+    wait_until(lambda: "none ends within 3 days" in run_module("status", STORYTELLER_API_TOKEN=TOKEN).stdout)
+    run_module("token", "--subject", "storyart", "--permission", "gpu:read")
+    wait_until(lambda: "end soon: storyart" in run_module("status", STORYTELLER_API_TOKEN=TOKEN).stdout)
 
 
 def test_a_renewal_lets_the_store_keep_the_token_as_long(store, clock):
