@@ -2687,10 +2687,10 @@ class SqliteStore(Store):
         return self._write(lambda: self._writer.execute("DELETE FROM token WHERE digest = ?", (digest,)).rowcount > 0)
 
     def rows(self, table: str) -> Iterator[tuple[Any, ...]]:
-        """All of a table that have not ended, for a copy of the store."""
+        """All of a table that have not ended, for a copy of the store; of sessions the newest at last."""
         condition = f"time > ? - {TTL_MS}" if table == "pending" else "expires > ?"
         with self._errors(), contextlib.closing(self._connect()) as database:
-            yield from database.execute(f"SELECT * FROM {table} WHERE {condition}", (self._clock(),))
+            yield from database.execute(f"SELECT * FROM {table} WHERE {condition} ORDER BY rowid", (self._clock(),))
 
     def swap_reservation(self, host: str, before: bytes | None, after: bytes | None) -> bytes | None:
         record = "SELECT record FROM reservation WHERE host = ?1"
@@ -8240,7 +8240,7 @@ def move(given: Mapping[str, Any]) -> int:
         raise StartError(f"--to cannot be used: expected {expected}.") from None
     if not url:
         raise StartError("The Redis to copy to is not known: give it, like --to redis://127.0.0.1:6379/0.")
-    # The newest session is the last: as long as it is not there, missed_sessions() tells that some are missing.
+    # The newest session comes last: until it is there, missed_sessions() says that some are missing.
     kinds = {"token": "tokens", "marker": "acknowledgements", "pending": "notifications", "session": "sessions"}
     with (
         contextlib.closing(own_data_dir(settings, STOP_FIRST)),

@@ -13457,7 +13457,7 @@ def test_a_move_that_is_killed_is_completed_by_the_next(
 ):
     count, target = 400, own_redis()
     with embedded() as store:
-        for number in range(count):
+        for number in reversed(range(count)):
             store.save(T + number, service.to_json(with_beats(DONE, timestamp=T + number)), draft(session=T + number))
     command = [sys.executable, str(module_copy), "move", "--to", target.url]
     for share in (1, count // 3, count // 2):
