@@ -2193,7 +2193,7 @@ class RedisStore(Store):
     def tokens(self) -> list[tuple[str, bytes]]:
         keys: set[bytes] = set()
         cursor = b""
-        while cursor != b"0":  # SCAN: it is not asked often
+        while cursor != b"0":  # SCAN: who asks often spaces it by how long it takes
             ((cursor, found),) = self._redis.ask(("SCAN", cursor or 0, "MATCH", f"{self.TOKEN}*", "COUNT", 1000))
             keys.update(found)
         digests = [key.decode("utf-8", "replace").removeprefix(self.TOKEN) for key in sorted(keys)]
@@ -2687,7 +2687,7 @@ class SqliteStore(Store):
         return self._write(lambda: self._writer.execute("DELETE FROM token WHERE digest = ?", (digest,)).rowcount > 0)
 
     def rows(self, table: str) -> Iterator[tuple[Any, ...]]:
-        """All of a table that have not ended, for a copy of the store; of sessions the newest at last."""
+        """All of a table that have not ended, for a copy of the store; sessions by timestamp, the newest last."""
         condition = f"time > ? - {TTL_MS}" if table == "pending" else "expires > ?"
         with self._errors(), contextlib.closing(self._connect()) as database:
             yield from database.execute(f"SELECT * FROM {table} WHERE {condition} ORDER BY rowid", (self._clock(),))
@@ -4377,7 +4377,8 @@ class SwarmUISupervisor:
             self._look(counts=is_due)
         self._notice_death()
         if begins:
-            self._used, self._is_launched, self._deadline = now, self._lives(), now + self._settings.start_timeout
+            self._used, self._deadline = now, now + self._settings.start_timeout
+            self._is_launched = self._lives() and not self._ending
         for future in stops:
             self._decide_stop(future)
         self._shut_down_idle()
@@ -4402,8 +4403,8 @@ class SwarmUISupervisor:
                 self._ours.note_ready(found.server_id)
 
     def _lives(self) -> bool:
-        """As of this turn: one that died since it began is noticed by the next, so that no step of a turn sees another
-        SwarmUI than the one before."""
+        """Whether it did when this turn looked: a later death is noticed by the next turn, so all steps of one see the
+        same. While it is being ended, _advance_end() alone notices."""
         return self._ours.program is not None
 
     def _notice_death(self) -> None:
@@ -4597,7 +4598,7 @@ class SwarmUISupervisor:
         if state == "ready":
             self._error, self._has_failed = "", False
         found = self._session if state == "ready" else NOBODY
-        pid, at = (self._ours.program.pid, self._ours.at) if self._ours.program and seen.lives else (None, None)
+        pid, at = (self._ours.program.pid, self._ours.at) if self._ours.program else (None, None)
         error = self._of_port() if state == "failed" and not self._has_failed else self._error
         self._status = {
             "state": state, "since": iso_time(self._since),
@@ -5542,7 +5543,7 @@ class Services:
         self.acknowledgements = Batcher[str, Outcome](functools.partial(answer_acknowledgements, self), "acknowledge")
         self.scrapes = Batcher[None, Outcome](functools.partial(answer_scrapes, self), "scrapes")
         self._loops = Loop(self._watch, "store-watch"), Loop(self._look_at_tokens, "tokens")
-        self.ending_tokens: str | None = None  # as seen last
+        self.ending_tokens: str | None = None  # None: not known
         self._warned_at = -math.inf  # of them, in monotonic seconds
 
     def start(self) -> None:
@@ -5563,15 +5564,16 @@ class Services:
 
     def _look_at_tokens(self) -> float:
         """Once a day warn of those that end soon. A Redis with many keys takes long to find them."""
-        began = time.monotonic()
+        began = time.perf_counter()  # time.monotonic() has ticks of 16 ms on Windows
         try:
             self.ending_tokens = ending_tokens(self.store, now_ms())
         except Unavailable:
+            self.ending_tokens = None
             return self.WATCH_INTERVAL
-        if self.ending_tokens and began - self._warned_at >= 86_400:
-            self._warned_at = began
+        if self.ending_tokens and (now := time.monotonic()) - self._warned_at >= 86_400:
+            self._warned_at = now
             log.warning("authentication: tokens end soon: %s: %s", self.ending_tokens, RENEW_ADVICE)
-        return max(5.0, 1000 * (time.monotonic() - began))
+        return max(self.WATCH_INTERVAL, 100 * (time.perf_counter() - began))
 
     def close(self) -> None:
         """End the threads: what waits for one is dropped, what is at work ends within the store's own timeouts."""
@@ -8041,15 +8043,16 @@ def own_data_dir(
     StartError, with `advice`, when another process uses the folder."""
     path = settings.data_dir / "running"
     try:
-        file = lock_file(path)
+        for _ in range(10):  # `status` and `check` lock it for a moment
+            if file := lock_file(path):
+                file.truncate(0)
+                return file
+            time.sleep(0.05)
+        where = path.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise StartError(f"{path} cannot be written ({error.strerror}): fix or remove it.") from None
-    if file is None:
-        where = path.read_text(encoding="utf-8").strip()
-        by = f"the service at {where}" if where else "another start, move or restore"
-        raise StartError(f"The data folder {settings.data_dir} is in use by {by}: {advice}.")
-    file.truncate(0)
-    return file
+    by = f"the service at {where}" if where else "a service that starts, or by a move or restore"
+    raise StartError(f"The data folder {settings.data_dir} is in use by {by}: {advice}.")
 
 
 def serve(settings: Settings) -> int:
@@ -8269,10 +8272,12 @@ def open_copy(path: Path) -> Iterator[sqlite3.Connection]:
 def copy_store(source: Path, target: Path) -> None:
     """The target is whole, or as it was. Raises StartError."""
     draft = target.parent / f".{target.name}.{secrets.token_hex(4)}.part"
-    try:
-        for path in target.parent.iterdir():  # left by one that was killed
-            if re.fullmatch(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.part(-journal)?", path.name):
+    left = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.part(-journal|-wal|-shm)?")
+    with contextlib.suppress(OSError):  # by a backup that was killed: none takes an hour
+        for path in [one for one in target.parent.iterdir() if left.fullmatch(one.name)]:
+            if path.stat().st_mtime < time.time() - 3600:
                 path.unlink()
+    try:
         if os.path.exists(target):
             with open_copy(target):
                 pass  # it is no other file, given by a slip
@@ -8311,7 +8316,7 @@ def restore(given: Mapping[str, Any]) -> int:
         raise StartError(f"There is no file {source}.")
     prepare_data_dir(settings, serves=False)
     store, stamp = settings.data_dir / STORE_FILES[0], re.sub("[^0-9]", "", iso_time(now_ms()))
-    draft = settings.data_dir / "restored.sqlite3"
+    draft = settings.data_dir / ".restored.sqlite3"
     kept = [settings.data_dir / one.replace(".", f"-{stamp}.", 1) for one in STORE_FILES]
     with contextlib.closing(own_data_dir(settings, STOP_FIRST)):
         copy_store(source, draft)
@@ -8331,7 +8336,8 @@ def restore(given: Mapping[str, Any]) -> int:
             raise StartError(f"{fault}: close what uses it, or free space on its disk.") from None
     print(f"{source} is restored to {store}{f'; what was there is kept as {kept[0]}' * kept[0].exists()}.")
     if settings.redis_address:
-        print(f"The service uses a Redis, which is as it was: {START_SCRIPT} move copies that store.", file=sys.stderr)
+        advice = f"{START_SCRIPT} move copies the restored store there, except what was moved before"
+        print(f"The service uses a Redis, which this did not change: {advice}.", file=sys.stderr)
     return 0
 
 
@@ -8360,7 +8366,7 @@ def token_command(given: Mapping[str, Any]) -> int:
     if renewed and not ttl:
         raise StartError("--renew needs a --ttl that begins now, like --ttl 90d.")
     if not makes and (subject or given["permission"] or (ttl and not renewed)):
-        raise StartError("--subject, --permission and --ttl are of a new token, and --ttl of --renew.")
+        raise StartError("--subject and --permission are for a new token alone, --ttl for that and for --renew.")
     with contextlib.closing(open_store(settings)) as store:
         if makes:
             if not re.fullmatch(SUBJECT_PATTERN, subject or "") or not given["permission"]:
@@ -8419,7 +8425,7 @@ def add_token_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--to", metavar="URL", help="by default the Redis that is set")
+    parser.add_argument("--to", metavar="URL", help="by default the one of REDIS_URL or REDIS_HOST")
 
 
 def add_topic(parser: argparse.ArgumentParser) -> None:
@@ -8437,7 +8443,7 @@ def print_version(given: Mapping[str, Any]) -> int:
 
 
 def refer_to_scripts(given: Mapping[str, Any]) -> int:
-    raise StartError("run.sh and run.bat run the tests: call one of them.")
+    raise StartError(f"{START_SCRIPT} test runs the tests: start it by that script.")
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -8452,7 +8458,7 @@ COMMANDS: Mapping[str, Command] = {
     "restore": Command(restore, "let FILE be the embedded store", lambda one: one.add_argument("file", metavar="FILE")),
     "version": Command(print_version, "print the version"),
     "help": Command(print_help, "this text, or that of a command", add_topic),
-    "test": Command(refer_to_scripts, f"run this program's own tests; what looks at this PC is {START_SCRIPT} check"),
+    "test": Command(refer_to_scripts, f"run this program's own tests; to check this PC, use {START_SCRIPT} check"),
 }
 
 
@@ -8500,7 +8506,8 @@ def make_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 def parse_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
     first = vars(make_parser().parse_args(argv))
-    return {**first, **vars(make_parser(first["command"]).parse_args(first["rest"]))}
+    rest = [] if first["command"] == "test" else first["rest"]  # those are pytest's
+    return {**first, **vars(make_parser(first["command"]).parse_args(rest))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

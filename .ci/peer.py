@@ -1,7 +1,7 @@
 """What most people would write for the same routes, with the same keys in Redis; nothing in it is slow on purpose.
 
-It trusts what is in Redis more than the service does, knows one token, and has no SwarmUI, no limits and no log. The
-bench runs it under uvicorn, with the packages that it lists.
+It trusts what is in Redis more than the service does, knows one token, and has no SwarmUI, no limits and no log.
+bench.py runs it under uvicorn, with its PEER_PACKAGES.
 """
 
 import asyncio
