@@ -5573,7 +5573,7 @@ class Services:
         if self.ending_tokens and (now := time.monotonic()) - self._warned_at >= 86_400:
             self._warned_at = now
             log.warning("authentication: tokens end soon: %s: %s", self.ending_tokens, RENEW_ADVICE)
-        return max(self.WATCH_INTERVAL, 100 * (time.perf_counter() - began))
+        return max(self.WATCH_INTERVAL, 500 * (time.perf_counter() - began))
 
     def close(self) -> None:
         """End the threads: what waits for one is dropped, what is at work ends within the store's own timeouts."""
