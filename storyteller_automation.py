@@ -8506,8 +8506,11 @@ def make_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 def parse_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
     first = vars(make_parser().parse_args(argv))
-    rest = [] if first["command"] == "test" else first["rest"]  # those are pytest's
-    return {**first, **vars(make_parser(first["command"]).parse_args(rest))}
+    parser = make_parser(first["command"])
+    found, unknown = parser.parse_known_args(first["rest"])
+    if unknown and first["command"] != "test":  # those are pytest's
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return {**first, **vars(found)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ real: a redis-server, SQLite files, sockets, child processes, the service itself
 
 from __future__ import annotations
 
+import atexit
 import base64
 import concurrent.futures
 import contextlib
@@ -343,6 +344,7 @@ def take_ports() -> tuple[socket.socket, Iterator[int]]:
 
 
 PORTS_HELD, PORTS = take_ports()
+atexit.register(PORTS_HELD.close)
 
 
 def free_port() -> int:
