@@ -8273,9 +8273,10 @@ def copy_store(source: Path, target: Path) -> None:
     """The target is whole, or as it was. Raises StartError."""
     draft = target.parent / f".{target.name}.{secrets.token_hex(4)}.part"
     left = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.part(-journal|-wal|-shm)?")
-    with contextlib.suppress(OSError):  # by a backup that was killed: none takes an hour
-        for path in [one for one in target.parent.iterdir() if left.fullmatch(one.name)]:
-            if path.stat().st_mtime < time.time() - 3600:
+    with contextlib.suppress(OSError):
+        for path in list(target.parent.iterdir()):
+            # A backup that was killed has left it: none takes an hour.
+            if left.fullmatch(path.name) and path.stat().st_mtime < time.time() - 3600:
                 path.unlink()
     try:
         if os.path.exists(target):
