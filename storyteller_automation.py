@@ -5741,15 +5741,7 @@ NOTHING = b'{"notifications":[]}'
 def notifications_check(services: Services, request: Request) -> Any:
     kind, limit, wait = request.query["type"], request.query["limit"], request.query["wait"]
     check = tuple(TOTALS) if kind == "all" else (kind,), limit, request.query["batch"] == "true"
-
-    def decide(outcome: Any) -> Any:
-        if isinstance(outcome, Future):
-            return then(outcome, decide)
-        is_empty = isinstance(outcome, Response) and outcome.body == NOTHING
-        return services.live.wait(check, wait) if is_empty else outcome
-
-    asked = services.checks.ask(check)
-    return decide(asked) if wait else asked  # what waits may be withdrawn
+    return services.live.wait(check, wait) if wait else services.checks.ask(check)
 
 
 def notification_create(services: Services, request: Request) -> Future[Any]:
@@ -6675,7 +6667,7 @@ class Waiting:
 
     check: Check
     deadline: float  # monotonic seconds
-    is_due: bool = True  # it is to be asked again
+    is_due: bool = True  # it is to be asked again: also after the first look, for which nothing is news
 
 
 class Live:
@@ -6749,12 +6741,14 @@ class Live:
             one.add_done_callback(lambda _: self._loop.wake())
         return joining
 
-    def wait(self, check: Check, seconds: float) -> Response | Future[Response]:
+    def wait(self, check: Check, seconds: float) -> Future[Any]:
         """The response to a check once something matches; an empty one after so many seconds, and at the service's end.
         Raises the same."""
         if self._is_closed:
-            return Response(NOTHING)
-        return self._enter(self._waiting, Waiting(check, time.monotonic() + seconds))
+            return self._services.checks.ask(check)
+        waiting = self._enter(self._waiting, Waiting(check, time.monotonic() + seconds))
+        self._decide(waiting, self._services.checks.ask(check))
+        return waiting
 
     def _enter(self, places: dict[Future[Any], T], one: T) -> Future[Any]:
         with self._lock:

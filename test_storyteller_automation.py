@@ -9389,13 +9389,23 @@ def test_a_check_in_vain_is_an_empty_list_once_its_time_is_over(polled):
 
 
 def test_what_is_made_while_a_wait_begins_answers_it(polled, twin, monkeypatch):
-    wait = polled.services.live.wait
+    services, is_made = polled.services, threading.Event()
+    ask, look = services.checks.ask, services.live._pending.look
 
-    def late(*given: Any) -> Any:
-        add(twin, draft())
-        return wait(*given)
+    def ask_first(check: Any) -> Any:
+        asked = ask(check)
+        if not is_made.is_set():
+            assert asked.result(PATIENCE).body == service.NOTHING
+            add(twin, draft())
+            is_made.set()
+        return asked
 
-    monkeypatch.setattr(polled.services.live, "wait", late)
+    def look_then(**given: Any) -> None:
+        assert is_made.wait(PATIENCE)
+        look(**given)
+
+    monkeypatch.setattr(services.checks, "ask", ask_first)
+    monkeypatch.setattr(services.live._pending, "look", look_then)
     assert len(polled.check("?wait=60")) == 1
 
 
