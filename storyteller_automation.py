@@ -5542,17 +5542,15 @@ class Services:
         self.creations = Batcher[Draft, Outcome](functools.partial(answer_creations, self), "creations")
         self.acknowledgements = Batcher[str, Outcome](functools.partial(answer_acknowledgements, self), "acknowledge")
         self.scrapes = Batcher[None, Outcome](functools.partial(answer_scrapes, self), "scrapes")
-        self._loops = Loop(self._watch, "store-watch"), Loop(self._look_at_tokens, "tokens")
+        loops = Loop(self._watch, "store-watch"), Loop(self._look_at_tokens, "tokens")
+        self._working: list[Loop | Alerts | Bridge] = [*loops, self.alerts, *filter(None, [self.bridge])]
         self.ending_tokens: str | None = None  # None: not known
         self._warned_at = -math.inf  # of them, in monotonic seconds
 
     def start(self) -> None:
         """Begin with what is done without a request."""
-        for loop in self._loops:
-            loop.start()
-        self.alerts.start()
-        if self.bridge:
-            self.bridge.start()
+        for one in self._working:
+            one.start()
 
     def _watch(self) -> float:
         """Try a write until the store answers, and again while it refuses them; report old notifications."""
@@ -5578,11 +5576,8 @@ class Services:
     def close(self) -> None:
         """End the threads: what waits for one is dropped, what is at work ends within the store's own timeouts."""
         self.live.close(timeout=0.5)
-        for loop in self._loops:
-            loop.close()
-        self.alerts.close()
-        if self.bridge:
-            self.bridge.close()
+        for one in self._working:
+            one.close()
         for batcher in (self.checks, self.progress, self.creations, self.acknowledgements, self.scrapes):
             batcher.close(timeout=0.5)
         for pool in (self.pool, self.large_bodies):
@@ -6589,35 +6584,17 @@ class SessionChanges:
         return [self._told[one][1] for one in sorted(self._told, reverse=True) if self._told[one]]
 
 
-class OtherChanges:
-    """Tells of the GPU, of who reserved it, and of SwarmUI. One thread looks."""
+def other_parts(services: Services) -> dict[str, Any]:
+    """What `state` says of the GPU, of who reserved it, and of SwarmUI."""
+    history = [{**gpu_json(status), "at": at} for at, status in services.gpu.history(now_ms())]
+    gpu, held = history[-1] if history else None, services.reservations.known
+    reservation = reservation_json(held) if held else None
+    return {"gpu": gpu, "gpuHistory": history, "reservation": reservation, "swarmui": services.swarmui.status()}
 
-    def __init__(self, services: Services, tell: Tell) -> None:
-        self._services, self._tell = services, tell
-        self._told: dict[str, Any] = {}  # by type
 
-    def look(self) -> None:
-        services, swarmui = self._services, self._services.swarmui.status()
-        with contextlib.suppress(Unavailable):
-            services.reservations.ask()  # so that it is known at the next look
-        held, gpu = services.reservations.known, next(reversed(self._gpu_history()), None)
-        reservation = reservation_json(held) if held else None
-        still = {**swarmui, "startingFor": None, "idleFor": None, "logTail": None}  # what changes by itself is no news
-        for type, data, news in (
-            ("gpu", gpu, gpu), ("reservation", reservation, reservation), ("swarmui", swarmui, still),
-        ):  # fmt: skip
-            if self._told.setdefault(type, news) != news:
-                self._tell(type, data)
-            self._told[type] = news
-
-    def shown(self) -> dict[str, Any]:
-        """Their parts of `state`."""
-        gpu, reservation = self._told["gpu"], self._told["reservation"]
-        swarmui = self._services.swarmui.status()
-        return {"gpu": gpu, "gpuHistory": self._gpu_history(), "reservation": reservation, "swarmui": swarmui}
-
-    def _gpu_history(self) -> list[dict[str, Any]]:
-        return [{**gpu_json(status), "at": at} for at, status in self._services.gpu.history(now_ms())]
+def without_clocks(part: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Without what changes by itself, which is no news."""
+    return {name: value for name, value in (part or {}).items() if name not in ("startingFor", "idleFor", "logTail")}
 
 
 # ======================================================================================================
@@ -6686,7 +6663,7 @@ class Live:
         self._services = services
         self.addresses: Sequence[str] = ()
         self._lock = threading.Lock()  # over whether somebody may still come
-        self._is_closed = self._is_started = False
+        self._is_closed = False
         self._joining: dict[Future[Any], Listener] = {}
         self._waiting: dict[Future[Any], Waiting] = {}
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # to be made in the thread
@@ -6698,34 +6675,31 @@ class Live:
         self._events: collections.deque[Event] = collections.deque(maxlen=self.KEPT)
         self._pending = PendingChanges(services.store, services.notifications, self._tell, self._call)
         self._sessions = SessionChanges(services, self._pending.unread, self._tell)
-        self._others = OtherChanges(services, self._publish)
+        self._others: dict[str, Any] = {}  # the parts that other_parts() gave
         self._is_new = True  # what differs from what is known is no news
         self._left_at = self._looked_at = -math.inf
         self._store_up = True
+        self._loop.start()
 
     # ---- from any thread ----
 
     def publish(self, type: str, data: Mapping[str, Any], permission: str = "") -> None:
         """Tell an event, to those who want it and may see it."""
-        self._call_soon(functools.partial(self._publish, type, data, permission))
+        self._call_soon(self._publish, type, data, permission)
 
     def note(self, *done: Notification | str) -> None:
         """Notifications that were made here, or ids of those that were acknowledged here."""
         for one in () if self._is_new else done:
-            if isinstance(one, str):
-                self._call_soon(functools.partial(self._pending.acknowledged, one))
-            else:
-                self._call_soon(functools.partial(self._pending.made, one))
+            self._call_soon(self._pending.acknowledged if isinstance(one, str) else self._pending.made, one)
 
     def look_soon(self) -> None:
         """A session, or what it announces, was changed here."""
         self._looked_at = -math.inf
         self._loop.wake()
 
-    def _call_soon(self, function: Callable[[], None]) -> None:
-        if self._is_started:  # else nobody ever came
-            self._calls.put(function)
-            self._loop.wake()
+    def _call_soon(self, function: Callable[..., None], *arguments: Any) -> None:
+        self._calls.put(functools.partial(function, *arguments))
+        self._loop.wake()
 
     def count_listeners(self, type: str | None) -> int:
         """Those to that type of events, or to any."""
@@ -6758,9 +6732,6 @@ class Live:
                 raise Unavailable(f"{LISTENERS} others listen or wait already: ask again later.", 5)
             future: Future[Any] = Future()
             places[future] = one
-            if not self._is_started:
-                self._is_started = True
-                self._loop.start()
         future.add_done_callback(lambda done: places.pop(done, None))  # its client has left
         self._loop.wake()
         return future
@@ -6802,7 +6773,7 @@ class Live:
         try:
             self._store_up = self._look(is_whole=is_whole)
             if is_whole:
-                self._others.look()
+                self._look_at_others()
                 self._end_events()
             self._admit(ready)
         except Exception as fault:
@@ -6836,6 +6807,14 @@ class Live:
             self._is_new, self._number = False, self._number + 1
             self._events.clear()
         return not self._services.store.writes.refusal
+
+    def _look_at_others(self) -> None:
+        with contextlib.suppress(Unavailable):
+            self._services.reservations.ask()  # so that it is known at the next look
+        before, self._others = self._others, other_parts(self._services)
+        for type in ("gpu", "reservation", "swarmui") if before else ():
+            if without_clocks(self._others[type]) != without_clocks(before[type]):
+                self._publish(type, self._others[type])
 
     def _end_events(self) -> None:
         """Of those whose token has ended."""
@@ -6888,7 +6867,7 @@ class Live:
             "tokensEnding": services.ending_tokens,
         }  # fmt: skip
         changing = {"notifications": pending, "sessions": self._sessions.shown(), "alerts": services.alerts.shown()}
-        return {**self._others.shown(), **changing, "service": service}
+        return {**self._others, **changing, "service": service}
 
     def _state(self, listener: Listener, parts: Mapping[str, Any]) -> bytes:
         listener.lacks_store = not self._store_up
