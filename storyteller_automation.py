@@ -5399,8 +5399,6 @@ def _expected(schema: Schema) -> str:
     kind = schema.get("type")
     if "enum" in schema:
         return "one of " + ", ".join(map(str, schema["enum"]))
-    if isinstance(kind, list):
-        return " or ".join(kind)
     if kind == "integer":
         return "a whole number" + (f" from {schema['minimum']} to {schema['maximum']}" if "maximum" in schema else "")
     if kind == "string" and "maxLength" in schema:
@@ -5541,7 +5539,6 @@ class Services:
         self.progress = Batcher[int, Outcome](functools.partial(answer_progress, self), "progress")
         self.creations = Batcher[Draft, Outcome](functools.partial(answer_creations, self), "creations")
         self.acknowledgements = Batcher[str, Outcome](functools.partial(answer_acknowledgements, self), "acknowledge")
-        self.scrapes = Batcher[None, Outcome](functools.partial(answer_scrapes, self), "scrapes")
         loops = Loop(self._watch, "store-watch"), Loop(self._look_at_tokens, "tokens")
         self._working: list[Loop | Alerts | Bridge] = [*loops, self.alerts, *filter(None, [self.bridge])]
         self.ending_tokens: str | None = None  # None: not known
@@ -5578,7 +5575,7 @@ class Services:
         self.live.close(timeout=0.5)
         for one in self._working:
             one.close()
-        for batcher in (self.checks, self.progress, self.creations, self.acknowledgements, self.scrapes):
+        for batcher in (self.checks, self.progress, self.creations, self.acknowledgements):
             batcher.close(timeout=0.5)
         for pool in (self.pool, self.large_bodies):
             pool.shutdown(wait=False, cancel_futures=True)
@@ -5629,15 +5626,10 @@ def page(services: Services, request: Request) -> Response:
     return Response(PAGE.encode(), 200, page_headers())
 
 
-def metrics(services: Services, request: Request) -> Future[Any]:
-    return services.scrapes.ask(None)
-
-
-def answer_scrapes(services: Services, _: Sequence[None]) -> list[Outcome]:
-    """A batcher's step: scrapes that arrive together share one."""
+def metrics(services: Services, request: Request) -> Response:
     seen = services.observer.scrape()
     found = find_metrics(seen, services.alerts.raised, services.counts, services.started_at)
-    return [Response(metrics_text(found), 200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})]
+    return Response(metrics_text(found), 200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
 def gpu_json(status: GpuStatus) -> dict[str, Any]:
@@ -6121,16 +6113,10 @@ _CHECK_QUERY: Mapping[str, Schema] = {
     "wait": _schema("integer", 4, minimum=0, maximum=60, default=0),
     "batch": _schema("string", "true", enum=["true", "false"], default="false"),
 }
-_ANY_EVENT = "|".join(EVENTS)
+_ANY_EVENT, _SOME_EVENTS = "|".join(EVENTS), f"some of {', '.join(EVENTS)}, with commas between them"
+_EVENTS_PATTERN = f"^({_ANY_EVENT})(,({_ANY_EVENT}))*$"
 _EVENTS_QUERY: Mapping[str, Schema] = {
-    "types": _schema(
-        "string",
-        "gpu,alert",
-        title=f"some of {', '.join(EVENTS)}, with commas between them",
-        maxLength=200,
-        pattern=f"^({_ANY_EVENT})(,({_ANY_EVENT}))*$",
-        default="",
-    )
+    "types": _schema("string", "gpu,alert", title=_SOME_EVENTS, maxLength=200, pattern=_EVENTS_PATTERN, default="")
 }
 _ACKNOWLEDGED = _body(
     ["ids"], ids=_array(_schema("string", "notif_1", minLength=1, maxLength=200), minItems=1, maxItems=1000)
@@ -6175,7 +6161,7 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/openapi.json", openapi, "open", "This description.", {200: _OBJECT}),
     Route("GET", "/", page, "open", "A page to look at.", {200: {**_TEXT, "contentMediaType": "text/html"}}),
     Route("GET", "/metrics", metrics, "metrics:read", "Figures for Prometheus.",
-          {200: {**_TEXT, "contentMediaType": "text/plain"}}),
+          {200: {**_TEXT, "contentMediaType": "text/plain"}}, in_pool=True),
     Route("GET", f"{_API}/gpu/status", gpu_status, "gpu:read", "Is the GPU free?", {200: _GPU}, gpu_json(GpuStatus()),
           gated=True),
     Route("POST", f"{_API}/gpu/reservation", reservation_create, "gpu:reserve", "Reserve the GPU.",
@@ -6311,8 +6297,8 @@ Steps = Generator[Future[Any], None, Response]
 
 
 def awaited(outcome: T | Future[Any], waits: list[float] | None = None) -> Generator[Future[Any], None, T]:
-    """For `yield from`: the outcome itself, or the result of the future, which may be a future or an error again.
-    `waits` gets the seconds of each wait for what can be withdrawn."""
+    """For `yield from`: the outcome itself, or the result of the future, which may be a future again. `waits` gets the
+    seconds of each wait for what can be withdrawn."""
     while isinstance(outcome, Future):
         began, is_wait = time.monotonic(), not outcome.running()
         if not outcome.done():
@@ -6320,7 +6306,7 @@ def awaited(outcome: T | Future[Any], waits: list[float] | None = None) -> Gener
         if waits is not None and is_wait:
             waits.append(time.monotonic() - began)
         outcome = outcome.result()
-    return result_of(outcome)
+    return outcome
 
 
 class Exchange:
@@ -6353,12 +6339,8 @@ class Endpoint:
     """What Bottle calls for a path: its routes by method; none for a path that does not exist."""
 
     services: Services
+    template: str  # the path as metrics name it
     routes: Mapping[str, Route]
-
-    @functools.cached_property
-    def template(self) -> str:
-        """The path as metrics name it."""
-        return next((route.template for route in self.routes.values()), "other")
 
     def __call__(self, **path: str) -> bottle.HTTPResponse:
         steps = self.respond(bottle.request.environ, path)
@@ -6430,10 +6412,8 @@ class Endpoint:
 
     def _scraper(self, route: Route | None, environ: Mapping[str, Any]) -> Caller | None:
         """Who may read the metrics without a token."""
-        if not route or route.permission != "metrics:read" or "HTTP_AUTHORIZATION" in environ:
-            return None
-        is_open = self.services.settings.metrics.lower() == "open"
-        return SCRAPER if is_open and is_from_this_pc(environ) else None
+        is_open = route and route.permission == "metrics:read" and self.services.settings.metrics.lower() == "open"
+        return SCRAPER if is_open and "HTTP_AUTHORIZATION" not in environ and is_from_this_pc(environ) else None
 
     def _handle(self, route: Route, request: Request, environ: Mapping[str, Any], waits: list[float]) -> Steps:
         if route.body:
@@ -6446,9 +6426,8 @@ class Endpoint:
             other = self.services.reservations.known
             if other and other.digest != digest_of(environ.get("HTTP_X_RESERVATION_ID", "")):
                 request = dataclasses.replace(request, barred_by=other)
-        if route.in_pool:
-            return (yield from awaited(self.services.submit(route.handler, self.services, request)))
-        outcome = route.handler(self.services, request)
+        handle = functools.partial(route.handler, self.services, request)
+        outcome = self.services.submit(handle) if route.in_pool else handle()
         return (yield from awaited(outcome, waits if route.waits else None))
 
     def _preflight(self, origin: str | None, environ: Mapping[str, Any]) -> dict[str, str]:
@@ -6482,16 +6461,16 @@ def create_app(services: Services) -> bottle.Bottle:
     ValueError for an empty `settings.api_token` and for a route that names no permission."""
     if not services.settings.api_token:
         raise ValueError("an API token is needed")
-    by_path: dict[str, dict[str, Route]] = {}
+    by_path: dict[tuple[str, str], dict[str, Route]] = {}
     for route in ROUTES:
         if route.permission not in (*PERMISSIONS, "any", "open"):
             raise ValueError(f"{route.method} {route.path} names no permission")
-        by_path.setdefault(route.path, {})[route.method] = route
+        by_path.setdefault((route.path, route.template), {})[route.method] = route
     app = bottle.Bottle()
-    for path, routes in by_path.items():
+    for (path, template), routes in by_path.items():
         # One callback for every method: so a fixed path wins over one with a parameter whatever the method is.
-        app.route(path, "ANY", Endpoint(services, routes))
-    app.route("<path:re:(?s:.*)>", "ANY", Endpoint(services, {}))
+        app.route(path, "ANY", Endpoint(services, template, routes))
+    app.route("<path:re:(?s:.*)>", "ANY", Endpoint(services, "other", {}))
     return app
 
 
@@ -6518,7 +6497,7 @@ class SessionChanges:
         self._changed = ChangedSessions(services.store, self.NEWEST)
         self._late: set[int] = set()  # that announce their prompts once the store takes writes
         self._found: dict[int, tuple[str, bool, dict[str, Any]]] = {}  # mark, whether it announced its prompts, data
-        self._told: dict[int, Any] = {}
+        self._told: dict[int, tuple[str, dict[str, Any]]] = {}  # mark, data
 
     def look(self) -> None:
         """Read what was changed, and announce what is complete, as prompts-status does. Raises Unavailable."""
@@ -6529,16 +6508,15 @@ class SessionChanges:
             if stored := services.in_step(asked):
                 with contextlib.suppress(OverflowError):  # a time past the year 9999
                     self._read(stored)
-            if asked.timestamp < oldest:  # it is no news: a newer one is gone
+            if asked.timestamp < oldest and asked.timestamp in self._found:  # it is no news: a newer one is gone
                 self._told.setdefault(asked.timestamp, self._data(asked.timestamp))
         newest = self._changed.versions.keys()
         self._late &= newest
         lowest = min(newest) if len(newest) >= self.NEWEST else 0  # older ones are not looked at any more
-        for gone in sorted(one for one in self._told if one > lowest and one not in newest and self._told[one]):
+        for gone in sorted(one for one in self._told if one > lowest and one not in newest):
             self._tell("session", {"sessionTimestamp": gone, "step": "deleted"})
-        self._found, self._told = (
-            {one: value for one, value in known.items() if one in newest} for known in (self._found, self._told)
-        )
+        self._found = {one: found for one, found in self._found.items() if one in newest}
+        self._told = {one: told for one, told in self._told.items() if one in newest}
 
     def _read(self, stored: StoredSession) -> None:
         services, timestamp = self._services, stored.timestamp
@@ -6566,22 +6544,21 @@ class SessionChanges:
         }
         self._found[timestamp] = stored.mark, stored.announced == "prompts_ready", shown
 
-    def _data(self, timestamp: int) -> tuple[str, dict[str, Any]] | None:
-        mark, is_announced, shown = self._found.get(timestamp, ("", False, {}))
+    def _data(self, timestamp: int) -> tuple[str, dict[str, Any]]:
+        mark, is_announced, shown = self._found[timestamp]
         is_over = is_announced and shown["step"] == "ready" and not self._unread.get(timestamp)
-        return (mark, {**shown, "step": "acknowledged"} if is_over else shown) if shown else None
+        return mark, {**shown, "step": "acknowledged"} if is_over else shown
 
     def tell(self) -> None:
         """After a look at what is pending: a session that has announced its prompts then has them there, or had."""
         for timestamp in sorted(self._found):
-            data = self._data(timestamp)
-            if data and self._told.get(timestamp) != data:
+            if (data := self._data(timestamp)) != self._told.get(timestamp):
                 self._told[timestamp] = data
                 self._tell("session", data[1])
 
     def shown(self) -> list[dict[str, Any]]:
         """Newest first, as they were told."""
-        return [self._told[one][1] for one in sorted(self._told, reverse=True) if self._told[one]]
+        return [self._told[one][1] for one in sorted(self._told, reverse=True)]
 
 
 def other_parts(services: Services) -> dict[str, Any]:
