@@ -5839,8 +5839,9 @@ def announce_progress(services: Services, asked: StoredSession) -> Outcome:
     return progress_response(stored, facts)
 
 
-def last_update(stored: StoredSession, facts: Facts) -> int:
-    return max((time for time in (stored.saved, facts.updated) if time is not None), default=stored.timestamp)
+def last_update(stored: StoredSession, facts: Facts) -> str:
+    times = [time for time in (stored.saved, facts.updated) if time is not None]
+    return iso_time(max(times, default=stored.timestamp))
 
 
 def progress_response(stored: StoredSession, facts: Facts) -> Outcome:
@@ -5848,9 +5849,7 @@ def progress_response(stored: StoredSession, facts: Facts) -> Outcome:
     if not isinstance(found, Progress):
         return ApiError(f"Session {stored.timestamp} is not a session: {found}.")
     shown = {"promptsReady": found.ready, "sessionTimestamp": stored.timestamp, "totalBeats": found.total_beats}
-    return json_response(
-        {**shown, "totalPrompts": found.total_prompts, "lastUpdated": iso_time(last_update(stored, facts))}
-    )
+    return json_response({**shown, "totalPrompts": found.total_prompts, "lastUpdated": last_update(stored, facts)})
 
 
 def answer_creations(services: Services, drafts: list[Draft]) -> Sequence[Outcome]:
@@ -6049,6 +6048,8 @@ _STORY = _schema("string", _UUID, maxLength=200)
 _ID = _schema("string", "notif_1738195200000_0123456789abcdef", minLength=1, maxLength=200, pattern=f"^{ID_PATTERN}$")
 _TIME = _schema("string", "2026-01-29T10:00:00Z")
 _TEXT = _schema("string", "...")
+_TEXT_OR_NULL = _schema(["string", "null"], None)
+_NUMBER_OR_NULL = _schema(["integer", "null"], None)
 _FLAG = _schema("boolean", True)
 _OBJECT = _schema("object", {})
 _ANY: Schema = {"examples": [None]}
@@ -6070,9 +6071,7 @@ _SAVED = _object(success=_FLAG, message=_TEXT, sessionKey=_TEXT, storage=_STORE)
 _WHOLE_SESSION = _object(success=_FLAG, data=_OBJECT, storage=_STORE)
 _SCENE = _object(sceneNumber=_ANY, title=_TEXT, totalBeats=_COUNT)
 _EPISODE = _object(episodeNumber=_ANY, title=_TEXT, scenes=_array(_SCENE))
-_SUMMARY = _object(
-    timestamp=_TIMESTAMP, storyUuid=_TEXT, promptMode=_TEXT, scriptText=_TEXT, analyzedEpisode=_EPISODE
-)  # fmt: skip
+_SUMMARY = _object(timestamp=_TIMESTAMP, storyUuid=_TEXT, promptMode=_TEXT, scriptText=_TEXT, analyzedEpisode=_EPISODE)
 _PROMPTS = _object(
     promptsReady=_FLAG, sessionTimestamp=_TIMESTAMP, totalBeats=_COUNT, totalPrompts=_COUNT, lastUpdated=_TIME
 )
@@ -6118,17 +6117,14 @@ _EVENTS_PATTERN = f"^({_ANY_EVENT})(,({_ANY_EVENT}))*$"
 _EVENTS_QUERY: Mapping[str, Schema] = {
     "types": _schema("string", "gpu,alert", title=_SOME_EVENTS, maxLength=200, pattern=_EVENTS_PATTERN, default="")
 }
-_ACKNOWLEDGED = _body(
-    ["ids"], ids=_array(_schema("string", "notif_1", minLength=1, maxLength=200), minItems=1, maxItems=1000)
-)
+_ANY_ID = _schema("string", "notif_1", minLength=1, maxLength=200)
+_ACKNOWLEDGED = _body(["ids"], ids=_array(_ANY_ID, minItems=1, maxItems=1000))
 _STOP_QUERY: Mapping[str, Schema] = {"force": _schema("string", "false", enum=["true", "false"], default="false")}
 _LOGS_QUERY: Mapping[str, Schema] = {"lines": _schema("integer", 200, minimum=1, maximum=5000, default=200)}
 _LIST_QUERY: Mapping[str, Schema] = {"limit": _schema("integer", 5, minimum=1, maximum=1000, default=200)}
 
-_GPU = _object(
-    **{name: _schema("integer", 8) for name in gpu_json(GpuStatus())}
-    | {"available": _FLAG, "error": _schema(["string", "null"], None)}
-)
+_GPU_FIGURES = {name: _schema("integer", 8) for name in gpu_json(GpuStatus())}
+_GPU = _object(**{**_GPU_FIGURES, "available": _FLAG, "error": _TEXT_OR_NULL})
 _HOLDER: Mapping[str, Schema] = {
     "holder": _schema("string", "storyart"), "purpose": _schema(["string", "null"], "episode 2"),
     "since": _TIME, "expiresAt": _TIME,
@@ -6141,8 +6137,6 @@ _NEW_RESERVATION = _body(
     ttlSeconds=_schema("integer", 60, minimum=1, maximum=3600), purpose=_schema("string", "render", maxLength=200),
 )  # fmt: skip
 _STARTED = _object(success=_FLAG, message=_TEXT, port=_schema("integer", 7801), apiUrl=_TEXT)
-_TEXT_OR_NULL = _schema(["string", "null"], None)
-_NUMBER_OR_NULL = _schema(["integer", "null"], None)
 _QUEUE = {**_object(**dict.fromkeys(COUNTS, _COUNT)), "type": ["object", "null"]}
 _SWARMUI = _object(
     state={"enum": [state for state, *_ in _STATES]}, since=_TIME, ours=_schema(["boolean", "null"], True),
@@ -6446,16 +6440,6 @@ def unreadable(headers: Mapping[str, str]) -> dict[str, Any]:
     return {f"HTTP_{name}": value for name, value in headers.items()} | {"REQUEST_METHOD": "-", "PATH_INFO": "-"}
 
 
-def refusal(error: Any, *, is_late: bool) -> ApiError | None:
-    """Why a request is refused: `error` of waitress, which cannot read it, or since the service is stopping."""
-    if error is None:
-        return Unavailable("The service is stopping: ask again.", 5) if is_late else None
-    # Only the text before what it quotes, which is a header, perhaps the token's.
-    refused = ApiError(f"{error.reason}: " + error.body.partition('"')[0].rstrip())
-    refused.status = error.code
-    return refused
-
-
 def create_app(services: Services) -> bottle.Bottle:
     """The service as a WSGI application; a server that need not wait in a thread calls respond() instead. Raises
     ValueError for an empty `settings.api_token` and for a route that names no permission."""
@@ -6474,8 +6458,13 @@ def create_app(services: Services) -> bottle.Bottle:
     return app
 
 
-def respond(app: bottle.Bottle, environ: dict[str, Any], *, refused: ApiError | None = None) -> Steps:
-    """The steps to the response, found by the application's own routes."""
+def respond(app: bottle.Bottle, environ: dict[str, Any], *, error: Any = None, is_late: bool = False) -> Steps:
+    """The steps to the response, found by the application's own routes. `error`: why waitress cannot read the request;
+    `is_late`: the service is stopping."""
+    refused = Unavailable("The service is stopping: ask again.", 5) if is_late else None
+    if error:  # only the text before what it quotes, which is a header, perhaps the token's
+        refused = ApiError(f"{error.reason}: " + error.body.partition('"')[0].rstrip())
+        refused.status = error.code
     path = environ["bottle.raw_path"] = environ["PATH_INFO"]
     environ["PATH_INFO"] = path.encode("latin-1").decode("utf-8", "ignore")  # as Bottle does under WSGI
     route, parameters = app.match(environ)
@@ -6530,18 +6519,12 @@ class SessionChanges:
             return
         found = facts.progress if isinstance(facts.progress, Progress) else Progress(0, 0, False)
         steps = [("ready", found.ready), ("prompts", found.total_prompts), ("beats_ready", found.total_beats)]
-        episode = facts.summary["analyzedEpisode"]
-        shown = {
-            "sessionTimestamp": timestamp,
-            "step": next((step for step, is_reached in steps if is_reached), "saved"),
-            "totalBeats": found.total_beats,
-            "totalPrompts": found.total_prompts,
-            "promptsNeeded": found.needed,
-            "title": episode["title"],
-            "episodeNumber": episode["episodeNumber"],
-            "storyUuid": facts.summary["storyUuid"],
-            "lastUpdated": iso_time(last_update(stored, facts)),
-        }
+        step = next((step for step, is_reached in steps if is_reached), "saved")
+        totals = {"totalBeats": found.total_beats, "totalPrompts": found.total_prompts, "promptsNeeded": found.needed}
+        episode, story = facts.summary["analyzedEpisode"], facts.summary["storyUuid"]
+        texts = {"title": episode["title"], "episodeNumber": episode["episodeNumber"], "storyUuid": story}
+        updated = {"lastUpdated": last_update(stored, facts)}
+        shown = {"sessionTimestamp": timestamp, "step": step, **totals, **texts, **updated}
         self._found[timestamp] = stored.mark, stored.announced == "prompts_ready", shown
 
     def _data(self, timestamp: int) -> tuple[str, dict[str, Any]]:
@@ -7560,8 +7543,8 @@ class Channel(waitress.channel.HTTPChannel):
         task = waitress.task.WSGITask(self, request)
         task.start()
         environ = unreadable(request.headers) if request.error else task.get_environment()
-        refused = refusal(request.error, is_late=self.activity.begun > dispatcher.stopped_at)
-        steps = respond(self.server.application, environ, refused=refused)
+        is_late = self.activity.begun > dispatcher.stopped_at
+        steps = respond(self.server.application, environ, error=request.error, is_late=is_late)
         finish = functools.partial(self._finish, task, environ["REQUEST_METHOD"])
         self.exchange = Exchange(steps, functools.partial(dispatcher.call_soon, self), finish)
         self.exchange.advance()
