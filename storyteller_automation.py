@@ -5489,8 +5489,7 @@ LARGE_BODY = 4 * 1024 * 1024  # parsing one delays every other thread, so they a
 
 
 def read_body(environ: Mapping[str, Any], size: int, schema: Schema) -> tuple[dict[str, Any], bytes]:
-    """The body as an object that fits (null at its top level counts as absent), and its bytes. Raises BadRequest,
-    ContentTooLarge, UnsupportedMediaType."""
+    """The body as an object that fits (null at its top level counts as absent), and its bytes. Raises ApiError."""
     if str(environ.get("CONTENT_TYPE") or "").partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaType("The body: expected Content-Type application/json.")
     if size > MAX_BODY:
@@ -5746,7 +5745,7 @@ def notification_ack_all(services: Services, request: Request) -> Response:
     wanted = list(dict.fromkeys(request.body["ids"]))
     found = services.notifications.acknowledge_all([id for id in wanted if re.fullmatch(r"[^\ud800-\udfff]+", id)])
     services.live.note(*found)
-    missing = [id for id in wanted if id not in set(found)]
+    missing = list(itertools.filterfalse(set(found).__contains__, wanted))
     return json_response({"success": True, "acknowledged": found, "notFound": missing})
 
 
@@ -5767,12 +5766,11 @@ EVENTS: Mapping[str, str] = {
 
 
 def events(services: Services, request: Request) -> Future[Response]:
-    given = request.query["types"].split(",") if request.query["types"] else list(EVENTS)
-    for name in given if request.query["types"] else ():
-        if not request.caller.may(EVENTS[name]):
-            raise Forbidden(f"This token lacks the permission {EVENTS[name]}.")
-    types = frozenset(name for name in given if request.caller.may(EVENTS[name]))
-    return services.live.join(request.caller, types, request.last_event)
+    given = request.query["types"].split(",") if request.query["types"] else []
+    allowed = [name for name in EVENTS if request.caller.may(EVENTS[name])]
+    if lacking := [EVENTS[name] for name in given if name not in allowed]:
+        raise Forbidden(f"This token lacks the permission {lacking[0]}.")
+    return services.live.join(request.caller, frozenset(given or allowed), request.last_event)
 
 
 def prompts_status(services: Services, request: Request) -> Future[Any]:
@@ -5881,10 +5879,15 @@ def answer_acknowledgements(services: Services, ids: list[str]) -> list[Outcome]
 # ======================================================================================================
 
 
-def _session_response(services: Services, stored: StoredSession, origin: str | None) -> Response:
+def _session_response(services: Services, request: Request, found: StoredSession | None, missing: str) -> Response:
     """The document as it is stored: to serialize it costs as much as to read it. A page gets StoryArt's dialect."""
+    stored = services.in_step(found, whole=True)
+    if stored is None:
+        raise NotFound(missing)
+    if fault := services.sessions.facts_of(stored).fault:
+        raise ApiError(f"Session {stored.timestamp} is not a session: {fault}.")
     document, name = stored.document or b"", services.store.name.encode()
-    for copy in (services.store.storyarts_copy(stored.timestamp), document) if origin else ():
+    for copy in (services.store.storyarts_copy(stored.timestamp), document) if request.origin else ():
         with contextlib.suppress(ValueError):  # it is no session
             value = read_copy(copy or b"")
             document = to_json(value) if to_storyart(value, stored.timestamp, lambda: None) else copy or b""
@@ -5894,20 +5897,12 @@ def _session_response(services: Services, stored: StoredSession, origin: str | N
 
 def session_get(services: Services, request: Request) -> Response:
     services.carry_latest()
-    stored = services.in_step(services.store.session(request.path["timestamp"]), whole=True)
-    if stored is None:
-        raise NotFound("Session not found")
-    if fault := services.sessions.facts_of(stored).fault:
-        raise ApiError(f"Session {stored.timestamp} is not a session: {fault}.")
-    return _session_response(services, stored, request.origin)
+    return _session_response(services, request, services.store.session(request.path["timestamp"]), "Session not found")
 
 
 def session_latest(services: Services, request: Request) -> Response:
     services.carry_latest(whole=True)
-    stored = services.in_step(services.sessions.latest(), whole=True)
-    if stored is None:
-        raise NotFound("No session found")
-    return _session_response(services, stored, request.origin)
+    return _session_response(services, request, services.sessions.latest(), "No session found")
 
 
 def session_list(services: Services, request: Request) -> Response:
@@ -5918,12 +5913,10 @@ def session_list(services: Services, request: Request) -> Response:
 
 def session_save(services: Services, request: Request) -> Response:
     """Without a timestamp it gets the next free one from now: two saves at one moment are two sessions."""
-    if request.body.get("timestamp") is not None:
-        return _save(services, request, int(request.body["timestamp"]), by_storyart=True)
-    now = now_ms()
-    for timestamp in range(now, now + 1000):
+    given, now = request.body.get("timestamp"), now_ms()
+    for timestamp in range(now, now + 1000) if given is None else [int(given)]:
         with contextlib.suppress(Conflict):
-            return _save(services, request, timestamp, by_storyart=True, replace=False)
+            return _save(services, request, timestamp, by_storyart=True, replace=given is not None)
     raise Unavailable("Every timestamp of this second is taken: ask again.", 1)
 
 
@@ -6085,20 +6078,16 @@ _NEW_NOTIFICATION = _body(
     totalBeats=_COUNT,
 )  # fmt: skip
 _NOTIFICATION: Schema = {
-    **_body(
-        ["id", "type", "sessionTimestamp", "storyUuid", "episodeNumber", "timestamp"], (),
+    **_object(
         id=_ID, type=_TYPE, sessionTimestamp=_schema("integer", 1738195200000), storyUuid=_schema("string", _UUID),
         episodeNumber=_schema("integer", 2), **{total: _schema("integer", 48) for total in TOTALS.values()},
         timestamp=_TIME, count=_schema("integer", 1), ids=_array(_schema("string", "notif_1")),
     ),
-    "additionalProperties": False,
+    "required": ["id", "type", "sessionTimestamp", "storyUuid", "episodeNumber", "timestamp"],
 }  # fmt: skip
 
-_CALLER: Mapping[str, Schema] = {
-    "subject": _schema("string", "storyart"),
-    "permissions": _array(_PERMISSION),
-    "expiresAt": _schema(["string", "null"], "2026-01-29T22:00:00Z"),
-}
+_END = _schema(["string", "null"], "2026-01-29T22:00:00Z")
+_CALLER = _object(subject=_schema("string", "storyart"), permissions=_array(_PERMISSION), expiresAt=_END)
 _NEW_TOKEN = _body(
     ["subject", "permissions"],
     subject=_schema("string", "storyart", minLength=1, maxLength=64, pattern=f"^{SUBJECT_PATTERN}$"),
@@ -6208,8 +6197,8 @@ ROUTES: tuple[Route, ...] = (
     Route("DELETE", f"{_API}/session/<timestamp>", session_delete, "sessions:write", "Remove a session.",
           {200: _object(success=_FLAG, sessionTimestamp=_TIMESTAMP)}, _FAILED, (404,), in_pool=True),
     Route("POST", f"{_API}/auth/session", token_create, "admin", "Make a session token.",
-          {201: _object(token=_TEXT, **_CALLER)}, body=_NEW_TOKEN, in_pool=True),
-    Route("GET", f"{_API}/auth/session", token_show, "any", "Who am I?", {200: _object(**_CALLER)}),
+          {201: _object(token=_TEXT, **_CALLER["properties"])}, body=_NEW_TOKEN, in_pool=True),
+    Route("GET", f"{_API}/auth/session", token_show, "any", "Who am I?", {200: _CALLER}),
     Route("DELETE", f"{_API}/auth/session", token_revoke, "any", "Revoke the token sent.",
           {204: None}, errors=(409,), in_pool=True),
 )  # fmt: skip
@@ -6291,8 +6280,7 @@ Steps = Generator[Future[Any], None, Response]
 
 
 def awaited(outcome: T | Future[Any], waits: list[float] | None = None) -> Generator[Future[Any], None, T]:
-    """For `yield from`: the outcome itself, or the result of the future, which may be a future again. `waits` gets the
-    seconds of each wait for what can be withdrawn."""
+    """For `yield from`: an outcome, or that of a future. `waits` gets the seconds of waits that can be withdrawn."""
     while isinstance(outcome, Future):
         began, is_wait = time.monotonic(), not outcome.running()
         if not outcome.done():
@@ -6523,8 +6511,8 @@ class SessionChanges:
         totals = {"totalBeats": found.total_beats, "totalPrompts": found.total_prompts, "promptsNeeded": found.needed}
         episode, story = facts.summary["analyzedEpisode"], facts.summary["storyUuid"]
         texts = {"title": episode["title"], "episodeNumber": episode["episodeNumber"], "storyUuid": story}
-        updated = {"lastUpdated": last_update(stored, facts)}
-        shown = {"sessionTimestamp": timestamp, "step": step, **totals, **texts, **updated}
+        updated = last_update(stored, facts)
+        shown = {"sessionTimestamp": timestamp, "step": step, **totals, **texts, "lastUpdated": updated}
         self._found[timestamp] = stored.mark, stored.announced == "prompts_ready", shown
 
     def _data(self, timestamp: int) -> tuple[str, dict[str, Any]]:
@@ -6547,9 +6535,8 @@ class SessionChanges:
 def other_parts(services: Services) -> dict[str, Any]:
     """What `state` says of the GPU, of who reserved it, and of SwarmUI."""
     history = [{**gpu_json(status), "at": at} for at, status in services.gpu.history(now_ms())]
-    gpu, held = history[-1] if history else None, services.reservations.known
-    reservation = reservation_json(held) if held else None
-    return {"gpu": gpu, "gpuHistory": history, "reservation": reservation, "swarmui": services.swarmui.status()}
+    gpu, held, swarmui = history[-1] if history else None, services.reservations.known, services.swarmui.status()
+    return {"gpu": gpu, "gpuHistory": history, "reservation": held and reservation_json(held), "swarmui": swarmui}
 
 
 def without_clocks(part: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -6590,21 +6577,15 @@ class Listener:
     told_at: float = -math.inf  # monotonic seconds
     lacks_store: bool = False  # its state was made while the store was away
 
+    def is_ready(self, now: float) -> bool:
+        return now >= self.deadline or all(one.done() for one in self.asked)
+
     def wants(self, event: Event) -> bool:
         return event.type in self.types and self.caller.may(event.permission)
 
     def send(self, text: bytes) -> None:
         self.told_at = time.monotonic()
         self.stream.send(text)
-
-
-@dataclass(eq=False)
-class Waiting:
-    """A check that waits."""
-
-    check: Check
-    deadline: float  # monotonic seconds
-    is_due: bool = True  # it is to be asked again: also after the first look, for which nothing is news
 
 
 class Live:
@@ -6625,9 +6606,10 @@ class Live:
         self._lock = threading.Lock()  # over whether somebody may still come
         self._is_closed = False
         self._joining: dict[Future[Any], Listener] = {}
-        self._waiting: dict[Future[Any], Waiting] = {}
+        self._waiting: dict[Future[Any], tuple[Check, float]] = {}  # until when, in monotonic seconds
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # to be made in the thread
         self._loop = Loop(self._turn, "live")
+        self.publish = functools.partial(self._call_soon, self._publish)  # an event, to who wants it and may see it
         # The thread's alone; others read it.
         self._listeners: Sequence[Listener] = ()  # replaced, and never changed
         self._run, self._states = secrets.token_hex(4), itertools.count(1)
@@ -6637,15 +6619,12 @@ class Live:
         self._sessions = SessionChanges(services, self._pending.unread, self._tell)
         self._others: dict[str, Any] = {}  # the parts that other_parts() gave
         self._is_new = True  # what differs from what is known is no news
+        self._is_more_pending = False  # so checks that wait may have an answer
         self._left_at = self._looked_at = -math.inf
         self._store_up = True
         self._loop.start()
 
     # ---- from any thread ----
-
-    def publish(self, type: str, data: Mapping[str, Any], permission: str = "") -> None:
-        """Tell an event, to those who want it and may see it."""
-        self._call_soon(self._publish, type, data, permission)
 
     def note(self, *done: Notification | str) -> None:
         """Notifications that were made here, or ids of those that were acknowledged here."""
@@ -6680,7 +6659,7 @@ class Live:
         Raises the same."""
         if self._is_closed:
             return self._services.checks.ask(check)
-        waiting = self._enter(self._waiting, Waiting(check, time.monotonic() + seconds))
+        waiting = self._enter(self._waiting, (check, time.monotonic() + seconds))
         self._decide(waiting, self._services.checks.ask(check))
         return waiting
 
@@ -6724,17 +6703,16 @@ class Live:
         if now - self._left_at > self.LINGER:
             self._is_new = True
             return 3600.0
-        ready = [
-            (joining, one)
-            for joining, one in list(self._joining.items())
-            if now >= one.deadline or all(asked.done() for asked in one.asked)
-        ]
+        ready = [(joining, one) for joining, one in list(self._joining.items()) if one.is_ready(now)]
         is_whole = bool(ready) or now - self._looked_at >= self.INTERVAL
         try:
             self._store_up = self._look(is_whole=is_whole)
             if is_whole:
                 self._look_at_others()
-                self._end_events()
+                is_good = functools.cache(self._services.authenticator.is_still_good)
+                for one in self._listeners:
+                    if not is_good(one.caller):
+                        one.stream.close()
             self._admit(ready)
         except Exception as fault:
             for joining, _ in ready:
@@ -6746,7 +6724,7 @@ class Live:
             if now - listener.told_at >= self.SILENCE:
                 listener.send(self._comment())
         ends = [now + self.PENDING_INTERVAL, self._looked_at + self.INTERVAL]
-        ends += [one.deadline for one in list(self._waiting.values())]
+        ends += [deadline for _, deadline in list(self._waiting.values())]
         return max(0.0, min(ends) - now)
 
     def _call(self) -> None:
@@ -6764,7 +6742,7 @@ class Live:
             return False
         self._sessions.tell()
         if self._is_new:  # nobody goes on from before that
-            self._is_new, self._number = False, self._number + 1
+            self._is_new, self._is_more_pending, self._number = False, True, self._number + 1
             self._events.clear()
         return not self._services.store.writes.refusal
 
@@ -6776,18 +6754,10 @@ class Live:
             if without_clocks(self._others[type]) != without_clocks(before[type]):
                 self._publish(type, self._others[type])
 
-    def _end_events(self) -> None:
-        """Of those whose token has ended."""
-        is_good = functools.cache(self._services.authenticator.is_still_good)
-        for one in self._listeners:
-            if not is_good(one.caller):
-                one.stream.close()
-
     def _tell(self, type: str, data: Any) -> None:
         if not self._is_new:
             self._publish(type, data)
-        for waiting in list(self._waiting.values()) if type == "notification" else ():
-            waiting.is_due = True
+        self._is_more_pending |= type == "notification"
 
     def _publish(self, type: str, data: Any, permission: str = "") -> None:
         self._number += 1
@@ -6845,11 +6815,11 @@ class Live:
 
     def _ask_again(self) -> None:
         """Ask the checks that may have an answer, and answer those whose time is over."""
-        for future, waiting in list(self._waiting.items()):
-            if waiting.is_due:
-                waiting.is_due = False
-                self._decide(future, self._services.checks.ask(waiting.check))
-            elif time.monotonic() >= waiting.deadline:
+        is_due, self._is_more_pending = self._is_more_pending, False
+        for future, (check, deadline) in list(self._waiting.items()):
+            if is_due:
+                self._decide(future, self._services.checks.ask(check))
+            elif time.monotonic() >= deadline:
                 self._answer(future, Response(NOTHING))
 
     def _decide(self, waiting: Future[Any], outcome: Any) -> None:
