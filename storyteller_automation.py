@@ -5541,7 +5541,7 @@ class Services:
         loops = Loop(self._watch, "store-watch"), Loop(self._look_at_tokens, "tokens")
         self._working: list[Loop | Alerts | Bridge] = [*loops, self.alerts, *filter(None, [self.bridge])]
         self.ending_tokens: str | None = None  # None: not known
-        self._warned_at = -math.inf  # of them, in monotonic seconds
+        self._warned_at = -math.inf  # of them, by time.perf_counter()
 
     def start(self) -> None:
         """Begin with what is done without a request."""
@@ -5558,16 +5558,14 @@ class Services:
 
     def _look_at_tokens(self) -> float:
         """Once a day warn of those that end soon. A Redis with many keys takes long to find them."""
-        began = time.perf_counter()  # time.monotonic() has ticks of 16 ms on Windows
-        try:
-            self.ending_tokens = ending_tokens(self.store, now_ms())
-        except Unavailable:
-            self.ending_tokens = None
-            return self.WATCH_INTERVAL
-        if self.ending_tokens and (now := time.monotonic()) - self._warned_at >= 86_400:
-            self._warned_at = now
-            log.warning("authentication: tokens end soon: %s: %s", self.ending_tokens, RENEW_ADVICE)
-        return max(self.WATCH_INTERVAL, 500 * (time.perf_counter() - began))
+        began, found = time.perf_counter(), None  # time.monotonic() has ticks of 16 ms on Windows
+        with contextlib.suppress(Unavailable):
+            found = ending_tokens(self.store, now_ms())
+        self.ending_tokens, took = found, time.perf_counter() - began
+        if found and began - self._warned_at >= 86_400:
+            self._warned_at = began
+            log.warning("authentication: tokens end soon: %s: %s", found, RENEW_ADVICE)
+        return self.WATCH_INTERVAL if found is None else max(self.WATCH_INTERVAL, 500 * took)
 
     def close(self) -> None:
         """End the threads: what waits for one is dropped, what is at work ends within the store's own timeouts."""
@@ -5868,8 +5866,7 @@ def answer_acknowledgements(services: Services, ids: list[str]) -> list[Outcome]
         return json_response({"success": True, "notificationId": id}) if done else services.submit(search, id)
 
     def search(id: str) -> Outcome:
-        found = services.notifications.acknowledge(id)
-        return respond(id, True) if found else NotFound("Notification not found")
+        return respond(id, services.notifications.acknowledge(id) or NotFound("Notification not found"))
 
     return list(map(respond, ids, services.notifications.acknowledge_own(ids)))
 
@@ -6404,10 +6401,9 @@ class Endpoint:
             body: Any = read() if size <= SMALL_BODY else self.services.submit(read, is_large=size > LARGE_BODY)
             value, raw = yield from awaited(body)
             request = dataclasses.replace(request, body=value, raw_body=raw)
-        if route.gated and self.services.settings.gates:
-            other = self.services.reservations.known
-            if other and other.digest != digest_of(environ.get("HTTP_X_RESERVATION_ID", "")):
-                request = dataclasses.replace(request, barred_by=other)
+        other = self.services.reservations.known if route.gated and self.services.settings.gates else None
+        if other and other.digest != digest_of(environ.get("HTTP_X_RESERVATION_ID", "")):
+            request = dataclasses.replace(request, barred_by=other)
         handle = functools.partial(route.handler, self.services, request)
         outcome = self.services.submit(handle) if route.in_pool else handle()
         return (yield from awaited(outcome, waits if route.waits else None))

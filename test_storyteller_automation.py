@@ -6669,7 +6669,7 @@ def pending_since(*minutes: float) -> list[service.Pending]:
     return [service.Pending(f"x-{n}", PROMPTS, T + n, 2, T - int(one * 60_000)) for n, one in enumerate(minutes)]
 
 
-def waiting_since(*minutes: float) -> list[service.Waiting]:
+def waiting_since(*minutes: float) -> list[service.WaitingSession]:
     return [service.WaitingSession(T + n, 12, T - int(one * 60_000), "The end") for n, one in enumerate(minutes)]
 
 
@@ -13854,8 +13854,8 @@ def test_start_up_check_and_status_warn_of_a_token_that_ends_soon(start_service,
 def test_the_log_warns_of_such_tokens_once_a_day(make_services, sqlite_store, caplog, monkeypatch):
     services = make_services(sqlite_store)
     service.issue_token(sqlite_store, "storyart", ["gpu:read"], 3600, service.now_ms())
-    times = Clock(time.monotonic())
-    monkeypatch.setattr(service.time, "monotonic", times)
+    times = Clock(time.perf_counter())
+    monkeypatch.setattr(service.time, "perf_counter", times)
     for _ in range(50):  # two days and an hour
         services._look_at_tokens()
         service.issue_token(sqlite_store, "storyart", ["gpu:read"], 3600, service.now_ms())
