@@ -6862,7 +6862,8 @@ section, form, dialog, #log { padding: 12px; background: var(--card); border: 1p
   border-radius: 12px; }
 section, .figures > div, .steps li { min-width: 0; display: flex; flex-direction: column; } section { gap: 8px; }
 #parts { display: grid; gap: 14px; grid-template-columns: 100%; } .row, .top { justify-content: space-between; }
-.lacks > :not(.head, .lack), .lacks .head > :not(h2), :not(.lacks) > .lack, p:empty, .chip:empty { display: none; }
+.lacks > :not(.head), .lacks .head > :not(h2), p:empty, .chip:empty { display: none; }
+.lacks::after { content: "This token lacks the permission " attr(id) ":read."; }
 .head, .top, .row { display: flex; align-items: center; gap: 4px 12px; }
 .head { flex-wrap: wrap; min-height: 40px; } .head button { margin-left: auto; }
 .row + .row, .session + .session { border-top: 1px solid var(--edge); margin-top: 8px; padding-top: 8px; }
@@ -6920,9 +6921,8 @@ dialog p { margin: 8px 0 16px; white-space: pre-line; } dialog div { display: fl
 <section id="alerts" aria-label="Alerts"><div class="head"><h2 tabindex="-1">Alerts</h2></div>
   <ul class="on"></ul><ul class="ended muted"></ul></section>
 <section id="sessions" aria-label="Sessions"><div class="head"><h2 tabindex="-1">Sessions</h2></div>
-  <p class="lack">This token lacks the permission sessions:read.</p><p class="none muted"></p><ul></ul></section>
+  <p class="none muted"></p><ul></ul></section>
 <section id="gpu" aria-label="GPU"><div class="head"><h2 tabindex="-1">GPU</h2><span class="chip"></span></div>
-  <p class="lack">This token lacks the permission gpu:read.</p>
   <div class="figures">
     <div><p><b id="use"></b> %</p><p>use</p>
       <svg role="img" viewBox="0 -2 900 104" preserveAspectRatio="none"
@@ -6937,13 +6937,11 @@ dialog p { margin: 8px 0 16px; white-space: pre-line; } dialog div { display: fl
   <p class="error"></p><p class="holder muted"></p></section>
 <section id="swarmui" aria-label="SwarmUI"><div class="head"><h2 tabindex="-1">SwarmUI</h2><span class="chip"></span>
     <button id="start" type="button">Start SwarmUI</button><button id="stop" type="button">Stop SwarmUI</button></div>
-  <p class="lack">This token lacks the permission swarmui:read.</p>
   <p class="does muted"></p><p class="error"></p><p role="alert"></p>
   <div id="log" role="log" aria-label="SwarmUI log" tabindex="0"></div></section>
 <section id="notifications" aria-label="Notifications">
   <div class="head"><h2 tabindex="-1">Notifications</h2><span class="chip"></span>
     <button id="all" type="button">Acknowledge all</button></div>
-  <p class="lack">This token lacks the permission notifications:read.</p>
   <p role="alert"></p><p class="none muted"></p><ul></ul></section>
 <section id="service" aria-label="Service"><div class="head"><h2 tabindex="-1">Service</h2>
     <button id="forget" type="button">Forget the token</button></div>
@@ -6967,7 +6965,6 @@ const API = "/api/v1/", KEY = "storyteller-token", STEPS = ["saved", "beats_read
 const SILENCE = 40_000, REST = 10_000;  // ms: of the service; that a page is hidden until it gives its connection back
 let token = "", data = {}, ahead = 0;  // `ahead`: the service's clock less ours, in ms
 let turn = 0, line = null, guard = 0, heard = Date.now(), lostSince = null, isOpen = false;  // of connect()
-let asker = null, rest = 0;  // what had the focus before the dialog; the timer of a hidden page
 
 const $ = (selector, within = document) => within.querySelector(selector);
 const $$ = (selector) => [...document.querySelectorAll(selector)];
@@ -6983,18 +6980,24 @@ const since = (time) => {
 };
 
 // What is shown ---------------------------------------------------------------------------------------
-// Rows are kept by their key, so that the focus stays; where its row goes, the next one gets it, else the heading.
+const buttonsOf = (section) => [...section.querySelectorAll("button")].filter((one) => one.checkVisibility());
+
+// For the end of a change or question: what had the focus and is gone leaves it to the button in its place, or heading.
+function keepFocus() {
+  const node = document.activeElement, section = node.closest("section");
+  const place = section ? buttonsOf(section).indexOf(node) : -1;
+  return () => {
+    if (!section || node.checkVisibility()) return;
+    const buttons = buttonsOf(section);
+    (buttons[place] ?? buttons.at(-1) ?? $("h2", section)).focus();
+  };
+}
+
+// Rows are kept by their key, so that the focus stays.
 function fill(list, items, keyOf, change) {
-  const section = list.closest("section"), template = $(`#of-${section.id}`).content.firstElementChild;
+  const template = $(`#of-${list.closest("section").id}`).content.firstElementChild;
   const rows = new Map([...list.children].map((row) => [row.dataset.key, row])), wanted = new Set(items.map(keyOf));
-  for (const [key, row] of rows) {
-    if (wanted.has(key)) continue;
-    const next = row.nextElementSibling ?? row.previousElementSibling, isFocused = row.contains(document.activeElement);
-    row.remove();
-    const heir = $("button", next ?? list) ?? $("h2", section);
-    if (row.contains(asker)) asker = heir;
-    if (isFocused) heir.focus();
-  }
+  for (const [key, row] of rows) if (!wanted.has(key)) row.remove();
   items.forEach((item, place) => {
     const row = rows.get(keyOf(item)) ?? template.cloneNode(true);
     row.dataset.key = keyOf(item);
@@ -7090,18 +7093,15 @@ function showSwarmUI() {
   const first = state === "ready" ? work : state === "starting" ? "it answers mostly within 30 s" : "";
   show($("#swarmui .does"), capital([first, runs, `for ${since(from)}`].filter(Boolean).join(" · ")));
   show($("#swarmui .error"), lastError ?? "");
-  const [shown, gone] = ["stopped", "failed"].includes(state) ? [$("#start"), $("#stop")] : [$("#stop"), $("#start")];
-  const heir = document.activeElement === gone ? shown : null;
-  shown.hidden = false, gone.hidden = true, heir?.focus();
-  if (asker === gone) asker = shown;
+  const isGone = ["stopped", "failed"].includes(state);
+  $("#start").hidden = !isGone, $("#stop").hidden = isGone;
 }
 
 function showNotifications() {
-  const items = [...data.notifications.values()], all = $("#all");
+  const items = [...data.notifications.values()];
   show($("#notifications .none"), items.length ? "" : "None waits to be acknowledged");
   show($("#notifications .chip"), items.length ? `${items.length}` : "");
-  if (document.activeElement === all && items.length < 2) $("#notifications h2").focus();
-  all.hidden = items.length < 2;
+  $("#all").hidden = items.length < 2;
   fill($("#notifications ul"), items, (one) => one.id, (row, one) => {
     const { type, sessionTimestamp: session, episodeNumber: episode } = one, button = $("button", row);
     show($("h3", row), `${capital(type)}, e${nameOf(episode, data.sessions?.get(session)?.title).slice(1)}`);
@@ -7120,7 +7120,7 @@ function showService() {
 }
 
 function render() {
-  const raised = (data.alerts ?? []).filter((alert) => alert.state === "raised");
+  const raised = (data.alerts ?? []).filter((alert) => alert.state === "raised"), giveBack = keepFocus();
   showHeader(raised);
   $("#entry").hidden = Boolean(token), $("#parts").hidden = !token || !data.service;
   $("#parts").classList.toggle("stale", !isOpen);
@@ -7130,6 +7130,7 @@ function render() {
     $(`#${name}`).classList.toggle("lacks", data[name] === undefined);
     if (data[name] !== undefined) draw();
   }
+  giveBack();
 }
 
 // What is told: events, and SwarmUI's log -------------------------------------------------------------
@@ -7238,16 +7239,13 @@ $("#stop").onclick = stopSwarmUI, $("#forget").onclick = () => askForToken("");
 const tell = (name, { error = "" }) => { $(`#${name} [role=alert]`).textContent = error; };
 
 function confirm(question, loss, yes) {
-  const dialog = $("dialog");
-  asker = document.activeElement;
-  const heading = asker.closest("section")?.querySelector("h2");
+  const dialog = $("dialog"), giveBack = keepFocus();
   show($("#question"), question), show($("#loss"), loss), show($("#yes"), yes);
   for (const answer of ["yes", "no"]) $(`#${answer}`).onclick = () => dialog.close(answer);
   dialog.returnValue = "", dialog.showModal();
   return new Promise((done) => dialog.onclose = () => {
-    if (dialog.open || !asker) return;  // this event is of the question before
-    (asker.isConnected && asker.checkVisibility() ? asker : heading)?.focus(), asker = null;
-    done(dialog.returnValue === "yes");
+    if (dialog.open) return;  // this event is of the question before
+    giveBack(), done(dialog.returnValue === "yes");
   });
 }
 
@@ -7315,6 +7313,7 @@ $("#entry").onsubmit = (event) => {
 };
 for (const box of $$("section .remember")) box.onchange = () => keep(token, box.checked);
 
+let rest = 0;
 document.onvisibilitychange = () => {  // six open streams would use up a browser's connections to this host
   clearTimeout(rest);
   if (document.hidden) rest = setTimeout(disconnect, REST);

@@ -418,8 +418,8 @@ def test_a_region_without_permission_says_which(browser, server, open_page):
     browser = open_page()
     del server.state["gpu"], server.state["sessions"]
     browser.call("POST", "/refresh")
-    browser.shows("lacks the permission gpu:read", "GPU")
-    browser.shows("lacks the permission sessions:read", "Sessions")
+    lacking = [f"This token lacks the permission {name}:read." for name in ("sessions", "gpu")]
+    until(lambda: [name for name in browser.names("StaticText") if "permission" in name] == lacking)
 
 
 # What is shown ---------------------------------------------------------------------------------------
