@@ -7337,14 +7337,12 @@ setInterval(render, 1000), setInterval(followLog, 2000);
 @functools.cache
 def page_headers(page: str = PAGE) -> dict[str, str]:
     """Nothing is loaded but the page's own style and script, known by their SHA-256, and nobody frames it."""
-
-    def digest_of_text(tag: str) -> str:
-        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
-
     policy = [f"{name} 'none'" for name in ("default-src", "base-uri", "form-action", "frame-ancestors")]
     policy += ["connect-src 'self'", "img-src data:"]
-    policy += [f"{tag}-src 'sha256-{digest_of_text(tag)}'" for tag in ("script", "style")]
+    for tag in ("script", "style"):
+        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+        policy.append(f"{tag}-src 'sha256-{digest}'")
     return {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": "; ".join(policy)}
 
 
@@ -7812,14 +7810,13 @@ def run_checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
     folder = next((one for one in (settings.data_dir, *settings.data_dir.parents) if os.path.isdir(one)), HERE)
     free = shutil.disk_usage(folder).free / 10**9
     yield "WARN" if free < settings.alert_disk else "OK", "disk", f"{free:.2f} GB are free for {settings.data_dir}"
-    yield from check_storyart(settings)
     status = query_gpus(settings, set())
     good = f"{status.gpu_count} GPU(s), {status.memory_total} MiB" + (status.remarks and f"; it says: {status.remarks}")
     yield "OK" if status.available and not status.remarks else "WARN", "nvidia-smi", status.error or good
     yield check_swarmui_path(settings)
     found = probe(settings)
     yield ("OK", "SwarmUI", f"ready, version {found.version}") if found.ready else ("WARN", "SwarmUI", found.message)
-    yield from check_pages(settings)
+    yield from check_storyart(settings)
     yield from check_port(settings, status)
 
 
@@ -7849,15 +7846,11 @@ def embedded_store(settings: Settings) -> Path:
 
 
 def check_storyart(settings: Settings) -> Iterator[Finding]:
-    """Whether sessions are in another store than in that of this service."""
+    """Whether its sessions are in this service's store, and its pages can call this service and see SwarmUI."""
     if missed := missed_sessions(settings):
         yield "WARN", "store" if settings.redis_address else "StoryArt", missed
-    if (url := settings.redis_address) and redis.connection.parse_url(url).get("db"):
+    if settings.redis_address and redis.connection.parse_url(settings.redis_address).get("db"):
         yield "WARN", "StoryArt", "its own server always uses database 0: name that one in REDIS_URL"
-
-
-def check_pages(settings: Settings) -> Iterator[Finding]:
-    """Whether the right pages can call this service, and see SwarmUI."""
     for origin in refused_origins(settings):
         yield "WARN", "pages", f"{origin} sent no token and is not trusted: {TRUST_ADVICE}"
     allowed, pages = settings.swarmui_allow_origin, settings.trusted_origins
@@ -7879,14 +7872,13 @@ def check_store(settings: Settings) -> Iterator[Finding]:
             yield "OK", "store", f"{store.name}, {store.place}"
             if ending := ending_tokens(store, now_ms()):
                 yield "WARN", "tokens", f"they end soon: {ending}: {RENEW_ADVICE}"
-    except StartError as error:
-        yield "FAIL", "store", str(error)
-    except Unavailable as error:
+    except (StartError, Unavailable) as error:
         yield "FAIL", "store", with_advice(error)
 
 
-def with_advice(fault: ApiError) -> str:
-    return f"{str(fault).rstrip('.')}: {fault.advice}." if fault.advice else str(fault)
+def with_advice(error: Exception) -> str:
+    advice = error.advice if isinstance(error, ApiError) else ""
+    return f"{str(error).rstrip('.')}: {advice}." if advice else str(error)
 
 
 def check_swarmui_path(settings: Settings) -> Finding:
@@ -8074,24 +8066,19 @@ def print_status(given: Mapping[str, Any]) -> int:
     if found := running_address(settings):
         url = page_url(*found)
         fault = f"The service at {url} does not answer: see {settings.data_dir / 'storyteller.log'}."
-        with contextlib.suppress(OSError, http.client.HTTPException, ValueError, StopIteration):
-            state = read_state(*found, kept_token(settings))
+        connection = http.client.HTTPConnection(near_host(found[0]), found[1], timeout=10)
+        expected_errors = OSError, http.client.HTTPException, ValueError, StopIteration
+        with contextlib.suppress(*expected_errors), contextlib.closing(connection):
+            connection.request("GET", "/api/v1/events", headers={"Authorization": f"Bearer {kept_token(settings)}"})
+            with connection.getresponse() as response:  # it does not end; its first data is of the event `state`
+                line = next(one for one in response if response.status != 200 or one.startswith(b"data: "))
+            state = json.loads(line.removeprefix(b"data: "))
             if "error" not in state:
                 print(*status_lines(state, url), sep="\n")
                 return 0
             fault = f"The service at {url} refuses: {state['error']}"
     print(fault, file=sys.stderr)
     return 1
-
-
-def read_state(host: str, port: int, token: str) -> dict[str, Any]:
-    """The data of the event `state`, or of a refusal. Raises OSError, HTTPException, ValueError."""
-    with contextlib.closing(http.client.HTTPConnection(near_host(host), port, timeout=10)) as connection:
-        connection.request("GET", "/api/v1/events", headers={"Authorization": f"Bearer {token}"})
-        with connection.getresponse() as response:  # it does not end
-            line = next(one for one in response if response.status != 200 or one.startswith(b"data: "))
-            state: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
-            return state
 
 
 def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
@@ -8180,7 +8167,7 @@ def copy_store(source: Path, target: Path) -> None:
         if os.path.exists(target):
             with open_copy(target):
                 pass  # it is no other file, given by a slip
-            if os.path.exists(f"{target}-wal"):
+            if os.path.exists(f"{target}-wal") or target.samefile(source):
                 raise StartError(f"{target} is a store in use: give another name.")
         with open_copy(source) as old, contextlib.closing(sqlite3.connect(draft)) as new:
             old.backup(new)
@@ -8199,8 +8186,6 @@ def backup(given: Mapping[str, Any]) -> int:
     """Copy the embedded store to a file, also while the service runs. Raises StartError."""
     settings, target = command_settings(given), Path(given["file"])
     source = embedded_store(settings)
-    if os.path.exists(target) and target.samefile(source):
-        raise StartError(f"{target} is the store itself: give another name.")
     copy_store(source, target)
     print(f"{source} is backed up to {target}.")
     if settings.redis_address:
@@ -8261,13 +8246,15 @@ def token_command(given: Mapping[str, Any]) -> int:
     settings = command_settings(given)
     prepare_data_dir(settings, serves=False)
     subject, ttl, renewed, revoked = (given[name] for name in ("subject", "ttl", "renew", "revoke"))
-    makes = not (renewed or revoked or given["list"])
+    instead = [one for one in (given["list"], renewed, revoked) if one]
+    if len(instead) > 1:
+        raise StartError("Give one of --list, --renew and --revoke.")
     if renewed and not ttl:
         raise StartError("--renew needs a --ttl that begins now, like --ttl 90d.")
-    if not makes and (subject or given["permission"] or (ttl and not renewed)):
+    if instead and (subject or given["permission"] or (ttl and not renewed)):
         raise StartError("--subject and --permission are for a new token alone, --ttl for that and for --renew.")
     with contextlib.closing(open_store(settings)) as store:
-        if makes:
+        if not instead:
             if not re.fullmatch(SUBJECT_PATTERN, subject or "") or not given["permission"]:
                 form = "--subject NAME (at most 64 letters, digits, dots, hyphens, underscores)"
                 raise StartError(f"A token needs {form} and at least one --permission: see --help.")
@@ -8310,25 +8297,29 @@ def alert_command(given: Mapping[str, Any]) -> int:
 class Command(NamedTuple):
     run: Callable[[Mapping[str, Any]], int]  # it gets what was given, by name
     meaning: str
-    add_arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None  # beside those that all take
+    arguments: Sequence[str] = ()  # beside those that all take
 
 
-def add_token_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--subject", help="the program's name: at most 64 letters, digits, dots, hyphens, underscores")
-    parser.add_argument("--permission", action="append", choices=PERMISSIONS, default=[], help="as often as needed")
-    parser.add_argument("--ttl", type=read_ttl, help="like 90s, 45m, 90d; by default 12h")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--list", action="store_true", help="show who has tokens, never the tokens")
-    instead.add_argument("--renew", metavar="SUBJECT", help="let every token of that subject end after --ttl from now")
-    instead.add_argument("--revoke", metavar="SUBJECT", help="revoke every token of that subject")
+def read_command(text: str) -> str:
+    if text in COMMANDS:
+        return text
+    near = difflib.get_close_matches(text, COMMANDS, 1) or [f"one of {', '.join(COMMANDS)}"]
+    raise argparse.ArgumentTypeError(f"{text!r} is not a command: did you mean {near[0]}?")
 
 
-def add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--to", metavar="URL", help="by default the one of REDIS_URL or REDIS_HOST")
-
-
-def add_topic(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("topic", nargs="?", type=read_command)
+# What argparse's add_argument() gets for each.
+ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+    "--subject": {"help": "the program's name: at most 64 letters, digits, dots, hyphens, underscores"},
+    "--permission": {"action": "append", "choices": PERMISSIONS, "default": [], "help": "as often as needed"},
+    "--ttl": {"type": read_ttl, "help": "like 90s, 45m, 90d; by default 12h"},
+    "--list": {"action": "store_true", "help": "show who has tokens, never the tokens"},
+    "--renew": {"metavar": "SUBJECT", "help": "let every token of that subject end after --ttl from now"},
+    "--revoke": {"metavar": "SUBJECT", "help": "revoke every token of that subject"},
+    "--to": {"metavar": "URL", "help": "by default the one of REDIS_URL or REDIS_HOST"},
+    "file": {"metavar": "FILE"},
+    "topic": {"nargs": "?", "type": read_command},
+}
+TOKEN_ARGUMENTS = ["--subject", "--permission", "--ttl", "--list", "--renew", "--revoke"]
 
 
 def print_help(given: Mapping[str, Any]) -> int:
@@ -8350,22 +8341,15 @@ COMMANDS: Mapping[str, Command] = {
     "status": Command(print_status, "what the running service does, in ten lines"),
     "page": Command(print_links, "print the link of its page, with a token"),
     "check": Command(check, "look for what may be wrong on this PC"),
-    "token": Command(token_command, "make a session token, which is all that it prints", add_token_arguments),
+    "token": Command(token_command, "make a session token, which is all that it prints", TOKEN_ARGUMENTS),
     "alert": Command(alert_command, "send a test to STORYTELLER_ALERT_URL"),
-    "move": Command(move, "copy the embedded store into a Redis", add_target),
-    "backup": Command(backup, "copy the embedded store to FILE", lambda one: one.add_argument("file", metavar="FILE")),
-    "restore": Command(restore, "let FILE be the embedded store", lambda one: one.add_argument("file", metavar="FILE")),
+    "move": Command(move, "copy the embedded store into a Redis", ["--to"]),
+    "backup": Command(backup, "copy the embedded store to FILE", ["file"]),
+    "restore": Command(restore, "let FILE be the embedded store", ["file"]),
     "version": Command(print_version, "print the version"),
-    "help": Command(print_help, "this text, or that of a command", add_topic),
+    "help": Command(print_help, "this text, or that of a command", ["topic"]),
     "test": Command(refer_to_scripts, f"run this program's own tests; to check this PC, use {START_SCRIPT} check"),
 }
-
-
-def read_command(text: str) -> str:
-    if text in COMMANDS:
-        return text
-    near = difflib.get_close_matches(text, COMMANDS, 1) or [f"one of {', '.join(COMMANDS)}"]
-    raise argparse.ArgumentTypeError(f"{text!r} is not a command: did you mean {near[0]}?")
 
 
 def describe_all() -> Iterator[str]:
@@ -8394,9 +8378,9 @@ def make_parser(command: str | None = None) -> argparse.ArgumentParser:
         overrides = f"overrides STORYTELLER_{name.upper().replace('-', '_')}"
         # What was given before the command stays.
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS if command else None, help=overrides)
-    if command:
-        COMMANDS[command].add_arguments(parser)
-    else:
+    for name in COMMANDS[command].arguments if command else ():
+        parser.add_argument(name, **ARGUMENTS[name])
+    if not command:
         parser.add_argument("--version", action="version", version=TITLE)
         parser.add_argument("command", nargs="?", type=read_command, default="serve", help="see below")
         parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -8420,7 +8404,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[given["command"]].run(given)
     except (StartError, Unavailable) as error:
-        print(with_advice(error) if isinstance(error, Unavailable) else error, file=sys.stderr)
+        print(with_advice(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

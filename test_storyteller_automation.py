@@ -5958,7 +5958,7 @@ def refused_text(page_app: webtest.TestApp, origin: str, **environ: str) -> str:
 
 def advice_for(settings: service.Settings, **changed: Any) -> list[str]:
     """What `check` says of pages that were refused, with other settings where they are given."""
-    found = service.check_pages(dataclasses.replace(settings, **changed))
+    found = service.check_storyart(dataclasses.replace(settings, **changed))
     return [text for _, subject, text in found if subject == "pages"]
 
 
@@ -13799,7 +13799,8 @@ def test_a_token_that_is_renewed_stays_good_for_longer(start_service, run_module
     ("arguments", "code", "words"),
     [(["--renew", "storyart"], 2, "--renew needs a --ttl"), (["--renew", "a", "--ttl", "90d"], 1, "a has no token."),
      (["--renew", "a", "--ttl", "90d", "--permission", "gpu:read"], 2, "--permission are for a new token"),
-     (["--list", "--subject", "a"], 2, "--subject and"), (["--revoke", "a", "--ttl", "90d"], 2, "and for --renew")],
+     (["--list", "--subject", "a"], 2, "--subject and"), (["--revoke", "a", "--ttl", "90d"], 2, "and for --renew"),
+     (["--list", "--revoke", "a"], 2, "one of --list, --renew and --revoke")],
 )  # fmt: skip
 def test_token_arguments_that_do_not_go_together(run_module, arguments, code, words):
     done = run_module("token", *arguments)
@@ -13907,7 +13908,8 @@ def test_a_time_to_live_is_read_in_its_unit(text, seconds):
     ],
 )
 def test_check_warns_of_pages_that_see_too_little_or_too_much(settings, changed, words):
-    said = [text for _, _, text in service.check_pages(dataclasses.replace(settings, **changed))]
+    found = service.check_storyart(dataclasses.replace(settings, **changed))
+    said = [text for _, subject, text in found if subject == "SwarmUI's pages"]
     assert (words in said[0]) if words else said == []
 
 
