@@ -6858,7 +6858,7 @@ header::before { content: ""; width: 12px; height: 12px; margin-right: -6px; bor
 #status { flex: 1 1 16rem; font-size: 1.3rem; font-weight: 700; } header, .chip { --c: var(--muted); }
 header.good, .chip.good { --c: var(--green); } header.bad, .chip.bad { --c: var(--red); } .work { --c: var(--amber); }
 .bad #status, #alerts b, [role=alert], .error { color: var(--red); }
-section, form, dialog, #log { padding: 12px; background: var(--card); border: 1px solid var(--edge);
+section, #entry, dialog, #log { padding: 12px; background: var(--card); border: 1px solid var(--edge);
   border-radius: 12px; }
 section, .figures > div, .steps li { min-width: 0; display: flex; flex-direction: column; } section { gap: 8px; }
 #parts { display: grid; gap: 14px; grid-template-columns: 100%; } .row, .top { justify-content: space-between; }
@@ -6894,10 +6894,10 @@ path:first-child { fill: var(--c); fill-opacity: .2; stroke: none; }
   font: .8rem/1.5 ui-monospace, monospace; white-space: pre-wrap; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 4px 14px; align-items: baseline; }
 label { display: flex; align-items: center; gap: 8px; min-height: 32px; } [type=password] { max-width: 70vw; }
-form { max-width: 40rem; display: grid; gap: 10px; justify-items: start; }
+#entry { max-width: 40rem; display: grid; gap: 10px; justify-items: start; }
 dialog { margin: auto; max-width: min(32rem, calc(100vw - 24px)); color: var(--text); }
 dialog::backdrop { background: rgb(0 0 0 / .55); } dialog h2 { color: var(--text); font-size: 1.1rem; }
-dialog p { margin: 8px 0 16px; white-space: pre-line; } dialog div { display: flex; justify-content: end; gap: 10px; }
+dialog p { margin: 8px 0 16px; white-space: pre-line; } dialog form { display: flex; justify-content: end; gap: 10px; }
 @media (max-width: 699px) {
   .steps { grid-template-columns: 2fr 2fr 5fr 2fr 2fr; }
   .steps li:nth-child(n + 4) span { align-self: flex-end; }
@@ -6951,7 +6951,7 @@ dialog p { margin: 8px 0 16px; white-space: pre-line; } dialog div { display: fl
 </div></main>
 <dialog aria-labelledby="question" aria-describedby="loss">
   <h2 id="question"></h2><p id="loss"></p>
-  <div><button id="no" type="button" autofocus>Cancel</button><button id="yes" type="button"></button></div>
+  <form method="dialog"><button autofocus>Cancel</button><button id="yes" value="yes"></button></form>
 </dialog>
 <template id="of-sessions"><li class="session"><div class="top"><h3></h3><span class="muted"></span></div>
   <ol class="steps"><li><span>Saved</span></li><li><span>Beats ready</span></li>
@@ -7017,11 +7017,11 @@ function showHeader(raised) {
     : raised.length ? ["bad", raised[0].text + more] : ["good", well];
   show($("#status"), text), show($("title"), `${text} · StoryTeller`);
   show($("#clock"), new Date().toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" }));
-  if ($("header").className === mood && $("link").href !== "data:,") return;
   $("header").className = mood;
   const colour = { good: "#2aa866", bad: "#e0402f" }[mood] ?? "#808590", circle = "<circle cx='4' cy='4' r='3.5'";
-  const icon = `<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'>${circle} fill='${colour}'/></svg>`;
-  $("link").href = `data:image/svg+xml,${encodeURIComponent(icon)}`;
+  const svg = `<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'>${circle} fill='${colour}'/></svg>`;
+  const icon = `data:image/svg+xml,${encodeURIComponent(svg)}`;
+  if ($("link").href !== icon) $("link").href = icon;
 }
 
 function showAlerts(raised) {
@@ -7066,8 +7066,6 @@ function showGpu() {
 }
 
 function drawLine(svg, history, height) {
-  if (svg.history === history) return;
-  svg.history = history;
   const runs = [], end = history.at(-1)?.at;  // runs of points that are a minute apart at most, if nobody looked
   let before = -Infinity;
   for (const gpu of history) {
@@ -7214,7 +7212,6 @@ function addLines(found) {  // only what is new, as a screen reader reads what i
   const log = $("#log"), follows = log.scrollHeight - log.scrollTop - log.clientHeight < 8;
   let same = Math.min(lines.length, found.length);
   while (same > 0 && lines.slice(-same).join("\n") !== found.slice(0, same).join("\n")) same--;
-  if (same === 0) log.replaceChildren();
   for (const text of found.slice(same)) log.appendChild(document.createElement("div")).textContent = text || " ";
   while (log.childElementCount > found.length) log.firstChild.remove();
   lines = found;
@@ -7241,7 +7238,6 @@ const tell = (name, { error = "" }) => { $(`#${name} [role=alert]`).textContent 
 function confirm(question, loss, yes) {
   const dialog = $("dialog"), giveBack = keepFocus();
   show($("#question"), question), show($("#loss"), loss), show($("#yes"), yes);
-  for (const answer of ["yes", "no"]) $(`#${answer}`).onclick = () => dialog.close(answer);
   dialog.returnValue = "", dialog.showModal();
   return new Promise((done) => dialog.onclose = () => {
     if (dialog.open) return;  // this event is of the question before
@@ -7270,8 +7266,6 @@ async function acknowledge(asked) {
   for (const { id } of asked) {
     const failed = await post(`notifications/${encodeURIComponent(id)}/ack`);
     if (failed.error) return tell("notifications", failed);
-    if (data.notifications) EVENTS.acknowledged({ id });
-    render();
   }
 }
 

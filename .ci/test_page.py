@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import venv
 from collections.abc import Callable, Iterator
@@ -132,6 +133,8 @@ class StandIn:
                 self.rfile.read(int(self.headers["Content-Length"] or 0))
                 outer.calls.append(self.path)
                 self.answer()
+                if acknowledged := re.fullmatch("/api/v1/notifications/(.*)/ack", self.path):
+                    outer.send("acknowledged", {"id": urllib.parse.unquote(acknowledged[1])})
 
             def do_GET(self) -> None:
                 path, given = self.path.partition("?")[0], self.headers["Authorization"] == f"Bearer {TOKEN}"
