@@ -45,11 +45,9 @@ The sections, each under a banner, each depending only on those above it:
     Server: settings and sockets            waitress's settings with their reasons
     Server: below waitress's documentation  connections and the event loop
     Server: how it runs                     until a signal, and through a graceful shutdown
-    Command line: check                     the data folder; a line for each thing that may be wrong
+    Command line: check and status          the data folder; what may be wrong, and what the page shows, in lines
     Command line: serve                     a service from its start to its end
-    Command line: status                    what the page shows, in ten lines
-    Command line: the embedded store        moved to a Redis, backed up and restored
-    Command line: tokens and alerts         one function per command
+    Command line: store, tokens, alerts     one function per command
     Command line: arguments                 the parsers, and the table of commands
 
 How a request flows: waitress reads it from its socket; on the event loop the application finds its route,
@@ -7152,13 +7150,12 @@ const EVENTS = {
 };
 
 async function readEvents(reader) {
-  const decoder = new TextDecoder();
   for (let text = ""; ;) {
     const { value, done } = await reader.read();
     if (done) return;
     heard = Date.now();
     watch(line, SILENCE);  // after 15 s without an event comes a comment
-    const blocks = (text + decoder.decode(value, { stream: true })).split("\n\n");
+    const blocks = (text + value).split("\n\n");
     text = blocks.pop();
     for (const block of blocks) {
       const field = (name) => new RegExp(`^${name}: ?(.*)$`, "m").exec(block)?.[1];
@@ -7168,6 +7165,7 @@ async function readEvents(reader) {
   }
 }
 
+const sleep = (wait) => new Promise((done) => setTimeout(done, wait));
 const watch = (one, wait) => { clearTimeout(guard), guard = setTimeout(() => one.abort(), wait); };
 const ask = (path, more) => fetch(API + path, { ...more, headers: { Authorization: `Bearer ${token}` } });
 const errorOf = async (answer) => (await answer.json().catch(() => ({}))).error ?? `It answered with ${answer.status}.`;
@@ -7180,14 +7178,14 @@ async function connect() {
     watch(line, 7000);
     try {
       const answer = await ask("events", { signal: line.signal }), why = answer.ok ? "" : await errorOf(answer);
-      if (answer.ok) await readEvents(answer.body.getReader());
+      if (answer.ok) await readEvents(answer.body.pipeThrough(new TextDecoderStream()).getReader());
       else if (answer.status < 500 && mine === turn) askForToken(why);
     } catch { /* it cannot be reached, or was silent for too long */ }
     if (mine !== turn) return;
     line.abort();
     if (lostSince === null) [pause, lostSince] = [1000, heard];
     isOpen = false, render();
-    await new Promise((done) => setTimeout(done, pause));
+    await sleep(pause);
   }
 }
 
@@ -7197,15 +7195,15 @@ function disconnect() {
   line?.abort();
 }
 
-let lines = [], isAsking = false;
+let lines = [];
 async function followLog() {
-  if (!isOpen || isAsking || !data.swarmui) return;
-  isAsking = true;
-  try {
-    const answer = await ask("swarmui/logs?lines=200", { signal: AbortSignal.timeout(5000) });
-    if (answer.ok && isOpen) addLines((await answer.text()).split("\n").slice(0, -1));
-  } catch { /* the next one tells */ }
-  isAsking = false;
+  for (; ; await sleep(2000)) {
+    if (!isOpen || !data.swarmui) continue;
+    try {
+      const answer = await ask("swarmui/logs?lines=200", { signal: AbortSignal.timeout(5000) });
+      if (answer.ok && isOpen) addLines((await answer.text()).split("\n").slice(0, -1));
+    } catch { /* the next one tells */ }
+  }
 }
 
 function addLines(found) {  // only what is new, as a screen reader reads what is added
@@ -7320,8 +7318,8 @@ addEventListener("pageshow", ({ persisted }) => persisted && begin());
 
 const kept = localStorage.getItem(KEY);
 if (!takeFromLink()) keep(sessionStorage.getItem(KEY) ?? kept ?? "", kept !== null);
-begin();
-setInterval(render, 1000), setInterval(followLog, 2000);
+begin(), followLog();
+setInterval(render, 1000);
 </script>
 </body>
 </html>
@@ -7686,7 +7684,7 @@ class Server:
 
 
 # ======================================================================================================
-# Command line: check
+# Command line: check and status
 # ======================================================================================================
 
 DATA_FILES = (*STORE_FILES, "running", "api_token", "storyteller.log", "swarmui.log", "swarmui.json")
@@ -7887,23 +7885,23 @@ def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
     """Whether this service runs, or its port is free; and whether one that runs finds other GPUs than `status`."""
     link = f"{START_SCRIPT} page prints its page's link with a token"
     running = running_address(settings)
-    url = url_of(near_host(running[0]), running[1]) if running else url_of(near_host(settings.host), settings.port)
+    host, port = running or (settings.host, settings.port)
+    url, address = url_of(near_host(host), port), page_url(host, port) if port else "an address that it chooses"
     expected_errors = OSError, http.client.HTTPException, ValueError, AttributeError, LookupError, RecursionError
     if not running:
         try:
-            for one in open_sockets(settings.host, settings.port):
+            for one in open_sockets(host, port):
                 one.close()
-            address = page_url(settings.host, settings.port) if settings.port else "an address that it chooses"
-            yield "OK", "port", f"{settings.port} is free: it will run at {address}; {link}"
+            yield "OK", "port", f"{port} is free: it will run at {address}; {link}"
         except StartError as error:
             fault = str(error)
             with contextlib.suppress(*expected_errors):
                 if json.loads(fetch(f"{url}/health", 6).body).keys() == {"status", "store"}:  # 3 s for a hanging store
                     advice = "stop that one, or set STORYTELLER_PORT"
-                    fault = f"Port {settings.port} is in use by this service with another data folder: {advice}."
+                    fault = f"Port {port} is in use by this service with another data folder: {advice}."
             yield "FAIL", "port", fault
         return
-    yield "OK", "port", f"this service runs at {page_url(*running)}; {link}"
+    yield "OK", "port", f"this service runs at {address}; {link}"
     with contextlib.suppress(*expected_errors):
         wait, bearer = settings.nvidia_smi_timeout + 5, {"Authorization": f"Bearer {kept_token(settings)}"}
         reply = fetch(f"{url}/api/v1/gpu/status", wait, headers=bearer)
@@ -7915,6 +7913,57 @@ def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
             yield "WARN", "nvidia-smi", f"the service that runs finds otherwise ({found}): {advice}"
 
 
+def print_status(given: Mapping[str, Any]) -> int:
+    """Print what the page shows. The exit code is 1 when the service of this data folder does not answer."""
+    settings = command_settings(given)
+    fault = f"No service of the data folder {settings.data_dir} listens yet: start it by {START_SCRIPT}, or wait."
+    if found := running_address(settings):
+        url = page_url(*found)
+        fault = f"The service at {url} does not answer: see {settings.data_dir / 'storyteller.log'}."
+        connection = http.client.HTTPConnection(near_host(found[0]), found[1], timeout=10)
+        expected_errors = OSError, http.client.HTTPException, ValueError, StopIteration
+        with contextlib.suppress(*expected_errors), contextlib.closing(connection):
+            connection.request("GET", "/api/v1/events", headers={"Authorization": f"Bearer {kept_token(settings)}"})
+            with connection.getresponse() as response:  # it does not end; its first data is of the event `state`
+                line = next(one for one in response if response.status != 200 or one.startswith(b"data: "))
+            state = json.loads(line.removeprefix(b"data: "))
+            if "error" not in state:
+                print(*status_lines(state, url), sep="\n")
+                return 0
+            fault = f"The service at {url} refuses: {state['error']}"
+    print(fault, file=sys.stderr)
+    return 1
+
+
+def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
+    """The ten lines of `status`, of the data of an event `state`."""
+    service, pending, swarmui, lease = (state[name] for name in ("service", "notifications", "swarmui", "reservation"))
+
+    def since(time: object) -> str:
+        return str(timedelta(seconds=max(0, service["now"] - (read_time(time) or service["now"])) // 1000))
+
+    gpu, queue = state["gpu"] or {"error": "not known yet"}, swarmui["queue"]
+    figures = "{utilization} % use, {memoryUsed} of {memoryTotal} MiB, {temperature} °C"
+    work = [one for one in state["sessions"] if one["step"] in ("beats_ready", "prompts")]
+    newest = "; {totalPrompts} of {promptsNeeded} prompts of session {sessionTimestamp} {title}"
+    ending = "not known" if service["tokensEnding"] is None else "none ends within 3 days"
+    error = f": {swarmui['lastError']}" if swarmui["lastError"] else ""
+    queued = f", {queue['live']} images in work, {queue['waiting']} waiting" if queue else ""
+    yield f"StoryTeller automation {service['version']}, running for {since(service['startedAt'])}"
+    for name, text in {
+        "address": url,
+        "store": service["store"] + ("" if service["storeUp"] else " (no answer, or no writes)"),
+        "alerts": "; ".join(one["text"].rstrip(".") for one in state["alerts"] if one["state"] == "raised") or "none",
+        "sessions": f"{len(work) or 'none'} in work{newest.format_map(work[0]) if work else ''}",
+        "notifications": f"{len(pending)} wait, the oldest for {since(pending[0]['timestamp'])}" if pending else "none",
+        "GPU": gpu["error"] or figures.format_map(gpu),
+        "reserved": f"by {lease['holder']} until {lease['expiresAt']}" if lease else "by nobody",
+        "SwarmUI": f"{swarmui['state']} for {since(swarmui['since'])}{queued}{error}",
+        "tokens": f"end soon: {service['tokensEnding']}" if service["tokensEnding"] else ending,
+    }.items():
+        yield f"  {name:<14} {' '.join(text.split())}"
+
+
 # ======================================================================================================
 # Command line: serve
 # ======================================================================================================
@@ -7923,8 +7972,7 @@ def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
 def own_data_dir(
     settings: Settings, advice: str = "use that one, stop it, or set STORYTELLER_DATA_DIR and STORYTELLER_PORT"
 ) -> TextIO:
-    """Lock the data folder for this process: the open lock file, into which a service writes its address. Raises
-    StartError, with `advice`, when another process uses the folder."""
+    """The data folder's lock: a file into which a service writes its address. Raises StartError with `advice`."""
     path = settings.data_dir / "running"
     try:
         for _ in range(10):  # `status` and `check` lock it for a moment
@@ -7995,8 +8043,7 @@ def serve(settings: Settings) -> int:
 
 
 def greet(settings: Settings, store: Store, port: int, token_place: str) -> None:
-    """Print what a person at the console needs. Never the API token; the page's link where nothing but a terminal gets
-    it, and the log never."""
+    """Print what a person at the console needs: never the API token; the page's link on a terminal alone, unlogged."""
     name_window(f"StoryTeller automation, port {port}")
     level, _, program = check_swarmui_path(settings)
     nvidia_smi, advice = find_nvidia_smi(settings)
@@ -8049,63 +8096,7 @@ def serve_until_stopped(given: Mapping[str, Any]) -> NoReturn:
 
 
 # ======================================================================================================
-# Command line: status
-# ======================================================================================================
-
-
-def print_status(given: Mapping[str, Any]) -> int:
-    """Print what the page shows. The exit code is 1 when the service of this data folder does not answer."""
-    settings = command_settings(given)
-    fault = f"No service of the data folder {settings.data_dir} listens yet: start it by {START_SCRIPT}, or wait."
-    if found := running_address(settings):
-        url = page_url(*found)
-        fault = f"The service at {url} does not answer: see {settings.data_dir / 'storyteller.log'}."
-        connection = http.client.HTTPConnection(near_host(found[0]), found[1], timeout=10)
-        expected_errors = OSError, http.client.HTTPException, ValueError, StopIteration
-        with contextlib.suppress(*expected_errors), contextlib.closing(connection):
-            connection.request("GET", "/api/v1/events", headers={"Authorization": f"Bearer {kept_token(settings)}"})
-            with connection.getresponse() as response:  # it does not end; its first data is of the event `state`
-                line = next(one for one in response if response.status != 200 or one.startswith(b"data: "))
-            state = json.loads(line.removeprefix(b"data: "))
-            if "error" not in state:
-                print(*status_lines(state, url), sep="\n")
-                return 0
-            fault = f"The service at {url} refuses: {state['error']}"
-    print(fault, file=sys.stderr)
-    return 1
-
-
-def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
-    """The ten lines of `status`, of the data of an event `state`."""
-    service, pending, swarmui, lease = (state[name] for name in ("service", "notifications", "swarmui", "reservation"))
-
-    def since(time: object) -> str:
-        return str(timedelta(seconds=max(0, service["now"] - (read_time(time) or service["now"])) // 1000))
-
-    gpu, queue = state["gpu"] or {"error": "not known yet"}, swarmui["queue"]
-    figures = "{utilization} % use, {memoryUsed} of {memoryTotal} MiB, {temperature} °C"
-    work = [one for one in state["sessions"] if one["step"] in ("beats_ready", "prompts")]
-    newest = "; {totalPrompts} of {promptsNeeded} prompts of session {sessionTimestamp} {title}"
-    ending = "not known" if service["tokensEnding"] is None else "none ends within 3 days"
-    error = f": {swarmui['lastError']}" if swarmui["lastError"] else ""
-    queued = f", {queue['live']} images in work, {queue['waiting']} waiting" if queue else ""
-    yield f"StoryTeller automation {service['version']}, running for {since(service['startedAt'])}"
-    for name, text in {
-        "address": url,
-        "store": service["store"] + ("" if service["storeUp"] else " (no answer, or no writes)"),
-        "alerts": "; ".join(one["text"].rstrip(".") for one in state["alerts"] if one["state"] == "raised") or "none",
-        "sessions": f"{len(work) or 'none'} in work{newest.format_map(work[0]) if work else ''}",
-        "notifications": f"{len(pending)} wait, the oldest for {since(pending[0]['timestamp'])}" if pending else "none",
-        "GPU": gpu["error"] or figures.format_map(gpu),
-        "reserved": f"by {lease['holder']} until {lease['expiresAt']}" if lease else "by nobody",
-        "SwarmUI": f"{swarmui['state']} for {since(swarmui['since'])}{queued}{error}",
-        "tokens": f"end soon: {service['tokensEnding']}" if service["tokensEnding"] else ending,
-    }.items():
-        yield f"  {name:<14} {' '.join(text.split())}"
-
-
-# ======================================================================================================
-# Command line: the embedded store
+# Command line: store, tokens, alerts
 # ======================================================================================================
 
 
@@ -8217,11 +8208,6 @@ def restore(given: Mapping[str, Any]) -> int:
         advice = f"{START_SCRIPT} move copies the restored store there, except what was moved before"
         print(f"The service uses a Redis, which this did not change: {advice}.", file=sys.stderr)
     return 0
-
-
-# ======================================================================================================
-# Command line: tokens and alerts
-# ======================================================================================================
 
 
 def read_ttl(text: str) -> int:
