@@ -7072,10 +7072,9 @@ function drawLine(svg, history, height) {
     if (isKnown) runs.at(-1).push(`${(900 - (end - gpu.at) / 1000).toFixed(1)} ${y.toFixed(1)}`);
     before = isKnown ? gpu.at : -Infinity;
   }
-  const foot = (point) => `${point.split(" ")[0]} 100`;
-  const areas = runs.map((run) => `M${foot(run[0])}L${run.join("L")}L${foot(run.at(-1))}z`);
-  [areas, runs.map((run) => `M${run.join("L")}h.1`)].forEach((shapes, number) =>
-    svg.children[number].setAttribute("d", shapes.join("")));
+  const lines = runs.map((run) => `M${run.join("L")}h.1`);  // a single point is a dot
+  const areas = runs.map((run, number) => `${lines[number]}V100H${parseFloat(run[0])}z`);
+  svg.firstChild.setAttribute("d", areas.join("")), svg.lastChild.setAttribute("d", lines.join(""));
 }
 
 function showSwarmUI() {
@@ -7764,7 +7763,7 @@ def near_host(host: str) -> str:
     return {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host.lower(), host)
 
 
-def print_links(given: Mapping[str, Any]) -> int:
+def print_links(given: Mapping[str, Any]) -> None:
     """Print the page's link for each address, of the service that runs or will. Raises StartError."""
     settings = command_settings(given)
     prepare_data_dir(settings, serves=False)
@@ -7772,7 +7771,6 @@ def print_links(given: Mapping[str, Any]) -> int:
     if not port:
         raise StartError("STORYTELLER_PORT is 0, so the port is picked at the start: start the service first.")
     print(*page_links(host, port, own_token(settings)), sep="\n")
-    return 0
 
 
 def check(arguments: Mapping[str, Any]) -> int:
@@ -7969,9 +7967,7 @@ def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
 # ======================================================================================================
 
 
-def own_data_dir(
-    settings: Settings, advice: str = "use that one, stop it, or set STORYTELLER_DATA_DIR and STORYTELLER_PORT"
-) -> TextIO:
+def own_data_dir(settings: Settings, advice: str) -> TextIO:
     """The data folder's lock: a file into which a service writes its address. Raises StartError with `advice`."""
     path = settings.data_dir / "running"
     try:
@@ -7987,12 +7983,12 @@ def own_data_dir(
     raise StartError(f"The data folder {settings.data_dir} is in use by {by}: {advice}.")
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: Settings) -> None:
     """Run until a signal ends it. Raises StartError."""
     sys.setswitchinterval(0.001)  # by default a thread that computes delays each step of a poll by 5 ms
     keep_freed_memory()
     prepare_data_dir(settings)
-    running = own_data_dir(settings)
+    running = own_data_dir(settings, "use that one, stop it, or set STORYTELLER_DATA_DIR and STORYTELLER_PORT")
     start_logging(settings.data_dir / "storyteller.log", settings)
     token_place = "STORYTELLER_API_TOKEN" if settings.api_token else str(token_path(settings))
     settings = dataclasses.replace(settings, api_token=own_token(settings))
@@ -8039,7 +8035,6 @@ def serve(settings: Settings) -> int:
     running.close()
     ended.set()
     del handler
-    return 0
 
 
 def greet(settings: Settings, store: Store, port: int, token_place: str) -> None:
@@ -8080,7 +8075,7 @@ def serve_until_stopped(given: Mapping[str, Any]) -> NoReturn:
     """serve(), with which this process ends. All that it says goes through the log."""
     end_console, code = start_console(), 0
     try:
-        code = serve(command_settings(given))
+        serve(command_settings(given))
     except StartError as error:
         code = 2
         log.error("server: %s", error, extra={"console": str(error)})
@@ -8103,7 +8098,7 @@ def serve_until_stopped(given: Mapping[str, Any]) -> NoReturn:
 STOP_FIRST = "stop it, then try again"
 
 
-def move(given: Mapping[str, Any]) -> int:
+def move(given: Mapping[str, Any]) -> None:
     """Copy the embedded store into a Redis, by default that of the settings; each thing in one atomic step, so that it
     may be ended and begun again. Raises StartError, Unavailable."""
     settings, to = command_settings(given), given["to"]
@@ -8124,7 +8119,6 @@ def move(given: Mapping[str, Any]) -> int:
             copied = [target.take(table, row) for row in source.rows(table)]
             print(f"{kind}: {sum(copied)} copied, {len(copied) - sum(copied)} there already", flush=True)
     print(f"The embedded store is as it was. Set REDIS_URL to that Redis ({target.place}), then start the service.")
-    return 0
 
 
 @contextlib.contextmanager
@@ -8167,7 +8161,7 @@ def copy_store(source: Path, target: Path) -> None:
             draft.unlink()
 
 
-def backup(given: Mapping[str, Any]) -> int:
+def backup(given: Mapping[str, Any]) -> None:
     """Copy the embedded store to a file, also while the service runs. Raises StartError."""
     settings, target = command_settings(given), Path(given["file"])
     source = embedded_store(settings)
@@ -8175,10 +8169,9 @@ def backup(given: Mapping[str, Any]) -> int:
     print(f"{source} is backed up to {target}.")
     if settings.redis_address:
         print("The service uses a Redis, which is not in that file: back it up by its own means.", file=sys.stderr)
-    return 0
 
 
-def restore(given: Mapping[str, Any]) -> int:
+def restore(given: Mapping[str, Any]) -> None:
     """Let a backup be the embedded store; the one until now is kept beside it. Raises StartError."""
     settings, source = command_settings(given), Path(given["file"])
     if not os.path.isfile(source):
@@ -8207,7 +8200,6 @@ def restore(given: Mapping[str, Any]) -> int:
     if settings.redis_address:
         advice = f"{START_SCRIPT} move copies the restored store there, except what was moved before"
         print(f"The service uses a Redis, which this did not change: {advice}.", file=sys.stderr)
-    return 0
 
 
 def read_ttl(text: str) -> int:
@@ -8275,7 +8267,7 @@ def alert_command(given: Mapping[str, Any]) -> int:
 
 
 class Command(NamedTuple):
-    run: Callable[[Mapping[str, Any]], int]  # it gets what was given, by name
+    run: Callable[[Mapping[str, Any]], int | None]  # it gets what was given, by name; None is the exit code 0
     meaning: str
     arguments: Sequence[str] = ()  # beside those that all take
 
@@ -8302,17 +8294,15 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
 TOKEN_ARGUMENTS = ["--subject", "--permission", "--ttl", "--list", "--renew", "--revoke"]
 
 
-def print_help(given: Mapping[str, Any]) -> int:
+def print_help(given: Mapping[str, Any]) -> None:
     make_parser(given["topic"]).print_help()
-    return 0
 
 
-def print_version(given: Mapping[str, Any]) -> int:
+def print_version(given: Mapping[str, Any]) -> None:
     print(TITLE)
-    return 0
 
 
-def refer_to_scripts(given: Mapping[str, Any]) -> int:
+def refer_to_scripts(given: Mapping[str, Any]) -> NoReturn:
     raise StartError(f"{START_SCRIPT} test runs the tests: start it by that script.")
 
 
@@ -8382,7 +8372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_console()
     given = parse_arguments(argv)
     try:
-        return COMMANDS[given["command"]].run(given)
+        return COMMANDS[given["command"]].run(given) or 0
     except (StartError, Unavailable) as error:
         print(with_advice(error), file=sys.stderr)
         return 2

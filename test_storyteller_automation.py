@@ -13767,7 +13767,7 @@ def test_a_data_folder_in_use_by_a_command_is_not_told_as_that_of_the_service_be
     start_service().stop()
     run_module("backup", "b")
     data = module_copy.parent / "data"
-    with contextlib.closing(service.own_data_dir(dataclasses.replace(settings, data_dir=data))):
+    with contextlib.closing(service.own_data_dir(dataclasses.replace(settings, data_dir=data), "stop it")):
         done = run_module("restore", "b")
     assert done.returncode == 2
     assert "is in use by a service that starts, or by a move or restore: " in done.stderr
