@@ -8099,8 +8099,7 @@ STOP_FIRST = "stop it, then try again"
 
 
 def move(given: Mapping[str, Any]) -> None:
-    """Copy the embedded store into a Redis, by default that of the settings; each thing in one atomic step, so that it
-    may be ended and begun again. Raises StartError, Unavailable."""
+    """Copy the embedded store into a Redis, in atomic steps that may be repeated. Raises StartError, Unavailable."""
     settings, to = command_settings(given), given["to"]
     try:
         url, path = _redis_url(to) if to else settings.redis_address, embedded_store(settings)
@@ -8213,8 +8212,7 @@ def read_ttl(text: str) -> int:
 
 
 def token_command(given: Mapping[str, Any]) -> int:
-    """Make, list, renew or revoke session tokens; a running service sees it within 5 s. Raises StartError,
-    Unavailable."""
+    """Make, list, renew or revoke session tokens, beside a service that runs. Raises StartError, Unavailable."""
     settings = command_settings(given)
     prepare_data_dir(settings, serves=False)
     subject, ttl, renewed, revoked = (given[name] for name in ("subject", "ttl", "renew", "revoke"))
