@@ -1308,6 +1308,12 @@ OWN_MEMBER = b'{"id":"%b",'  # how a member begins that this service wrote
 OWN_ID = "notif_([0-9]{1,14})_[0-9a-f]{16}"  # its id, which holds its time
 
 
+def own_member(id: str) -> tuple[int, bytes]:
+    """The time of the member that this service wrote for an id, and how it begins; (0, b"") for any other id."""
+    found = re.fullmatch(OWN_ID, id)
+    return (int(found[1]), OWN_MEMBER % id.encode()) if found else (0, b"")
+
+
 def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
@@ -1498,11 +1504,9 @@ class Store(Protocol):
     def remove_pending(self, members: Sequence[bytes]) -> bool:
         """Remove pending members, and mark nothing. False when none was there."""
 
-    def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
-        """Remove the members and mark the id. False, and no change, when none was there and the id is not marked."""
-
-    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
-        """The same for the members of exactly that time that begin with OWN_MEMBER % id."""
+    def acknowledge(self, ids: Mapping[str, Sequence[bytes]]) -> list[bool | ApiError]:
+        """Remove the members of each id, also its own_member(), and mark it. False, and no change, when none was there
+        and the id is not marked."""
 
     def keep_token(self, digest: str, record: bytes, ttl: int, *, renews: bool = False) -> bool:
         """Store the record of a session token under its SHA-256, with a TTL in ms. `renews`: only where there is one;
@@ -1838,11 +1842,12 @@ if left == -1 then redis.call('PERSIST', KEYS[6]) else redis.call('PEXPIRE', KEY
 return result
 """
 
-# KEYS: 1 pending, 2 marker. ARGV: 1 and 2 the scores between which members are removed that begin with 3; members.
+# KEYS: 1 pending, 2 marker. ARGV: 1 the oldest score; 2 and 3 own_member(); members.
 _LUA_ACKNOWLEDGE = """
 local removed = 0
 local function remove(member) removed = removed + redis.call('ZREM', KEYS[1], member) end
-for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], ARGV[2])) do
+local low = math.max(ARGV[1], ARGV[2])
+for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], low, ARGV[2])) do
   if string.sub(member, 1, #ARGV[3]) == ARGV[3] then remove(member) end
 end
 for at = 4, #ARGV do remove(ARGV[at]) end
@@ -2173,13 +2178,10 @@ class RedisStore(Store):
     def remove_pending(self, members: Sequence[bytes]) -> bool:
         return bool(result_of(self._write(("ZREM", self.PENDING, *members))[0]))
 
-    def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
-        return bool(result_of(self._run(_LUA_ACKNOWLEDGE, [((self.PENDING, self.MARK + id), (1, 0, "", *members))])[0]))
-
-    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
+    def acknowledge(self, ids: Mapping[str, Sequence[bytes]]) -> list[bool | ApiError]:
         oldest = self._clock() - TTL_MS + 1
-        calls = [((self.PENDING, self.MARK + id), (max(at, oldest), at, OWN_MEMBER % id.encode())) for id, at in ids]
-        return map_results(lambda removed: removed == 1, self._run(_LUA_ACKNOWLEDGE, calls))
+        calls = [((self.PENDING, self.MARK + id), (oldest, *own_member(id), *members)) for id, members in ids.items()]
+        return map_results(bool, self._run(_LUA_ACKNOWLEDGE, calls))
 
     def keep_token(self, digest: str, record: bytes, ttl: int, *, renews: bool = False) -> bool:
         command = ("SET", self.TOKEN + digest, record, "PX", ttl, *(("XX",) if renews else ()))
@@ -2651,19 +2653,17 @@ class SqliteStore(Store):
         return [member for member, _ in rows], False
 
     def remove_pending(self, members: Sequence[bytes]) -> bool:
-        remove, rows = "DELETE FROM pending WHERE member = ?", [(member,) for member in members]
-        return self._write(lambda: self._writer.executemany(remove, rows).rowcount > 0)
+        return self._write(lambda: self._remove(members) > 0)
 
-    def acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
-        return self._write(lambda: self._acknowledge(id, "member = ?", [(member,) for member in members]))
+    def _remove(self, members: Sequence[bytes]) -> int:
+        return self._writer.executemany("DELETE FROM pending WHERE member = ?", [(one,) for one in members]).rowcount
 
-    def acknowledge_own(self, ids: Sequence[tuple[str, int]]) -> list[bool | ApiError]:
-        which = "time = ?1 AND substr(member, 1, length(?2)) = ?2"
-        found = [(id, which, [(at, OWN_MEMBER % id.encode())]) for id, at in ids]
-        return self._write_each([functools.partial(self._acknowledge, *one) for one in found])
+    def acknowledge(self, ids: Mapping[str, Sequence[bytes]]) -> list[bool | ApiError]:
+        return self._write_each([functools.partial(self._acknowledge, *one) for one in ids.items()])
 
-    def _acknowledge(self, id: str, which: str, rows: Sequence[tuple[Any, ...]]) -> bool:
-        if not sum(self._writer.execute(f"DELETE FROM pending WHERE {which}", row).rowcount for row in rows):
+    def _acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
+        remove = "DELETE FROM pending WHERE time = ?1 AND substr(member, 1, length(?2)) = ?2"
+        if not self._writer.execute(remove, own_member(id)).rowcount + self._remove(members):
             return bool(self._writer.execute("SELECT 1 FROM marker WHERE id = ?", (id,)).fetchone())
         self._writer.execute("INSERT OR REPLACE INTO marker VALUES (?, ?)", (id, self._clock() + TTL_MS))
         return True
@@ -3322,16 +3322,12 @@ class Notifications:
     def acknowledge_all(self, ids: Sequence[str]) -> list[str]:
         """The same for different ones: those for which it is true, in their order, after one search for all."""
         done = {id for id, outcome in zip(ids, self.acknowledge_own(ids)) if result_of(outcome)}
-        done |= {id for id in ids if id not in done and self._store.acknowledge(id, [])}
         left = self._members_of(id for id in ids if id not in done)
-        return [id for id in ids if id in done or (left[id] and self._store.acknowledge(id, left[id]))]
+        return [id for id in ids if id in done or (left[id] and result_of(self._store.acknowledge({id: left[id]})[0]))]
 
     def acknowledge_own(self, ids: Sequence[str]) -> list[bool | ApiError]:
-        """Whether it is so for ids that were made here, which hold their time: no search. False for any other."""
-        times = [re.fullmatch(OWN_ID, id) for id in ids]
-        ours = [(found[0], int(found[1])) for found in times if found]
-        outcomes = iter(self._store.acknowledge_own(ours) if ours else ())
-        return [next(outcomes) if found else False for found in times]
+        """The same without a search: whether it was made here, where its id holds its time, or is acknowledged."""
+        return self._store.acknowledge(dict.fromkeys(ids, ()))
 
     def remove(self, id: str) -> bool:
         """Not an acknowledgement: to acknowledge it later is in vain. False when it is not pending."""

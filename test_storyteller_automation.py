@@ -1474,6 +1474,10 @@ def draft(type: str = PROMPTS, session: int = T) -> service.Draft:
     return service.draft_notification(type, session, storyUuid="u", episodeNumber=2, totalPrompts=48, totalBeats=50)
 
 
+def acknowledge(store: service.Store, id: str, *members: bytes) -> bool:
+    return service.result_of(store.acknowledge({id: members})[0])
+
+
 def members_of(store: service.Store, page: int = 100) -> list[dict[str, Any]]:
     return [json.loads(member) for member, _ in store.pending(page)]
 
@@ -1553,9 +1557,9 @@ def test_one_of_ours_is_acknowledged_by_its_time_and_id(store, clock, plant):
     member, at, _ = add(store, draft())
     id = json.loads(member)["id"]
     plant({**MEMBER, "id": "another"}, at)
-    assert store.acknowledge_own([(id, at + 1), (id[:-1], at)]) == [False, False]
+    assert store.acknowledge({id.replace(str(at), str(at + 1)): [], id[:-1]: [], "": []}) == [False] * 3
     assert len(members_of(store)) == 2
-    assert store.acknowledge_own([(id, at), (id, at)]) == [True, True]
+    assert [store.acknowledge({id: []}) for _ in range(2)] == [[True], [True]]
     assert [one["id"] for one in members_of(store)] == ["another"]
 
 
@@ -1610,7 +1614,7 @@ def test_one_of_the_same_type_and_session_is_given_again_while_it_is_pending(sto
 def test_one_of_the_same_type_and_session_is_made_anew_after_its_end(store, clock, end):
     member, _, _ = add(store, draft())
     if end == "acknowledged":
-        store.acknowledge(json.loads(member)["id"], [member])
+        acknowledge(store, json.loads(member)["id"], member)
     else:
         clock.now += WEEK
     again, _, made = add(store, draft())
@@ -1625,12 +1629,12 @@ def test_two_instances_at_once_make_one_notification_of_a_kind(store, twin):
 
 
 def test_a_notification_ends_after_7_days(store, clock):
-    member, at, _ = add(store, draft())
+    member, _, _ = add(store, draft())
     clock.now += WEEK - 1
     assert len(members_of(store)) == 1
     clock.now += 1
     assert members_of(store) == []
-    assert store.acknowledge_own([(json.loads(member)["id"], at)]) == [False]
+    assert acknowledge(store, json.loads(member)["id"]) is False
 
 
 STEPS = [
@@ -1648,7 +1652,7 @@ def test_a_save_announces_only_a_step_that_differs_from_the_last(store, steps, a
         store.save(T, b"{}", draft(step) if step else None)
         for member, _ in list(store.pending(100)):
             seen.append(json.loads(member)["type"])
-            store.acknowledge(json.loads(member)["id"], [member])
+            acknowledge(store, json.loads(member)["id"], member)
     assert seen == announced
     assert store.session(T).announced == announced[-1]
 
@@ -1690,7 +1694,7 @@ def test_acknowledging_while_another_reads_hides_none_of_the_others(store, clock
     seen = []
     for member, _ in store.pending(2):
         seen.append(member)
-        assert store.acknowledge(member.decode(), [member])
+        assert acknowledge(store, member.decode(), member)
     assert seen == [b"%d" % number for number in range(9)]
     assert members_of(store) == []
 
@@ -1699,9 +1703,9 @@ def test_an_id_stays_acknowledged_and_an_unknown_one_never_becomes_so(store):
     member, _, _ = add(store, draft())
     id = json.loads(member)["id"]
     for _ in range(2):
-        assert store.acknowledge("unknown", [b"unknown"]) is False
-        assert store.acknowledge(id, [member]) is True
-    assert store.acknowledge(id, []) is True
+        assert acknowledge(store, "unknown", b"unknown") is False
+        assert acknowledge(store, id, member) is True
+    assert acknowledge(store, id) is True
     assert members_of(store) == []
 
 
@@ -1749,7 +1753,7 @@ def is_a_week(ms: int) -> bool:
 def test_redis_keys_and_types_are_those_agreed_on(redis_store, other_program, clock):
     redis_store.save(T, '{"title": "ü"}'.encode(), draft(BEATS))
     member, _, _ = add(redis_store, draft(PROMPTS))
-    redis_store.acknowledge("an-id", [member])
+    acknowledge(redis_store, "an-id", member)
     agreed = {key: other_program.type(key) for key in other_program.scan_iter() if not key.startswith("storyteller:")}
     assert agreed == {
         f"session:{T}": "string",
@@ -1769,7 +1773,7 @@ def test_redis_ends_sessions_and_marks_after_7_days(redis_store, other_program):
     other_program.set(f"session:{T}", "{}", px=1000)
     redis_store.save(T, b"{}", draft())
     [member] = other_program.zrange("notifications:pending", 0, -1)
-    redis_store.acknowledge("an-id", [member.encode()])
+    acknowledge(redis_store, "an-id", member.encode())
     assert is_a_week(other_program.pttl(f"session:{T}"))
     assert is_a_week(other_program.pttl("notifications:ack:an-id"))
 
@@ -1892,7 +1896,7 @@ def test_a_mark_that_another_program_made_counts(redis_store, other_program):
     assert redis_store.acknowledged([]) == set()
     assert redis_store.acknowledged(["pending"]) == set()
     assert redis_store.acknowledged(["pending", "marked"]) == {"marked"}
-    assert redis_store.acknowledge("marked", []) is True
+    assert acknowledge(redis_store, "marked") is True
     assert redis_store.snapshot(1, ["pending", "marked"]) == ([], True)
 
 
@@ -1954,8 +1958,7 @@ VERBS = {
     "snapshot": lambda store: store.snapshot(100, ["an-id"]),
     "expired": lambda store: store.expired(100),
     "acknowledged": lambda store: store.acknowledged(["an-id"]),
-    "acknowledge": lambda store: store.acknowledge("an-id", [b"a member"]),
-    "acknowledge_own": lambda store: service.result_of(store.acknowledge_own([("an-id", service.now_ms())])[0]),
+    "acknowledge": lambda store: acknowledge(store, "an-id", b"a member"),
 }
 
 
@@ -2090,7 +2093,7 @@ def test_what_is_wrong_with_redis_is_told_with_what_to_do(own_redis, settings, s
         store.ping()
 
 
-@pytest.mark.parametrize("verb", ["save", "announce", "add", "pending", "snapshot", "acknowledge", "acknowledge_own"])
+@pytest.mark.parametrize("verb", ["save", "announce", "add", "pending", "snapshot", "acknowledge"])
 def test_a_pending_key_of_another_type_is_unavailable_and_nothing_is_saved(redis_store, other_program, verb):
     other_program.set("notifications:pending", "no sorted set")
     other_program.set(f"session:{T}", "as it was")
@@ -2366,12 +2369,12 @@ def test_what_a_writer_waits_for_another_it_waits_less_for_a_process(sqlite_stor
 def test_sqlite_ends_sessions_and_marks_after_7_days_and_removes_them(sqlite_store, clock):
     sqlite_store.save(T, b"{}", None)
     member, _, _ = add(sqlite_store, draft())
-    sqlite_store.acknowledge("an-id", [member])
+    acknowledge(sqlite_store, "an-id", member)
     clock.now += WEEK - 1
-    assert sqlite_store.session(T) and sqlite_store.acknowledge("an-id", [])
+    assert sqlite_store.session(T) and acknowledge(sqlite_store, "an-id")
     clock.now += 1
     assert sqlite_store.session(T) is None and list(sqlite_store.sessions()) == []
-    assert sqlite_store.acknowledge("an-id", []) is False
+    assert acknowledge(sqlite_store, "an-id") is False
     add(sqlite_store, draft(session=T + 1))
     with contextlib.closing(sqlite3.connect(sqlite_store.place)) as file:
         counts = [file.execute(f"SELECT count(*) FROM {name}").fetchone() for name in ("session", "pending", "marker")]
@@ -8640,7 +8643,7 @@ def test_a_change_by_another_instance_is_seen_by_the_next_check(polled, twin):
     assert [polled.check(), polled.check()] == [[], []]
     ids = [json.loads(add(twin, draft(session=T + number))[0])["id"] for number in range(3)]
     assert polled.check() == polled.check() == ids
-    twin.acknowledge(ids[1], [member for member, _ in twin.pending(100) if ids[1].encode() in member])
+    acknowledge(twin, ids[1])
     assert polled.check() == [ids[0], ids[2]]
 
 
