@@ -1318,8 +1318,9 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def next_time(kept: int, now: int) -> int:
+def next_time(kept: int, now: int, place: str) -> int:
     """Now, or the ms after a kept time that is not past; unless that was kept while the clock was wrong."""
+    warn_of_clock(kept, now, place)
     return now if kept > now + AHEAD_MS else max(now, kept + 1)
 
 
@@ -1331,8 +1332,7 @@ def warn_of_clock(kept: int, now: int, place: str) -> None:
 
 
 def find_fault(faults: Iterable[tuple[str, str, str]], text: str) -> tuple[str, str]:
-    """What is wrong, and what to do, of the first row whose pattern begins a word of the text: not the OOM of a host
-    that is named SERVERROOM."""
+    """What is wrong, and what to do: of the first row whose pattern begins a word (a host may be named SERVERROOM)."""
     return next((wrong, advice) for pattern, wrong, advice in faults if re.search(rf"(?<!\w)(?:{pattern})", text))
 
 
@@ -1750,6 +1750,11 @@ class RedisClient:
 # Redis: scripts
 # ======================================================================================================
 
+
+def evaluation(script: str, keys: Sequence[str], *arguments: Any) -> tuple[Any, ...]:
+    return ("EVAL", script, len(keys), *keys, *arguments)
+
+
 # Each script is one atomic step. This one adds a notification; with KEYS[4] announces it at a session, unless that was
 # done last; with ARGV[5] saves the session before.
 # KEYS: 1 pending, 2 newest, 3 made; 4 session, 5 StoryArt's key for it, 6 meta; 7 index, 8 StoryArt's index, 9 latest,
@@ -1856,18 +1861,11 @@ redis.call('SET', KEYS[2], '1', 'PX', 604800000)
 return 1
 """
 
-# KEYS: 1 session, 2 StoryArt's key for it, 3 meta, 4 index, 5 StoryArt's index. A save may have come between.
-_LUA_TRIM = """
-if redis.call('EXISTS', KEYS[1], KEYS[2]) == 0 then
-  redis.call('ZREM', KEYS[4], KEYS[1])
-  redis.call('ZREM', KEYS[5], KEYS[2])
-  redis.call('DEL', KEYS[3])
-end
-"""
-
-# KEYS: 1 session, 2 StoryArt's key for it, 3 meta, 4 index, 5 StoryArt's index, 6 latest, 7 its meta. ARGV: timestamp.
+# KEYS: 1 session, 2 StoryArt's key for it, 3 meta, 4 index, 5 StoryArt's index, 6 latest, 7 its meta. ARGV: timestamp;
+# without it only what is left of a session that is gone. A save may have come between.
 _LUA_REMOVE = """
-local is_read, latest = pcall(cjson.decode, redis.pcall('GET', KEYS[6]))
+if not ARGV[1] and redis.call('EXISTS', KEYS[1], KEYS[2]) > 0 then return 0 end
+local is_read, latest = pcall(cjson.decode, ARGV[1] and redis.pcall('GET', KEYS[6]))
 local removed = redis.call('DEL', KEYS[1], KEYS[2])
 if is_read and type(latest) == 'table' and tonumber(latest.timestamp) == tonumber(ARGV[1]) then
   removed = removed + redis.call('DEL', KEYS[6], KEYS[7])
@@ -1972,8 +1970,7 @@ class RedisStore(Store):
         self.writes.check()
 
     def try_write(self) -> None:
-        keys = ["storyteller:incoming:try", *self._session_keys("try"), self.PENDING, *self.INDEXES]
-        result_of(self._run(_LUA_TRY, [(keys, ())])[0])
+        self._run(_LUA_TRY, ["storyteller:incoming:try", *self._session_keys("try"), self.PENDING, *self.INDEXES])
         self.writes.note()
 
     def close(self) -> None:
@@ -1984,15 +1981,24 @@ class RedisStore(Store):
         """The key of a session, StoryArt's key for it, and the key of what we note of it."""
         return f"session:{timestamp}", f"storyart:session:{timestamp}", f"storyteller:session:{timestamp}"
 
-    def read_sessions(self, timestamps: Sequence[int]) -> list[StoredSession | ApiError | None]:
-        """StorySwarm's copies, or StoryArt's where there is no other."""
+    def _keys_of(self, timestamp: int) -> tuple[str, ...]:
+        """All keys that a change of a session may change."""
+        return (*self._session_keys(timestamp), *self.INDEXES, self.LATEST, self.META_OF_LATEST)
+
+    def _read_parts(self, timestamps: Sequence[int], verb: str) -> list[list[Any]]:
+        """Of each session its timestamp, what we note of it, the reply of its key to the verb, and the length of
+        StoryArt's copy."""
         commands: list[_Command] = []
         for ours, storyarts, meta in map(self._session_keys, timestamps):
             # The meta key first: a document newer than what was announced is announced again, which changes nothing.
             # MGET would hide a key of another type.
-            commands += [("HMGET", meta, *self._META), ("GET", ours), ("STRLEN", storyarts)]
+            commands += [("HMGET", meta, *self._META), (verb, ours), ("STRLEN", storyarts)]
         replies = iter(self._redis.exchange(commands))
-        found = [list(parts) for parts in zip(timestamps, replies, replies, replies)]
+        return [list(parts) for parts in zip(timestamps, replies, replies, replies)]
+
+    def read_sessions(self, timestamps: Sequence[int]) -> list[StoredSession | ApiError | None]:
+        """StorySwarm's copies, or StoryArt's where there is no other."""
+        found = self._read_parts(timestamps, "GET")
         if lone := [parts for parts in found if parts[2] is None and parts[3] != 0]:
             reads = [("GET", self._session_keys(parts[0])[1]) for parts in lone]
             for parts, document in zip(lone, self._redis.exchange(reads)):
@@ -2036,16 +2042,12 @@ class RedisStore(Store):
         indexes = [one for one in replies if not (isinstance(one, ApiError) and "WRONGTYPE" in one.refusal)]
         scores = {float(score) for values in map(result_of, indexes) for score in values[1::2]}
         newest = sorted({int(score) for score in scores if math.isfinite(score)}, reverse=True)[:count]
-        commands: list[_Command] = []
-        for ours, storyarts, meta in map(self._session_keys, newest):
-            commands += [("HMGET", meta, *self._META), ("STRLEN", ours), ("STRLEN", storyarts)]
-        parts = iter(self._redis.exchange(commands) if commands else ())
-        found = zip(newest, zip(parts, parts, parts))
-        return [(timestamp, str(version)) for timestamp, version in found if version[1:] != (0, 0)]
+        found = self._read_parts(newest, "STRLEN")
+        return [(timestamp, str(version)) for timestamp, *version in found if version[1:] != [0, 0]]
 
     def trim(self, timestamp: int) -> None:
         """Remove a session from the indexes, if it is gone."""
-        result_of(self._run(_LUA_TRIM, [((*self._session_keys(timestamp), *self.INDEXES), ())])[0])
+        self._run(_LUA_REMOVE, self._keys_of(timestamp))
 
     def newest_copy(self) -> bytes | None:
         return self._get(self.LATEST)
@@ -2055,9 +2057,11 @@ class RedisStore(Store):
         values: list[bytes | None] = self._redis.ask(("MGET", key))[0]
         return values[0]
 
-    def _run(self, script: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
-        """Run a script for each (keys, arguments), all in one round trip; the outcome of each."""
-        return self._write(*[("EVAL", script, len(keys), *keys, *arguments) for keys, arguments in calls])
+    def _run(self, script: str, keys: Sequence[str], *arguments: Any) -> Any:
+        return self._write_one(*evaluation(script, keys, *arguments))
+
+    def _write_one(self, *command: Any) -> Any:
+        return result_of(self._write(command)[0])
 
     def _write(self, *commands: _Command) -> list[Any]:
         """The outcomes of commands that write."""
@@ -2073,18 +2077,17 @@ class RedisStore(Store):
     def _transact(self, *call: Any) -> list[Any]:
         return list(map(result_of, self._noted(self._redis.transact(*call))))
 
-    def _change_call(
-        self, draft: Draft | None, at: int, keys: Sequence[str], further: Sequence[Any]
-    ) -> tuple[Sequence[str], Sequence[Any]]:
+    def _change_command(self, draft: Draft | None, at: int, keys: Sequence[str], *further: Any) -> tuple[Any, ...]:
         made = f"storyteller:made:{draft.type}:{draft.session}" if draft else "storyteller:made"
         member = draft.member(at) if draft else b""
-        return (self.PENDING, self.NEWEST, made, *keys), (member, at, self._clock(), *further)
+        keys = (self.PENDING, self.NEWEST, made, *keys)
+        return evaluation(_LUA_CHANGE, keys, member, at, self._clock(), *further)
 
     def _change(self, drafts: Sequence[Draft | None], keys: Sequence[str] = (), *further: Any) -> list[Any]:
         """Run _LUA_CHANGE for each draft, with a time past the newest one so far; the outcome of each."""
-        first = next_time(self._newest_given, self._clock())
-        calls = [self._change_call(draft, at, keys, further) for at, draft in enumerate(drafts, first)]
-        outcomes = self._run(_LUA_CHANGE, calls)
+        first = next_time(self._newest_given, self._clock(), self.place)
+        commands = [self._change_command(draft, at, keys, *further) for at, draft in enumerate(drafts, first)]
+        outcomes = self._write(*commands)
         ahead = max(0 if isinstance(outcome, ApiError) else outcome.pop(0) for outcome in outcomes)
         warn_of_clock(ahead, self._clock(), self.place)
         states = [None if isinstance(outcome, ApiError) else outcome[0] for outcome in outcomes]
@@ -2108,18 +2111,16 @@ class RedisStore(Store):
         incoming = {f"{name}:{number}": one for number, one in enumerate(documents)}
         for outcome in self._write(*[("SET", key, one, "PX", 60_000) for key, one in incoming.items()]):
             result_of(outcome)
-        keys = [*self._session_keys(timestamp), *self.INDEXES, self.LATEST, self.META_OF_LATEST, *incoming]
         kind = draft.type if draft else ""
         further = (kind, timestamp, int(replace), *marks, int(by_storyart), self.unreadable_latest)
-        state = result_of(self._change([draft], keys, *further)[0])[0]
+        state = result_of(self._change([draft], [*self._keys_of(timestamp), *incoming], *further)[0])[0]
         if state == b"gone":
             raise Unavailable("Redis took a minute for this session: ask again.", 1)
         self.writes.note()
         return bool(state != b"taken")
 
     def remove_session(self, timestamp: int) -> bool:
-        keys = (*self._session_keys(timestamp), *self.INDEXES, self.LATEST, self.META_OF_LATEST)
-        return bool(result_of(self._run(_LUA_REMOVE, [(keys, [timestamp])])[0]))
+        return bool(self._run(_LUA_REMOVE, self._keys_of(timestamp), timestamp))
 
     def announce(self, session: int, draft: Draft) -> bool:
         (outcome,) = self._change([draft], self._session_keys(session), draft.type)
@@ -2176,56 +2177,60 @@ class RedisStore(Store):
         return {id for id, found in zip(ids, self._redis.ask(*[("EXISTS", self.MARK + id) for id in ids])) if found}
 
     def remove_pending(self, members: Sequence[bytes]) -> bool:
-        return bool(result_of(self._write(("ZREM", self.PENDING, *members))[0]))
+        return bool(self._write_one("ZREM", self.PENDING, *members))
 
     def acknowledge(self, ids: Mapping[str, Sequence[bytes]]) -> list[bool | ApiError]:
         oldest = self._clock() - TTL_MS + 1
-        calls = [((self.PENDING, self.MARK + id), (oldest, *own_member(id), *members)) for id, members in ids.items()]
-        return map_results(bool, self._run(_LUA_ACKNOWLEDGE, calls))
+        commands = [
+            evaluation(_LUA_ACKNOWLEDGE, (self.PENDING, self.MARK + id), oldest, *own_member(id), *members)
+            for id, members in ids.items()
+        ]
+        return map_results(bool, self._write(*commands))
 
     def keep_token(self, digest: str, record: bytes, ttl: int, *, renews: bool = False) -> bool:
-        command = ("SET", self.TOKEN + digest, record, "PX", ttl, *(("XX",) if renews else ()))
-        return result_of(self._write(command)[0]) is not None
+        only = ("XX",) if renews else ()
+        return self._write_one("SET", self.TOKEN + digest, record, "PX", ttl, *only) is not None
 
     def token(self, digest: str) -> bytes | None:
         return self._get(self.TOKEN + digest)
 
     def tokens(self) -> list[tuple[str, bytes]]:
-        keys: set[bytes] = set()
+        records: dict[str, bytes | None] = {}
         cursor = b""
         while cursor != b"0":  # SCAN: who asks often spaces it by how long it takes
-            ((cursor, found),) = self._redis.ask(("SCAN", cursor or 0, "MATCH", f"{self.TOKEN}*", "COUNT", 1000))
-            keys.update(found)
-        digests = [key.decode("utf-8", "replace").removeprefix(self.TOKEN) for key in sorted(keys)]
-        return [(digest, record) for digest in digests if (record := self.token(digest)) is not None]
+            ((cursor, keys),) = self._redis.ask(("SCAN", cursor or 0, "MATCH", f"{self.TOKEN}*", "COUNT", 1000))
+            digests = [key.decode("utf-8", "replace").removeprefix(self.TOKEN) for key in keys]
+            records.update(zip(digests, self._redis.ask(("MGET", *keys))[0] if keys else ()))
+        return [(digest, record) for digest, record in sorted(records.items()) if record is not None]
 
     def revoke_token(self, digest: str) -> bool:
-        return bool(result_of(self._write(("DEL", self.TOKEN + digest))[0]))
+        return bool(self._write_one("DEL", self.TOKEN + digest))
 
     def swap_reservation(self, host: str, before: bytes | None, after: bytes | None) -> bytes | None:
-        call = [f"storyteller:gpu:{host}"], (before or b"", after or b"")
-        return cast("bytes | None", result_of(self._run(_LUA_SWAP, [call])[0]))
+        record: bytes | None = self._run(_LUA_SWAP, [f"storyteller:gpu:{host}"], before or b"", after or b"")
+        return record
 
     TAKEN = "storyteller:taken"  # the keys that take() was asked for: what was removed since does not come back
 
-    def take(self, table: str, row: Sequence[Any]) -> bool:
+    def take(self, table: str, row: sqlite3.Row) -> bool:
         """Store a row of SqliteStore.rows() until its end. False when it is there, or was taken before."""
-        end = row[-1] if table != "pending" else row[1] + TTL_MS
-        life, commands = ("PX", max(1, end - self._clock())), list[_Command]()
+        life, commands = ("PX", max(1, row["end"] - self._clock())), list[_Command]()
         if table == "session":
-            (*keys, meta), (timestamp, document, saved, announced, _) = self._session_keys(row[0]), row
+            *keys, meta = self._session_keys(row["timestamp"])
             # As StoryArt's: so the bridge makes StoryArt's copy, and a later one of StorySwarm's leaves its words.
-            about = ("saved", saved, "byStoryArt", 1, *(("announced", announced) if announced else ()))
-            commands = [("ZADD", self.INDEXES[0], timestamp, keys[0]), ("DEL", meta), ("HSET", meta, *about)]
-            commands += [("PEXPIRE", meta, life[1]), ("SET", keys[0], document, *life)]
+            about = ("saved", row["saved"], "announced", row["announced"] or "", "byStoryArt", 1)
+            commands = [("ZADD", self.INDEXES[0], row["timestamp"], keys[0]), ("DEL", meta), ("HSET", meta, *about)]
+            commands += [("PEXPIRE", meta, life[1]), ("SET", keys[0], row["document"], *life)]
         elif table == "pending":
-            keys = [f"storyteller:made:{row[2]}"]
+            keys, member = [f"storyteller:made:{row['made']}"], row["member"]
             with contextlib.suppress(ValueError, TypeError, KeyError):  # it is no notification
-                keys.append(self.MARK + str(parse_json(row[0])["id"]))
-            commands = [("ZADD", self.PENDING, row[1], row[0]), ("SET", keys[0], row[0], *life)]
+                keys.append(self.MARK + str(parse_json(member)["id"]))
+            commands = [("ZADD", self.PENDING, row["time"], member), ("SET", keys[0], member, *life)]
         else:
-            keys = [f"{self.TOKEN if table == 'token' else self.MARK}{row[0]}"]
-            commands = [("SET", keys[0], row[1] if table == "token" else "1", *life)]
+            name, value = (
+                (self.TOKEN + row["digest"], row["record"]) if table == "token" else (self.MARK + row["id"], "1")
+            )
+            keys, commands = [name], [("SET", name, value, *life)]
         # No token lives for longer than 366 days.
         noted: list[_Command] = [("SADD", self.TAKEN, keys[0]), ("PEXPIRE", self.TAKEN, 366 * 86_400_000)]
         reads: list[_Command] = [("EXISTS", *keys), ("SISMEMBER", self.TAKEN, keys[0])]
@@ -2265,8 +2270,7 @@ class BridgedStore(RedisStore):
         whether note_met() was called, then for the newest `count` sessions of each index, and for `further` ones, the
         timestamp and the lengths of both copies; -1 for the length of what is no text."""
         keys = (*self.INDEXES, self.LATEST, self.LEASE, self.MET)
-        text = result_of(self._run(_LUA_LOOK, [(keys, (owner, ttl, count, *further))])[0])
-        return list(map(int, text.split()))
+        return list(map(int, self._run(_LUA_LOOK, keys, owner, ttl, count, *further).split()))
 
     def bring_in_step(
         self, timestamp: int, decide: Callable[[Copies], Change | None], latest: bytes | None = None, *,
@@ -2281,12 +2285,11 @@ class BridgedStore(RedisStore):
         noted = ("storyswarm", "storyart", "byStoryArt")
         reads: list[_Command] = [*tops, ("HMGET", keys[2], *noted), ("EXISTS", self.MET)]
         reads += [("PTTL", keys[2]), *((verb, key) for key in keys[:2] for verb in ("PTTL", "GET"))]
-        watched: Sequence[str] = keys
+        watched = [*keys]
         if latest is not None:
-            watched = (*keys, self.LATEST, self.META_OF_LATEST)
+            watched += [self.LATEST, self.META_OF_LATEST]
             reads += [("GET", self.LATEST), ("PTTL", self.LATEST), ("HGET", self.META_OF_LATEST, "storyswarm")]
-        copies: Copies = Copies(timestamp, None, None)
-        draft: Draft | None = None
+        copies, draft = Copies(timestamp, None, None), cast("Draft | None", None)
 
         def write(replies: list[Any]) -> list[_Command]:
             nonlocal copies, draft
@@ -2309,29 +2312,25 @@ class BridgedStore(RedisStore):
                 return []
             change = change or Change(by_storyart=copies.by_storyart)
             written = (change.storyswarm or (given if given != document else None), change.storyart)
-            commands: list[_Command] = []
-            for key, index, new, old, own, other in (
-                (keys[0], self.INDEXES[0], written[0], document, ttl, storyart_ttl),
-                (keys[1], self.INDEXES[1], written[1], storyart, storyart_ttl, ttl),
-            ):
+            marks = [mark if new is None else mark_of(new) for new, mark in zip(written, copies.found)]
+            noted = ("storyswarm", marks[0], "storyart", marks[1], "byStoryArt", int(change.by_storyart))
+            commands: list[_Command] = [("HSET", keys[2], *noted)]
+            lives = (ttl, storyart_ttl), (storyart_ttl, ttl)
+            for key, index, new, old, (own, other) in zip(keys, self.INDEXES, written, (document, storyart), lives):
                 source = of_latest[1] if of_latest else other
                 life = max(own, source if source > 0 else TTL_MS)
                 if new is not None:
                     commands.append(("SET", key, new, *(() if own == -1 else ("PX", life))))
                 if new is not None or old is not None:
                     commands.append(("ZADD", index, timestamp, key))
-            marks = [mark if new is None else mark_of(new) for new, mark in zip(written, copies.found)]
-            noted = ("storyswarm", marks[0], "storyart", marks[1], "byStoryArt", int(change.by_storyart))
-            commands.append(("HSET", keys[2], *noted))
             if latest is not None:
                 commands.append(("HSET", self.META_OF_LATEST, "storyswarm", mark_of(latest)))
             newest = [float(found[1]) for found in replies[:2] if found and isinstance(found, list)]
             # When the bridge first meets a Redis, all is old news but the newest session (a score may have a fraction).
             if is_met or timestamp > max(newest, default=0) - 1:
                 draft = change.draft
-            at = next_time(self._newest_given, self._clock())
-            made, values = self._change_call(draft, at, keys, (draft.type if draft else "",))
-            return [*commands, ("EVAL", _LUA_CHANGE, len(made), *made, *values)]
+            at = next_time(self._newest_given, self._clock(), self.place)
+            return [*commands, self._change_command(draft, at, keys, draft.type if draft else "")]
 
         if replies := self._transact(watched, reads, write):
             ahead, state, *_ = replies[-1]
@@ -2568,11 +2567,8 @@ class SqliteStore(Store):
     _SESSION = "SELECT timestamp, document, saved, announced FROM session WHERE expires > ?"
 
     def read_sessions(self, timestamps: Sequence[int]) -> list[StoredSession | ApiError | None]:
-        def read(timestamp: int) -> StoredSession | None:
-            rows = self._read(f"{self._SESSION} AND timestamp = ?", self._clock(), timestamp)
-            return StoredSession(*rows[0]) if rows else None
-
-        return list(map(read, timestamps))
+        found = [self._read(f"{self._SESSION} AND timestamp = ?", self._clock(), one) for one in timestamps]
+        return [StoredSession(*rows[0]) if rows else None for rows in found]
 
     def sessions(self) -> Iterator[StoredSession]:
         newest_below = f"{self._SESSION} AND timestamp < ? ORDER BY timestamp DESC LIMIT 1"
@@ -2590,24 +2586,17 @@ class SqliteStore(Store):
         " DO UPDATE SET document = ?2, saved = ?3, expires = ?4 WHERE ?5"
     )
 
-    def save(
-        self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True, storyart: bytes = b"",
-        by_storyart: bool = False,
-    ) -> bool:  # fmt: skip
+    def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True, **_: object) -> bool:
         def change() -> bool:
             now, before = self._clock(), "SELECT saved FROM session WHERE timestamp = ?"
             (kept,) = self._writer.execute(before, (timestamp,)).fetchone() or (0,)
-            row = (timestamp, document, self._next_time(kept), now + TTL_MS, replace)
+            row = (timestamp, document, next_time(kept, now, self.place), now + TTL_MS, replace)
             is_saved = self._writer.execute(self._SAVE, row).rowcount > 0
             if is_saved and draft:
                 self._announce(timestamp, draft)
             return is_saved
 
         return self._write(change)
-
-    def _next_time(self, kept: int) -> int:
-        warn_of_clock(kept, self._clock(), self.place)
-        return next_time(kept, self._clock())
 
     def remove_session(self, timestamp: int) -> bool:
         remove = "DELETE FROM session WHERE timestamp = ?"
@@ -2629,7 +2618,8 @@ class SqliteStore(Store):
         made = f"{draft.type}:{draft.session}"
         if row := self._writer.execute("SELECT member, time FROM pending WHERE made = ?", (made,)).fetchone():
             return *row, False
-        at = self._next_time(self._writer.execute("SELECT time FROM newest").fetchone()[0])
+        (newest,) = self._writer.execute("SELECT time FROM newest").fetchone()
+        at = next_time(newest, self._clock(), self.place)
         self._writer.execute("UPDATE newest SET time = ?", (at,))
         member = draft.member(at)
         self._writer.execute("INSERT INTO pending (member, time, made) VALUES (?, ?, ?)", (member, at, made))
@@ -2684,11 +2674,13 @@ class SqliteStore(Store):
     def revoke_token(self, digest: str) -> bool:
         return self._write(lambda: self._writer.execute("DELETE FROM token WHERE digest = ?", (digest,)).rowcount > 0)
 
-    def rows(self, table: str) -> Iterator[tuple[Any, ...]]:
+    def rows(self, table: str) -> Iterator[sqlite3.Row]:
         """All of a table that have not ended, for a copy of the store; sessions by timestamp, the newest last."""
-        condition = f"time > ? - {TTL_MS}" if table == "pending" else "expires > ?"
+        end = f"time + {TTL_MS}" if table == "pending" else "expires"
+        query = f"SELECT *, {end} AS end FROM {table} WHERE {end} > ? ORDER BY rowid"
         with self._errors(), contextlib.closing(self._connect()) as database:
-            yield from database.execute(f"SELECT * FROM {table} WHERE {condition} ORDER BY rowid", (self._clock(),))
+            database.row_factory = sqlite3.Row
+            yield from database.execute(query, (self._clock(),))
 
     def swap_reservation(self, host: str, before: bytes | None, after: bytes | None) -> bytes | None:
         record = "SELECT record FROM reservation WHERE host = ?1"
