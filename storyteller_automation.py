@@ -68,6 +68,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import heapq
 import hmac
 import http.client
 import io
@@ -1563,6 +1564,11 @@ _REDIS_FAULTS = (
 )  # fmt: skip
 
 
+def is_of_another_type(reply: Any) -> bool:
+    """Whether it is the error of a key of another type."""
+    return isinstance(reply, ApiError) and "WRONGTYPE" in reply.refusal
+
+
 class _Unchecked(redis.connection.AbstractConnection):
     """A new connection needs no health check, whose PING Redis refuses where it refuses writes alone."""
 
@@ -1891,6 +1897,20 @@ redis.call('PEXPIRE', KEYS[4], 1000)
 return redis.call('DEL', KEYS[2], KEYS[3], KEYS[4])
 """
 
+# Run the commands in ARGV, each after the number of its words, unless KEYS[2] was noted or one of KEYS[2] ... is there;
+# note it. The first command that is refused ends the script. KEYS: 1 the set of what is noted.
+_LUA_TAKE = """
+local is_new = redis.call('SISMEMBER', KEYS[1], KEYS[2]) + redis.call('EXISTS', unpack(KEYS, 2)) == 0
+local at = 1
+while is_new and ARGV[at] do
+  redis.call(unpack(ARGV, at + 1, at + ARGV[at]))
+  at = at + ARGV[at] + 1
+end
+redis.call('SADD', KEYS[1], KEYS[2])
+redis.call('PEXPIRE', KEYS[1], 31622400000)  -- 366 days: no token lives for longer
+return is_new
+"""
+
 # KEYS: 1 record. ARGV: 1 before, "" for none; 2 after, "" to read it.
 _LUA_SWAP = """
 local is_same = (redis.call('GET', KEYS[1]) or '') == ARGV[1]
@@ -1942,7 +1962,6 @@ class RedisStore(Store):
     TOKEN = "auth:session:"
 
     META_OF_LATEST = "storyteller:session:latest"
-    _META = ("saved", "announced", "storyswarm", "storyart")  # what is read of the meta key of a session
 
     has_both_copies = False  # BridgedStore has StoryArt's copy as well
     unreadable_latest = 0  # the length of a session:latest that is no session: a save replaces it
@@ -1986,13 +2005,13 @@ class RedisStore(Store):
         return (*self._session_keys(timestamp), *self.INDEXES, self.LATEST, self.META_OF_LATEST)
 
     def _read_parts(self, timestamps: Sequence[int], verb: str) -> list[list[Any]]:
-        """Of each session its timestamp, what we note of it, the reply of its key to the verb, and the length of
-        StoryArt's copy."""
+        """Of each: timestamp, what we note of it, the reply of its key to the verb, the length of StoryArt's copy."""
         commands: list[_Command] = []
         for ours, storyarts, meta in map(self._session_keys, timestamps):
             # The meta key first: a document newer than what was announced is announced again, which changes nothing.
             # MGET would hide a key of another type.
-            commands += [("HMGET", meta, *self._META), (verb, ours), ("STRLEN", storyarts)]
+            commands.append(("HMGET", meta, "saved", "announced", "storyswarm", "storyart"))
+            commands += [(verb, ours), ("STRLEN", storyarts)]
         replies = iter(self._redis.exchange(commands))
         return [list(parts) for parts in zip(timestamps, replies, replies, replies)]
 
@@ -2006,43 +2025,38 @@ class RedisStore(Store):
         return [self._read_session(*parts) for parts in found]
 
     def _read_session(self, timestamp: int, meta: Any, document: Any, size: Any) -> StoredSession | ApiError | None:
-        if isinstance(document, ApiError):
-            if "WRONGTYPE" not in document.refusal:
-                return document
+        if is_of_another_type(document):
             document = None
-        elif document is None:
-            return None
+        elif document is None or isinstance(document, ApiError):
+            return document
         noted = [None] * 4 if isinstance(meta, ApiError) else [one and one.decode("utf-8", "replace") for one in meta]
         saved = int(noted[0]) if noted[0] and noted[0].isdigit() else None
         marks = (noted[2] or "", noted[3] or "") if self.has_both_copies else None
         return StoredSession(timestamp, document, saved, noted[1], marks, -1 if isinstance(size, ApiError) else size)
 
     def sessions(self) -> Iterator[StoredSession]:
-        page, below, last = 100, "+inf", None
-        while True:
-            read = [("ZREVRANGEBYSCORE", key, below, "-inf", "WITHSCORES", "LIMIT", 0, page) for key in self.INDEXES]
-            found = [[float(score) for score in values[1::2]] for values in self._redis.ask(*read)]
-            # A full page says nothing of what lies below its last score: go no further down than that.
-            floor = max((scores[-1] for scores in found if len(scores) == page), default=-math.inf)
-            scores = {score for some in found for score in some if score >= floor and math.isfinite(score)}
-            for timestamp in sorted({int(score) for score in scores} - {last}, reverse=True):
-                last = timestamp  # the next page may hold it with another fraction of a ms
-                if session := self.session(timestamp):
-                    yield session
-                    continue
-                with contextlib.suppress(Unavailable):  # a replica takes no writes: read on
-                    self.trim(timestamp)
-            if floor == -math.inf:
-                return
-            below = f"({floor!r}"
+        for timestamp in self._timestamps():
+            if session := self.session(timestamp):
+                yield session
+                continue
+            with contextlib.suppress(Unavailable):  # a replica takes no writes: read on
+                self.trim(timestamp)
+
+    def _timestamps(self) -> Iterator[int]:
+        """Those of both indexes, newest first, each once, also where its scores have other fractions of a ms."""
+        merged = heapq.merge(*map(self._read_index, self.INDEXES), reverse=True)
+        return (timestamp for timestamp, _ in itertools.groupby(merged))
+
+    def _read_index(self, key: str) -> Iterator[int]:
+        scores = [math.inf]
+        while scores:
+            page = ("ZREVRANGEBYSCORE", key, f"({scores[-1]!r}", "(-inf", "WITHSCORES", "LIMIT", 0, 100)
+            (reply,) = self._redis.exchange([page])
+            scores = [] if is_of_another_type(reply) else [float(score) for score in result_of(reply)[1::2]]
+            yield from map(int, scores)
 
     def newest_sessions(self, count: int) -> list[tuple[int, Any]]:
-        replies = self._redis.exchange([("ZREVRANGE", key, 0, count - 1, "WITHSCORES") for key in self.INDEXES])
-        # One may be of another type: then the sessions of the other one.
-        indexes = [one for one in replies if not (isinstance(one, ApiError) and "WRONGTYPE" in one.refusal)]
-        scores = {float(score) for values in map(result_of, indexes) for score in values[1::2]}
-        newest = sorted({int(score) for score in scores if math.isfinite(score)}, reverse=True)[:count]
-        found = self._read_parts(newest, "STRLEN")
+        found = self._read_parts(list(itertools.islice(self._timestamps(), count)), "STRLEN")
         return [(timestamp, str(version)) for timestamp, *version in found if version[1:] != [0, 0]]
 
     def trim(self, timestamp: int) -> None:
@@ -2054,40 +2068,37 @@ class RedisStore(Store):
 
     def _get(self, key: str) -> bytes | None:
         """None also for a key of another type."""
-        values: list[bytes | None] = self._redis.ask(("MGET", key))[0]
-        return values[0]
+        return cast("bytes | None", self._redis.ask(("MGET", key))[0][0])
 
     def _run(self, script: str, keys: Sequence[str], *arguments: Any) -> Any:
-        return self._write_one(*evaluation(script, keys, *arguments))
+        return self._write(evaluation(script, keys, *arguments))
 
-    def _write_one(self, *command: Any) -> Any:
-        return result_of(self._write(command)[0])
+    def _write(self, *commands: _Command) -> Any:
+        """The reply to the last of the commands; it raises the first error."""
+        return list(map(result_of, self._write_each(commands)))[-1]
 
-    def _write(self, *commands: _Command) -> list[Any]:
-        """The outcomes of commands that write."""
+    def _write_each(self, commands: Sequence[_Command]) -> list[Any]:
+        """The replies to commands that write, Unavailable in place of an error."""
         return self._noted(self._redis.exchange(commands))
 
     def _noted(self, outcomes: list[Any]) -> list[Any]:
         """Note it where writes are refused. A key of another type is the fault of that key alone."""
         for outcome in outcomes:
-            if isinstance(outcome, ApiError) and outcome.refusal and "WRONGTYPE" not in outcome.refusal:
+            if isinstance(outcome, ApiError) and outcome.refusal and not is_of_another_type(outcome):
                 self.writes.note(outcome.refusal)
         return outcomes
 
-    def _transact(self, *call: Any) -> list[Any]:
-        return list(map(result_of, self._noted(self._redis.transact(*call))))
-
     def _change_command(self, draft: Draft | None, at: int, keys: Sequence[str], *further: Any) -> tuple[Any, ...]:
-        made = f"storyteller:made:{draft.type}:{draft.session}" if draft else "storyteller:made"
-        member = draft.member(at) if draft else b""
+        kind, member = (draft.type, draft.member(at)) if draft else ("", b"")
+        made = f"storyteller:made:{kind}:{draft.session if draft else ''}"
         keys = (self.PENDING, self.NEWEST, made, *keys)
-        return evaluation(_LUA_CHANGE, keys, member, at, self._clock(), *further)
+        return evaluation(_LUA_CHANGE, keys, member, at, self._clock(), kind, *further)
 
     def _change(self, drafts: Sequence[Draft | None], keys: Sequence[str] = (), *further: Any) -> list[Any]:
         """Run _LUA_CHANGE for each draft, with a time past the newest one so far; the outcome of each."""
         first = next_time(self._newest_given, self._clock(), self.place)
         commands = [self._change_command(draft, at, keys, *further) for at, draft in enumerate(drafts, first)]
-        outcomes = self._write(*commands)
+        outcomes = self._write_each(commands)
         ahead = max(0 if isinstance(outcome, ApiError) else outcome.pop(0) for outcome in outcomes)
         warn_of_clock(ahead, self._clock(), self.place)
         states = [None if isinstance(outcome, ApiError) else outcome[0] for outcome in outcomes]
@@ -2109,10 +2120,8 @@ class RedisStore(Store):
         marks = (mark, mark if storyart == document else mark_of(storyart))
         documents = [document, storyart, document] if self.has_both_copies else [document]
         incoming = {f"{name}:{number}": one for number, one in enumerate(documents)}
-        for outcome in self._write(*[("SET", key, one, "PX", 60_000) for key, one in incoming.items()]):
-            result_of(outcome)
-        kind = draft.type if draft else ""
-        further = (kind, timestamp, int(replace), *marks, int(by_storyart), self.unreadable_latest)
+        self._write(*[("SET", key, one, "PX", 60_000) for key, one in incoming.items()])
+        further = (timestamp, int(replace), *marks, int(by_storyart), self.unreadable_latest)
         state = result_of(self._change([draft], [*self._keys_of(timestamp), *incoming], *further)[0])[0]
         if state == b"gone":
             raise Unavailable("Redis took a minute for this session: ask again.", 1)
@@ -2123,7 +2132,7 @@ class RedisStore(Store):
         return bool(self._run(_LUA_REMOVE, self._keys_of(timestamp), timestamp))
 
     def announce(self, session: int, draft: Draft) -> bool:
-        (outcome,) = self._change([draft], self._session_keys(session), draft.type)
+        (outcome,) = self._change([draft], self._session_keys(session))
         return bool(result_of(outcome)[0] != b"known")
 
     def add(self, drafts: Sequence[Draft]) -> list[tuple[bytes, int, bool] | ApiError]:
@@ -2142,11 +2151,9 @@ class RedisStore(Store):
                 yield from ((member, in_ms(score)) for member, score in rows)
 
     @staticmethod
-    def _scores(now: int, *, expired: bool = False) -> list[tuple[str, str]]:
-        """Within the TTL or past it, in seconds, then in ms: so Redis itself leaves out the others."""
+    def _scores(now: int) -> list[tuple[str, str]]:
+        """Within the TTL, in seconds, then in ms: so Redis itself leaves out the others."""
         ms = now - TTL_MS
-        if expired:
-            return [("-inf", f"{ms / 1000}"), (f"{SECONDS_BELOW}", f"{ms}")]
         return [(f"({ms / 1000}", f"({SECONDS_BELOW}"), (f"({ms}", "+inf")]
 
     def _select(self, lowest: str, highest: str, count: int) -> list[tuple[bytes, float]]:
@@ -2167,9 +2174,9 @@ class RedisStore(Store):
         return (in_seconds + others)[:count], any(marked)
 
     def expired(self, count: int) -> list[bytes]:
-        own = re.compile(OWN_MEMBER % OWN_ID.encode())
-        found = [row for scores in self._scores(self._clock(), expired=True) for row in self._select(*scores, count)]
-        return [member for member, _ in found if not own.match(member)]
+        ms = self._clock() - TTL_MS
+        found = self._select("-inf", f"{ms / 1000}", count) + self._select(f"{SECONDS_BELOW}", f"{ms}", count)
+        return [member for member, _ in found if not re.match(OWN_MEMBER % OWN_ID.encode(), member)]
 
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
         if not ids or self._redis.ask(self._are_marked(tuple(ids))) == [0]:
@@ -2177,7 +2184,7 @@ class RedisStore(Store):
         return {id for id, found in zip(ids, self._redis.ask(*[("EXISTS", self.MARK + id) for id in ids])) if found}
 
     def remove_pending(self, members: Sequence[bytes]) -> bool:
-        return bool(self._write_one("ZREM", self.PENDING, *members))
+        return bool(self._write(("ZREM", self.PENDING, *members)))
 
     def acknowledge(self, ids: Mapping[str, Sequence[bytes]]) -> list[bool | ApiError]:
         oldest = self._clock() - TTL_MS + 1
@@ -2185,18 +2192,17 @@ class RedisStore(Store):
             evaluation(_LUA_ACKNOWLEDGE, (self.PENDING, self.MARK + id), oldest, *own_member(id), *members)
             for id, members in ids.items()
         ]
-        return map_results(bool, self._write(*commands))
+        return map_results(bool, self._write_each(commands))
 
     def keep_token(self, digest: str, record: bytes, ttl: int, *, renews: bool = False) -> bool:
-        only = ("XX",) if renews else ()
-        return self._write_one("SET", self.TOKEN + digest, record, "PX", ttl, *only) is not None
+        command = ("SET", self.TOKEN + digest, record, "PX", ttl, *(("XX",) if renews else ()))
+        return self._write(command) is not None
 
     def token(self, digest: str) -> bytes | None:
         return self._get(self.TOKEN + digest)
 
     def tokens(self) -> list[tuple[str, bytes]]:
-        records: dict[str, bytes | None] = {}
-        cursor = b""
+        records, cursor = dict[str, "bytes | None"](), b""
         while cursor != b"0":  # SCAN: who asks often spaces it by how long it takes
             ((cursor, keys),) = self._redis.ask(("SCAN", cursor or 0, "MATCH", f"{self.TOKEN}*", "COUNT", 1000))
             digests = [key.decode("utf-8", "replace").removeprefix(self.TOKEN) for key in keys]
@@ -2204,7 +2210,7 @@ class RedisStore(Store):
         return [(digest, record) for digest, record in sorted(records.items()) if record is not None]
 
     def revoke_token(self, digest: str) -> bool:
-        return bool(self._write_one("DEL", self.TOKEN + digest))
+        return bool(self._write(("DEL", self.TOKEN + digest)))
 
     def swap_reservation(self, host: str, before: bytes | None, after: bytes | None) -> bytes | None:
         record: bytes | None = self._run(_LUA_SWAP, [f"storyteller:gpu:{host}"], before or b"", after or b"")
@@ -2231,17 +2237,8 @@ class RedisStore(Store):
                 (self.TOKEN + row["digest"], row["record"]) if table == "token" else (self.MARK + row["id"], "1")
             )
             keys, commands = [name], [("SET", name, value, *life)]
-        # No token lives for longer than 366 days.
-        noted: list[_Command] = [("SADD", self.TAKEN, keys[0]), ("PEXPIRE", self.TAKEN, 366 * 86_400_000)]
-        reads: list[_Command] = [("EXISTS", *keys), ("SISMEMBER", self.TAKEN, keys[0])]
-        # A transaction goes on after a command that fails: a sorted set of another type fails before it.
-        reads += [("ZCARD", key) for verb, key, *_ in commands if verb == "ZADD"]
-
-        def write(replies: list[Any]) -> list[_Command]:
-            is_there, is_taken, *_ = map(result_of, replies)
-            return noted if is_there or is_taken else [*commands, *noted]
-
-        return len(self._transact((*keys, self.TAKEN), reads, write)) > len(noted)
+        words = [word for command in commands for word in (len(command), *command)]
+        return bool(self._run(_LUA_TAKE, [self.TAKEN, *keys], *words))
 
 
 # ======================================================================================================
@@ -2294,7 +2291,7 @@ class BridgedStore(RedisStore):
         def write(replies: list[Any]) -> list[_Command]:
             nonlocal copies, draft
             draft = None  # of an earlier attempt
-            if any(isinstance(reply, ApiError) and "WRONGTYPE" in reply.refusal for reply in replies[2:]):
+            if any(map(is_of_another_type, replies[2:])):
                 raise ValueError("its key is of another type")
             noted, is_met, kept, ttl, document, storyart_ttl, storyart, *of_latest = map(result_of, replies[2:])
             if of_latest and (of_latest[0] != latest or of_latest[2] == mark_of(latest).encode()):
@@ -2330,7 +2327,7 @@ class BridgedStore(RedisStore):
             if is_met or timestamp > max(newest, default=0) - 1:
                 draft = change.draft
             at = next_time(self._newest_given, self._clock(), self.place)
-            return [*commands, self._change_command(draft, at, keys, draft.type if draft else "")]
+            return [*commands, self._change_command(draft, at, keys)]
 
         if replies := self._transact(watched, reads, write):
             ahead, state, *_ = replies[-1]
@@ -2361,6 +2358,9 @@ class BridgedStore(RedisStore):
 
     def note_met(self) -> None:
         self._redis.ask(("SET", self.MET, "1"))
+
+    def _transact(self, *call: Any) -> list[Any]:
+        return list(map(result_of, self._noted(self._redis.transact(*call))))
 
 
 # ======================================================================================================

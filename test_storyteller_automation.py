@@ -1875,6 +1875,16 @@ def test_odd_members_of_an_index_hide_no_session(redis_store, other_program):
     assert [one.timestamp for one in redis_store.sessions()] == [T]
 
 
+@pytest.mark.parametrize("index", ["storyteller:sessions", "storyart:sessions:index"])
+def test_an_index_of_another_type_hides_no_session_of_the_other(redis_store, other_program, index):
+    redis_store.save(T, b"{}", None)
+    add_storyart_session(other_program, T)
+    other_program.delete(index)
+    other_program.set(index, "of another type")
+    assert [one.timestamp for one in redis_store.sessions()] == [T]
+    assert [timestamp for timestamp, _ in redis_store.newest_sessions(50)] == [T]
+
+
 def test_a_score_with_half_a_ms_lists_its_session_once_also_beyond_a_page(redis_store, other_program):
     for number in range(101):
         redis_store.save(T + number, b"{}", None)
@@ -2107,7 +2117,7 @@ def test_a_pending_key_of_another_type_is_unavailable_and_nothing_is_saved(redis
 @pytest.mark.parametrize(
     "key, verb, words",
     [
-        pytest.param("storyteller:sessions", "sessions", ["ZREVRANGE", "Operation against"], id="the command"),
+        pytest.param("notifications:pending", "pending", ["ZRANGEBYSCORE", "Operation against"], id="the command"),
         pytest.param("notifications:pending", "save", ["secret", "Operation against", "EVAL"], id="the document"),
     ],
 )
