@@ -1302,7 +1302,6 @@ class Loop:
 # Stores: the interface
 # ======================================================================================================
 
-Snapshot = tuple[list[bytes], bool]  # pending members; whether an id is marked
 AHEAD_MS = 3_600_000  # a kept time further ahead of the clock was made when that was wrong, and is not followed
 TTL_MS = 7 * 24 * 3600 * 1000  # of sessions, pending notifications and marks of acknowledgement: 7 days
 OWN_MEMBER = b'{"id":"%b",'  # how a member begins that this service wrote
@@ -1462,9 +1461,8 @@ class Store(Protocol):
         self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True, storyart: bytes = b"",
         by_storyart: bool = False,
     ) -> bool:  # fmt: skip
-        """Store a session with its TTL, and announce `draft` as announce() does. With replace=False: False, and no
-        change, when that timestamp is taken. A store with two copies stores `storyart` as StoryArt's, and whether
-        StoryArt wrote it."""
+        """Store a session with its TTL, and announce `draft`. With replace=False: False, and no change, where one is.
+        A store with two copies stores `storyart` as StoryArt's, and whether StoryArt wrote the session."""
 
     def storyarts_copy(self, timestamp: int) -> bytes | None:
         """None where there is no second copy."""
@@ -1481,8 +1479,7 @@ class Store(Protocol):
         """Note the draft's type at the session and add its notification, unless that type was noted last (False)."""
 
     def add(self, drafts: Sequence[Draft]) -> list[tuple[bytes, int, bool] | ApiError]:
-        """Add notifications as pending, each (member, time, True). While one that was made here for the same type and
-        session is pending: that one, and False."""
+        """Add each: (member, time, True); or the pending one that was made here for its type and session, and False."""
 
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
         """Members within their TTL with their times, oldest first, read about `page` at a time. Another program may
@@ -1491,7 +1488,7 @@ class Store(Protocol):
     def pending_since(self, time: float) -> tuple[int, list[tuple[bytes, float]]]:
         """How many there are; and those of a later time, 1000 at most, without what is scored in seconds."""
 
-    def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
+    def snapshot(self, count: int, ids: Sequence[str]) -> tuple[list[bytes], bool]:
         """The oldest `count` of them, and whether one of `ids` is marked, in one round trip."""
 
     def expired(self, count: int) -> list[bytes]:
@@ -1506,12 +1503,10 @@ class Store(Protocol):
         """Remove pending members, and mark nothing. False when none was there."""
 
     def acknowledge(self, ids: Mapping[str, Sequence[bytes]]) -> list[bool | ApiError]:
-        """Remove the members of each id, also its own_member(), and mark it. False, and no change, when none was there
-        and the id is not marked."""
+        """Remove the members of each id, also its own_member(), and mark it. False when there was none, and no mark."""
 
     def keep_token(self, digest: str, record: bytes, ttl: int, *, renews: bool = False) -> bool:
-        """Store the record of a session token under its SHA-256, with a TTL in ms. `renews`: only where there is one;
-        else False, and no change."""
+        """Store a token's record under its SHA-256, with a TTL in ms. `renews`: only where there is one, else False."""
 
     def token(self, digest: str) -> bytes | None:
         """None when it is unknown, has expired, or was revoked."""
@@ -2167,7 +2162,7 @@ class RedisStore(Store):
         *counted, values = self._redis.ask(*counts, newer)
         return sum(counted), list(zip(values[::2], map(float, values[1::2])))
 
-    def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
+    def snapshot(self, count: int, ids: Sequence[str]) -> tuple[list[bytes], bool]:
         # By the second, and so packed once a second: to pack them costs more than Redis's answer.
         commands = self._oldest(count, self._clock() // 1000 * 1000)
         in_seconds, others, *marked = self._redis.ask(*commands, *([self._are_marked(tuple(ids))] if ids else []))
@@ -2278,9 +2273,7 @@ class BridgedStore(RedisStore):
         written lives as long as what it is made from (7 days where that has no end), and never shorter than before.
         Raises ValueError of decide, and for a copy that is no text."""
         keys = self._session_keys(timestamp)
-        tops = [("ZREVRANGE", index, 0, 0, "WITHSCORES") for index in self.INDEXES]
-        noted = ("storyswarm", "storyart", "byStoryArt")
-        reads: list[_Command] = [*tops, ("HMGET", keys[2], *noted), ("EXISTS", self.MET)]
+        reads: list[_Command] = [("HMGET", keys[2], "storyswarm", "storyart", "byStoryArt"), ("EXISTS", self.MET)]
         reads += [("PTTL", keys[2]), *((verb, key) for key in keys[:2] for verb in ("PTTL", "GET"))]
         watched = [*keys]
         if latest is not None:
@@ -2291,9 +2284,9 @@ class BridgedStore(RedisStore):
         def write(replies: list[Any]) -> list[_Command]:
             nonlocal copies, draft
             draft = None  # of an earlier attempt
-            if any(map(is_of_another_type, replies[2:])):
+            if any(map(is_of_another_type, replies)):
                 raise ValueError("its key is of another type")
-            noted, is_met, kept, ttl, document, storyart_ttl, storyart, *of_latest = map(result_of, replies[2:])
+            noted, is_met, kept, ttl, document, storyart_ttl, storyart, *of_latest = map(result_of, replies)
             if of_latest and (of_latest[0] != latest or of_latest[2] == mark_of(latest).encode()):
                 return []  # somebody else wrote it, or carried it over
             marks = [(one or b"").decode("utf-8", "replace") for one in noted]
@@ -2322,9 +2315,8 @@ class BridgedStore(RedisStore):
                     commands.append(("ZADD", index, timestamp, key))
             if latest is not None:
                 commands.append(("HSET", self.META_OF_LATEST, "storyswarm", mark_of(latest)))
-            newest = [float(found[1]) for found in replies[:2] if found and isinstance(found, list)]
-            # When the bridge first meets a Redis, all is old news but the newest session (a score may have a fraction).
-            if is_met or timestamp > max(newest, default=0) - 1:
+            # When the bridge first meets a Redis, all is old news but the newest session.
+            if is_met or timestamp >= next(self._timestamps(), 0):
                 draft = change.draft
             at = next_time(self._newest_given, self._clock(), self.place)
             return [*commands, self._change_command(draft, at, keys)]
@@ -2638,7 +2630,7 @@ class SqliteStore(Store):
         ((count,),) = self._read("SELECT count(*) FROM pending WHERE time > ?", oldest)
         return count, self._read(self._PENDING, max(time, oldest), b"\xff", 1000)
 
-    def snapshot(self, count: int, ids: Sequence[str]) -> Snapshot:
+    def snapshot(self, count: int, ids: Sequence[str]) -> tuple[list[bytes], bool]:
         rows = self._read(self._PENDING, self._clock() - TTL_MS, b"\xff", count)
         return [member for member, _ in rows], False
 
