@@ -4067,7 +4067,7 @@ class Launched:
         self._log, self._file = settings.data_dir / SWARMUI_LOG, settings.data_dir / "swarmui.json"
         self._log_start = self._log_read = 0  # bytes: where its part of the log begins, and what was looked at
         self._record: dict[str, Any] = {}  # of the last launch: pid, identity, launchedAt (ms), serverId, isEnding
-        self.program: Program | None = None  # as long as it lives
+        self.program: Program | None = None  # until bury()
         self.has_exited = False  # the first process; SwarmUI may live on
         self.is_orphan = False  # it does: it answered afterwards
         self.was_ready = False
@@ -4086,12 +4086,13 @@ class Launched:
         self.program, self.has_exited, self.is_orphan, self.was_ready = program, program.has_exited(), False, False
 
     @property
-    def at(self) -> int | None:
-        """When it was launched, in ms."""
-        return read_time(self._record.get("launchedAt"))
+    def started_at(self) -> str | None:
+        at = read_time(self._record.get("launchedAt"))
+        return None if at is None or self.program is None else iso_time(at)
 
     def launch(self) -> None:
         """Raises LaunchError."""
+        self.was_ready = False
         program = find_swarmui(self._settings)
         # In any other folder SwarmUI's executable aborts and leaves a stray Data/ there.
         roots = (up for up in program.parents if any((up / name).is_file() for name in LAUNCH_SCRIPTS))
@@ -4115,6 +4116,8 @@ class Launched:
 
     def note(self, **changed: Any) -> None:
         """Keep it for a later run of the service: `serverId` of one that answers, `isEnding` of one told to end."""
+        if self.program is None:
+            return
         self._record |= changed
         try:
             self._file.write_text(json.dumps(self._record), encoding="utf-8")
@@ -4146,23 +4149,24 @@ class Launched:
         before, self.has_exited = self.has_exited, self.program is not None and self.program.has_exited()
         return self.has_exited and not before
 
-    def is_over(self, server_id: str, *, is_open: bool) -> bool:
+    def is_over(self, server_id: str, *, is_open: bool, is_ending: bool) -> bool:
         """Whether SwarmUI is gone. Its children may outlive it; and it its script, where a signal ended that."""
         if self.program is None or not self.lives(server_id):
             return self.program is not None
-        return self.has_exited and not is_open and (self.was_ready or (self.program.code or 0) > 0)
+        is_done = self.was_ready or (self.program.code or 0) > 0
+        return self.has_exited and is_done and not (is_open or is_ending)
 
     def bury(self) -> int | None:
         """Forget one that is over, and end what it left behind. Its exit code; None when that is not known."""
-        program, self.program = self.program, None
-        if program is None:
+        if self.program is None:
             return None
-        program.end(force=True)
-        code = None if self.is_orphan else program.code
-        log.info("swarmui: process %d ended with exit code %s", program.pid, "unknown" if code is None else code)
+        self.program.end(force=True)
+        code = None if self.is_orphan else self.program.code
+        log.info("swarmui: process %d ended with exit code %s", self.program.pid, "unknown" if code is None else code)
         if self._record.get("isEnding"):  # an earlier run of the service told it to
             code = 0
         self.note(serverId="", isEnding=False)
+        self.program = None
         return code
 
     def took_another_port(self) -> bool:
@@ -4250,6 +4254,7 @@ class SwarmUISupervisor:
     ) -> None:
         self._settings, self._is_reserved, self.clock = settings, is_reserved, clock
         self._restarts = settings.restart.lower() == "on-failure"
+        self._log = settings.data_dir / SWARMUI_LOG
         self._lock = threading.Lock()  # so that nobody asks after close()
         self._asked: dict[Future[Any], str] = {}  # who waits for a start, a stop, one by force, or an end begun
         self._has_looked = threading.Event()
@@ -4258,11 +4263,11 @@ class SwarmUISupervisor:
         self._loop, self._log_loop = Loop(self._turn, "swarmui"), Loop(self._shorten_log, "swarmui-log")
         # All else is the thread's alone.
         self._ours = Launched(settings, self._loop.wake)
-        self._misses, self._answered, self._probe = 0, False, NOBODY
+        self._probe, self._misses = NOBODY, 0
         self._session = NOBODY  # the last probe that was ready, as long as the port is open
         self._looked_at = self._launched_at = self._used = self._put_off = -math.inf
         self._error, self._has_failed, self._died_at = "", False, 0  # the last one in ms
-        self._deadline: float | None = None  # of the starts that wait
+        self._deadline = math.inf  # of the starts that wait
         self._is_launched = False  # as they waited, or before
         self._is_restart = False  # the last launch
         self._restart_at = math.inf
@@ -4296,7 +4301,7 @@ class SwarmUISupervisor:
         self._has_looked.wait(60.0)
         known, now = self._status, self.clock()
         spans = {name: None if known[name] is None else round(now - known[name]) for name in ("startingFor", "idleFor")}
-        return {**known, **spans, "logTail": last_lines(self._settings.data_dir / SWARMUI_LOG)}
+        return {**known, **spans, "logTail": last_lines(self._log)}
 
     def close(self) -> None:
         """End the threads, and answer everyone who waits at once. SwarmUI keeps running."""
@@ -4313,14 +4318,14 @@ class SwarmUISupervisor:
             if self._asked.pop(future, None):  # not those whom close() or this has told
                 settle(future, outcome)
 
-    def _answer(self, outcome: Any, *wishes: str) -> None:
+    def _answer(self, wish: str, outcome: Any) -> None:
         self._publish()
-        if "start" in wishes:
-            self._deadline = None
-        self._settle(self._waiting(*wishes), outcome)
+        if wish == "start":
+            self._deadline = math.inf
+        self._settle(self._waiting(wish), outcome)
 
     def _shorten_log(self) -> float:
-        shorten_log(self._settings.data_dir / SWARMUI_LOG)
+        shorten_log(self._log)
         return 1.0
 
     def _turn(self) -> float:
@@ -4329,50 +4334,49 @@ class SwarmUISupervisor:
             self._act()
             self._publish()
         except Exception as error:
-            log.exception("swarmui: an unexpected error")
-            self._ending = self._deadline = None
+            self._ending, self._deadline = None, math.inf
             fault = ApiError(f"SwarmUI: an unexpected error ({type(error).__name__}): see the service's log.")
             self._settle(list(self._asked), fault)
-        if self._status:
-            self._has_looked.set()
-        return max(0.0, (0.05 if self._ending else self._next_look() - self.clock()))
+            raise
+        return 0.05 if self._ending else self._next_look() - self.clock()
 
     def _next_look(self) -> float:
         interval = self._settings.poll_interval * (5 if self._state in ("stopped", "failed") else 1)
         due = self._looked_at + (min(interval, 0.5) if self._ending else interval)
-        if self._deadline is not None and self._looked_at < self._deadline:
+        if self._looked_at < self._deadline:
             due = min(due, self._deadline)
         return min(due, self._restart_at)
 
     def _act(self) -> None:
         if not (starts := self._waiting("start")):
-            self._deadline = None
-        begins, stops = bool(starts) and self._deadline is None, self._waiting("stop", "force")
+            self._deadline = math.inf
+        begins, stops = bool(starts) and self._deadline == math.inf, self._waiting("stop", "force")
         now, exits = self.clock(), self._ours.notices_exit()
-        if exits:
-            self._session = NOBODY  # another one may answer from now on
+        if exits:  # another one may answer from now on
+            self._session = dataclasses.replace(self._session, session_id="")
         if (is_due := now >= self._next_look()) or begins or stops or exits:
             self._look(counts=is_due)
-        self._notice_death()
+        self._notice_end()
         if begins:
             self._used, self._deadline = now, now + self._settings.start_timeout
-            self._is_launched = self._lives() and not self._ending
+            self._is_launched = bool(self._ours.program and not self._ending)
         for future in stops:
             self._decide_stop(future)
         self._shut_down_idle()
         self._advance_end()
-        self._restart()
-        if self._deadline is not None:
+        if now >= self._restart_at:
+            self._launch(is_restart=True)
+        if self._deadline < math.inf:
             self._advance_starts("SwarmUI is already running" if begins else "SwarmUI started successfully")
 
     def _look(self, *, counts: bool = False) -> None:
         """Probe SwarmUI, and note what follows from that alone. Only a probe that was due counts as missed."""
         self._looked_at = self.clock()
         self._probe = found = probe_status(self._settings, self._session)
-        self._misses = self._misses + counts if found.occupied and not found.ready else 0
-        self._answered = found.ready or (found.occupied and self._answered)
         if found.ready or not found.occupied:
-            self._session = found
+            self._session, self._misses = found, 0
+        else:
+            self._misses += counts
         if found.ready:
             self._restart_at = math.inf
             if found.at_work is None:
@@ -4380,26 +4384,28 @@ class SwarmUISupervisor:
             if not self._ending:
                 self._ours.note_ready(found.server_id)
 
-    def _lives(self) -> bool:
-        """Whether it did when this turn looked: a later death is noticed by the next turn, so all steps of one see the
-        same. While it is being ended, _advance_end() alone notices."""
-        return self._ours.program is not None
-
-    def _notice_death(self) -> None:
-        if self._ending:
-            return
-        if self._ours.took_another_port():
+    def _notice_end(self) -> None:
+        """See whether it is gone, or has to end."""
+        ending, ours, is_open = self._ending, self._ours, self._probe.occupied
+        is_over = ours.is_over(self._session.server_id, is_open=is_open, is_ending=ending is not None)
+        if not ending and ours.took_another_port():
             self._end(f"its port {self._settings.swarmui_port} was taken by another program", ["kill"])
-        elif self._ours.is_over(self._session.server_id, is_open=self._probe.occupied):
-            code = self._ours.bury()
-            if code == 0:
+        elif is_over or (ending and not ours.program and not is_open):
+            code = ours.bury()
+            self._ending, self._session = None, NOBODY  # who answers now is another one
+            if ending and ending.death:
+                self._fail(ending.death)
+            elif ending or code == 0:
                 self._error, self._has_failed = "", False
             else:
                 known = "an unknown code" if code is None else f"code {code}"
-                self._fail(f"it exited with {known}: {self._ours.last_lines()}")
-            self._session, self._answered = NOBODY, False  # who answers now is another one
+                self._fail(f"it exited with {known}: {ours.last_lines()}")
             self._look()
-        elif self._misses >= HOPELESS and self._restarts and self._ours.was_ready and self._lives():
+            if ending:
+                if self._waiting("start") and not ending.death:
+                    self._launched_at = -math.inf  # it is launched at once
+                self._answer("end", "SwarmUI is stopped")
+        elif self._misses >= HOPELESS and self._restarts and ours.was_ready and ours.program and not ending:
             self._end(f"it did not answer {HOPELESS} probes in a row", ["terminate", "kill"])
 
     def _fail(self, reason: str) -> None:
@@ -4417,22 +4423,14 @@ class SwarmUISupervisor:
             self._deaths = []
             log.error("swarmui: %s: it is not launched again until a start is asked for", self._error)
 
-    def _restart(self) -> None:
-        if self.clock() >= self._restart_at:
-            self._restart_at = math.inf
-            try:
-                self._launch(is_restart=True)
-            except LaunchError as error:
-                self._fail(str(error))
-
     def _decide_stop(self, future: Future[Any]) -> None:
-        state, is_ours = state_of(self._sight()), self._lives()
-        if self._asked.get(future) != "force" and (reason := self._why_not_to_stop(state, is_ours=is_ours)):
+        self._publish()
+        if self._asked.get(future) != "force" and (reason := self._why_not_to_stop()):
             self._settle([future], Conflict(f"{reason}: add ?force=true to stop it anyway."))
             return
         self._restart_at = math.inf
-        self._answer(ApiError("SwarmUI failed to start: it was stopped."), "start")
-        if state in ("stopped", "failed"):
+        self._answer("start", ApiError("SwarmUI failed to start: it was stopped."))
+        if self._state in ("stopped", "failed"):
             self._error, self._has_failed = "", False
             self._publish()
             self._settle([future], "SwarmUI is not running")
@@ -4442,22 +4440,17 @@ class SwarmUISupervisor:
         if self._ending:
             self._ending.death = ""
         else:
+            is_ours = self._ours.program is not None
             asks = self._probe.ready or not is_ours
             self._end("", ["ShutdownServer"] * asks + ["terminate", "kill"] * is_ours)
 
-    def _why_not_to_stop(self, state: str, *, is_ours: bool) -> str:
-        if state not in ("ready", "unresponsive"):
+    def _why_not_to_stop(self) -> str:
+        if self._state not in ("ready", "unresponsive"):
             return ""
-        if not is_ours:
+        if not self._ours.program:
             return "SwarmUI was not launched by this service"
-        at_work = self._probe.at_work if state == "ready" else False
+        at_work = self._probe.at_work if self._state == "ready" else False
         return {True: "SwarmUI is at work", None: "Whether SwarmUI is at work is not known"}.get(at_work, "")
-
-    def _end(self, death: str, steps: list[str]) -> None:
-        log.info("swarmui: ending SwarmUI%s", death and f", since {death}")
-        self._ending = Ending(steps, death)
-        if self._ours.program:
-            self._ours.note(isEnding=not death)
 
     def _shut_down_idle(self) -> None:
         if not self._probe.ready or self._ending:
@@ -4465,7 +4458,7 @@ class SwarmUISupervisor:
         now, limit, at_work = self.clock(), self._settings.idle_shutdown, self._probe.at_work
         if at_work:
             self._used = now
-        if limit is None or at_work is not False or self._waiting("start") or not self._lives():
+        if limit is None or at_work is not False or self._waiting("start") or not self._ours.program:
             return
         if self._probe.backends.get("any_loading") or self._is_reserved():
             self._put_off = now
@@ -4473,120 +4466,117 @@ class SwarmUISupervisor:
             log.info("swarmui: idle for %g min", limit)
             self._end("", ["ShutdownServer", "terminate", "kill"])
 
+    def _end(self, death: str, steps: list[str]) -> None:
+        log.info("swarmui: ending SwarmUI%s", death and f", since {death}")
+        self._ending = Ending(steps, death)
+        self._ours.note(isEnding=not death)
+
     def _advance_end(self) -> None:
+        """Take the next step where that is due; give up after the last one."""
         ending = self._ending
-        if not ending:
+        if not ending or self.clock() < ending.until:
             return
-        if not (self._ours.lives(self._session.server_id) if self._ours.program else self._probe.occupied):
-            self._ours.bury()
-            self._ending, self._error, self._has_failed = None, "", False
-            self._look()
-            if ending.death:
-                self._fail(ending.death)
-            elif self._waiting("start"):
-                self._launched_at = -math.inf  # it is launched at once
-            self._answer("SwarmUI is stopped", "end")
-        elif self.clock() >= ending.until:
-            if not ending.steps:
-                self._ending = None
-                self._misses = min(self._misses, UNRESPONSIVE)
-                if self._ours.program:
-                    self._ours.note(isEnding=False)
-                self._error = f"SwarmUI cannot be ended ({ending.refusal or 'it goes on'}): end it by hand"
-                log.error("swarmui: %s", self._error)
-                self._answer(ApiError(f"{self._error}."), "end")
-                return
-            step = ending.steps.pop(0)
-            ending.until = self.clock() + (ENDINGS[step] if ending.steps else LAST_ENDING)
-            if step == "ShutdownServer":
-                body = {"session_id": self._session.session_id}
-                asked, answer = ask_swarmui(self._session.url, step, body, self._settings)
-                if asked.responded and not answer.get("success"):
-                    ending.refusal, ending.until = asked.message, -math.inf
-            elif self._ours.program:
-                self._ours.program.end(force=step == "kill")
+        if not ending.steps:
+            self._ending = None
+            self._misses = min(self._misses, UNRESPONSIVE)
+            self._ours.note(isEnding=False)
+            self._error = f"SwarmUI cannot be ended ({ending.refusal or 'it goes on'}): end it by hand"
+            log.error("swarmui: %s", self._error)
+            self._answer("end", ApiError(f"{self._error}."))
+            return
+        step = ending.steps.pop(0)
+        ending.until = self.clock() + (ENDINGS[step] if ending.steps else LAST_ENDING)
+        if step == "ShutdownServer":
+            body = {"session_id": self._session.session_id}
+            asked, answer = ask_swarmui(self._session.url, step, body, self._settings)
+            if asked.responded and not answer.get("success"):
+                ending.refusal, ending.until = asked.message, -math.inf
+        elif self._ours.program:
+            self._ours.program.end(force=step == "kill")
 
     def _advance_starts(self, message: str) -> None:
         """Launch it where nobody else does, and wait until it answers: `message` then."""
-        now, lives = self.clock(), self._lives()
+        now, found = self.clock(), self._probe
         if self._ending or self._restart_at < math.inf:
             self._deadline = now + self._settings.start_timeout  # it begins after that
             self._is_launched = bool(self._ending and self._ending.death)
             return
-        try:
-            if self._probe.ready:
-                self._answer(self._allow_page(message), "start")
-            elif not lives and not self._is_launched:
-                wait = self._launched_at + self._settings.start_interval - now
-                if wait > 0 and not self._probe.occupied:
-                    died = f" and died at {iso_time(self._died_at)} ({self._error})" if self._has_failed else ""
-                    late = f"SwarmUI was launched a moment ago{died}: ask again in {math.ceil(wait)} s."
-                    raise TooManyRequests(late, wait)
-                self._launch()
-            elif not lives and (self._has_failed or self._probe.occupied):
-                raise LaunchError(self._error if self._has_failed else self._of_port())
-            elif self._looked_at >= (self._deadline or now):
-                late = f"no answer within {self._settings.start_timeout:g} s (last: {self._probe.message})"
-                left = f"it keeps running, so ask again, or look into {self._settings.data_dir / SWARMUI_LOG}"
-                raise LaunchError(f"{late}; {left if lives else f'it exited with code 0: {self._ours.last_lines()}'}")
-        except LaunchError as error:
-            self._error = str(error)
-            log.error("swarmui: failed to start: %s", error)
-            self._answer(ApiError(f"SwarmUI failed to start: {error}"), "start")
-        except ApiError as error:
-            self._answer(error, "start")
+        if found.ready:
+            if found.backends.get("class") == "error":
+                message += f"; but it says: {_on_one_line(str(found.backends.get('message')))}"
+            self._answer("start", allow_page(dataclasses.replace(found, message=message), self._settings))
+            return
+        if not (self._ours.program or self._is_launched or found.occupied):
+            wait = self._launched_at + self._settings.start_interval - now
+            if wait > 0:
+                died = f" and died at {iso_time(self._died_at)} ({self._error})" if self._has_failed else ""
+                late = f"SwarmUI was launched a moment ago{died}: ask again in {math.ceil(wait)} s."
+                self._answer("start", TooManyRequests(late, wait))
+                return
+            self._launch()
+        if reason := self._why_not_started():
+            self._error = reason
+            log.error("swarmui: failed to start: %s", reason)
+            self._answer("start", ApiError(f"SwarmUI failed to start: {reason}"))
+
+    def _why_not_started(self) -> str:
+        """ "" while that is not known."""
+        lives = self._ours.program is not None
+        if not lives and self._is_launched and self._has_failed:
+            return self._error
+        if not lives and self._probe.occupied:
+            return self._of_port()
+        if self._looked_at < self._deadline:
+            return ""
+        late = f"no answer within {self._settings.start_timeout:g} s (last: {self._probe.message})"
+        left = f"it keeps running, so ask again, or look into {self._log}"
+        return f"{late}; {left if lives else f'it exited with code 0: {self._ours.last_lines()}'}"
 
     def _of_port(self) -> str:
         return f"another program than SwarmUI has its port: {self._probe.message}"
 
-    def _allow_page(self, message: str) -> Probe:
-        backends = self._probe.backends
-        if backends.get("class") == "error":
-            message += f"; but it says: {_on_one_line(str(backends.get('message')))}"
-        return allow_page(dataclasses.replace(self._probe, message=message), self._settings)
-
     def _launch(self, *, is_restart: bool = False) -> None:
-        self._is_launched, self._is_restart = True, is_restart
-        if self._probe.occupied:
-            raise LaunchError(self._of_port())
-        self._has_failed, self._died_at = True, now_ms()  # should it raise
-        self._ours.launch()
+        self._is_launched, self._is_restart, self._restart_at = True, is_restart, math.inf
+        try:
+            if self._probe.occupied:
+                raise LaunchError(self._of_port())
+            self._ours.launch()
+        except LaunchError as error:
+            self._fail(str(error))
+            return
         self.launches += 1
         self._launched_at, self._has_failed = self.clock(), False
         self._deadline = self._launched_at + self._settings.start_timeout
 
-    def _sight(self) -> Sight:
-        found, is_foreign = self._probe, self._probe.responded and not self._probe.ready
-        ending, lives = self._ending is not None, self._lives()
-        was_ready = self._answered or (lives and self._ours.was_ready)
-        counted = self._answered, was_ready, self._misses
-        return Sight(ending, found.occupied, is_foreign, lives, *counted, self._has_failed)
-
     def _publish(self) -> None:
         """Make the state what was seen. A change of it is logged."""
-        seen, before, settings = self._sight(), self._state, self._settings
+        found, ours, before, settings = self._probe, self._ours, self._state, self._settings
+        lives, answered = ours.program is not None, self._session.ready
+        seen = Sight(
+            is_ending=self._ending is not None, is_open=found.occupied, is_foreign=found.responded and not found.ready,
+            lives=lives, answered=answered, was_ready=answered or (lives and ours.was_ready), misses=self._misses,
+            has_failed=self._has_failed,
+        )  # fmt: skip
         state = self._state = state_of(seen)
         if state != before:
             if before and before not in _FOLLOWS[state]:
                 log.error("swarmui: %s cannot follow %s: please report %s", state, before, seen)
             log.info("swarmui: %s%s", state, before and f", after {before}")
             self._since, self._began = now_ms(), self.clock()
-            if state == "ready":
-                self._used = self._began
         if state == "ready":
             self._error, self._has_failed = "", False
-        found = self._session if state == "ready" else NOBODY
-        pid, at = (self._ours.program.pid, self._ours.at) if self._ours.program else (None, None)
+            self._used = max(self._used, self._began)
+        shown = self._session if state == "ready" else NOBODY
         error = self._of_port() if state == "failed" and not self._has_failed else self._error
         self._status = {
-            "state": state, "since": iso_time(self._since),
-            "ours": None if state in ("stopped", "failed") else seen.lives,
-            "pid": pid, "port": settings.swarmui_port, "apiUrl": settings.swarmui_api_url,
-            "version": found.version or None, "startedAt": None if at is None else iso_time(at),
+            "state": state, "since": iso_time(self._since), "ours": None if state in ("stopped", "failed") else lives,
+            "pid": ours.program and ours.program.pid, "port": settings.swarmui_port, "apiUrl": settings.swarmui_api_url,
+            "version": shown.version or None, "startedAt": ours.started_at,
             "startingFor": self._began if state == "starting" else None, "lastError": error or None,
-            "idleFor": None if found.queue is None else self._used, "queue": found.queue,
-            "backends": {name: str(found.backends.get(name, "")) for name in BACKENDS} if found.backends else None,
+            "idleFor": None if shown.queue is None else self._used, "queue": shown.queue,
+            "backends": {name: str(shown.backends.get(name, "")) for name in BACKENDS} if shown.backends else None,
         }  # fmt: skip
+        self._has_looked.set()
 
 
 # ======================================================================================================
