@@ -3879,6 +3879,10 @@ class Probe:
         """Whether SwarmUI is; None where that is not known."""
         return None if self.queue is None else any(self.queue.values())
 
+    @property
+    def occupant(self) -> str:
+        return f"another program than SwarmUI has its port: {self.message}"
+
 
 NOBODY = Probe(False, False, "")
 BACKENDS = ("status", "message")  # what is shown of its backend_status
@@ -3960,11 +3964,10 @@ def probe_status(settings: Settings, before: Probe) -> Probe:
             continue
         if not asked.ready and not error:
             return asked
-        counts, backends, queue = answer.get("status"), answer.get("backend_status"), None
-        if isinstance(counts, dict) and route == "GetGlobalStatus":
-            known = {name: count for name, key in COUNTS.items() if (count := read_count(counts.get(key))) is not None}
-            queue = known if len(known) == len(COUNTS) else None
-        backends = backends if isinstance(backends, dict) else {}
+        status, backends = answer.get("status"), answer.get("backend_status")
+        counts = status if isinstance(status, dict) and route == "GetGlobalStatus" else {}
+        known = {name: count for name, key in COUNTS.items() if (count := read_count(counts.get(key))) is not None}
+        queue, backends = known if len(known) == len(COUNTS) else None, backends if isinstance(backends, dict) else {}
         return dataclasses.replace(found, allow_origin=asked.allow_origin, queue=queue, backends=backends)
     return dataclasses.replace(found, queue=None, backends={})
 
@@ -4071,7 +4074,7 @@ class Launched:
         self.has_exited = False  # the first process; SwarmUI may live on
         self.is_orphan = False  # it does: it answered afterwards
         self.was_ready = False
-        self._is_known_by_id = False  # alone: no process of it was found
+        self._lone_id: str | None = None  # its server_id, where no process of it was found
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # there is none, or damaged
             record = dict(json.loads(self._file.read_text(encoding="utf-8")))
             pid, identity, server_id = record["pid"], record["identity"], record.get("serverId", "")
@@ -4090,14 +4093,15 @@ class Launched:
         at = read_time(self._record.get("launchedAt"))
         return None if at is None or self.program is None else iso_time(at)
 
-    def launch(self) -> None:
-        """Raises LaunchError."""
+    def launch(self, found: Probe) -> None:
+        """Given who has its port. Raises LaunchError."""
         self.was_ready = False
+        if found.occupied:
+            raise LaunchError(found.occupant)
         program = find_swarmui(self._settings)
         # In any other folder SwarmUI's executable aborts and leaves a stray Data/ there.
         roots = (up for up in program.parents if any((up / name).is_file() for name in LAUNCH_SCRIPTS))
-        port = str(self._settings.swarmui_port)
-        arguments = ("--launch_mode", "none", "--port", port, *self._settings.swarmui_args)
+        arguments = ("--launch_mode", "none", "--port", str(self._settings.swarmui_port), *self._settings.swarmui_args)
         try:
             self._log_start = self._log_read = self._log_size()
             launched = launch_detached(program, arguments, next(roots, program.parent), self._log)
@@ -4105,7 +4109,7 @@ class Launched:
             raise LaunchError(f"{program} cannot be launched ({error}): check SWARMUI_PATH") from None
         log.info("swarmui: launched %s as process %d", program, launched.pid)
         self._take(launched)
-        self._record, self._is_known_by_id = {"launchedAt": now_ms()}, False
+        self._record, self._lone_id = {"launchedAt": now_ms()}, None
         self.note(pid=launched.pid, identity=launched.identity)
         with contextlib.suppress(RuntimeError):  # no further thread can be started: the next look sees its end
             threading.Thread(target=self._wait, args=[launched.process], name="swarmui-watch", daemon=True).start()
@@ -4126,22 +4130,18 @@ class Launched:
 
     def lives(self, server_id: str) -> bool:
         """Whether a process of it does. One of which none was found is known by `server_id`, that of what answers."""
-        if self.program is None:
-            return False
-        return self.program.lives() or (self._is_known_by_id and self._is_known(server_id))
-
-    def _is_known(self, server_id: str) -> bool:
-        return bool(server_id) and server_id == self._record.get("serverId")
+        return self.program is not None and (self.program.lives() or server_id == self._lone_id)
 
     def note_ready(self, server_id: str) -> None:
         """SwarmUI answers, with that id: by it one is known whose script is gone."""
-        if self.program is None and self._is_known(server_id):
+        is_known = bool(server_id) and server_id == self._record.get("serverId")
+        if self.program is None and is_known:
             program = Program(self._record["pid"], None)
             self._take(program)
-            self._is_known_by_id = not program.lives()
+            self._lone_id = None if program.lives() else server_id
         if self.lives(server_id):
             self.was_ready, self.is_orphan = True, self.has_exited
-            if not self._is_known(server_id):
+            if not is_known:
                 self.note(serverId=server_id)
 
     def notices_exit(self) -> bool:
@@ -4205,44 +4205,61 @@ class Sight:
 
 UNRESPONSIVE, HOPELESS = 3, 60  # misses
 
-# The first row that applies is the state. The second column has the states that it follows.
+# The first row that applies is the state. The second column has the states that it never follows.
 _STATES: tuple[tuple[str, str, Callable[[Sight], bool]], ...] = (
-    ("stopping", "starting ready unresponsive", lambda seen: seen.is_ending),
-    ("ready", "stopped starting unresponsive stopping failed",
-     lambda seen: seen.answered and seen.misses < UNRESPONSIVE),
-    ("unresponsive", "starting ready stopping failed",
+    ("stopping", "stopped failed", lambda seen: seen.is_ending),
+    ("ready", "", lambda seen: seen.answered and seen.misses < UNRESPONSIVE),
+    ("unresponsive", "stopped",
      lambda seen: seen.was_ready and seen.misses >= UNRESPONSIVE and (seen.lives or not seen.is_foreign)),
-    ("starting", "stopped ready unresponsive stopping failed", lambda seen: seen.lives),
-    ("failed", "stopped starting ready unresponsive stopping", lambda seen: seen.has_failed or seen.is_open),
-    ("stopped", "starting ready unresponsive stopping failed", lambda seen: True),
+    ("starting", "", lambda seen: seen.lives),
+    ("failed", "", lambda seen: seen.has_failed or seen.is_open),
+    ("stopped", "", lambda seen: True),
 )  # fmt: skip
-_FOLLOWS = {state: follows.split() for state, follows, _ in _STATES}
 
 
-def state_of(seen: Sight) -> str:
-    return next(state for state, _, applies in _STATES if applies(seen))
+def next_state(before: str, seen: Sight) -> str:
+    state, never = next((state, never) for state, never, applies in _STATES if applies(seen))
+    if before in never.split():
+        log.error("swarmui: %s cannot follow %s: please report %s", state, before, seen)
+    return state
 
 
-@dataclass
-class Ending:
-    """An end of SwarmUI in progress."""
-
-    steps: list[str]  # of ENDINGS, those that are left
-    death: str = ""  # why it has to end, where nobody asked for it
-    until: float = -math.inf  # when the next step is due
-    refusal: str = ""
-
-
-ENDINGS = {"ShutdownServer": 10.0, "terminate": 3.0, "kill": 5.0}  # seconds that each gets before the next one
+ENDINGS = {"ShutdownServer": 10.0, "terminate": 3.0}  # seconds that each gets before the next one
 LAST_ENDING = 60.0  # and the last one: ShutdownServer takes 30 s beside an unfinished request, and 5 s for each backend
 RESTARTS = (1.0, 5.0, 25.0)  # seconds after which it is launched again; a further death within an hour gives it up
+
+
+def end_swarmui(
+    steps: Sequence[str], session: Probe, ours: Launched, settings: Settings, clock: Clock
+) -> Generator[None, None, str]:
+    """Take each step when the one before had its time, and yield until then. At last what SwarmUI answered."""
+    refusal = ""
+    for step in steps:
+        until = clock() + (LAST_ENDING if step == steps[-1] else ENDINGS[step])
+        if step == "ShutdownServer":
+            asked, answer = ask_swarmui(session.url, step, {"session_id": session.session_id}, settings)
+            if asked.responded and not answer.get("success"):
+                refusal, until = asked.message, -math.inf
+        elif ours.program:
+            ours.program.end(force=step == "kill")
+        while clock() < until:
+            yield
+    return refusal
+
+
+def why_not_to_stop(state: str, found: Probe, *, is_ours: bool) -> str:
+    """Why it needs `force`; "" where it does not."""
+    if state not in ("ready", "unresponsive"):
+        return ""
+    if not is_ours:
+        return "SwarmUI was not launched by this service"
+    at_work = found.at_work if state == "ready" else False
+    return {True: "SwarmUI is at work", None: "Whether SwarmUI is at work is not known"}.get(at_work, "")
 
 
 # ======================================================================================================
 # SwarmUI: the supervisor
 # ======================================================================================================
-
-_STOPPING = "The service is stopping: ask again."
 
 
 class SwarmUISupervisor:
@@ -4255,7 +4272,8 @@ class SwarmUISupervisor:
         self._settings, self._is_reserved, self.clock = settings, is_reserved, clock
         self._restarts = settings.restart.lower() == "on-failure"
         self._log = settings.data_dir / SWARMUI_LOG
-        self._lock = threading.Lock()  # so that nobody asks after close()
+        self._closed: ApiError | None = None
+        self._lock = threading.Lock()  # over whether it is, so that nobody asks afterwards
         self._asked: dict[Future[Any], str] = {}  # who waits for a start, a stop, one by force, or an end begun
         self._has_looked = threading.Event()
         self._state, self._since, self._began = "", 0, -math.inf  # when it became that: ms, and seconds of the clock
@@ -4272,7 +4290,8 @@ class SwarmUISupervisor:
         self._is_restart = False  # the last launch
         self._restart_at = math.inf
         self._deaths: list[float] = []  # when it died in the last hour
-        self._ending: Ending | None = None
+        self._ending: Iterator[None] | None = None  # takes its steps
+        self._death = ""  # why it has to end, where nobody asked for it
         self._warn_once = functools.cache(log.warning)
         self.launches = 0  # since the service started
         self._loop.start()
@@ -4289,8 +4308,7 @@ class SwarmUISupervisor:
     def _ask(self, wish: str) -> Future[Any]:
         future: Future[Any] = Future()
         with self._lock:
-            if self._loop.is_closing:
-                raise Unavailable(_STOPPING, 5)
+            result_of(self._closed)
             self._asked[future] = wish
         future.add_done_callback(lambda done: self._asked.pop(done, None))
         self._loop.wake()
@@ -4306,9 +4324,10 @@ class SwarmUISupervisor:
     def close(self) -> None:
         """End the threads, and answer everyone who waits at once. SwarmUI keeps running."""
         with self._lock:
-            self._loop.close()
-            self._log_loop.close()
-        self._settle(list(self._asked), Unavailable(_STOPPING, 5))
+            self._closed = Unavailable("The service is stopping: ask again.", 5)
+        self._loop.close()
+        self._log_loop.close()
+        self._settle(list(self._asked), self._closed)
 
     def _waiting(self, *wishes: str) -> list[Future[Any]]:
         return [future for future, wish in list(self._asked.items()) if wish in wishes]
@@ -4343,9 +4362,7 @@ class SwarmUISupervisor:
     def _next_look(self) -> float:
         interval = self._settings.poll_interval * (5 if self._state in ("stopped", "failed") else 1)
         due = self._looked_at + (min(interval, 0.5) if self._ending else interval)
-        if self._looked_at < self._deadline:
-            due = min(due, self._deadline)
-        return min(due, self._restart_at)
+        return min(due, self._restart_at, self._deadline if self._looked_at < self._deadline else math.inf)
 
     def _act(self) -> None:
         if not (starts := self._waiting("start")):
@@ -4363,7 +4380,8 @@ class SwarmUISupervisor:
         for future in stops:
             self._decide_stop(future)
         self._shut_down_idle()
-        self._advance_end()
+        if self._ending:
+            self._advance_end(self._ending)
         if now >= self._restart_at:
             self._launch(is_restart=True)
         if self._deadline < math.inf:
@@ -4393,8 +4411,8 @@ class SwarmUISupervisor:
         elif is_over or (ending and not ours.program and not is_open):
             code = ours.bury()
             self._ending, self._session = None, NOBODY  # who answers now is another one
-            if ending and ending.death:
-                self._fail(ending.death)
+            if ending and self._death:
+                self._fail(self._death)
             elif ending or code == 0:
                 self._error, self._has_failed = "", False
             else:
@@ -4402,7 +4420,7 @@ class SwarmUISupervisor:
                 self._fail(f"it exited with {known}: {ours.last_lines()}")
             self._look()
             if ending:
-                if self._waiting("start") and not ending.death:
+                if self._waiting("start") and not self._death:
                     self._launched_at = -math.inf  # it is launched at once
                 self._answer("end", "SwarmUI is stopped")
         elif self._misses >= HOPELESS and self._restarts and ours.was_ready and ours.program and not ending:
@@ -4425,40 +4443,26 @@ class SwarmUISupervisor:
 
     def _decide_stop(self, future: Future[Any]) -> None:
         self._publish()
-        if self._asked.get(future) != "force" and (reason := self._why_not_to_stop()):
+        state, found, is_ours = self._state, self._probe, self._ours.program is not None
+        if self._asked.get(future) != "force" and (reason := why_not_to_stop(state, found, is_ours=is_ours)):
             self._settle([future], Conflict(f"{reason}: add ?force=true to stop it anyway."))
             return
         self._restart_at = math.inf
         self._answer("start", ApiError("SwarmUI failed to start: it was stopped."))
-        if self._state in ("stopped", "failed"):
-            self._error, self._has_failed = "", False
-            self._publish()
-            self._settle([future], "SwarmUI is not running")
-            return
         if future in self._asked:
             self._asked[future] = "end"
-        if self._ending:
-            self._ending.death = ""
-        else:
-            is_ours = self._ours.program is not None
-            asks = self._probe.ready or not is_ours
-            self._end("", ["ShutdownServer"] * asks + ["terminate", "kill"] * is_ours)
-
-    def _why_not_to_stop(self) -> str:
-        if self._state not in ("ready", "unresponsive"):
-            return ""
-        if not self._ours.program:
-            return "SwarmUI was not launched by this service"
-        at_work = self._probe.at_work if self._state == "ready" else False
-        return {True: "SwarmUI is at work", None: "Whether SwarmUI is at work is not known"}.get(at_work, "")
+        if state in ("stopped", "failed"):
+            self._error, self._has_failed = "", False
+            self._answer("end", "SwarmUI is not running")
+        elif not self._ending:
+            self._end("", ["ShutdownServer"] * (found.ready or not is_ours) + ["terminate", "kill"] * is_ours)
+        self._death = ""
 
     def _shut_down_idle(self) -> None:
-        if not self._probe.ready or self._ending:
-            return
         now, limit, at_work = self.clock(), self._settings.idle_shutdown, self._probe.at_work
         if at_work:
             self._used = now
-        if limit is None or at_work is not False or self._waiting("start") or not self._ours.program:
+        if limit is None or at_work is not False or self._ending or self._waiting("start") or not self._ours.program:
             return
         if self._probe.backends.get("any_loading") or self._is_reserved():
             self._put_off = now
@@ -4468,38 +4472,26 @@ class SwarmUISupervisor:
 
     def _end(self, death: str, steps: list[str]) -> None:
         log.info("swarmui: ending SwarmUI%s", death and f", since {death}")
-        self._ending = Ending(steps, death)
+        self._death, self._ending = death, end_swarmui(steps, self._session, self._ours, self._settings, self.clock)
         self._ours.note(isEnding=not death)
 
-    def _advance_end(self) -> None:
-        """Take the next step where that is due; give up after the last one."""
-        ending = self._ending
-        if not ending or self.clock() < ending.until:
-            return
-        if not ending.steps:
+    def _advance_end(self, ending: Iterator[None]) -> None:
+        try:
+            next(ending)
+        except StopIteration as last:
             self._ending = None
             self._misses = min(self._misses, UNRESPONSIVE)
             self._ours.note(isEnding=False)
-            self._error = f"SwarmUI cannot be ended ({ending.refusal or 'it goes on'}): end it by hand"
+            self._error = f"SwarmUI cannot be ended ({last.value or 'it goes on'}): end it by hand"
             log.error("swarmui: %s", self._error)
             self._answer("end", ApiError(f"{self._error}."))
-            return
-        step = ending.steps.pop(0)
-        ending.until = self.clock() + (ENDINGS[step] if ending.steps else LAST_ENDING)
-        if step == "ShutdownServer":
-            body = {"session_id": self._session.session_id}
-            asked, answer = ask_swarmui(self._session.url, step, body, self._settings)
-            if asked.responded and not answer.get("success"):
-                ending.refusal, ending.until = asked.message, -math.inf
-        elif self._ours.program:
-            self._ours.program.end(force=step == "kill")
 
     def _advance_starts(self, message: str) -> None:
         """Launch it where nobody else does, and wait until it answers: `message` then."""
         now, found = self.clock(), self._probe
         if self._ending or self._restart_at < math.inf:
             self._deadline = now + self._settings.start_timeout  # it begins after that
-            self._is_launched = bool(self._ending and self._ending.death)
+            self._is_launched = bool(self._ending and self._death)
             return
         if found.ready:
             if found.backends.get("class") == "error":
@@ -4525,22 +4517,17 @@ class SwarmUISupervisor:
         if not lives and self._is_launched and self._has_failed:
             return self._error
         if not lives and self._probe.occupied:
-            return self._of_port()
+            return self._probe.occupant
         if self._looked_at < self._deadline:
             return ""
         late = f"no answer within {self._settings.start_timeout:g} s (last: {self._probe.message})"
         left = f"it keeps running, so ask again, or look into {self._log}"
         return f"{late}; {left if lives else f'it exited with code 0: {self._ours.last_lines()}'}"
 
-    def _of_port(self) -> str:
-        return f"another program than SwarmUI has its port: {self._probe.message}"
-
     def _launch(self, *, is_restart: bool = False) -> None:
         self._is_launched, self._is_restart, self._restart_at = True, is_restart, math.inf
         try:
-            if self._probe.occupied:
-                raise LaunchError(self._of_port())
-            self._ours.launch()
+            self._ours.launch(self._probe)
         except LaunchError as error:
             self._fail(str(error))
             return
@@ -4557,17 +4544,15 @@ class SwarmUISupervisor:
             lives=lives, answered=answered, was_ready=answered or (lives and ours.was_ready), misses=self._misses,
             has_failed=self._has_failed,
         )  # fmt: skip
-        state = self._state = state_of(seen)
+        state = self._state = next_state(before, seen)
         if state != before:
-            if before and before not in _FOLLOWS[state]:
-                log.error("swarmui: %s cannot follow %s: please report %s", state, before, seen)
             log.info("swarmui: %s%s", state, before and f", after {before}")
             self._since, self._began = now_ms(), self.clock()
         if state == "ready":
             self._error, self._has_failed = "", False
             self._used = max(self._used, self._began)
         shown = self._session if state == "ready" else NOBODY
-        error = self._of_port() if state == "failed" and not self._has_failed else self._error
+        error = self._probe.occupant if state == "failed" and not self._has_failed else self._error
         self._status = {
             "state": state, "since": iso_time(self._since), "ours": None if state in ("stopped", "failed") else lives,
             "pid": ours.program and ours.program.pid, "port": settings.swarmui_port, "apiUrl": settings.swarmui_api_url,
@@ -5099,8 +5084,8 @@ def deliver(settings: Settings, alert: Alert) -> tuple[bool, str]:
 
 
 class Alerts:
-    """Raises and ends the alerts of this instance, in a thread of its own; another one POSTs them, and sends the
-    heartbeat. `publish` gets each as an event, and the permission that it needs."""
+    """Raises and ends the alerts of this instance, in a thread of its own; others POST them, and send the heartbeat.
+    `publish` gets each as an event, and the permission that it needs."""
 
     INTERVAL, KEPT, UNSENT, TRIES, RETRY, HEARTBEAT = 1.0, 3, 100, 3, 2.0, 60.0
 
@@ -5115,17 +5100,21 @@ class Alerts:
         self._changed: dict[str, float] = {}  # since when a kind is otherwise than its alert says
         self._unsent: collections.deque[Alert] = collections.deque()
         self._tries = 0  # of the first one
-        self._is_heard, self._beat_at = True, -math.inf if settings.heartbeat_url else math.inf
-        self._loop, self._webhooks = Loop(self.look, "alerts"), Loop(self._call_webhooks, "webhooks")
+        self._is_heard = True
+        self._loop, self._posts = Loop(self.look, "alerts"), Loop(self._post, "webhooks")
+        self._beats = Loop(self._beat, "heartbeat")
 
     def start(self) -> None:
         self._loop.start()
-        if self._settings.alert_url or self._settings.heartbeat_url:
-            self._webhooks.start()
+        if self._settings.alert_url:
+            self._posts.start()
+        if self._settings.heartbeat_url:
+            self._beats.start()
 
     def close(self) -> None:
         """End the threads. What is not sent by then is dropped."""
-        self._webhooks.close()
+        self._posts.close()
+        self._beats.close()
         self._loop.close(0.5)
 
     def shown(self) -> list[dict[str, Any]]:
@@ -5165,17 +5154,10 @@ class Alerts:
         if self._settings.alert_url:
             if len(self._unsent) < self.UNSENT:  # else nothing took them for half an hour
                 self._unsent.append(alert)
-            self._webhooks.wake()
-
-    def _call_webhooks(self) -> float:
-        """The heartbeat if it is due, then an alert; none takes longer than 5 s. The seconds until the next one."""
-        if self._clock() >= self._beat_at:
-            self._beat_at = self._clock() + self.HEARTBEAT
-            self._beat()
-        return min(self._post(), self._beat_at - self._clock())
+            self._posts.wake()
 
     def _post(self) -> float:
-        """The seconds until there may be another one."""
+        """POST the oldest one. The seconds until there may be another one."""
         if not self._unsent:
             return 3600.0
         is_taken, answer = deliver(self._settings, self._unsent[0])
@@ -5187,11 +5169,13 @@ class Alerts:
             log.warning("alerts: %s was not delivered to STORYTELLER_ALERT_URL: %s", alert.kind, answer)
         return 0.0
 
-    def _beat(self) -> None:
+    def _beat(self) -> float:
+        began = self._clock()
         is_heard, answer = call_webhook(self._settings.heartbeat_url or "")
         if is_heard != self._is_heard:
             log.warning("alerts: the heartbeat to STORYTELLER_HEARTBEAT_URL: %s", answer)
         self._is_heard = is_heard
+        return began + self.HEARTBEAT - self._clock()
 
 
 # ======================================================================================================
@@ -5206,13 +5190,13 @@ class RequestCounts:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: dict[tuple[str, str, int], int] = {}
+        self._counts: collections.Counter[tuple[str, str, int]] = collections.Counter()
         self._seconds = 0.0
 
     def count(self, method: str, route: str, status: int, seconds: float) -> None:
         key = method if method in self.METHODS else "other", route, status
         with self._lock:
-            self._counts[key] = self._counts.get(key, 0) + 1
+            self._counts[key] += 1
             self._seconds += seconds
 
     def read(self) -> tuple[dict[tuple[str, str, int], int], float]:

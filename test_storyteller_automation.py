@@ -4330,7 +4330,7 @@ OPEN_BEFORE = {"is_open": True, "answered": True, "was_ready": True}
     ],
 )
 def test_the_state_follows_from_what_is_seen(seen, state):
-    assert service.state_of(service.Sight(**seen)) == state
+    assert service.next_state("", service.Sight(**seen)) == state
 
 
 class Looked:
