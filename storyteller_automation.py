@@ -3868,7 +3868,7 @@ class Probe:
     responded: bool = False  # over HTTP
     # Where it is ready:
     url: str = ""  # where it answered
-    session_id: str = ""  # its, for further calls
+    session_id: str = dataclasses.field(default="", repr=False)  # its, for further calls
     version: str = ""
     server_id: str = ""  # another one after each start
     queue: Mapping[str, int] | None = None  # COUNTS, by our names; None where they are not known
@@ -3920,15 +3920,11 @@ def fetch(url: str, seconds: float, *, data: bytes | None = None, headers: Mappi
         try:
             connection.request(request.get_method(), request.selector, data, dict(request.header_items()))
             with connection.getresponse() as response:
-                reply = Reply(response.status, response.headers, response.read(65536))
-            if time.monotonic() < deadline:
-                return reply
-        except (OSError, http.client.HTTPException):
-            if time.monotonic() < deadline:
-                raise
+                return Reply(response.status, response.headers, response.read(65536))
         finally:
             watchdog.cancel()
-    raise TimeoutError("timed out")  # what came before the deadline is incomplete
+            if time.monotonic() >= deadline:
+                raise TimeoutError("timed out")  # what came before the deadline is incomplete
 
 
 def probe(settings: Settings) -> Probe:
@@ -4010,9 +4006,7 @@ def allow_page(found: Probe, settings: Settings) -> Probe:
     if wanted is None or before in ("*", wanted):
         return found
     body = {"session_id": found.session_id, "settings": {"Network.AccessControlAllowOrigin": wanted}}
-    asked, _ = ask_swarmui(found.url, "ChangeServerSettings", body, settings)
-    if not asked.responded:
-        log.warning("swarmui: ChangeServerSettings got no response: %s", asked.message)
+    ask_swarmui(found.url, "ChangeServerSettings", body, settings)
     after = probe(settings).allow_origin  # its own `success` proves nothing
     if after == wanted:
         change = f"it now answers pages of {wanted}" + (f" instead of {before}" if before else "")
@@ -4193,14 +4187,19 @@ class Launched:
 class Sight:
     """What is known of SwarmUI, from which its state follows."""
 
-    is_ending: bool = False  # it was told to end
-    is_open: bool = False  # some program has its port
-    is_foreign: bool = False  # and responds, but is not SwarmUI
-    lives: bool = False  # a process of ours
-    answered: bool = False  # since its port was last closed
-    was_ready: bool = False  # then, or ours since its launch
+    found: Probe = NOBODY  # by the last look
     misses: int = 0  # probes in a row without an answer, while its port is open
+    answered: bool = False  # since its port was last closed
+    lives: bool = False  # a process of ours
+    was_ready: bool = False  # ours, since its launch
+    is_ending: bool = False  # it was told to end
     has_failed: bool = False  # ours died, or could not be launched
+
+    @property
+    def hangs(self) -> bool:
+        is_foreign = self.found.responded and not self.found.ready  # it is not SwarmUI that answers there
+        was_ready = self.answered or (self.lives and self.was_ready)
+        return was_ready and self.misses >= UNRESPONSIVE and (self.lives or not is_foreign)
 
 
 UNRESPONSIVE, HOPELESS = 3, 60  # misses
@@ -4209,12 +4208,11 @@ UNRESPONSIVE, HOPELESS = 3, 60  # misses
 _STATES: tuple[tuple[str, str, Callable[[Sight], bool]], ...] = (
     ("stopping", "stopped failed", lambda seen: seen.is_ending),
     ("ready", "", lambda seen: seen.answered and seen.misses < UNRESPONSIVE),
-    ("unresponsive", "stopped",
-     lambda seen: seen.was_ready and seen.misses >= UNRESPONSIVE and (seen.lives or not seen.is_foreign)),
+    ("unresponsive", "stopped", lambda seen: seen.hangs),
     ("starting", "", lambda seen: seen.lives),
-    ("failed", "", lambda seen: seen.has_failed or seen.is_open),
+    ("failed", "", lambda seen: seen.has_failed or seen.found.occupied),
     ("stopped", "", lambda seen: True),
-)  # fmt: skip
+)
 
 
 def next_state(before: str, seen: Sight) -> str:
@@ -4231,8 +4229,8 @@ RESTARTS = (1.0, 5.0, 25.0)  # seconds after which it is launched again; a furth
 
 def end_swarmui(
     steps: Sequence[str], session: Probe, ours: Launched, settings: Settings, clock: Clock
-) -> Generator[None, None, str]:
-    """Take each step when the one before had its time, and yield until then. At last what SwarmUI answered."""
+) -> Iterator[str]:
+    """Take each step when the one before had its time, and yield "" until then. At last why it cannot be ended."""
     refusal = ""
     for step in steps:
         until = clock() + (LAST_ENDING if step == steps[-1] else ENDINGS[step])
@@ -4243,8 +4241,8 @@ def end_swarmui(
         elif ours.program:
             ours.program.end(force=step == "kill")
         while clock() < until:
-            yield
-    return refusal
+            yield ""
+    yield refusal or "it goes on"
 
 
 def why_not_to_stop(state: str, found: Probe, *, is_ours: bool) -> str:
@@ -4285,12 +4283,11 @@ class SwarmUISupervisor:
         self._session = NOBODY  # the last probe that was ready, as long as the port is open
         self._looked_at = self._launched_at = self._used = self._put_off = -math.inf
         self._error, self._has_failed, self._died_at = "", False, 0  # the last one in ms
-        self._deadline = math.inf  # of the starts that wait
+        self._deadline = self._restart_at = math.inf  # of the starts that wait; when it is launched again
         self._is_launched = False  # as they waited, or before
         self._is_restart = False  # the last launch
-        self._restart_at = math.inf
         self._deaths: list[float] = []  # when it died in the last hour
-        self._ending: Iterator[None] | None = None  # takes its steps
+        self._ending: Iterator[str] | None = None  # takes its steps
         self._death = ""  # why it has to end, where nobody asked for it
         self._warn_once = functools.cache(log.warning)
         self.launches = 0  # since the service started
@@ -4462,7 +4459,8 @@ class SwarmUISupervisor:
         now, limit, at_work = self.clock(), self._settings.idle_shutdown, self._probe.at_work
         if at_work:
             self._used = now
-        if limit is None or at_work is not False or self._ending or self._waiting("start") or not self._ours.program:
+        is_idle = at_work is False and self._state == "ready" and not (self._ending or self._waiting("start"))
+        if limit is None or not is_idle or not self._ours.program:
             return
         if self._probe.backends.get("any_loading") or self._is_reserved():
             self._put_off = now
@@ -4475,14 +4473,12 @@ class SwarmUISupervisor:
         self._death, self._ending = death, end_swarmui(steps, self._session, self._ours, self._settings, self.clock)
         self._ours.note(isEnding=not death)
 
-    def _advance_end(self, ending: Iterator[None]) -> None:
-        try:
-            next(ending)
-        except StopIteration as last:
+    def _advance_end(self, ending: Iterator[str]) -> None:
+        if reason := next(ending):
             self._ending = None
             self._misses = min(self._misses, UNRESPONSIVE)
             self._ours.note(isEnding=False)
-            self._error = f"SwarmUI cannot be ended ({last.value or 'it goes on'}): end it by hand"
+            self._error = f"SwarmUI cannot be ended ({reason}): end it by hand"
             log.error("swarmui: %s", self._error)
             self._answer("end", ApiError(f"{self._error}."))
 
@@ -4537,14 +4533,9 @@ class SwarmUISupervisor:
 
     def _publish(self) -> None:
         """Make the state what was seen. A change of it is logged."""
-        found, ours, before, settings = self._probe, self._ours, self._state, self._settings
-        lives, answered = ours.program is not None, self._session.ready
-        seen = Sight(
-            is_ending=self._ending is not None, is_open=found.occupied, is_foreign=found.responded and not found.ready,
-            lives=lives, answered=answered, was_ready=answered or (lives and ours.was_ready), misses=self._misses,
-            has_failed=self._has_failed,
-        )  # fmt: skip
-        state = self._state = next_state(before, seen)
+        ours, lives, before, settings = self._ours, self._ours.program is not None, self._state, self._settings
+        known = self._probe, self._misses, self._session.ready, lives, ours.was_ready, self._ending is not None
+        state = self._state = next_state(before, Sight(*known, self._has_failed))
         if state != before:
             log.info("swarmui: %s%s", state, before and f", after {before}")
             self._since, self._began = now_ms(), self.clock()

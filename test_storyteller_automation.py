@@ -4306,7 +4306,8 @@ def test_closing_the_launcher_ends_a_start_that_waits(make_supervisor, swarmui_f
 # ------------------------------------------------------------------------- SwarmUI looked after ----
 
 
-OPEN_BEFORE = {"is_open": True, "answered": True, "was_ready": True}
+SILENT, FOREIGN = service.Probe(False, True, ""), service.Probe(False, True, "", responded=True)
+OPEN_BEFORE = {"found": SILENT, "answered": True}
 
 
 @pytest.mark.parametrize(
@@ -4314,17 +4315,19 @@ OPEN_BEFORE = {"is_open": True, "answered": True, "was_ready": True}
     [
         ({}, "stopped"),
         ({"lives": True}, "starting"),
-        ({"lives": True, "is_open": True}, "starting"),  # it has the port, and has not answered yet
-        ({"lives": True, "is_open": True, "misses": 9}, "starting"),
+        ({"lives": True, "found": SILENT}, "starting"),  # it has the port, and has not answered yet
+        ({"lives": True, "found": SILENT, "misses": 9}, "starting"),
         ({**OPEN_BEFORE, "lives": True, "misses": 2}, "ready"),
         ({**OPEN_BEFORE, "lives": True, "misses": 3}, "unresponsive"),
-        ({"is_open": True, "lives": True, "was_ready": True, "misses": 2}, "starting"),  # again, by itself
-        ({"is_open": True, "lives": True, "was_ready": True, "misses": 3}, "unresponsive"),
+        ({**OPEN_BEFORE, "lives": True, "misses": 3, "found": FOREIGN}, "unresponsive"),
+        ({"found": SILENT, "lives": True, "was_ready": True, "misses": 2}, "starting"),  # again, by itself
+        ({"found": SILENT, "lives": True, "was_ready": True, "misses": 3}, "unresponsive"),
+        ({"found": SILENT, "was_ready": True, "misses": 3}, "failed"),  # it is gone, and what answers is not ours
         ({**OPEN_BEFORE, "misses": 3}, "unresponsive"),
-        ({**OPEN_BEFORE, "misses": 3, "is_foreign": True}, "failed"),
+        ({**OPEN_BEFORE, "misses": 3, "found": FOREIGN}, "failed"),
         (OPEN_BEFORE, "ready"),
         ({**OPEN_BEFORE, "has_failed": True}, "ready"),  # another's, after ours died
-        ({"is_open": True}, "failed"),
+        ({"found": SILENT}, "failed"),
         ({"has_failed": True}, "failed"),
         ({**OPEN_BEFORE, "is_ending": True, "lives": True}, "stopping"),
     ],
