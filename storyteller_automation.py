@@ -3891,14 +3891,10 @@ COUNTS = {"waiting": "waiting_gens", "live": "live_gens", "loading": "loading_mo
           "waitingBackends": "waiting_backends"}  # fmt: skip
 
 
-class Reply(NamedTuple):
-    status: int
-    headers: http.client.HTTPMessage
-    body: bytes
-
-
-def fetch(url: str, seconds: float, *, data: bytes | None = None, headers: Mapping[str, str] = {}) -> Reply:
-    """One HTTP request that ends within `seconds` of connecting, and 64 KiB of its response's body. It uses no proxy
+def fetch(
+    url: str, seconds: float, *, data: bytes | None = None, headers: Mapping[str, str] = {}
+) -> tuple[http.client.HTTPResponse, bytes]:
+    """One HTTP request that ends within `seconds` of connecting: its response, and 64 KiB of the body. It uses no proxy
     and follows no redirect. Raises OSError (URLError when it did not connect), http.client.HTTPException."""
     request = urllib.request.Request(url, data, {**headers, "Connection": "close"})
     kind = http.client.HTTPSConnection if request.type == "https" else http.client.HTTPConnection
@@ -3920,7 +3916,7 @@ def fetch(url: str, seconds: float, *, data: bytes | None = None, headers: Mappi
         try:
             connection.request(request.get_method(), request.selector, data, dict(request.header_items()))
             with connection.getresponse() as response:
-                return Reply(response.status, response.headers, response.read(65536))
+                return response, response.read(65536)
         finally:
             watchdog.cancel()
             if time.monotonic() >= deadline:
@@ -3976,7 +3972,8 @@ def ask_swarmui(url: str, route: str, body: Mapping[str, Any], settings: Setting
     if settings.swarmui_token:
         headers["Cookie"] = f"swarm_token={settings.swarmui_token}"
     try:
-        reply = fetch(f"{url}/API/{route}", settings.health_timeout, data=json.dumps(body).encode(), headers=headers)
+        data = json.dumps(body).encode()
+        response, text = fetch(f"{url}/API/{route}", settings.health_timeout, data=data, headers=headers)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         # Nobody listens there. Windows retries a refused connection, so that one that times out counts there too.
@@ -3990,14 +3987,14 @@ def ask_swarmui(url: str, route: str, body: Mapping[str, Any], settings: Setting
         return Probe(False, True, f"{where} broke the connection off ({type(reason).__name__})"), {}
     answer: Any = None
     with contextlib.suppress(ValueError, RecursionError):
-        answer = json.loads(reply.body)
+        answer = json.loads(text)
     answer = answer if isinstance(answer, dict) else {}
-    text = answer.get("error") or answer.get("error_id") or reply.body.decode("utf-8", "replace")
-    message = f"{where} answered {reply.status}: {' '.join(str(text).split())[:200]}"
-    if "unauthorized" in message.lower() or reply.status == 401:
+    words = answer.get("error") or answer.get("error_id") or text.decode("utf-8", "replace")
+    message = f"{where} answered {response.status}: {' '.join(str(words).split())[:200]}"
+    if "unauthorized" in message.lower() or response.status == 401:
         message += f" (SwarmUI has accounts on: {'check' if settings.swarmui_token else 'set'} SWARMUI_TOKEN)"
-    is_good = reply.status == 200 and bool(answer) and not answer.keys() & {"error", "error_id"}
-    return Probe(is_good, True, message, reply.headers["Access-Control-Allow-Origin"], responded=True), answer
+    is_good = response.status == 200 and bool(answer) and not answer.keys() & {"error", "error_id"}
+    return Probe(is_good, True, message, response.headers["Access-Control-Allow-Origin"], responded=True), answer
 
 
 def allow_page(found: Probe, settings: Settings) -> Probe:
@@ -4150,18 +4147,18 @@ class Launched:
         is_done = self.was_ready or (self.program.code or 0) > 0
         return self.has_exited and is_done and not (is_open or is_ending)
 
-    def bury(self) -> int | None:
-        """Forget one that is over, and end what it left behind. Its exit code; None when that is not known."""
+    def bury(self) -> str:
+        """Forget one that is over, and end what it left behind. How it died; "" where that is no death."""
         if self.program is None:
-            return None
+            return ""
         self.program.end(force=True)
         code = None if self.is_orphan else self.program.code
-        log.info("swarmui: process %d ended with exit code %s", self.program.pid, "unknown" if code is None else code)
-        if self._record.get("isEnding"):  # an earlier run of the service told it to
-            code = 0
+        how = f"it exited with {'an unknown code' if code is None else f'code {code}'}: {self.last_lines()}"
+        log.info("swarmui: process %d is over: %s", self.program.pid, how)
+        is_wanted = code == 0 or self._record.get("isEnding")  # by this run of the service, or an earlier one
         self.note(serverId="", isEnding=False)
         self.program = None
-        return code
+        return "" if is_wanted else how
 
     def took_another_port(self) -> bool:
         """Whether its log says so since this was asked last. Who answers is another's then."""
@@ -4406,18 +4403,16 @@ class SwarmUISupervisor:
         if not ending and ours.took_another_port():
             self._end(f"its port {self._settings.swarmui_port} was taken by another program", ["kill"])
         elif is_over or (ending and not ours.program and not is_open):
-            code = ours.bury()
+            died = ours.bury()
+            death = self._death if ending else died
             self._ending, self._session = None, NOBODY  # who answers now is another one
-            if ending and self._death:
-                self._fail(self._death)
-            elif ending or code == 0:
-                self._error, self._has_failed = "", False
+            if death:
+                self._fail(death)
             else:
-                known = "an unknown code" if code is None else f"code {code}"
-                self._fail(f"it exited with {known}: {ours.last_lines()}")
+                self._error, self._has_failed = "", False
             self._look()
             if ending:
-                if self._waiting("start") and not self._death:
+                if self._waiting("start") and not death:
                     self._launched_at = -math.inf  # it is launched at once
                 self._answer("end", "SwarmUI is stopped")
         elif self._misses >= HOPELESS and self._restarts and ours.was_ready and ours.program and not ending:
@@ -5059,7 +5054,7 @@ def call_webhook(url: str, data: bytes | None = None, headers: Mapping[str, str]
     error, which may contain a part of it."""
     try:
         agent = {"User-Agent": f"StoryTeller/{__version__}"}  # Discord refuses Python's own
-        status = fetch(url, WEBHOOK_TIMEOUT, data=data, headers={**agent, **headers}).status
+        status = fetch(url, WEBHOOK_TIMEOUT, data=data, headers={**agent, **headers})[0].status
         return 200 <= status < 300, f"{status} {http.client.responses.get(status, '')}".rstrip()
     except (OSError, http.client.HTTPException, ValueError) as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
@@ -7837,7 +7832,7 @@ def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
         except StartError as error:
             fault = str(error)
             with contextlib.suppress(*expected_errors):
-                if json.loads(fetch(f"{url}/health", 6).body).keys() == {"status", "store"}:  # 3 s for a hanging store
+                if json.loads(fetch(f"{url}/health", 6)[1]).keys() == {"status", "store"}:  # 3 s for a hanging store
                     advice = "stop that one, or set STORYTELLER_PORT"
                     fault = f"Port {port} is in use by this service with another data folder: {advice}."
             yield "FAIL", "port", fault
@@ -7845,10 +7840,10 @@ def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
     yield "OK", "port", f"this service runs at {address}; {link}"
     with contextlib.suppress(*expected_errors):
         wait, bearer = settings.nvidia_smi_timeout + 5, {"Authorization": f"Bearer {kept_token(settings)}"}
-        reply = fetch(f"{url}/api/v1/gpu/status", wait, headers=bearer)
-        theirs, ours = json.loads(reply.body), gpu_json(status)
+        response, body = fetch(f"{url}/api/v1/gpu/status", wait, headers=bearer)
+        theirs, ours = json.loads(body), gpu_json(status)
         differs = any(theirs.get(key, ours[key]) != ours[key] for key in ("gpuCount", "memoryTotal"))
-        if differs and reply.status in (200, 500):  # not one that refuses the token
+        if differs and response.status in (200, 500):  # not one that refuses the token
             found = theirs["error"] or f"{theirs['gpuCount']} GPU(s), {theirs['memoryTotal']} MiB"
             advice = "it has another PATH or NVIDIA_SMI: set NVIDIA_SMI in .env, and start it again"
             yield "WARN", "nvidia-smi", f"the service that runs finds otherwise ({found}): {advice}"

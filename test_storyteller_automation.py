@@ -4945,6 +4945,22 @@ def quick_restarts(monkeypatch):
     monkeypatch.setattr(service, "HOPELESS", 6)
 
 
+def test_one_that_was_launched_again_is_not_idle_since_before(make_supervisor, swarmui_folder, leash):
+    ahead = Clock(0.0)
+    supervisor = make_supervisor(
+        lambda: time.monotonic() + ahead.now, swarmui_path=swarmui_folder(), idle_shutdown=60.0, **RESTARTS
+    )
+    ready(supervisor)
+    kill(leash.next())
+    wait_until(lambda: supervisor.status()["state"] == "failed")
+    ahead.now += 3600  # until it is launched again
+    again = leash.next()
+    wait_until(lambda: supervisor.status()["state"] == "ready")
+    assert again.is_alive()
+    ahead.now += 3600
+    assert again.has_ended()
+
+
 def die_and_wait(looked: Looked, leash: Leash, state: str = "ready") -> None:
     """Until it was seen that this SwarmUI died, and another one, or none, is in that state."""
     before = looked.status["pid"]
