@@ -28,7 +28,7 @@ The sections, each under a banner, each depending only on those above it:
     GPU: reservations                       a lease with a fence; who waits for it
     SwarmUI: the client                     what answers at its URL, whose pages it answers
     SwarmUI: what was launched              the program, and how it is known again
-    SwarmUI: its states                     what is seen, and which state follows from that
+    SwarmUI: its states                     what is seen, and which state follows from that; how it is ended
     SwarmUI: the supervisor                 one thread launches, probes and ends it
     Authentication                          tokens, permissions, trusted origins, allowed hosts
     Alerts: what is seen                    of all parts; nvidia-smi runs as often as somebody needs it
@@ -4086,7 +4086,7 @@ class Launched:
 
     def launch(self, found: Probe) -> None:
         """Given who has its port. Raises LaunchError."""
-        self.was_ready = False
+        self.was_ready = False  # one that cannot be launched has not died
         if found.occupied:
             raise LaunchError(found.occupant)
         program = find_swarmui(self._settings)
@@ -4111,7 +4111,7 @@ class Launched:
 
     def note(self, **changed: Any) -> None:
         """Keep it for a later run of the service: `serverId` of one that answers, `isEnding` of one told to end."""
-        if self.program is None:
+        if self.program is None:  # it is about another's
             return
         self._record |= changed
         try:
@@ -4350,7 +4350,7 @@ class SwarmUISupervisor:
             self._ending, self._deadline = None, math.inf
             fault = ApiError(f"SwarmUI: an unexpected error ({type(error).__name__}): see the service's log.")
             self._settle(list(self._asked), fault)
-            raise
+            raise  # it is logged by the loop
         return 0.05 if self._ending else self._next_look() - self.clock()
 
     def _next_look(self) -> float:
@@ -4397,7 +4397,7 @@ class SwarmUISupervisor:
                 self._ours.note_ready(found.server_id)
 
     def _notice_end(self) -> None:
-        """See whether it is gone, or has to end."""
+        """See whether it is gone, or has to end. The next turn sees what dies later: all steps of one see the same."""
         ending, ours, is_open = self._ending, self._ours, self._probe.occupied
         is_over = ours.is_over(self._session.server_id, is_open=is_open, is_ending=ending is not None)
         if not ending and ours.took_another_port():
