@@ -2722,13 +2722,13 @@ def _check_shape(value: Any, shape: Any, place: str = "") -> None:
             _check_shape(element, fitting[0], f"{place}[{number}]")
 
 
-def read_session(stored: StoredSession) -> dict[str, Any]:
-    """The document of a stored session. Raises ValueError with what is wrong with it."""
-    if stored.document is None:
+def read_session(document: bytes | None, shape: Any = _COUNTED) -> dict[str, Any]:
+    """Raises ValueError with what is wrong with it."""
+    if document is None:
         raise ValueError("its key holds no text")
-    document: dict[str, Any] = parse_json(stored.document)
-    _check_shape(document, {})
-    return document
+    found: dict[str, Any] = parse_json(document)
+    _check_shape(found, shape)
+    return found
 
 
 def prompt_text(prompt: Any) -> str:
@@ -2799,13 +2799,13 @@ class Facts:
 def find_facts(stored: StoredSession) -> Facts:
     """Parse a document."""
 
-    def attempt(part: Callable[[Q], T], given: Q) -> T | str:
+    def attempt(part: Callable[..., T], *given: Any) -> T | str:
         try:
-            return part(given)
+            return part(*given)
         except ValueError as fault:
             return str(fault)  # the exception refers to the document
 
-    document = attempt(read_session, stored)
+    document = attempt(read_session, stored.document, {})
     if isinstance(document, str):
         return Facts(document, document, document)
     times = [read_time(document.get(name)) for name in ("lastUpdated", "updatedAt")]
@@ -2967,13 +2967,6 @@ def _fill(document: dict[str, Any], other: Mapping[str, Any]) -> None:
             document[name] = value
 
 
-def read_copy(document: bytes) -> dict[str, Any]:
-    """Raises ValueError for what is no session."""
-    found: dict[str, Any] = parse_json(document)
-    _check_shape(found, _COUNTED)
-    return found
-
-
 def decide(
     copies: Copies, draft_of: Callable[[int, dict[str, Any]], Draft | None], *, latest: bytes | None = None
 ) -> Change | None:
@@ -2985,7 +2978,7 @@ def decide(
     by_storyart = copies.by_storyart or art_changed
     if not swarm_changed and not art_changed:  # one may be gone: it stays gone until the other is written anew
         return None if copies.found == copies.marks or not any(copies.marks) else Change(by_storyart=by_storyart)
-    theirs, own = (None if document is None else read_copy(document) for document in (latest or swarm, art))
+    theirs, own = (None if document is None else read_session(document) for document in (latest or swarm, art))
     carries_over = own is None or (theirs is not None and swarm_changed and not by_storyart and not latest)
     outcome, base = cast(tuple[dict[str, Any], bytes], (theirs, latest or swarm) if carries_over else (own, art))
     before = to_json(outcome)
@@ -3003,7 +2996,7 @@ def decide(
 
 def _to_storyswarm(text: bytes, swarm: bytes, timestamp: int) -> bytes | None:
     """The document with a string for each prompt that is one in what StorySwarm wrote; None when that says the same."""
-    document, theirs, strings = read_copy(text), read_copy(swarm), False
+    document, theirs, strings = read_session(text), read_session(swarm), False
     for beat, other in pair_beats(document, theirs):
         for shape, prompt in (beat.get("prompts") or {}).items():
             if isinstance((other.get("prompts") or {}).get(shape), str) and shape in SHAPES:
@@ -5763,7 +5756,7 @@ def announce_progress(services: Services, asked: StoredSession) -> Outcome:
         return NotFound("Session not found")
     facts = services.sessions.facts_of(stored)
     if is_announcement_due(stored, facts):
-        draft = due_notification(stored.timestamp, read_session(stored))
+        draft = due_notification(stored.timestamp, read_session(stored.document))
         try:
             if draft:
                 services.store.announce(stored.timestamp, draft)
@@ -5824,7 +5817,7 @@ def _session_response(services: Services, request: Request, found: StoredSession
     document, name = stored.document or b"", services.store.name.encode()
     for copy in (services.store.storyarts_copy(stored.timestamp), document) if request.origin else ():
         with contextlib.suppress(ValueError):  # it is no session
-            value = read_copy(copy or b"")
+            value = read_session(copy)
             document = to_json(value) if to_storyart(value, stored.timestamp, lambda: None) else copy or b""
             break
     return Response(b'{"success":true,"data":%b,"storage":"%b"}' % (document, name))
@@ -5893,7 +5886,7 @@ def _save(services: Services, request: Request, timestamp: int, *, by_storyart: 
 
 def _read_storyarts(services: Services, timestamp: int) -> dict[str, Any] | None:
     with contextlib.suppress(ValueError):  # there is none, or it is no session: it is replaced
-        return read_copy(services.store.storyarts_copy(timestamp) or b"")
+        return read_session(services.store.storyarts_copy(timestamp))
     return None
 
 

@@ -2548,7 +2548,7 @@ def test_a_wrong_type_at_any_depth_is_named_with_its_place(document, fault):
 )
 def test_what_is_no_document_is_no_session(document, fault):
     with pytest.raises(ValueError, match=fault):
-        service.read_session(service.StoredSession(T, document))
+        service.read_session(document)
 
 
 @pytest.mark.parametrize(
@@ -2632,22 +2632,22 @@ def test_the_latest_session_is_a_newer_copy_that_storyswarms_tools_keep(
 def parse_count(monkeypatch) -> list[int]:
     """Grows by the timestamp of each document that is parsed."""
     parsed: list[int] = []
-    read = service.read_session
-    monkeypatch.setattr(service, "read_session", lambda stored: parsed.append(stored.timestamp) or read(stored))
+    find = service.find_facts
+    monkeypatch.setattr(service, "find_facts", lambda stored: parsed.append(stored.timestamp) or find(stored))
     return parsed
 
 
 def test_equal_documents_are_parsed_once_also_at_the_same_moment(store, monkeypatch):
     sessions, asked, parsed = service.Sessions(store), [], []
-    session, read = store.session, service.read_session
+    session, find = store.session, service.find_facts
 
-    def read_late(stored: service.StoredSession) -> dict[str, Any]:
+    def find_late(stored: service.StoredSession) -> service.Facts:
         wait_until(lambda: len(asked) == 8)
         parsed.append(stored.timestamp)
-        return read(stored)
+        return find(stored)
 
     monkeypatch.setattr(store, "session", lambda at: asked.append(at) or session(at))
-    monkeypatch.setattr(service, "read_session", read_late)
+    monkeypatch.setattr(service, "find_facts", find_late)
     for number in range(8):
         store.save(T + number, json.dumps(episode(READY_BEAT)).encode(), None)
     found = at_once(*[lambda at=T + number: sessions.facts_of(store.session(at)) for number in range(8)])
