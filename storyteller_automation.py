@@ -3165,6 +3165,7 @@ class Notification(NamedTuple):
     fault: str = ""  # what is wrong with it
     session: int = 0
     episode: int = 0
+    since: int = 0  # ms, as PendingChanges has it, which keeps no text
 
 
 def read_member(member: bytes, time: float | None) -> Notification:
@@ -3368,16 +3369,6 @@ _OWN_PENDING = re.compile(
 Tell = Callable[[str, Any], None]  # the type of an event, and its data
 
 
-class Pending(NamedTuple):
-    """What is kept of a pending notification."""
-
-    id: str
-    type: str
-    session: int
-    episode: int
-    since: int  # ms
-
-
 class PendingChanges:
     """Knows the pending notifications, and tells of what is new among them and of what ended. One thread looks."""
 
@@ -3391,12 +3382,12 @@ class PendingChanges:
         self._store, self._notifications, self._tell, self._pause = store, notifications, tell, pause
         # By its id where this service made it, else by the member. None for what is not told of: an invalid one, or one
         # whose end was told.
-        self._known: dict[str | bytes, Pending | None] = {}
+        self._known: dict[str | bytes, Notification | None] = {}
         self.unread: collections.Counter[int] = collections.Counter()  # by session, prompts_ready that was made here
         self._newest, self._scan_at, self._marks_at = 0.0, -math.inf, -math.inf
         self._doubles = 0  # members beside those that are known, as two have one id
 
-    def all(self) -> list[Pending]:
+    def all(self) -> list[Notification]:
         return [known for known in self._known.values() if known]
 
     def knows(self, id: str) -> bool:
@@ -3406,12 +3397,7 @@ class PendingChanges:
     def made(self, one: Notification) -> None:
         """It was made here."""
         if one.id not in self._known:
-            self._keep(one.id, Pending(one.id, one.type, one.session, one.episode, now_ms()))
-            self._tell("notification", one.text)
-
-    def acknowledged(self, id: str) -> None:
-        """It was acknowledged here. The end of one of another program is found by the next look."""
-        self._forget(id)
+            self._keep(one.id, one._replace(since=now_ms()))
 
     def look(self, *, is_new: bool = False) -> None:
         """`is_new`: what is there now is no news. Raises Unavailable."""
@@ -3431,8 +3417,7 @@ class PendingChanges:
 
     def _take(self, rows: Iterable[tuple[bytes, float]], *, is_new: bool = False) -> list[str | bytes]:
         """Tell of those that are not known. By what each is known."""
-        keys, fresh, texts = list[str | bytes](), dict[str | bytes, Pending | None](), dict[str | bytes, bytes]()
-        now = now_ms()
+        keys, fresh, now = list[str | bytes](), dict[str | bytes, Notification | None](), now_ms()
         for member, score in rows:
             at = min(int(min(score, LARGEST)), now)  # another program may have written one of the future, or infinity
             self._newest = max(self._newest, at)
@@ -3442,33 +3427,33 @@ class PendingChanges:
             if key in self._known:
                 continue
             if own and is_new:  # it is not parsed: 100,000 would take 2 s
-                fresh[key] = Pending(id, sys.intern(own[3].decode()), int(own[4]), int(own[5] or 0), at)
+                kind = sys.intern(own[3].decode())
+                fresh[key] = Notification(id, kind, b"", True, session=int(own[4]), episode=int(own[5] or 0), since=at)
             else:
                 found = self._notifications.read(member, score)
-                fresh[key] = found and Pending(found.id, found.type, found.session, found.episode, at)
-                texts[key] = found.text if found else b""
+                fresh[key] = found and found._replace(since=at)
         marked = self._store.acknowledged([found.id for found in fresh.values() if found])
         self._pause()  # one that was made here is told of before its end, as nobody knew its id before
         for key, one in fresh.items():
-            if key in self._known:
-                continue
-            self._keep(key, None if one and one.id in marked else one)
-            if self._known[key] and not is_new:
-                self._tell("notification", texts[key])
+            if key not in self._known:
+                self._keep(key, None if one and one.id in marked else one, is_new=is_new)
         return keys
 
-    def _keep(self, key: str | bytes, found: Pending | None) -> None:
-        self._known[key] = found
+    def _keep(self, key: str | bytes, found: Notification | None, *, is_new: bool = False) -> None:
+        self._known[key] = found and found._replace(text=b"")
         self._count_unread(key, found, 1)
+        if found and not is_new:
+            self._tell("notification", found.text)
 
-    def _count_unread(self, key: str | bytes, found: Pending | None, change: int) -> None:
+    def _count_unread(self, key: str | bytes, found: Notification | None, change: int) -> None:
         if found and found.type == "prompts_ready" and isinstance(key, str):
             self.unread[found.session] += change
             if not self.unread[found.session]:
                 del self.unread[found.session]
 
-    def _forget(self, key: str | bytes, *, is_gone: bool = True) -> None:
-        """Tell its end, unless that was told. One that is not gone is not told of again."""
+    def forget(self, key: str | bytes, *, is_gone: bool = True) -> None:
+        """Tell its end, unless that was told. One that is not gone is not told of again. The end of one of another
+        program that was acknowledged here is found by the next look."""
         if known := self._known.pop(key, None):
             if not is_gone:
                 self._known[key] = None
@@ -3484,7 +3469,7 @@ class PendingChanges:
             marked = self._store.acknowledged(part)
             for id in part:
                 if id in marked:
-                    self._forget(keys[id], is_gone=is_gone)
+                    self.forget(keys[id], is_gone=is_gone)
             self._pause()
         ended = time.monotonic()
         self._marks_at = ended + max(1.0, 5 * (ended - began))
@@ -3499,7 +3484,7 @@ class PendingChanges:
             self._pause()
         for key in before:
             if key not in seen:
-                self._forget(key)
+                self.forget(key)
         ended = time.monotonic()
         self._doubles, self._scan_at = count - len(seen), ended + max(2.0, 10 * (ended - began))
 
@@ -3576,21 +3561,19 @@ def parse_gpus(output: str, errors: str = "", code: int = 0, memory: tuple[int, 
             return GpuStatus(error=words)
         fault = f"failed (exit code {code})" if code else "names no GPU with readable memory"
         return _failed(f"nvidia-smi {fault}: {words or 'it printed nothing'}")
-    numbers = [[float(cell) if _NUMBER.fullmatch(cell) else 0 for cell in cells] for cells in gpus]
-    utilization, used, total, temperature, _ = zip(*numbers)
-    names = ("utilization", "memory_used", "memory_total", "temperature")
-    told = {name for cells in gpus for name, cell in zip(names, cells) if _NUMBER.fullmatch(cell)}
-    told |= set(names[1:3] if memory and not own else ())
-    memory_used, memory_total = memory if memory and not own else (sum(used), sum(total))
+    use, used, total, degrees, _ = ([float(cell) for cell in cells if _NUMBER.fullmatch(cell)] for cells in zip(*gpus))
+    if memory and not own:
+        used, total = [memory[0]], [memory[1]]
+    told = {"utilization": use, "memory_used": used, "memory_total": total, "temperature": degrees}
     return GpuStatus(
         available=True,
         gpu_count=len(gpus),
-        utilization=int(sum(utilization) / len(gpus) + 0.5),
-        memory_used=int(memory_used + 0.5),
-        memory_total=int(memory_total + 0.5),
-        temperature=int(max(temperature) + 0.5),
+        utilization=int(sum(use) / len(gpus) + 0.5),
+        memory_used=int(sum(used) + 0.5),
+        memory_total=int(sum(total) + 0.5),
+        temperature=int(max(degrees, default=0) + 0.5),
         remarks=_on_one_line(*(",".join(cells) for cells in lines if cells not in rows), errors),
-        unknown=tuple(name for name in names if name not in told),
+        unknown=tuple(name for name, values in told.items() if not values),
     )
 
 
@@ -4868,7 +4851,7 @@ class Situation:
     launches: int = 0
     store: str = ""
     fault: str = ""  # of the store
-    pending: Sequence[Pending] | None = None
+    pending: Sequence[Notification] | None = None
     waiting: Sequence[WaitingSession] | None = None
     free: int | None = None  # bytes, where the data folder is
     listeners: int = 0
@@ -4896,7 +4879,7 @@ class Observer:
         self._lock = threading.Lock()  # over these
         self._pending, self._changed = PendingChanges(store, notifications), ChangedSessions(store, self.SESSIONS)
         self._is_first, self._waiting = True, dict[int, WaitingSession]()
-        self._found: tuple[Sequence[Pending], Sequence[WaitingSession]] | None = None  # by the last look
+        self._found: tuple[Sequence[Notification], Sequence[WaitingSession]] | None = None  # by the last look
         self._looked_at, self._took = -math.inf, 0.0  # when, and how long it took
         self._scraped_at = -math.inf
 
@@ -4917,7 +4900,7 @@ class Observer:
             free, self._count_listeners(None),
         )  # fmt: skip
 
-    def _look_at_store(self, age: float) -> tuple[Sequence[Pending], Sequence[WaitingSession]] | None:
+    def _look_at_store(self, age: float) -> tuple[Sequence[Notification], Sequence[WaitingSession]] | None:
         with self._lock:
             began = self._clock()
             if began - self._looked_at >= (age and max(age, 100 * self._took)) or not self._found:
@@ -6556,7 +6539,7 @@ class Live:
     def note(self, *done: Notification | str) -> None:
         """Notifications that were made here, or ids of those that were acknowledged here."""
         for one in () if self._is_new else done:
-            self._call_soon(self._pending.acknowledged if isinstance(one, str) else self._pending.made, one)
+            self._call_soon(self._pending.forget if isinstance(one, str) else self._pending.made, one)
 
     def look_soon(self) -> None:
         """A session, or what it announces, was changed here."""

@@ -6697,8 +6697,9 @@ def test_a_look_reads_of_the_store_what_was_changed_alone(seen, store, monkeypat
 # ---------------------------------------------------------------------------------- what to alert of ----
 
 
-def pending_since(*minutes: float) -> list[service.Pending]:
-    return [service.Pending(f"x-{n}", PROMPTS, T + n, 2, T - int(one * 60_000)) for n, one in enumerate(minutes)]
+def pending_since(*minutes: float) -> list[service.Notification]:
+    times = enumerate(T - int(one * 60_000) for one in minutes)
+    return [service.Notification(f"x-{n}", PROMPTS, b"", True, "", T + n, 2, since) for n, since in times]
 
 
 def waiting_since(*minutes: float) -> list[service.WaitingSession]:
@@ -9225,7 +9226,7 @@ def test_one_that_is_made_and_acknowledged_during_a_look_is_told_of_twice(redis_
 
     def acknowledge_first(ids: list[str]) -> set[str]:
         if ids and notifications.acknowledge_own(ids) == [True]:
-            calls.append(lambda: changes.acknowledged(ids[0]))
+            calls.append(lambda: changes.forget(ids[0]))
         return acknowledged(ids)
 
     changes = service.PendingChanges(
