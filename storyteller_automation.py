@@ -3293,12 +3293,8 @@ class Notifications:
         """Add each, and True; or the one of the same type and session that is pending already, and False."""
         return map_results(lambda made: (read_member(*made[:2]), made[2]), self._store.add(drafts))
 
-    def acknowledge(self, id: str) -> bool:
-        """True when it was pending, or is acknowledged already."""
-        return bool(self.acknowledge_all([id]))
-
-    def acknowledge_all(self, ids: Sequence[str]) -> list[str]:
-        """The same for different ones: those for which it is true, in their order, after one search for all."""
+    def acknowledge(self, ids: Sequence[str]) -> list[str]:
+        """Those of different ones that were pending, or are acknowledged already, after one search for all."""
         done = {id for id, outcome in zip(ids, self.acknowledge_own(ids)) if result_of(outcome)}
         left = self._members_of(id for id in ids if id not in done)
         return [id for id in ids if id in done or (left[id] and result_of(self._store.acknowledge({id: left[id]})[0]))]
@@ -3324,15 +3320,12 @@ class Notifications:
         return left
 
     def _read(self, rows: Iterable[tuple[bytes, float | None]]) -> Iterator[Notification]:
-        """The valid ones that are to be shown. The others stay where they are."""
-        for member, at in rows:
-            found = self._cached(member, at) if len(member) <= self.LARGEST else self._parse(member, at)
-            if found is not None and found.is_shown:
-                yield found
+        return filter(None, itertools.starmap(self.read, rows))
 
     def read(self, member: bytes, at: float | None) -> Notification | None:
-        """One that is valid and to be shown."""
-        return next(self._read([(member, at)]), None)
+        """One that is valid and to be shown. The others stay where they are."""
+        found = self._cached(member, at) if len(member) <= self.LARGEST else self._parse(member, at)
+        return found if found and found.is_shown else None
 
     def _parse(self, member: bytes, time: float | None) -> Notification | None:
         """None for an invalid one. What is wrong with a member is logged once."""
@@ -5655,7 +5648,7 @@ def notification_ack(services: Services, request: Request) -> Future[Any]:
 
 def notification_ack_all(services: Services, request: Request) -> Response:
     wanted = list(dict.fromkeys(request.body["ids"]))
-    found = services.notifications.acknowledge_all([id for id in wanted if re.fullmatch(r"[^\ud800-\udfff]+", id)])
+    found = services.notifications.acknowledge([id for id in wanted if re.fullmatch(r"[^\ud800-\udfff]+", id)])
     services.live.note(*found)
     missing = list(itertools.filterfalse(set(found).__contains__, wanted))
     return json_response({"success": True, "acknowledged": found, "notFound": missing})
@@ -5780,7 +5773,8 @@ def answer_acknowledgements(services: Services, ids: list[str]) -> list[Outcome]
         return json_response({"success": True, "notificationId": id}) if done else services.submit(search, id)
 
     def search(id: str) -> Outcome:
-        return respond(id, services.notifications.acknowledge(id) or NotFound("Notification not found"))
+        found = services.notifications.acknowledge([id])
+        return respond(id, True) if found else NotFound("Notification not found")
 
     return list(map(respond, ids, services.notifications.acknowledge_own(ids)))
 

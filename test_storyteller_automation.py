@@ -1738,7 +1738,7 @@ def test_an_acknowledgement_that_fails_takes_no_other_with_it(sqlite_store):
     assert [one if one in (True, False) else type(one) for one in outcomes] == [True, service.Unavailable, True, False]
     assert [one["sessionTimestamp"] - T for one in members_of(sqlite_store)] == [1]
     with pytest.raises(service.Unavailable):
-        notifications.acknowledge(ids[1])
+        notifications.acknowledge([ids[1]])
 
 
 # ======================================================================================================
@@ -2814,7 +2814,7 @@ def test_an_id_is_acknowledged_by_its_escaped_path_and_is_shown_where_an_unescap
 def test_a_time_beyond_all_calendars_is_invalid_as_well(notifications, plant):
     plant(MEMBER, 1e300)
     assert check(notifications) == []
-    assert notifications.acknowledge("theirs") is False
+    assert notifications.acknowledge(["theirs"]) == []
 
 
 def test_check_gives_the_oldest_first_up_to_its_limit(notifications, clock, plant):
@@ -2981,7 +2981,7 @@ def test_an_id_that_another_program_made_is_found_among_all(store, notifications
     plant(member, clock.now + 1)
     plant({**MEMBER, "id": id, "totalPrompts": 7}, clock.now + 1)  # every member of that id goes
     plant({**MEMBER, "id": "not " + id}, clock.now + 2)
-    assert [notifications.acknowledge(id) for _ in range(2)] == [True, True]
+    assert [notifications.acknowledge([id]) for _ in range(2)] == [[id], [id]]
     assert check(notifications) == ["not " + id]
 
 
@@ -2994,7 +2994,7 @@ def test_acknowledging_one_of_ours_reads_no_other(store, notifications, clock, p
     real = store.pending
     monkeypatch.setattr(store, "pending", lambda page: [read.append(row) or row for row in real(page)])
     for _ in range(2):
-        assert notifications.acknowledge(found.id)
+        assert notifications.acknowledge([found.id])
     assert read == []
 
 
@@ -9097,7 +9097,7 @@ def test_what_another_instance_does_is_told(polled, twin, listen):
 
 
 def result_of_ack(store: service.Store, id: str) -> bool:
-    return service.Notifications(store).acknowledge(id)
+    return service.Notifications(store).acknowledge([id])
 
 
 @pytest.mark.usefixtures("quick_looks")
@@ -10404,7 +10404,7 @@ def state(sessions):
             [one and [one.document.decode(), one.announced] for one in kept]]
 verbs = {
     "create": lambda kind, session: notifications.create([draft(kind, session)])[0][0].id,
-    "ack": notifications.acknowledge,
+    "ack": lambda id: bool(notifications.acknowledge([id])),
     "save": lambda kind, session, text: store.save(session, text.encode(), draft(kind, session)),
     "check": state,
 }
@@ -13450,7 +13450,7 @@ def filled(embedded: Any) -> dict[str, Any]:
             text = service.to_json(document)
             store.save(timestamp, text, service.due_notification(timestamp, document))
         acknowledged, waiting = (one.id for one in own.check(tuple(service.TOTALS), 9))
-        assert own.acknowledge(acknowledged)
+        assert own.acknowledge([acknowledged])
         token = service.issue_token(store, "storyart", ["gpu:read"], 86_400 * 90, service.now_ms())[0]
         saved = [store.session(timestamp).saved for timestamp in (T, T + 1)]
     return {"acknowledged": acknowledged, "waiting": waiting, "token": token, "saved": saved, "document": done}
