@@ -22,7 +22,7 @@ The sections, each under a banner, each depending only on those above it:
     Stores: SQLite                          the same on SQLite, in the same order
     Sessions                                pure functions of a document; the cache of their results by SHA-256
     Bridge                                  the two copies of a session kept in step: who wins, and who looks
-    Notifications                           what one is, which are valid, when a session announces one
+    Notifications                           what one is, which are valid, and those of a store
     Changes                                 what is new in the store since the last look
     GPU                                     the parser (pure); the monitor (one run at a time, cached)
     GPU: reservations                       a lease with a fence; who waits for it
@@ -2784,6 +2784,35 @@ def to_text(value: Any) -> str:
     return value if isinstance(value, str) else "" if value is None else to_json(value).decode()
 
 
+def _story_fields(uuid: object, episode: object) -> dict[str, Any]:
+    return {"storyUuid": uuid if isinstance(uuid, str) else "", "episodeNumber": read_count(episode) or 0}
+
+
+def draft_notification(type: str, session_timestamp: int, **fields: Any) -> Draft:
+    """A notification of ours. Its id carries its time, so that acknowledging finds it without a search."""
+    chance = secrets.token_hex(8)
+
+    def member(time: int) -> bytes:
+        value = {"id": f"notif_{time}_{chance}", "type": type, "sessionTimestamp": session_timestamp, **fields}
+        value |= {"timestamp": iso_time(time), "acknowledged": False}
+        return to_json(value)
+
+    return Draft(type, session_timestamp, member)
+
+
+def due_notification(timestamp: int, document: dict[str, Any]) -> Draft | None:
+    """What a session has to announce as it stands: only one that waits for StorySwarm, and that has beats."""
+    try:
+        found = progress(document)
+    except ValueError:  # it may be a script alone; prompts-status says what is wrong with it
+        return None
+    if document.get("promptMode") != "storyswarm" or not found.total_beats:
+        return None
+    kind = "prompts_ready" if found.ready else "beats_ready"
+    story = _story_fields(document.get("storyUuid"), document["analyzedEpisode"].get("episodeNumber"))
+    return draft_notification(kind, timestamp, **story, totalPrompts=found.total_prompts, totalBeats=found.total_beats)
+
+
 @dataclass(frozen=True)
 class Facts:
     """What the answers need of a document. A part may be its fault; with `fault` the document is no session at all."""
@@ -2967,9 +2996,7 @@ def _fill(document: dict[str, Any], other: Mapping[str, Any]) -> None:
             document[name] = value
 
 
-def decide(
-    copies: Copies, draft_of: Callable[[int, dict[str, Any]], Draft | None], *, latest: bytes | None = None
-) -> Change | None:
+def decide(copies: Copies, latest: bytes | None = None) -> Change | None:
     """What brings the copies in step; None when they are. StorySwarm may have read a session before its user edited it:
     so once StoryArt has written it, StoryArt's words, beats and order stay. They stay also where `latest` is a second
     copy of StorySwarm's. Raises ValueError when one of them is no session: then both are left as they are."""
@@ -2991,7 +3018,7 @@ def decide(
     swarm_text = None if carries_over else text if swarm is None else _to_storyswarm(text, swarm, timestamp)
     if swarm_text and latest:
         swarm_text = _to_storyswarm(swarm_text, latest, timestamp) or latest
-    return Change(swarm_text, None if text == art else text, by_storyart, draft_of(timestamp, outcome))
+    return Change(swarm_text, None if text == art else text, by_storyart, due_notification(timestamp, outcome))
 
 
 def _to_storyswarm(text: bytes, swarm: bytes, timestamp: int) -> bytes | None:
@@ -3026,10 +3053,8 @@ class Bridge:
     RECHECK_WAITING, RECHECK, SPREAD = 7.0, 35.0, 20
     LARGE = 5_000_000  # bytes: larger ones are read whole when somebody asks
 
-    def __init__(
-        self, store: BridgedStore, sessions: Sessions, draft_of: Callable[[int, dict[str, Any]], Draft | None]
-    ) -> None:
-        self._store, self._sessions, self._draft_of = store, sessions, draft_of
+    def __init__(self, store: BridgedStore, sessions: Sessions) -> None:
+        self._store, self._sessions = store, sessions
         self._owner = secrets.token_hex(8)
         self._seen: dict[int, Seen] = {}
         self._latest = (-1, 0.0)  # the length of session:latest, and when it is read again
@@ -3056,29 +3081,27 @@ class Bridge:
         """Carry over a session:latest that was changed, as a change of the session that its timestamp names: that
         timestamp, or 0, also where Redis takes no writes."""
         try:
-            return self._bring_latest(self._store.newest_copy(whole=whole))
+            copy = self._store.newest_copy(whole=whole)
+            self._store.unreadable_latest = 0
+            if copy is None:
+                return 0
+            facts = self._sessions.facts_of(StoredSession(0, copy))
+            if facts.timestamp is None:
+                self._store.unreadable_latest, fault = len(copy), facts.fault or "it has no timestamp"
+                self._report("session:latest is left as it is, since it is no session", fault)
+                return 0
+            before = self._bring_in_step(facts.timestamp)
+            # Both may have been changed: then neither replaces the other.
+            if not self._bring_in_step(facts.timestamp, copy, merges=bool(before and before.is_changed(0))):
+                self._store.unreadable_latest = len(copy)
+            return facts.timestamp
         except Unavailable as fault:
             self._report("session:latest is not in step", str(fault))
             return 0
 
-    def _bring_latest(self, copy: bytes | None) -> int:
-        self._store.unreadable_latest = 0
-        if copy is None:
-            return 0
-        facts = self._sessions.facts_of(StoredSession(0, copy))
-        if facts.timestamp is None:
-            self._store.unreadable_latest, fault = len(copy), facts.fault or "it has no timestamp"
-            self._report("session:latest is left as it is, since it is no session", fault)
-            return 0
-        before = self._bring_in_step(facts.timestamp)
-        # Both may have been changed: then neither replaces the other.
-        if not self._bring_in_step(facts.timestamp, copy, merges=bool(before and before.is_changed(0))):
-            self._store.unreadable_latest = len(copy)
-        return facts.timestamp
-
     def _bring_in_step(self, timestamp: int, latest: bytes | None = None, *, merges: bool = False) -> Copies | None:
         try:
-            made = functools.partial(decide, draft_of=self._draft_of, latest=latest if merges else None)
+            made = functools.partial(decide, latest=latest if merges else None)
             return self._store.bring_in_step(timestamp, made, latest, replaces=not merges)
         except ValueError as fault:
             self._report(f"session {timestamp} is left as it is, since a copy is no session", str(fault))
@@ -3199,35 +3222,6 @@ def read_member(member: bytes, time: float | None) -> Notification:
         fault = f"its id {id!r:.250} does not come back whole from a path"
     is_shown = value.get("acknowledged") is not True and not is_cut
     return Notification(id, kind, to_json(shown), is_shown, fault, session, shown["episodeNumber"])
-
-
-def _story_fields(uuid: object, episode: object) -> dict[str, Any]:
-    return {"storyUuid": uuid if isinstance(uuid, str) else "", "episodeNumber": read_count(episode) or 0}
-
-
-def draft_notification(type: str, session_timestamp: int, **fields: Any) -> Draft:
-    """A notification of ours. Its id carries its time, so that acknowledging finds it without a search."""
-    chance = secrets.token_hex(8)
-
-    def member(time: int) -> bytes:
-        value = {"id": f"notif_{time}_{chance}", "type": type, "sessionTimestamp": session_timestamp, **fields}
-        value |= {"timestamp": iso_time(time), "acknowledged": False}
-        return to_json(value)
-
-    return Draft(type, session_timestamp, member)
-
-
-def due_notification(timestamp: int, document: dict[str, Any]) -> Draft | None:
-    """What a session has to announce as it stands: only one that waits for StorySwarm, and that has beats."""
-    try:
-        found = progress(document)
-    except ValueError:  # it may be a script alone; prompts-status says what is wrong with it
-        return None
-    if document.get("promptMode") != "storyswarm" or not found.total_beats:
-        return None
-    kind = "prompts_ready" if found.ready else "beats_ready"
-    story = _story_fields(document.get("storyUuid"), document["analyzedEpisode"].get("episodeNumber"))
-    return draft_notification(kind, timestamp, **story, totalPrompts=found.total_prompts, totalBeats=found.total_beats)
 
 
 def newest_of_each(found: Iterable[Notification]) -> list[Notification]:
@@ -5432,7 +5426,7 @@ class Services:
         self.reservations = reservations
         self.sessions, self.notifications = Sessions(store), Notifications(store)
         self.authenticator = Authenticator(settings, store)
-        self.bridge = Bridge(store, self.sessions, due_notification) if isinstance(store, BridgedStore) else None
+        self.bridge = Bridge(store, self.sessions) if isinstance(store, BridgedStore) else None
         self.live = Live(self)
         known = settings, store, gpu, swarmui, self.sessions, self.notifications
         self.observer = Observer(*known, self.live.count_listeners)

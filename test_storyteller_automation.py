@@ -7067,10 +7067,6 @@ def copies_of(now: Any, before: Any = None, *, by_storyart: bool = False) -> ser
     return service.Copies(T, swarm, art, (marks[0], marks[1]), by_storyart)
 
 
-def decide(copies: service.Copies, **options: Any) -> service.Change | None:
-    return service.decide(copies, lambda timestamp, document: None, **options)
-
-
 def both(words: str, *prompts: Any, **fields: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """StorySwarm's copy and StoryArt's of one session."""
     return story(words, *prompts, **fields), spoken(words, *prompts, **fields)
@@ -7152,13 +7148,13 @@ STORYARTS: dict[str, tuple[Any, Any, Any]] = {
     ],
 )
 def test_what_brings_two_copies_in_step(before, now, after, by_storyart):
-    change = decide(copies_of(now, before, by_storyart=by_storyart))
+    change = service.decide(copies_of(now, before, by_storyart=by_storyart))
     written = [change.storyswarm, change.storyart]
     assert [json.loads(new or to_bytes(old) or b"null") for new, old in zip(written, now)] == list(after)
     # A copy that says it already is not written.
     assert [new is not None for new in written] == [new != old for new, old in zip(after, now)]
     outcome = [new or old for new, old in zip(written, now)]
-    assert decide(copies_of(outcome, outcome)) is None
+    assert service.decide(copies_of(outcome, outcome)) is None
 
 
 @pytest.mark.parametrize(
@@ -7171,13 +7167,13 @@ def test_what_brings_two_copies_in_step(before, now, after, by_storyart):
     ],
 )
 def test_that_storyart_wrote_a_session_is_noted(before, now, by_storyart, found):
-    assert decide(copies_of(now, before, by_storyart=by_storyart)).by_storyart is found
+    assert service.decide(copies_of(now, before, by_storyart=by_storyart)).by_storyart is found
 
 
 def test_copies_that_are_in_step_need_nothing():
-    assert decide(copies_of(IN_STEP, IN_STEP)) is None
-    assert decide(copies_of((None, IN_STEP[1]), (None, IN_STEP[1]))) is None
-    assert decide(copies_of((None, None))) is None
+    assert service.decide(copies_of(IN_STEP, IN_STEP)) is None
+    assert service.decide(copies_of((None, IN_STEP[1]), (None, IN_STEP[1]))) is None
+    assert service.decide(copies_of((None, None))) is None
 
 
 @pytest.mark.parametrize(
@@ -7190,7 +7186,7 @@ def test_copies_that_are_in_step_need_nothing():
 )
 def test_a_latest_beside_a_changed_copy_replaces_neither(now, latest, after):
     """As session:{ts}, which was carried over a moment ago, and session:latest."""
-    change = decide(copies_of(now, now), latest=to_bytes(latest))
+    change = service.decide(copies_of(now, now), latest=to_bytes(latest))
     written = [change.storyswarm, change.storyart]
     assert [json.loads(new or to_bytes(old)) for new, old in zip(written, now)] == list(after)
     assert [new is not None for new in written] == [new != old for new, old in zip(after, now)]
@@ -7289,13 +7285,13 @@ RAW = (
 
 
 def test_a_document_of_which_nothing_is_turned_stays_byte_for_byte():
-    assert decide(copies_of((RAW, None))).storyart == RAW
-    assert decide(copies_of((None, RAW))).storyswarm == RAW
-    assert decide(copies_of((None, RAW))).storyart is None
+    assert service.decide(copies_of((RAW, None))).storyart == RAW
+    assert service.decide(copies_of((None, RAW))).storyswarm == RAW
+    assert service.decide(copies_of((None, RAW))).storyart is None
 
 
 def test_a_document_that_is_turned_keeps_order_fields_digits_and_half_a_surrogate_pair():
-    written = decide(copies_of((RAW.replace(b'"storyUuid": ""', b'"storyUuid": null'), None))).storyart
+    written = service.decide(copies_of((RAW.replace(b'"storyUuid": ""', b'"storyUuid": null'), None))).storyart
     assert written == (
         b'{"z":1000.0,"timestamp":%d,"n":123456789012345678901234567890,"d":0.1,"half":"\\ud83d","u":"\xc3\xbc",'
         b'"scriptText":"","episodeContext":"","storyUuid":"","same":1,"a":[null,true,-0.0],"\xc3\xbc":{}}' % T
@@ -7320,7 +7316,7 @@ NO_SESSION = [
 def test_a_copy_that_is_no_session_is_a_fault(junk):
     for now in ((junk, None), (None, junk), (junk, story("w")), (story("w"), junk)):
         with pytest.raises(ValueError):
-            decide(copies_of(now))
+            service.decide(copies_of(now))
 
 
 # ---------------------------------------------------------------------------- both programs on one Redis ----
@@ -7808,13 +7804,14 @@ def test_an_instance_that_ends_leaves_its_task_to_the_others_at_once(make_bridge
 READING = {"eval", "get", "mget", "hget", "hmget", "strlen", "pttl", "exists", "zrevrange", "watch", "unwatch"}
 
 
-def test_a_session_latest_that_was_read_before_a_put_does_not_replace_it(bridged, other_program):
+def test_a_session_latest_that_was_read_before_a_put_does_not_replace_it(bridged, other_program, monkeypatch):
     for words in ("old", "newest"):
         by_put(bridged.app, other_program, story(words, timestamp=T + (words == "newest")))
     other_program.set("session:latest", json.dumps(story("from latest")))
     read = bridged.store.newest_copy()
     by_put(bridged.app, other_program, story("put"))
-    bridged.bridge._bring_latest(read)
+    monkeypatch.setattr(bridged.store, "newest_copy", lambda **_: read)
+    bridged.bridge.bring_latest()
     assert read_key(other_program) == story("put")
 
 
@@ -8107,15 +8104,17 @@ def test_the_digest_of_the_latest_has_no_end(bridged, storyart, other_program):
 
 
 @pytest.mark.parametrize("key", [f"session:{T}", f"storyart:session:{T}"])
-def test_a_copy_that_was_changed_since_it_was_read_is_not_overwritten(make_bridged, storyart, other_program, key):
+def test_a_copy_that_was_changed_since_it_was_read_is_not_overwritten(
+    make_bridged, storyart, other_program, monkeypatch, key
+):
     bridged, writes = make_bridged(), [story("meanwhile", {"prompt": "a dog"})]
     storyart.save(story("w", None))
 
-    def draft_of(timestamp: int, document: dict[str, Any]) -> None:
+    def write_meanwhile(timestamp: int, document: dict[str, Any]) -> None:
         if writes:
             other_program.set(key, json.dumps(writes.pop()))
 
-    bridged.bridge._draft_of = draft_of
+    monkeypatch.setattr(service, "due_notification", write_meanwhile)
     bridged.look()
     assert storyart.make_images() == ["a dog"]
     words = "meanwhile" if key.startswith("storyart") else "w"
