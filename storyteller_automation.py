@@ -2874,24 +2874,18 @@ class Sessions:
                     bound(self._facts, self.KEPT)
         return facts
 
-    def listed(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Timestamps and summaries, newest first. What is no session is left out and logged once."""
+    def listed(self) -> Iterator[tuple[StoredSession, Mapping[str, Any]]]:
+        """With their summaries, newest first. What is no session is left out and logged once."""
         for stored in self._store.sessions():
             shown = self.facts_of(stored).summary
             if isinstance(shown, str):
                 self._report(f"session {stored.timestamp}", shown)
             else:
-                yield stored.timestamp, shown
+                yield stored, shown
 
     def latest(self) -> StoredSession | None:
-        """The newest session that can be read: the first of the list, or the copy of a newer one."""
-        newest = None
-        for stored in self._store.sessions():
-            fault = self.facts_of(stored).fault
-            if fault is None:
-                newest = stored
-                break
-            self._report(f"session {stored.timestamp}", fault)
+        """The first of the list, or the copy of a newer one."""
+        newest = next((stored for stored, _ in self.listed()), None)
         copy = self._store.newest_copy()
         if copy is None:
             return newest
@@ -3224,19 +3218,16 @@ def read_member(member: bytes, time: float | None) -> Notification:
     return Notification(id, kind, to_json(shown), is_shown, fault, session, shown["episodeNumber"])
 
 
-def newest_of_each(found: Iterable[Notification]) -> list[Notification]:
-    """Of each type and session the newest alone, whose text has all ids, oldest first."""
+def newest_of_each(found: Iterable[Notification]) -> list[bytes]:
+    """The texts of the newest alone of each type and session, with all ids, oldest first."""
     groups: dict[tuple[str, int], list[Notification]] = {}
     for one in found:
         group = groups.pop((one.type, one.session), [])
         group.append(one)
         groups[one.type, one.session] = group  # at the end: they are in the order of what is shown
 
-    def text(group: Sequence[Notification]) -> bytes:
-        more = to_json({"count": len(group), "ids": [one.id for one in group]})
-        return b"%b,%b" % (group[-1].text[:-1], more[1:])
-
-    return [group[-1]._replace(text=text(group)) for group in groups.values()]
+    counted = ((group[-1].text, {"count": len(group), "ids": [one.id for one in group]}) for group in groups.values())
+    return [b"%b,%b" % (text[:-1], to_json(more)[1:]) for text, more in counted]
 
 
 class Notifications:
@@ -5680,8 +5671,8 @@ def answer_checks(services: Services, questions: list[Check]) -> list[Outcome]:
     """A batcher's step: one snapshot of the store for all. A check that needs more than that runs in the pool."""
 
     def respond(question: Check, found: Sequence[Notification]) -> Response:
-        shown = newest_of_each(found)[: question[1]] if question[2] else found
-        return Response(b'{"notifications":[%b]}' % b",".join([one.text for one in shown]))
+        shown = newest_of_each(found)[: question[1]] if question[2] else [one.text for one in found]
+        return Response(b'{"notifications":[%b]}' % b",".join(shown))
 
     def read_on(question: Check) -> Response:
         return respond(question, services.notifications.check(question[0], LARGEST if question[2] else question[1]))
@@ -5806,7 +5797,7 @@ def session_latest(services: Services, request: Request) -> Response:
 
 def session_list(services: Services, request: Request) -> Response:
     listed = itertools.islice(services.sessions.listed(), request.query["limit"])
-    found = [{"timestamp": timestamp, **shown} for timestamp, shown in listed]
+    found = [{"timestamp": stored.timestamp, **shown} for stored, shown in listed]
     return json_response({"success": True, "count": len(found), "sessions": found})
 
 
