@@ -1417,13 +1417,19 @@ class Change:
     draft: Draft | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Draft:
     """A notification without its time. The store sets the time, in the step that adds the notification."""
 
     type: str
     session: int
-    member: Callable[[int], bytes]  # time in ms -> the JSON to store
+    fields: Mapping[str, Any]  # what else it says
+    chance: str = dataclasses.field(default_factory=functools.partial(secrets.token_hex, 8))
+
+    def member(self, time: int) -> bytes:
+        """The JSON to store. Its id carries its time (ms), so that acknowledging finds it without a search."""
+        value = {"id": f"notif_{time}_{self.chance}", "type": self.type, "sessionTimestamp": self.session}
+        return to_json({**value, **self.fields, "timestamp": iso_time(time), "acknowledged": False})
 
 
 class Store(Protocol):
@@ -2788,18 +2794,6 @@ def _story_fields(uuid: object, episode: object) -> dict[str, Any]:
     return {"storyUuid": uuid if isinstance(uuid, str) else "", "episodeNumber": read_count(episode) or 0}
 
 
-def draft_notification(type: str, session_timestamp: int, **fields: Any) -> Draft:
-    """A notification of ours. Its id carries its time, so that acknowledging finds it without a search."""
-    chance = secrets.token_hex(8)
-
-    def member(time: int) -> bytes:
-        value = {"id": f"notif_{time}_{chance}", "type": type, "sessionTimestamp": session_timestamp, **fields}
-        value |= {"timestamp": iso_time(time), "acknowledged": False}
-        return to_json(value)
-
-    return Draft(type, session_timestamp, member)
-
-
 def due_notification(timestamp: int, document: dict[str, Any]) -> Draft | None:
     """What a session has to announce as it stands: only one that waits for StorySwarm, and that has beats."""
     try:
@@ -2810,7 +2804,7 @@ def due_notification(timestamp: int, document: dict[str, Any]) -> Draft | None:
         return None
     kind = "prompts_ready" if found.ready else "beats_ready"
     story = _story_fields(document.get("storyUuid"), document["analyzedEpisode"].get("episodeNumber"))
-    return draft_notification(kind, timestamp, **story, totalPrompts=found.total_prompts, totalBeats=found.total_beats)
+    return Draft(kind, timestamp, {**story, "totalPrompts": found.total_prompts, "totalBeats": found.total_beats})
 
 
 @dataclass(frozen=True)
@@ -5624,7 +5618,7 @@ def notification_create(services: Services, request: Request) -> Future[Any]:
     body, names = request.body, ("storyUuid", "episodeNumber", *TOTALS.values())
     given = {name: body[name] for name in names if body.get(name) is not None}
     fields = {name: int(value) if is_whole(value) else value for name, value in given.items()}
-    return services.creations.ask(draft_notification(body["type"], int(body["sessionTimestamp"]), **fields))
+    return services.creations.ask(Draft(body["type"], int(body["sessionTimestamp"]), fields))
 
 
 def notification_ack(services: Services, request: Request) -> Future[Any]:

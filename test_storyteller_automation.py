@@ -1471,7 +1471,7 @@ def add(store: service.Store, draft: service.Draft) -> tuple[bytes, int, bool]:
 
 
 def draft(type: str = PROMPTS, session: int = T) -> service.Draft:
-    return service.draft_notification(type, session, storyUuid="u", episodeNumber=2, totalPrompts=48, totalBeats=50)
+    return service.Draft(type, session, {"storyUuid": "u", "episodeNumber": 2, "totalPrompts": 48, "totalBeats": 50})
 
 
 def acknowledge(store: service.Store, id: str, *members: bytes) -> bool:
@@ -1674,8 +1674,8 @@ def test_a_step_is_announced_though_one_of_its_kind_ended_unacknowledged(store, 
 
 
 def test_a_save_whose_notification_cannot_be_made_keeps_nothing(store):
-    with pytest.raises(ZeroDivisionError):
-        store.save(T, b"{}", service.Draft(PROMPTS, T, lambda at: 1 // 0))
+    with pytest.raises(TypeError):
+        store.save(T, b"{}", service.Draft(PROMPTS, T, {"totalPrompts": object()}))
     assert store.session(T) is None
     assert members_of(store) == []
 
@@ -2174,11 +2174,12 @@ import pathlib, sys, threading
 sys.path.insert(0, sys.argv[2])
 import storyteller_automation as service
 store = service.SqliteStore(pathlib.Path(sys.argv[1]))
-store.save(1, b"whole", service.draft_notification("beats_ready", 1, totalBeats=3))
-def hang(time):
-    print("in the middle", flush=True)
-    threading.Event().wait()
-store.save(2, b"half", service.Draft("beats_ready", 2, hang))
+store.save(1, b"whole", service.Draft("beats_ready", 1, {"totalBeats": 3}))
+class Hanging(service.Draft):
+    def member(self, time):
+        print("in the middle", flush=True)
+        threading.Event().wait()
+store.save(2, b"half", Hanging("beats_ready", 2, {}))
 """
 
 
@@ -2290,13 +2291,14 @@ def writing(sqlite_store) -> Iterator[Callable[[], None]]:
     """The store is in the middle of a transaction until the test ends it."""
     begun, goes_on = threading.Event(), threading.Event()
 
-    def member(time: int) -> bytes:
-        begun.set()
-        assert goes_on.wait(PATIENCE)
-        return b"{}"
+    class Slow(service.Draft):
+        def member(self, time: int) -> bytes:
+            begun.set()
+            assert goes_on.wait(PATIENCE)
+            return b"{}"
 
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(sqlite_store.add, [service.Draft("of nobody", 0, member)])
+        pool.submit(sqlite_store.add, [Slow("of nobody", 0, {})])
         assert begun.wait(PATIENCE)
         try:
             yield goes_on.set
@@ -2334,11 +2336,12 @@ def test_many_writers_share_one_commit(sqlite_store, writing, monkeypatch):
 
 
 def test_a_change_that_fails_takes_no_other_with_it(sqlite_store, writing, monkeypatch):
-    def no_member(time: int) -> bytes:
-        raise RuntimeError("no member")
+    class NoMember(service.Draft):
+        def member(self, time: int) -> bytes:
+            raise RuntimeError("no member")
 
     commits = Commits(sqlite_store, monkeypatch)
-    drafts = [None, service.Draft(PROMPTS, T, no_member), service.Draft(PROMPTS, T, no_member)]
+    drafts = [None, NoMember(PROMPTS, T, {}), NoMember(PROMPTS, T, {})]
     with ThreadPoolExecutor(3) as pool:
         written = [pool.submit(sqlite_store.save, T + number, b"{}", draft) for number, draft in enumerate(drafts)]
         wait_until(lambda: commits.asked == 3)
@@ -8628,7 +8631,7 @@ def polled(poll_service, store) -> Polled:
 def test_the_server_and_wsgi_give_the_same_response(polled, store, method, path):
     store.save(T, json.dumps({**make_session(size=1000), "promptMode": "storyart"}).encode(), None)
     for number in range(3):
-        add(store, service.draft_notification(PROMPTS, T + number, totalPrompts=number))
+        add(store, service.Draft(PROMPTS, T + number, {"totalPrompts": number}))
     status, headers, body = polled.ask(method, path, Origin=PAGE)
     wsgi = webtest.TestApp(service.create_app(polled.services)).request(
         path, method=method, headers={**BEARER, "Origin": PAGE}, expect_errors=True
@@ -10395,7 +10398,7 @@ place = sys.argv[2]
 store = service.RedisStore(place) if "://" in place else service.SqliteStore(pathlib.Path(place))
 notifications = service.Notifications(store)
 def draft(kind, session):
-    return service.draft_notification(kind, session, totalPrompts=1, totalBeats=1)
+    return service.Draft(kind, session, {"totalPrompts": 1, "totalBeats": 1})
 def state(sessions):
     found = notifications.check(list(service.TOTALS), 1000)
     kept = [store.session(one) for one in sessions]
