@@ -2907,7 +2907,7 @@ def _scenes_of(document: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
     return [scene.get("beats") or [] for scene in scenes]
 
 
-def pair_beats(document: Mapping[str, Any], other: Mapping[str, Any]) -> list[Any]:
+def pair_beats(document: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
     """Pairs of each beat of a document with the same beat of another, where there is one: with the same `beatId`, if
     that occurs once in each; otherwise at the same place, if the id there is the same or missing in both, and both have
     as many scenes with as many beats each. A prompt must not go to a wrong beat."""
@@ -2917,13 +2917,11 @@ def pair_beats(document: Mapping[str, Any], other: Mapping[str, Any]) -> list[An
     counts, other_counts = collections.Counter(ids), collections.Counter(other_ids)
     by_id = dict(zip(other_ids, others))
     is_alike = [len(scene) for scene in layouts[0]] == [len(scene) for scene in layouts[1]]
-    pairs = []
     for place, (beat, id) in enumerate(zip(beats, ids)):
         if id != b"null" and counts[id] == other_counts[id] == 1:
-            pairs.append((beat, by_id[id]))
+            yield beat, by_id[id]
         elif is_alike and id == other_ids[place]:
-            pairs.append((beat, others[place]))
-    return pairs
+            yield beat, others[place]
 
 
 def to_storyart(document: dict[str, Any], timestamp: int, own: Callable[[], Mapping[str, Any] | None]) -> bool:
@@ -2946,11 +2944,10 @@ def to_storyart(document: dict[str, Any], timestamp: int, own: Callable[[], Mapp
                 del prompts[shape]
             elif isinstance(prompts.get(shape), str):
                 prompts[shape] = _laid_over(prompts[shape], known.get(id(beat), {}).get(shape))
-        if prompts != beat["prompts"] or not prompts:
-            changed = True
-            beat["prompts"] = prompts
-            if not prompts:
-                del beat["prompts"]
+        changed |= prompts != beat["prompts"] or not prompts
+        beat["prompts"] = prompts
+        if not prompts:
+            del beat["prompts"]
     return changed
 
 
@@ -3048,10 +3045,7 @@ class Bridge:
         self._latest = (-1, 0.0)  # the length of session:latest, and when it is read again
         self._report = functools.lru_cache(1000)(functools.partial(log.warning, "bridge: %s: %s"))  # each once
         self._loop = Loop(self._turn, "bridge", last=self._give_lease_back)
-        self.start = self._loop.start
-
-    def close(self) -> None:
-        self._loop.close(2.0)
+        self.start, self.close = self._loop.start, functools.partial(self._loop.close, 2.0)
 
     def bring(self, stored: StoredSession, *, whole: bool = False) -> StoredSession | None:
         """The session with its copies in step; as it was where Redis takes no writes. `whole`: also where a large copy
@@ -3346,10 +3340,7 @@ class PendingChanges:
 
     PAGE = 2000  # members that are read at a time
 
-    def __init__(
-        self, store: Store, notifications: Notifications, tell: Tell = lambda type, data: None,
-        pause: Callable[[], None] = lambda: None,
-    ) -> None:  # fmt: skip
+    def __init__(self, store: Store, notifications: Notifications, tell: Tell, pause: Callable[[], None]) -> None:
         """`pause` is called in the middle of a look: what is done here does not wait for all of 100,000."""
         self._store, self._notifications, self._tell, self._pause = store, notifications, tell, pause
         # By its id where this service made it, else by the member. None for what is not told of: an invalid one, or one
@@ -3424,8 +3415,8 @@ class PendingChanges:
                 del self.unread[found.session]
 
     def forget(self, key: str | bytes, *, is_gone: bool = True) -> None:
-        """Tell its end, unless that was told. One that is not gone is not told of again. The end of one of another
-        program that was acknowledged here is found by the next look."""
+        """Tell its end, unless that was told. One that is not gone is not told of again. By the id alone this ends none
+        of another program: the next look does."""
         if known := self._known.pop(key, None):
             if not is_gone:
                 self._known[key] = None
@@ -3438,10 +3429,8 @@ class PendingChanges:
         keys = {known.id: key for key, known in self._known.items() if known}
         ids = iter(keys)
         while part := list(itertools.islice(ids, 1000)):
-            marked = self._store.acknowledged(part)
-            for id in part:
-                if id in marked:
-                    self.forget(keys[id], is_gone=is_gone)
+            for id in sorted(self._store.acknowledged(part)):
+                self.forget(keys[id], is_gone=is_gone)
             self._pause()
         ended = time.monotonic()
         self._marks_at = ended + max(1.0, 5 * (ended - began))
@@ -3711,8 +3700,7 @@ class Reservations:
     @property
     def known(self) -> Reservation | None:
         """Without a look at the store."""
-        found, end = self._seen
-        return found if self._clock() < end else None
+        return self._seen[0] if self.seconds_left > 0 else None
 
     @property
     def seconds_left(self) -> float:
@@ -4849,7 +4837,8 @@ class Observer:
         self._settings, self._store, self._gpu, self._swarmui, self._sessions = settings, store, gpu, swarmui, sessions
         self._count_listeners, self._clock, self.wall = count_listeners, clock, wall
         self._lock = threading.Lock()  # over these
-        self._pending, self._changed = PendingChanges(store, notifications), ChangedSessions(store, self.SESSIONS)
+        self._pending = PendingChanges(store, notifications, lambda type, data: None, lambda: None)
+        self._changed = ChangedSessions(store, self.SESSIONS)
         self._is_first, self._waiting = True, dict[int, WaitingSession]()
         self._found: tuple[Sequence[Notification], Sequence[WaitingSession]] | None = None  # by the last look
         self._looked_at, self._took = -math.inf, 0.0  # when, and how long it took
