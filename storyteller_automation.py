@@ -2880,15 +2880,13 @@ class Sessions:
     def latest(self) -> StoredSession | None:
         """The first of the list, or the copy of a newer one."""
         newest = next((stored for stored, _ in self.listed()), None)
-        copy = self._store.newest_copy()
-        if copy is None:
-            return newest
-        facts = self.facts_of(StoredSession(0, copy))
-        if facts.timestamp is None:
-            self._report("the copy of the newest session", facts.fault or "it has no timestamp")
-        if facts.timestamp is None or (newest and facts.timestamp <= newest.timestamp):
-            return newest
-        return StoredSession(facts.timestamp, copy)
+        if (copy := self._store.newest_copy()) is not None:
+            facts = self.facts_of(StoredSession(0, copy))
+            if facts.timestamp is None:
+                self._report("the copy of the newest session", facts.fault or "it has no timestamp")
+            elif newest is None or facts.timestamp > newest.timestamp:
+                return StoredSession(facts.timestamp, copy)
+        return newest
 
 
 # ======================================================================================================
@@ -3019,8 +3017,7 @@ def _to_storyswarm(text: bytes, swarm: bytes, timestamp: int) -> bytes | None:
     return None if json.dumps(document, sort_keys=True) == json.dumps(theirs, sort_keys=True) else written
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """A session that the bridge read whole, and the lengths of its copies as the look before had them."""
 
     sizes: list[int]
@@ -3415,8 +3412,7 @@ class PendingChanges:
                 del self.unread[found.session]
 
     def forget(self, key: str | bytes, *, is_gone: bool = True) -> None:
-        """Tell its end, unless that was told. One that is not gone is not told of again. By the id alone this ends none
-        of another program: the next look does."""
+        """Tell its end, unless that was told; by its id if it was made here. One that is not gone is not told again."""
         if known := self._known.pop(key, None):
             if not is_gone:
                 self._known[key] = None
@@ -3573,15 +3569,14 @@ def query_gpus(settings: Settings, running: set[int]) -> GpuStatus:
 
 
 class GpuMonitor:
-    """The status, cached for `ttl` seconds, good or bad. Who asks during a run shares the next. `cancel` ends a run."""
+    """The status, cached for `ttl` seconds, good or bad. Who asks during a run shares the next."""
 
     LOGGED = 100  # remarks of nvidia-smi, each once
     HISTORY_MS, STEP_MS = 900_000, 5_000  # what the history covers; of so many ms it has the last status
 
-    def __init__(
-        self, query: Callable[[], GpuStatus], ttl: float, clock: Clock = time.monotonic, cancel: Any = lambda: None
-    ) -> None:
-        self._query, self._ttl, self._clock, self._cancel = query, ttl, clock, cancel
+    def __init__(self, query: Callable[[set[int]], GpuStatus], ttl: float, clock: Clock = time.monotonic) -> None:
+        self._query, self._ttl, self._clock = query, ttl, clock
+        self.running: set[int] = set()  # process ids of the run that is at work, for end_children()
         self.last: tuple[GpuStatus, float] | None = None  # and when its run ended, by the clock
         self._history: dict[int, tuple[int, GpuStatus]] = {}  # by step
         self._remarks: set[str] = set()  # that are logged
@@ -3599,9 +3594,9 @@ class GpuMonitor:
     def close(self) -> None:
         """End the run that is at work, start no other, and end the thread."""
         self._closed = True
-        self._cancel()
+        end_children(self.running)
         self._batcher.close(timeout=1.0)
-        self._cancel()  # one that was just being started
+        end_children(self.running)  # one that was just being started
 
     def _fresh(self) -> GpuStatus | None:
         last = self.last
@@ -3610,7 +3605,7 @@ class GpuMonitor:
     def _answer(self, _: Sequence[None]) -> list[GpuStatus]:
         status = _failed("the service is stopping") if self._closed else self._fresh()
         if status is None:
-            status = self._query()
+            status = self._query(self.running)
             self.last, at = (status, self._clock()), now_ms()
             self._history[at // self.STEP_MS] = at, status
             bound(self._history, self.HISTORY_MS // self.STEP_MS)
@@ -3700,7 +3695,8 @@ class Reservations:
     @property
     def known(self) -> Reservation | None:
         """Without a look at the store."""
-        return self._seen[0] if self.seconds_left > 0 else None
+        found, end = self._seen
+        return found if self._clock() < end else None
 
     @property
     def seconds_left(self) -> float:
@@ -7869,12 +7865,10 @@ def serve(settings: Settings) -> None:
     token_place = "STORYTELLER_API_TOKEN" if settings.api_token else str(token_path(settings))
     settings = dataclasses.replace(settings, api_token=own_token(settings))
     stopping, ended = threading.Event(), threading.Event()
-    children: set[int] = set()
-    query = functools.partial(query_gpus, settings, children)
     watches = settings.gates or settings.idle_shutdown is not None  # who has reserved the GPU
     with (
         contextlib.closing(open_store(settings, 30.0)) as store,  # seconds for a backup, say, to unlock it
-        contextlib.closing(GpuMonitor(query, settings.gpu_cache_seconds, cancel=lambda: end_children(children))) as gpu,
+        contextlib.closing(GpuMonitor(functools.partial(query_gpus, settings), settings.gpu_cache_seconds)) as gpu,
         contextlib.closing(Reservations(store, socket.gethostname().lower(), watches=watches)) as reservations,
         contextlib.closing(SwarmUISupervisor(settings, is_reserved=lambda: bool(reservations.known))) as swarmui,
         contextlib.closing(Services(settings, store, gpu, swarmui, reservations)) as services,
@@ -7892,7 +7886,7 @@ def serve(settings: Settings) -> None:
 
         def stop(grace: float) -> None:
             if stopping.is_set():  # a second signal ends it at once
-                end_children(children)
+                end_children(gpu.running)
                 os._exit(1)
             stopping.set()
             server.stop(grace)

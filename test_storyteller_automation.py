@@ -660,7 +660,7 @@ def make_services(settings: service.Settings) -> Iterator[Callable[..., service.
             if store is None:
                 path = settings.data_dir / f"app-{len(list(settings.data_dir.iterdir()))}.sqlite3"
                 store = stack.enter_context(contextlib.closing(service.SqliteStore(path)))
-            gpu = service.GpuMonitor(lambda: service.query_gpus(given, set()), 0)
+            gpu = service.GpuMonitor(lambda running: service.query_gpus(given, running), 0)
             stack.callback(gpu.close)
             reservations = stack.enter_context(contextlib.closing(service.Reservations(store, "render-pc")))
             swarmui = stack.enter_context(contextlib.closing(service.SwarmUISupervisor(given)))
@@ -2592,10 +2592,10 @@ def test_a_summary_holds_what_a_list_shows_and_no_more():
 
 def test_the_latest_session_is_the_newest_that_can_be_read_and_the_others_are_logged(store, caplog):
     assert service.Sessions(store).latest() is None
-    for number, document in enumerate([b"{}", b'{"new": 1}', b"[]", b"\xff"]):
+    for number, document in enumerate([b"{}", b'{"new": 1}', b"[]", b"\xff", b'{"analyzedEpisode": []}']):
         store.save(T + number, document, None)
     assert service.Sessions(store).latest().timestamp == T + 1
-    assert [str(T + number) in caplog.text for number in range(4)] == [False, False, True, True]
+    assert [str(T + number) in caplog.text for number in range(5)] == [False, False, True, True, True]
 
 
 def test_a_session_that_is_left_out_of_every_list_is_logged_once(app, store, caplog):
@@ -3223,7 +3223,7 @@ def test_a_gpu_without_memory_of_its_own_is_ready_by_the_systems(make_app, nvidi
 def test_remarks_that_differ_each_time_are_logged_to_a_limit(make_monitor, monkeypatch, caplog):
     monkeypatch.setattr(service.GpuMonitor, "LOGGED", 2)
     remarks = iter("abacbd")
-    monitor = make_monitor(lambda: service.GpuStatus(available=True, remarks=next(remarks)), 0)
+    monitor = make_monitor(lambda _: service.GpuStatus(available=True, remarks=next(remarks)), 0)
     for _ in range(6):
         status_of(monitor)
     assert [record.getMessage()[-1] for record in caplog.records] == ["a", "b"]
@@ -3356,7 +3356,7 @@ class Runs:
         self.began = threading.Semaphore(0)
         self.end = threading.Semaphore(0)
 
-    def __call__(self) -> service.GpuStatus:
+    def __call__(self, running: set[int]) -> service.GpuStatus:
         self.count += 1
         self.began.release()
         assert self.end.acquire(timeout=PATIENCE)
@@ -3366,7 +3366,7 @@ class Runs:
 @pytest.mark.parametrize("status", [service.GpuStatus(available=True), service.GpuStatus(error="broken", failed=True)])
 def test_a_status_is_cached_for_its_ttl_good_or_bad(make_monitor, status):
     clock, runs = Clock(100.0), []
-    monitor = make_monitor(lambda: runs.append(1) or status, 5.0, clock)
+    monitor = make_monitor(lambda _: runs.append(1) or status, 5.0, clock)
     assert status_of(monitor) == status
     clock.now += 4.9
     assert monitor.ask() == status
@@ -3406,9 +3406,10 @@ def test_a_caller_that_cancels_withdraws_alone(make_monitor):
     assert runs.count == 2
 
 
-def test_closing_the_monitor_ends_its_run_and_starts_no_other(make_monitor):
+def test_closing_the_monitor_ends_its_run_and_starts_no_other(make_monitor, monkeypatch):
     runs = Runs()
-    monitor = make_monitor(runs, 0.0, cancel=runs.end.release)
+    monitor = make_monitor(runs, 0.0)
+    monkeypatch.setattr(service, "end_children", lambda running: running is monitor.running and runs.end.release())
     before = monitor.ask()
     assert runs.began.acquire(timeout=PATIENCE)
     waiting = monitor.ask()
@@ -3935,7 +3936,7 @@ def test_with_gates_the_gpu_is_its_holders(make_gated, store, swarmui_folder, le
 def test_a_fault_of_nvidia_smi_stays_a_500(make_gated, store):
     pc = make_gated(store)
     pc.reserve()
-    pc.services.gpu = service.GpuMonitor(lambda: service.GpuStatus(error="broken", failed=True), 0)
+    pc.services.gpu = service.GpuMonitor(lambda _: service.GpuStatus(error="broken", failed=True), 0)
     assert pc.call("GET", STATUS, 500)["error"] == "broken"
     pc.services.gpu.close()
 
@@ -6605,7 +6606,7 @@ class Seen:
             lambda type: int(type != "gpu" or self.is_watched), clock, wall,
         )  # fmt: skip
 
-    def _query(self) -> service.GpuStatus:
+    def _query(self, running: set[int]) -> service.GpuStatus:
         self.runs += 1
         return self.status
 
@@ -6647,7 +6648,7 @@ def test_nvidia_smi_runs_once_a_minute_and_every_5_seconds_while_that_matters(se
 def test_the_gpus_history_has_a_status_of_each_5_seconds_of_the_last_15_minutes(make_monitor, monkeypatch):
     wall, taken = Clock(T), iter(range(10_000))
     monkeypatch.setattr(service, "now_ms", wall)
-    monitor = make_monitor(lambda: service.GpuStatus(True, utilization=next(taken)), 0.0)
+    monitor = make_monitor(lambda _: service.GpuStatus(True, utilization=next(taken)), 0.0)
     for _ in range(1000):
         status_of(monitor)
         wall.now += 2500
