@@ -4497,6 +4497,7 @@ TOKEN_TTL_RANGE = (60, 366 * 24 * 3600)
 ENDS_SOON = 3 * 24 * 3_600_000  # ms before its end from which on people are warned of a token's
 LOCAL_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
 REFUSED_ORIGINS = "refused_origins.json"  # in the data folder
+RENEW_ADVICE = f"{START_SCRIPT} token --renew NAME --ttl 90d gives those of a name a new end"
 TRUST_ADVICE = "to trust its pages without a token, add it to STORYTELLER_TRUSTED_ORIGINS"
 
 
@@ -4548,16 +4549,14 @@ def page_token(api_token: str) -> str:
 
 def read_token(digest: str, record: bytes) -> Caller | None:
     """What the store holds under a token's digest; None for what cannot be read."""
-    try:
+    with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
         value = parse_json(record)
         subject, permissions, expires = value["subject"], value["permissions"], value["expiresAt"]
         iso_time(int(expires))
-    except (ValueError, TypeError, KeyError, OverflowError):
-        return None
-    good = isinstance(subject, str) and re.fullmatch(SUBJECT_PATTERN, subject) and is_whole(expires)
-    if not good or not isinstance(permissions, list) or not all(one in PERMISSIONS for one in permissions):
-        return None
-    return Caller(subject, tuple(permissions), int(expires), digest)
+        good = re.fullmatch(SUBJECT_PATTERN, subject) and is_whole(expires) and isinstance(permissions, list)
+        if good and all(one in PERMISSIONS for one in permissions):
+            return Caller(subject, tuple(permissions), int(expires), digest)
+    return None
 
 
 def session_tokens(store: Store) -> list[Caller]:
@@ -4575,9 +4574,6 @@ def ending_tokens(store: Store, now: int) -> str:
     return name_some(ends.values())
 
 
-RENEW_ADVICE = f"{START_SCRIPT} token --renew NAME --ttl 90d gives those of a name a new end"
-
-
 class Authenticator:
     """Identifies callers by their token, or by the trusted page that they are."""
 
@@ -4588,13 +4584,12 @@ class Authenticator:
     def __init__(self, settings: Settings, store: Store, clock: Clock = time.monotonic, wall: Clock = now_ms) -> None:
         self._settings, self._store, self._clock, self._wall_clock = settings, store, clock, wall
         api_token = settings.api_token or ""
-        self._own_tokens = {  # of which the store knows nothing
-            api_token.encode("ascii"): Caller("api-token", PERMISSIONS),
-            page_token(api_token).encode("ascii"): Caller("page", _ALL_BUT_ADMIN),
+        self._own = {  # digests of which the store knows nothing
+            digest_of(api_token): Caller("api-token", PERMISSIONS),
+            digest_of(page_token(api_token)): Caller("page", _ALL_BUT_ADMIN),
         }
         self._lock = threading.Lock()
         self._cache: dict[str, tuple[float, Caller | None]] = {}  # digest -> when the store was asked; None is revoked
-        self._revoked: dict[str, None] = {}  # digests revoked here: also against a look-up in progress
         self._failures: dict[str, list[float]] = {}  # address -> when it sent wrong tokens
         self._noted: dict[str, None] = {}  # origins that _note() was given in this run
 
@@ -4615,12 +4610,8 @@ class Authenticator:
                     self._note(origin)
                 advice += f" {origin} is not trusted: {TRUST_ADVICE}."
             raise Unauthorized(advice)
-        # Bytes, since compare_digest refuses text beyond ASCII, which a header may contain.
-        sent = token.encode("utf-8", "surrogateescape")
-        for own, owner in self._own_tokens.items():
-            if hmac.compare_digest(sent, own):
-                return owner
-        return self._cached(digest_of(token))
+        digest = digest_of(token)  # by which all are compared: how long that takes tells nothing of a token
+        return self._own.get(digest) or self._cached(digest)
 
     def identify(self, environ: Mapping[str, Any]) -> Caller:
         """The same, asking the store where it must. Raises Unauthorized, TooManyRequests, Unavailable, BadRequest."""
@@ -4645,14 +4636,12 @@ class Authenticator:
     def revoke(self, digest: str) -> None:
         """At once for this instance; within TTL seconds for others on the same store."""
         with self._lock:
-            self._revoked[digest] = None
-            self._cache.pop(digest, None)
-            bound(self._revoked, self.ENTRIES)
+            self._cache[digest] = (math.inf, None)  # also against a look-up in progress
         try:
             self._store.revoke_token(digest)
         except Unavailable:
             with self._lock:
-                self._revoked.pop(digest, None)  # it is not revoked: the caller asks again
+                self._cache.pop(digest, None)  # it is not revoked: the caller asks again
             raise
 
     @staticmethod
@@ -4665,28 +4654,29 @@ class Authenticator:
 
     def _cached(self, digest: str) -> Caller | None:
         at, caller = self._cache.get(digest, (-math.inf, None))
-        return caller if caller and self._clock() - at < self.TTL and self._is_good(caller) else None
+        return self._unless_ended(caller) if self._clock() - at < self.TTL else None
 
-    def _is_good(self, caller: Caller) -> bool:
-        return caller.digest not in self._revoked and (caller.expires or 0) > self._wall_clock()
+    def _unless_ended(self, caller: Caller | None) -> Caller | None:
+        return caller if caller and (caller.expires or 0) > self._wall_clock() else None
 
     def _look_up(self, digest: str) -> Caller | None:
         at = self._clock()
         confirmed, before = self._cache.get(digest, (at, None))
         try:
             record = self._store.token(digest)
+            caller = read_token(digest, record) if record is not None else None
         except Unavailable:
             if before is None or at - confirmed >= self.TTL_WITHOUT_STORE:
                 raise
-            return before if self._is_good(before) else None
-        caller = read_token(digest, record) if record is not None else None
+            at, caller = confirmed, before
         with self._lock:
-            if self._cache.get(digest, (at, None))[0] <= at:  # not one that a later look-up found revoked
-                self._cache.pop(digest, None)
-                if caller or before:
-                    self._cache[digest] = (at, caller)
+            kept = self._cache.pop(digest, None)
+            if kept and kept[0] > at:  # revoked, or looked up, meanwhile
+                at, caller = kept
+            if kept or caller:
+                self._cache[digest] = (at, caller)
             bound(self._cache, self.ENTRIES)
-        return caller if caller and self._is_good(caller) else None
+        return self._unless_ended(caller)
 
     def _by_origin(self, environ: Mapping[str, Any]) -> Caller | None:
         """A trusted page on this PC."""

@@ -5784,9 +5784,9 @@ def test_a_look_up_that_ends_late_does_not_bring_a_revoked_token_back(authentica
 
     sqlite_store.token = look_up
     authenticator.seconds.now += 6
-    identify(authenticator, token)
-    with pytest.raises(service.Unauthorized):
-        identify(authenticator, token)
+    for _ in range(2):
+        with pytest.raises(service.Unauthorized):
+            identify(authenticator, token)
 
 
 def test_a_revocation_takes_effect_against_a_look_up_under_way(authenticator, sqlite_store, clock):
