@@ -153,7 +153,6 @@ def _matching(pattern: str, expected: str) -> Callable[[str], str]:
 
 _token = _matching(r"[!-+\--~]{16,1024}", "16 to 1024 printable ASCII characters without spaces or commas")
 _cookie = _matching(r"[!#-+\--:<-\[\]-~]{1,4096}", r'printable ASCII without spaces and without any of ",;\ in it')
-_host_name = _matching(r"[A-Za-z0-9._%-]{1,253}", "host names without ports")
 _log_level = _matching("(?i)debug|info|warning|error", "debug, info, warning or error")
 _log_format = _matching("(?i)text|json", "text or json")
 _restart = _matching("(?i)no|on-failure", "no or on-failure")
@@ -215,25 +214,21 @@ def _redis_url(text: str) -> str:
     raise ValueError("redis://[user:password@]host[:port][/database]; write # as %23 in a password, / as %2F, ? as %3F")
 
 
-def _http_url(text: str) -> str:
-    if _is_http_url(text) and "?" not in text:
-        return text.rstrip("/")
-    raise ValueError("http://host[:port] or https://host[:port], without user, query or fragment")
-
-
-def _webhook(text: str) -> str:
-    if _is_http_url(text):
-        return text
-    raise ValueError("a URL that begins with http:// or https://, without user or fragment")
-
-
-def _is_http_url(text: str) -> bool:
+def _webhook(text: str, expected: str = "a URL that begins with http:// or https://, without user or fragment") -> str:
     with contextlib.suppress(ValueError):  # of a port out of range, too
         url = urllib.parse.urlsplit(text)
         good = url.scheme in ("http", "https") and url.port != 0 and url.username is None
-        good = good and bool((url.hostname or "").encode("idna"))  # as the lookup will, which raises for a..b
-        return good and not re.search(r"[^!-~]|#", text)
-    return False
+        # encode() does as the lookup will, which raises for a..b.
+        if good and (url.hostname or "").encode("idna") and not re.search(r"[^!-~]|#", text):
+            return text
+    raise ValueError(expected)
+
+
+def _server_url(text: str) -> str:
+    expected = "http://host[:port] or https://host[:port], without user, query or fragment"
+    if "?" in text:
+        raise ValueError(expected)
+    return _webhook(text, expected).rstrip("/")
 
 
 def _origin(text: str) -> str:
@@ -265,6 +260,11 @@ def _list_of(read: Callable[[str], str]) -> Callable[[str], tuple[str, ...]]:
     return lambda text: () if text.lower() == "none" else tuple(map(read, re.findall(r"[^,\s]+", text)))
 
 
+_minutes = _decimal(0, "minutes")
+_origins = _list_of(_origin)
+_host_names = _list_of(_matching(r"[A-Za-z0-9._%-]{1,253}", "host names without ports"))
+
+
 def _row(name: str, default: Any, read: Callable[[str], Any], meaning: str, *, secret: bool = False) -> Any:
     """A field of Settings with its name, parser and meaning. `read` raises ValueError with what was expected."""
     metadata = {"name": name, "read": read, "meaning": meaning}
@@ -278,21 +278,13 @@ class Settings:
     host: str = _row("STORYTELLER_HOST", "localhost", _host, "address to listen on; localhost is 127.0.0.1 and ::1")
     port: int = _row("STORYTELLER_PORT", 8000, _whole(0, 65535), "port to listen on; 0 picks a free one")
     data_dir: Path = _row("STORYTELLER_DATA_DIR", HERE / "data", _path, "folder of the embedded store, token and logs")
-    api_token: str | None = _row(
-        "STORYTELLER_API_TOKEN", None, _token, "the API token; by default made at the first start", secret=True
-    )
-    cors_origins: tuple[str, ...] = _row(
-        "STORYTELLER_CORS_ORIGINS", PAGES, _list_of(_origin), "origins of pages that may call with a token, or none"
-    )
+    api_token: str | None = _row("STORYTELLER_API_TOKEN", None, _token, "by default made at first start", secret=True)
+    cors_origins: tuple[str, ...] = _row("STORYTELLER_CORS_ORIGINS", PAGES, _origins, "pages that may send a token")
     trusted_origins: tuple[str, ...] = _row(
-        "STORYTELLER_TRUSTED_ORIGINS", (), _list_of(_origin), "origins of pages on this PC that may call without one"
+        "STORYTELLER_TRUSTED_ORIGINS", (), _origins, "origins of pages on this PC that may call without one"
     )
-    allowed_hosts: tuple[str, ...] = _row(
-        "STORYTELLER_ALLOWED_HOSTS", (), _list_of(_host_name), "further names of this PC that a Host header may have"
-    )
-    token_failures: int = _row(
-        "STORYTELLER_TOKEN_FAILURES", 20, _whole(1, 1_000_000), "wrong tokens a minute that one address may send"
-    )
+    allowed_hosts: tuple[str, ...] = _row("STORYTELLER_ALLOWED_HOSTS", (), _host_names, "further names of this PC")
+    token_failures: int = _row("STORYTELLER_TOKEN_FAILURES", 20, _whole(1, 10**6), "wrong tokens a minute, per address")
     log_level: str = _row("STORYTELLER_LOG_LEVEL", "info", _log_level, "debug logs each poll too")
     log_format: str = _row("STORYTELLER_LOG_FORMAT", "text", _log_format, "text or json, one line per record")
     redis_url: str | None = _row("REDIS_URL", None, _redis_url, "the Redis to use; overrides the next two", secret=True)
@@ -303,7 +295,7 @@ class Settings:
     nvidia_smi_timeout: float = _row("NVIDIA_SMI_TIMEOUT", 5.0, _decimal(0.001), "seconds that nvidia-smi may take")
     gpu_cache_seconds: float = _row("GPU_CACHE_SECONDS", 5.0, _decimal(0), "seconds for which a GPU status is cached")
     gates: bool = _row("STORYTELLER_RESERVATION_GATES", False, _switch, "true: reservations bar others; by default off")
-    swarmui_api_url: str = _row("SWARMUI_API_URL", "http://localhost:7801", _http_url, "where SwarmUI answers")
+    swarmui_api_url: str = _row("SWARMUI_API_URL", "http://localhost:7801", _server_url, "where SwarmUI answers")
     swarmui_path: Path | None = _row("SWARMUI_PATH", None, _path, "SwarmUI's folder, launch script or executable")
     swarmui_args: tuple[str, ...] = _row("SWARMUI_ARGS", (), lambda text: split_arguments(text), "further arguments")
     swarmui_token: str | None = _row("SWARMUI_TOKEN", None, _cookie, "sent to it as cookie swarm_token", secret=True)
@@ -330,14 +322,10 @@ class Settings:
     )
     alert_disk: float = _row("STORYTELLER_ALERT_DISK", 1.0, _decimal(0, "GB"), "GB that are to stay free; 0 is off")
     alert_unacknowledged: float = _row(
-        "STORYTELLER_ALERT_UNACKNOWLEDGED", 30.0, _decimal(0, "minutes"), "minutes for a notification; 0 is off"
+        "STORYTELLER_ALERT_UNACKNOWLEDGED", 30.0, _minutes, "minutes for a notification; 0 is off"
     )
-    alert_stuck: float = _row(
-        "STORYTELLER_ALERT_STUCK", 30.0, _decimal(0, "minutes"), "minutes for a session's next prompt; 0 is off"
-    )
-    heartbeat_url: str | None = _row(
-        "STORYTELLER_HEARTBEAT_URL", None, _webhook, "gets a GET each minute while the service runs", secret=True
-    )
+    alert_stuck: float = _row("STORYTELLER_ALERT_STUCK", 30.0, _minutes, "minutes until the next prompt; 0 is off")
+    heartbeat_url: str | None = _row("STORYTELLER_HEARTBEAT_URL", None, _webhook, "gets a GET each minute", secret=True)
 
     @property
     def redis_address(self) -> str | None:
