@@ -570,6 +570,8 @@ _IN_USE = {errno.EADDRINUSE, 10048}
 _MAYBE_RESERVED = {10013, errno.EACCES} if WINDOWS else {10013}
 _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # of the disk, of the user's part of it
 
+# Where Windows has nvidia-smi when it is not on PATH: old drivers put it beside the driver.
+NVIDIA_SMI_PLACES = (r"%SYSTEMROOT%\System32\nvidia-smi.exe", r"%PROGRAMW6432%\NVIDIA Corporation\NVSMI\nvidia-smi.exe")
 LAUNCH_SCRIPTS = ("launch-windows.bat", "launch-linux.sh", "launch-macos.sh")
 LAUNCH_SCRIPT = {"win32": LAUNCH_SCRIPTS[0], "darwin": LAUNCH_SCRIPTS[2]}.get(sys.platform, LAUNCH_SCRIPTS[1])
 
@@ -628,15 +630,6 @@ def split_arguments(text: str) -> tuple[str, ...]:
         return tuple(shlex.split(text))
     except ValueError:
         raise ValueError("arguments with quotes that are closed") from None
-
-
-def nvidia_smi_places() -> list[str]:
-    """Where nvidia-smi is when it is not on PATH: old Windows drivers put it beside the driver."""
-    if not WINDOWS:
-        return []
-    system = os.environ.get("SYSTEMROOT", r"C:\Windows")
-    programs = os.environ.get("PROGRAMW6432", r"C:\Program Files")
-    return [rf"{system}\System32\nvidia-smi.exe", rf"{programs}\NVIDIA Corporation\NVSMI\nvidia-smi.exe"]
 
 
 def system_memory() -> tuple[int, int] | None:
@@ -828,14 +821,6 @@ if sys.platform == "win32":
         finally:
             _win32("kernel32.CloseHandle", "NP", process)
 
-    def _windows_start_time(pid: int) -> str | None:
-        times, code = (ctypes.c_uint64 * 4)(), ctypes.c_uint32()
-        with _open_process(pid, 0x1000) as process:  # QUERY_LIMITED_INFORMATION
-            each = [ctypes.byref(times, 8 * number) for number in range(4)]
-            _checked("kernel32.GetProcessTimes", "NPPPPP", process, *each)
-            _checked("kernel32.GetExitCodeProcess", "NPP", process, ctypes.byref(code))
-        return str(times[0]) if code.value == 259 else None  # STILL_ACTIVE
-
     def _start_in_job(job: int, command: Sequence[str] | str, flags: int, **options: Any) -> subprocess.Popen[bytes]:
         """Start a program without a window, suspended until it is in the job: what it starts then is in it too."""
         child = subprocess.Popen(command, creationflags=flags | subprocess.CREATE_NO_WINDOW | 0x4, **options)
@@ -997,7 +982,12 @@ def process_identity(pid: int) -> str | None:
     """What distinguishes a process from a later one with its number: when it started. None when there is none."""
     try:
         if sys.platform == "win32":
-            return _windows_start_time(pid)
+            times, code = (ctypes.c_uint64 * 4)(), ctypes.c_uint32()
+            with _open_process(pid, 0x1000) as process:  # QUERY_LIMITED_INFORMATION
+                each = [ctypes.byref(times, 8 * number) for number in range(4)]
+                _checked("kernel32.GetProcessTimes", "NPPPPP", process, *each)
+                _checked("kernel32.GetExitCodeProcess", "NPP", process, ctypes.byref(code))
+            return str(times[0]) if code.value == 259 else None  # STILL_ACTIVE
         if sys.platform == "darwin":
             command = ["ps", "-o", "lstart=", "-p", str(pid)]
             found = subprocess.run(command, capture_output=True, timeout=5, check=False).stdout.strip()
@@ -3526,7 +3516,7 @@ def find_nvidia_smi(settings: Settings) -> tuple[str | None, str]:
     """The program to run, None when there is none, and what to do in that case."""
     if given := settings.nvidia_smi:
         return shutil.which(given), f"NVIDIA_SMI is {given}, which cannot be run: correct that setting, or remove it"
-    places = map(shutil.which, ["nvidia-smi", *nvidia_smi_places()])
+    places = map(shutil.which, map(os.path.expandvars, ["nvidia-smi", *NVIDIA_SMI_PLACES]))
     return next(filter(None, places), None), "install NVIDIA's driver, or set NVIDIA_SMI"
 
 

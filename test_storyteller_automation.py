@@ -3244,7 +3244,7 @@ def test_a_missing_nvidia_smi_is_a_500_that_names_what_was_set(make_app, tmp_pat
 
 def test_where_nothing_is_set_a_missing_nvidia_smi_is_to_be_installed(make_app, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(service, "nvidia_smi_places", list)
+    monkeypatch.setattr(service, "NVIDIA_SMI_PLACES", ())
     answer = make_app(nvidia_smi=None).get("/api/v1/gpu/status", status=500)
     assert answer.json["error"].endswith(": install NVIDIA's driver, or set NVIDIA_SMI")
 
