@@ -99,7 +99,6 @@ from collections.abc import Callable, Collection, Container, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from http import HTTPStatus
 from pathlib import Path
 from typing import IO, Any, Generic, NamedTuple, NoReturn, Protocol, TextIO, TypeGuard, TypeVar, cast
 
@@ -280,9 +279,7 @@ class Settings:
     data_dir: Path = _row("STORYTELLER_DATA_DIR", HERE / "data", _path, "folder of the embedded store, token and logs")
     api_token: str | None = _row("STORYTELLER_API_TOKEN", None, _token, "by default made at first start", secret=True)
     cors_origins: tuple[str, ...] = _row("STORYTELLER_CORS_ORIGINS", PAGES, _origins, "pages that may send a token")
-    trusted_origins: tuple[str, ...] = _row(
-        "STORYTELLER_TRUSTED_ORIGINS", (), _origins, "origins of pages on this PC that may call without one"
-    )
+    trusted_origins: tuple[str, ...] = _row("STORYTELLER_TRUSTED_ORIGINS", (), _origins, "pages that need no token")
     allowed_hosts: tuple[str, ...] = _row("STORYTELLER_ALLOWED_HOSTS", (), _host_names, "further names of this PC")
     token_failures: int = _row("STORYTELLER_TOKEN_FAILURES", 20, _whole(1, 10**6), "wrong tokens a minute, per address")
     log_level: str = _row("STORYTELLER_LOG_LEVEL", "info", _log_level, "debug logs each poll too")
@@ -321,10 +318,8 @@ class Settings:
         "STORYTELLER_ALERT_GPU_TEMPERATURE", 90.0, _decimal(0, "degrees Celsius"), "above it the GPU is hot; 0 is off"
     )
     alert_disk: float = _row("STORYTELLER_ALERT_DISK", 1.0, _decimal(0, "GB"), "GB that are to stay free; 0 is off")
-    alert_unacknowledged: float = _row(
-        "STORYTELLER_ALERT_UNACKNOWLEDGED", 30.0, _minutes, "minutes for a notification; 0 is off"
-    )
-    alert_stuck: float = _row("STORYTELLER_ALERT_STUCK", 30.0, _minutes, "minutes until the next prompt; 0 is off")
+    alert_unacknowledged: float = _row("STORYTELLER_ALERT_UNACKNOWLEDGED", 30.0, _minutes, "minutes allowed; 0 is off")
+    alert_stuck: float = _row("STORYTELLER_ALERT_STUCK", 30.0, _minutes, "minutes without a new prompt; 0 is off")
     heartbeat_url: str | None = _row("STORYTELLER_HEARTBEAT_URL", None, _webhook, "gets a GET each minute", secret=True)
 
     @property
@@ -4474,7 +4469,7 @@ TOKEN_TTL = 12 * 3600  # seconds, by default
 TOKEN_TTL_RANGE = (60, 366 * 24 * 3600)
 ENDS_SOON = 3 * 24 * 3_600_000  # ms before its end from which on people are warned of a token's
 LOCAL_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
-REFUSED_ORIGINS = "refused_origins.json"  # in the data folder
+TOKEN_FILE, REFUSED_ORIGINS = "api_token", "refused_origins.json"  # in the data folder
 RENEW_ADVICE = f"{START_SCRIPT} token --renew NAME --ttl 90d gives those of a name a new end"
 TRUST_ADVICE = "to trust its pages without a token, add it to STORYTELLER_TRUSTED_ORIGINS"
 
@@ -4506,16 +4501,15 @@ def digest_of(token: str) -> str:
 def issue_token(store: Store, subject: str, permissions: Iterable[str], ttl: int, now: int) -> tuple[str, Caller]:
     """Make a session token for `ttl` seconds. The token itself is kept nowhere."""
     token, given = secrets.token_urlsafe(32), set(permissions)
-    return token, keep_caller(store, digest_of(token), subject, [one for one in PERMISSIONS if one in given], ttl, now)
+    caller = Caller(subject, tuple(one for one in PERMISSIONS if one in given), digest=digest_of(token))
+    return token, keep_caller(store, caller, ttl, now)
 
 
-def keep_caller(
-    store: Store, digest: str, subject: str, permissions: Sequence[str], ttl: int, now: int, *, renews: bool = False
-) -> Caller:
+def keep_caller(store: Store, caller: Caller, ttl: int, now: int, *, renews: bool = False) -> Caller:
     """Store whose a token is, for `ttl` seconds from now. Raises NotFound where one that it `renews` was revoked."""
-    caller = Caller(subject, tuple(permissions), now + ttl * 1000, digest)
-    record = {"subject": subject, "permissions": caller.permissions, "expiresAt": caller.expires}
-    if not store.keep_token(digest, json.dumps(record).encode("ascii"), ttl * 1000, renews=renews):
+    caller = dataclasses.replace(caller, expires=now + ttl * 1000)
+    record = {"subject": caller.subject, "permissions": caller.permissions, "expiresAt": caller.expires}
+    if not store.keep_token(caller.digest or "", json.dumps(record).encode("ascii"), ttl * 1000, renews=renews):
         raise NotFound("The token was revoked, or has expired.")
     return caller
 
@@ -4712,7 +4706,7 @@ def own_token(settings: Settings) -> str:
     """The token that is set, else the one kept in the data folder, made at first start. Raises StartError."""
     if settings.api_token:
         return settings.api_token
-    path = token_path(settings)
+    path = settings.data_dir / TOKEN_FILE
     try:
         with contextlib.suppress(FileExistsError):  # another start made it meanwhile
             if not path.exists():
@@ -4727,12 +4721,8 @@ def own_token(settings: Settings) -> str:
 def kept_token(settings: Settings) -> str:
     """The same, but none is made: "" where it cannot be read."""
     with contextlib.suppress(OSError):
-        return settings.api_token or token_path(settings).read_text(encoding="utf-8").strip()
+        return settings.api_token or (settings.data_dir / TOKEN_FILE).read_text(encoding="utf-8").strip()
     return ""
-
-
-def token_path(settings: Settings) -> Path:
-    return settings.data_dir / "api_token"
 
 
 def refused_origins(settings: Settings) -> list[str]:
@@ -7349,7 +7339,7 @@ class Channel(waitress.channel.HTTPChannel):
         if not self.connected:
             task.request.close()
             return
-        task.status = f"{response.status} {HTTPStatus(response.status).phrase}"
+        task.status = f"{response.status} {http.HTTPStatus(response.status).phrase}"
         task.content_length = None if response.stream else len(response.body)
         task.response_headers += response.headers.items()
         if task.request.error:
@@ -7526,7 +7516,7 @@ class Server:
 # Command line: check and status
 # ======================================================================================================
 
-DATA_FILES = (*STORE_FILES, "running", "api_token", "storyteller.log", "swarmui.log", "swarmui.json")
+DATA_FILES = (*STORE_FILES, "running", TOKEN_FILE, "storyteller.log", "swarmui.log", "swarmui.json")
 
 
 def prepare_data_dir(settings: Settings, *, serves: bool = True) -> None:
@@ -7534,11 +7524,11 @@ def prepare_data_dir(settings: Settings, *, serves: bool = True) -> None:
     path = settings.data_dir
     names = ["", *(() if settings.redis_address else STORE_FILES)]
     if serves:
-        names += ["running", "storyteller.log", "swarmui.log", *(() if settings.api_token else ("api_token",))]
+        names += ["running", "storyteller.log", "swarmui.log", *(() if settings.api_token else (TOKEN_FILE,))]
     try:
         path.mkdir(parents=True, exist_ok=True)
         for file in [path / name for name in names]:
-            needed = os.R_OK if file.name == "api_token" else os.R_OK | os.W_OK
+            needed = os.R_OK if file.name == TOKEN_FILE else os.R_OK | os.W_OK
             if (owner := foreign_owner(file)) and not os.access(file, needed):
                 advice = f"sudo chown -R $(id -un) {shlex.quote(str(path))}"
                 raise StartError(f"{file} belongs to {owner}, and you may not use it: {advice}")
@@ -7694,7 +7684,7 @@ def check_storyart(settings: Settings) -> Iterator[Finding]:
 def check_store(settings: Settings) -> Iterator[Finding]:
     try:
         prepare_data_dir(settings)
-        if token_path(settings).exists():
+        if (settings.data_dir / TOKEN_FILE).exists():
             own_token(settings)
         with contextlib.closing(open_store(settings)) as store:
             store.ping()
@@ -7830,7 +7820,7 @@ def serve(settings: Settings) -> None:
     prepare_data_dir(settings)
     running = own_data_dir(settings, "use that one, stop it, or set STORYTELLER_DATA_DIR and STORYTELLER_PORT")
     start_logging(settings.data_dir / "storyteller.log", settings)
-    token_place = "STORYTELLER_API_TOKEN" if settings.api_token else str(token_path(settings))
+    token_place = "STORYTELLER_API_TOKEN" if settings.api_token else str(settings.data_dir / TOKEN_FILE)
     settings = dataclasses.replace(settings, api_token=own_token(settings))
     stopping, ended = threading.Event(), threading.Event()
     watches = settings.gates or settings.idle_shutdown is not None  # who has reserved the GPU
@@ -8071,13 +8061,13 @@ def token_command(given: Mapping[str, Any]) -> int:
         wanted = renewed or revoked
         found = [one for one in session_tokens(store) if wanted in (None, one.subject)]
         for caller in found:
-            end, digest = iso_time(caller.expires or 0), caller.digest or ""
+            end = iso_time(caller.expires or 0)
             if revoked:
-                store.revoke_token(digest)
+                store.revoke_token(caller.digest or "")
                 print(f"revoked: {revoked}, which would have expired {end}")
             elif renewed:
                 with contextlib.suppress(NotFound):  # it was revoked meanwhile
-                    until = keep_caller(store, digest, renewed, caller.permissions, ttl, now_ms(), renews=True).expires
+                    until = keep_caller(store, caller, ttl, now_ms(), renews=True).expires
                     print(f"renewed: {renewed}, until {iso_time(until or 0)} instead of {end}")
             else:
                 print(caller.subject, end, *caller.permissions)

@@ -13854,7 +13854,7 @@ def test_a_running_service_soon_knows_the_tokens_that_end(start_service, run_mod
 def test_a_renewal_lets_the_store_keep_the_token_as_long(store, clock):
     service.issue_token(store, "storyart", ["gpu:read"], 60, clock.now)
     (caller,) = service.session_tokens(store)
-    service.keep_caller(store, caller.digest, caller.subject, caller.permissions, 3600, clock.now)
+    service.keep_caller(store, caller, 3600, clock.now)
     clock.now += 600_000
     (found,) = service.session_tokens(store)
     assert (found.subject, found.expires) == ("storyart", clock.now + 3_000_000)
@@ -13865,7 +13865,7 @@ def test_a_token_that_was_revoked_meanwhile_is_not_renewed(store, clock):
     (caller,) = service.session_tokens(store)
     store.revoke_token(caller.digest)
     with pytest.raises(service.NotFound):
-        service.keep_caller(store, caller.digest, caller.subject, caller.permissions, 60, clock.now, renews=True)
+        service.keep_caller(store, caller, 60, clock.now, renews=True)
     assert store.tokens() == []
 
 
