@@ -827,14 +827,12 @@ if sys.platform == "win32":
 
 @contextlib.contextmanager
 def bounded_child(command: Sequence[str], running: set[int]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program without input, its output in pipes. Leaving the block ends it with all that it started; until then
-    `running` has its process id, for end_children()."""
+    """Run a program without input, and end it with all that it started; until then `running` has its process id."""
     options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with contextlib.ExitStack() as ending:
         if sys.platform == "win32":
             job = _make_job()
-            ending.callback(_win32, "kernel32.CloseHandle", "NP", job)
-            ending.callback(_win32, "kernel32.TerminateJobObject", "NPN", job, 1)
+            ending.callback(_win32, "kernel32.CloseHandle", "NP", job)  # which ends all that is in the job
             child = _start_in_job(job, command, 0, **options)
         else:
             child = subprocess.Popen(command, start_new_session=True, **options)
@@ -1123,20 +1121,18 @@ def shorten_log(path: Path) -> None:
 
 def tail(path: Path, size: int, since: int = 0) -> list[str]:
     """The lines that a log got after byte `since`, of its last `size` bytes; [] when there is none."""
-    try:
-        with open(path, "rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(since if since <= end else 0, end - size))
-            text = file.read(size).decode("utf-8", "replace")
-            return text.removesuffix("\n").split("\n") if text else []
-    except OSError:
-        return []
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(since if since <= end else 0, end - size))
+        if text := file.read(size).decode("utf-8", "replace"):
+            return text.removesuffix("\n").split("\n")
+    return []
 
 
-def last_lines(path: Path, since: int = 0, count: int = 5) -> list[str]:
-    """The last of these lines that are not empty, without what would disturb a terminal."""
+def last_lines(path: Path, since: int = 0) -> list[str]:
+    """The last 5 of these lines that are not empty, without what would disturb a terminal."""
     lines = ("".join(char if char.isprintable() else " " for char in line).strip() for line in tail(path, 4096, since))
-    return [line for line in lines if line][-count:]
+    return [line for line in lines if line][-5:]
 
 
 # ======================================================================================================
@@ -4569,21 +4565,21 @@ class Authenticator:
         """Who sent this request; None when only identify() can tell, as it may wait for the store and for files. Raises
         Unauthorized when there is neither a token nor a trusted page, BadRequest."""
         token = self._token_of(environ)
-        if token is None:
-            caller, origin = self._by_origin(environ), str(environ.get("HTTP_ORIGIN"))
-            if caller:
-                return caller
-            advice = "A token is needed: send the header Authorization: Bearer <token>."
-            # Only an origin that the settings could trust is repeated, here and in _note().
-            if re.fullmatch(LOCAL_ORIGIN, origin) and is_from_this_pc(environ):
-                if origin not in self._noted:
-                    if not may_wait:
-                        return None
-                    self._note(origin)
-                advice += f" {origin} is not trusted: {TRUST_ADVICE}."
-            raise Unauthorized(advice)
-        digest = digest_of(token)  # by which all are compared: how long that takes tells nothing of a token
-        return self._own.get(digest) or self._cached(digest)
+        if token is not None:
+            digest = digest_of(token)  # by which all are compared: how long that takes tells nothing of a token
+            return self._own.get(digest) or self._cached(digest)
+        if caller := self._by_origin(environ):
+            return caller
+        origin = str(environ.get("HTTP_ORIGIN"))
+        advice = "A token is needed: send the header Authorization: Bearer <token>."
+        # Only an origin that the settings could trust is repeated, here and in _note().
+        if re.fullmatch(LOCAL_ORIGIN, origin) and is_from_this_pc(environ):
+            if origin not in self._noted:
+                if not may_wait:
+                    return None
+                self._note(origin)
+            advice += f" {origin} is not trusted: {TRUST_ADVICE}."
+        raise Unauthorized(advice)
 
     def identify(self, environ: Mapping[str, Any]) -> Caller:
         """The same, asking the store where it must. Raises Unauthorized, TooManyRequests, Unavailable, BadRequest."""
