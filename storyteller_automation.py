@@ -500,7 +500,7 @@ def in_ms(time: float) -> float:
 def read_time(value: object) -> int | None:
     """Milliseconds of an ISO 8601 string (UTC by default) or of a number as for in_ms(); None for anything else."""
     value = from_digits(value)
-    try:
+    with contextlib.suppress(ValueError, OverflowError):
         if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d", value):
             moment = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", value))
             ms = round((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() * 1000)
@@ -509,9 +509,8 @@ def read_time(value: object) -> int | None:
         else:
             return None
         iso_time(ms)
-    except (ValueError, OverflowError):
-        return None
-    return ms
+        return ms
+    return None
 
 
 def is_whole(value: object) -> TypeGuard[int | float]:
@@ -629,7 +628,7 @@ def split_arguments(text: str) -> tuple[str, ...]:
 
 def system_memory() -> tuple[int, int] | None:
     """The PC's memory, used and total, in MiB; None where it cannot be read, as on macOS."""
-    try:
+    with contextlib.suppress(OSError, KeyError):
         if sys.platform == "win32":
             status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX, which begins with its size
             _checked("kernel32.GlobalMemoryStatusEx", "NP", status)
@@ -637,9 +636,8 @@ def system_memory() -> tuple[int, int] | None:
         else:
             rows = dict(re.findall(r"(?m)^(\w+): +([0-9]+) kB$", Path("/proc/meminfo").read_text()))
             total, available = int(rows["MemTotal"]) >> 10, int(rows["MemAvailable"]) >> 10
-    except (OSError, KeyError):
-        return None
-    return total - available, total
+        return total - available, total
+    return None
 
 
 def write_private(path: Path, text: str, *, replace: bool = False) -> None:
@@ -973,7 +971,7 @@ def _batch_command(words: Sequence[str]) -> str:
 
 def process_identity(pid: int) -> str | None:
     """What distinguishes a process from a later one with its number: when it started. None when there is none."""
-    try:
+    with contextlib.suppress(OSError, IndexError, subprocess.TimeoutExpired):
         if sys.platform == "win32":
             times, code = (ctypes.c_uint64 * 4)(), ctypes.c_uint32()
             with _open_process(pid, 0x1000) as process:  # QUERY_LIMITED_INFORMATION
@@ -988,13 +986,12 @@ def process_identity(pid: int) -> str | None:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         fields = _read_stat(Path(f"/proc/{pid}/stat"))
         return None if fields[0] in "ZX" else f"{boot} {fields[19]}"
-    except (OSError, IndexError, subprocess.TimeoutExpired):
-        return None
+    return None
 
 
 def resident_memory() -> int | None:
     """Bytes of memory that this process has; None where that is not known."""
-    try:
+    with contextlib.suppress(OSError, ValueError, IndexError, subprocess.TimeoutExpired):
         if sys.platform == "win32":
             size = ctypes.sizeof(ctypes.c_size_t)
             counters = (ctypes.c_size_t * 10)(10 * size)  # PROCESS_MEMORY_COUNTERS, which begins with its size
@@ -1005,8 +1002,7 @@ def resident_memory() -> int | None:
             command = ["ps", "-o", "rss=", "-p", str(os.getpid())]
             return int(subprocess.run(command, capture_output=True, timeout=5, check=False).stdout) << 10
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
-        return None
+    return None
 
 
 def _read_stat(path: Path) -> list[str]:
