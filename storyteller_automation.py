@@ -1274,9 +1274,9 @@ OWN_ID = "notif_([0-9]{1,14})_[0-9a-f]{16}"  # its id, which holds its time
 
 
 def own_member(id: str) -> tuple[int, bytes]:
-    """The time of the member that this service wrote for an id, and how it begins; (0, b"") for any other id."""
+    """The time of the member that this service wrote for an id, and how it begins; (-1, b"") for any other id."""
     found = re.fullmatch(OWN_ID, id)
-    return (int(found[1]), OWN_MEMBER % id.encode()) if found else (0, b"")
+    return (int(found[1]), OWN_MEMBER % id.encode()) if found else (-1, b"")
 
 
 def now_ms() -> int:
@@ -2549,7 +2549,10 @@ class SqliteStore(Store):
         " DO UPDATE SET document = ?2, saved = ?3, expires = ?4 WHERE ?5"
     )
 
-    def save(self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True, **_: object) -> bool:
+    def save(
+        self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True, storyart: bytes = b"",
+        by_storyart: bool = False,
+    ) -> bool:  # fmt: skip
         def change() -> bool:
             now, before = self._clock(), "SELECT saved FROM session WHERE timestamp = ?"
             (kept,) = self._writer.execute(before, (timestamp,)).fetchone() or (0,)
@@ -4562,8 +4565,9 @@ class Authenticator:
         Unauthorized when there is neither a token nor a trusted page, BadRequest."""
         token = self._token_of(environ)
         if token is not None:
-            digest = digest_of(token)  # by which all are compared: how long that takes tells nothing of a token
-            return self._own.get(digest) or self._cached(digest)
+            digest = digest_of(token)
+            owners = (owner for own, owner in self._own.items() if hmac.compare_digest(digest, own))
+            return next(owners, None) or self._cached(digest)
         if caller := self._by_origin(environ):
             return caller
         origin = str(environ.get("HTTP_ORIGIN"))
@@ -5564,7 +5568,8 @@ def notification_ack_all(services: Services, request: Request) -> Response:
     wanted = list(dict.fromkeys(request.body["ids"]))
     found = services.notifications.acknowledge([id for id in wanted if re.fullmatch(r"[^\ud800-\udfff]+", id)])
     services.live.note(*found)
-    missing = list(itertools.filterfalse(set(found).__contains__, wanted))
+    done = set(found)
+    missing = [id for id in wanted if id not in done]
     return json_response({"success": True, "acknowledged": found, "notFound": missing})
 
 
@@ -7798,7 +7803,7 @@ def own_data_dir(settings: Settings, advice: str) -> TextIO:
                 file.truncate(0)
                 return file
             time.sleep(0.05)
-        where = path.read_text(encoding="utf-8").strip()
+        where = path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError as error:
         raise StartError(f"{path} cannot be written ({error.strerror}): fix or remove it.") from None
     by = f"the service at {where}" if where else "a service that starts, or by a move or restore"
