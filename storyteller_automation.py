@@ -6701,7 +6701,7 @@ button, [type=password] { flex: none; min-height: 40px; padding: 6px 14px; borde
   border-radius: 8px; background: var(--back); color: inherit; font: inherit; font-weight: 600; }
 button:hover { border-color: var(--muted); cursor: pointer; }
 #alerts .head, #alerts .on { min-height: 1.5em; } #alerts.bad { border-color: var(--red); }
-ul:empty::before { content: "None"; color: var(--muted); } .ended:empty { display: none; }
+#alerts .on:empty::before { content: "None"; color: var(--muted); } .ended:empty { display: none; }
 .steps { display: grid; grid-template-columns: 3fr 3fr 7fr 2fr 4fr; gap: 5px; margin-top: 4px; }
 .steps li { font-size: .8rem; color: var(--muted); white-space: nowrap; }
 .steps li:not(:nth-child(3))::before { content: ""; height: 4px; margin: 2px 0; background: var(--c); }
@@ -6748,7 +6748,7 @@ dialog p { margin: 8px 0 16px; white-space: pre-line; } dialog form { display: f
 <section id="alerts" aria-label="Alerts"><div class="head"><h2 tabindex="-1">Alerts</h2></div>
   <ul class="on"></ul><ul class="ended muted"></ul></section>
 <section id="sessions" aria-label="Sessions"><div class="head"><h2 tabindex="-1">Sessions</h2></div>
-  <ul></ul></section>
+  <p class="none muted"></p><ul></ul></section>
 <section id="gpu" aria-label="GPU"><div class="head"><h2 tabindex="-1">GPU</h2><span class="chip"></span></div>
   <div class="figures">
     <div><p><b id="use"></b> %</p><p>use</p>
@@ -6769,7 +6769,7 @@ dialog p { margin: 8px 0 16px; white-space: pre-line; } dialog form { display: f
 <section id="notifications" aria-label="Notifications">
   <div class="head"><h2 tabindex="-1">Notifications</h2><span class="chip"></span>
     <button id="all" type="button">Acknowledge all</button></div>
-  <p role="alert"></p><ul></ul></section>
+  <p role="alert"></p><p class="none muted"></p><ul></ul></section>
 <section id="service" aria-label="Service"><div class="head"><h2 tabindex="-1">Service</h2>
     <button id="forget" type="button">Forget the token</button></div>
   <dl><dt>Store</dt><dd id="store"></dd><dt>Version</dt><dd id="version"></dd><dt>Running for</dt><dd id="running"></dd>
@@ -6863,6 +6863,7 @@ function showAlerts(raised) {
 
 function showSessions() {
   const newest = [...data.sessions.values()].sort((a, b) => b.sessionTimestamp - a.sessionTimestamp).slice(0, 8);
+  show($("#sessions .none"), newest.length ? "" : "None");
   fill($("#sessions ul"), newest, (session) => `${session.sessionTimestamp}`, (row, session) => {
     const name = nameOf(session.episodeNumber, session.title) || `Session ${session.sessionTimestamp}`;
     const count = session.totalPrompts ?? 0, needed = session.promptsNeeded ?? 0, bar = $("progress", row);
@@ -6922,6 +6923,7 @@ function showSwarmUI() {
 
 function showNotifications() {
   const items = [...data.notifications.values()];
+  show($("#notifications .none"), items.length ? "" : "None waits to be acknowledged");
   show($("#notifications .chip"), items.length ? `${items.length}` : "");
   $("#all").hidden = items.length < 2;
   fill($("#notifications ul"), items, (one) => one.id, (row, one) => {

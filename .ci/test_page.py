@@ -615,11 +615,6 @@ def test_the_log_is_live_and_follows_unless_scrolled_up(open_page, server):
 # Notifications ---------------------------------------------------------------------------------------
 
 
-def shows_no_notification(browser: Browser) -> bool:
-    script = "return getComputedStyle(document.querySelector('#notifications ul'), '::before').content"
-    return bool(until(lambda: browser.run(script) == '"None"'))
-
-
 def ack(number: int, type: str) -> str:
     return f"Acknowledge {type}, episode {number}, session {NOW - (10 - number) * 1000}"
 
@@ -651,7 +646,7 @@ def test_a_notification_is_acknowledged_after_a_question_and_the_focus_survives(
         until(lambda name=name: name not in browser.names("button"), name)
         until(lambda after=after: browser.focus() == after, after)
     assert server.calls == [f"/api/v1/notifications/notif%20{number}/ack" for number in (2, 3, 4)]
-    assert shows_no_notification(browser)
+    assert browser.shows("None waits", "Notifications")
 
 
 def test_the_focus_survives_a_row_that_another_program_acknowledges(open_page, server):
@@ -674,7 +669,7 @@ def test_all_are_acknowledged_from_two_on(open_page, server):
     browser.click("Acknowledge all")
     assert browser.names("dialog") == ["Acknowledge all 3 notifications?"]
     browser.click("Acknowledge")
-    assert shows_no_notification(browser)
+    browser.shows("None waits", "Notifications")
     assert len(server.calls) == 3
     server.send("notification", notification(5))
     browser.shows("episode 5", "Notifications")
@@ -756,7 +751,7 @@ def test_the_service_itself_is_shown_and_operated(running, browser):
     browser.shows("Beats ready, episode 2 · The Clockmaker", "Notifications")
     browser.click("Acknowledge beats_ready, episode 2, session 5")
     browser.click("Acknowledge")
-    assert shows_no_notification(browser)
+    browser.shows("None waits", "Notifications")
     reservation = {"holder": "me", "purpose": "a test", "ttlSeconds": 60}
     assert running.call("POST", "/api/v1/gpu/reservation", reservation, bearer)[0] == 201
     browser.shows("Reserved by me (a test)", "GPU")
