@@ -213,7 +213,7 @@ def _redis_url(text: str) -> str:
     raise ValueError("redis://[user:password@]host[:port][/database]; write # as %23 in a password, / as %2F, ? as %3F")
 
 
-def _webhook(text: str, expected: str = "a URL that begins with http:// or https://, without user or fragment") -> str:
+def _http_url(text: str, expected: str = "a URL that begins with http:// or https://, without user or fragment") -> str:
     with contextlib.suppress(ValueError):  # of a port out of range, too
         url = urllib.parse.urlsplit(text)
         good = url.scheme in ("http", "https") and url.port != 0 and url.username is None
@@ -227,7 +227,7 @@ def _server_url(text: str) -> str:
     expected = "http://host[:port] or https://host[:port], without user, query or fragment"
     if "?" in text:
         raise ValueError(expected)
-    return _webhook(text, expected).rstrip("/")
+    return _http_url(text, expected).rstrip("/")
 
 
 def _origin(text: str) -> str:
@@ -277,11 +277,21 @@ class Settings:
     host: str = _row("STORYTELLER_HOST", "localhost", _host, "address to listen on; localhost is 127.0.0.1 and ::1")
     port: int = _row("STORYTELLER_PORT", 8000, _whole(0, 65535), "port to listen on; 0 picks a free one")
     data_dir: Path = _row("STORYTELLER_DATA_DIR", HERE / "data", _path, "folder of the embedded store, token and logs")
-    api_token: str | None = _row("STORYTELLER_API_TOKEN", None, _token, "by default made at first start", secret=True)
-    cors_origins: tuple[str, ...] = _row("STORYTELLER_CORS_ORIGINS", PAGES, _origins, "pages that may send a token")
-    trusted_origins: tuple[str, ...] = _row("STORYTELLER_TRUSTED_ORIGINS", (), _origins, "pages that need no token")
-    allowed_hosts: tuple[str, ...] = _row("STORYTELLER_ALLOWED_HOSTS", (), _host_names, "further names of this PC")
-    token_failures: int = _row("STORYTELLER_TOKEN_FAILURES", 20, _whole(1, 10**6), "wrong tokens a minute, per address")
+    api_token: str | None = _row(
+        "STORYTELLER_API_TOKEN", None, _token, "the API token; by default made at the first start", secret=True
+    )
+    cors_origins: tuple[str, ...] = _row(
+        "STORYTELLER_CORS_ORIGINS", PAGES, _origins, "origins of pages that may call with a token, or none"
+    )
+    trusted_origins: tuple[str, ...] = _row(
+        "STORYTELLER_TRUSTED_ORIGINS", (), _origins, "origins of pages on this PC that may call without one"
+    )
+    allowed_hosts: tuple[str, ...] = _row(
+        "STORYTELLER_ALLOWED_HOSTS", (), _host_names, "further names of this PC that a Host header may have"
+    )
+    token_failures: int = _row(
+        "STORYTELLER_TOKEN_FAILURES", 20, _whole(1, 1_000_000), "wrong tokens a minute that one address may send"
+    )
     log_level: str = _row("STORYTELLER_LOG_LEVEL", "info", _log_level, "debug logs each poll too")
     log_format: str = _row("STORYTELLER_LOG_FORMAT", "text", _log_format, "text or json, one line per record")
     redis_url: str | None = _row("REDIS_URL", None, _redis_url, "the Redis to use; overrides the next two", secret=True)
@@ -309,7 +319,7 @@ class Settings:
     )
     restart: str = _row("SWARMUI_RESTART", "no", _restart, "on-failure: launched again when it dies")
     metrics: str = _row("STORYTELLER_METRICS", "token", _metrics, "open: /metrics needs no token on this PC")
-    alert_url: str | None = _row("STORYTELLER_ALERT_URL", None, _webhook, "where alerts are POSTed", secret=True)
+    alert_url: str | None = _row("STORYTELLER_ALERT_URL", None, _http_url, "where alerts are POSTed", secret=True)
     alert_format: str | None = _row(
         "STORYTELLER_ALERT_FORMAT", None, _alert_format, "ntfy, discord, slack or json; by default as the host says"
     )
@@ -318,9 +328,13 @@ class Settings:
         "STORYTELLER_ALERT_GPU_TEMPERATURE", 90.0, _decimal(0, "degrees Celsius"), "above it the GPU is hot; 0 is off"
     )
     alert_disk: float = _row("STORYTELLER_ALERT_DISK", 1.0, _decimal(0, "GB"), "GB that are to stay free; 0 is off")
-    alert_unacknowledged: float = _row("STORYTELLER_ALERT_UNACKNOWLEDGED", 30.0, _minutes, "minutes allowed; 0 is off")
+    alert_unacknowledged: float = _row(
+        "STORYTELLER_ALERT_UNACKNOWLEDGED", 30.0, _minutes, "minutes for a notification; 0 is off"
+    )
     alert_stuck: float = _row("STORYTELLER_ALERT_STUCK", 30.0, _minutes, "minutes without a new prompt; 0 is off")
-    heartbeat_url: str | None = _row("STORYTELLER_HEARTBEAT_URL", None, _webhook, "gets a GET each minute", secret=True)
+    heartbeat_url: str | None = _row(
+        "STORYTELLER_HEARTBEAT_URL", None, _http_url, "gets a GET each minute while the service runs", secret=True
+    )
 
     @property
     def redis_address(self) -> str | None:
@@ -564,7 +578,7 @@ _IN_USE = {errno.EADDRINUSE, 10048}
 _MAYBE_RESERVED = {10013, errno.EACCES} if WINDOWS else {10013}
 _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # of the disk, of the user's part of it
 
-# Where Windows has nvidia-smi when it is not on PATH: old drivers put it beside the driver.
+# Where nvidia-smi is on Windows when it is not on PATH: old drivers put it beside the driver.
 NVIDIA_SMI_PLACES = (r"%SYSTEMROOT%\System32\nvidia-smi.exe", r"%PROGRAMW6432%\NVIDIA Corporation\NVSMI\nvidia-smi.exe")
 LAUNCH_SCRIPTS = ("launch-windows.bat", "launch-linux.sh", "launch-macos.sh")
 LAUNCH_SCRIPT = {"win32": LAUNCH_SCRIPTS[0], "darwin": LAUNCH_SCRIPTS[2]}.get(sys.platform, LAUNCH_SCRIPTS[1])
@@ -1283,9 +1297,8 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def next_time(kept: int, now: int, place: str) -> int:
+def next_time(kept: int, now: int) -> int:
     """Now, or the ms after a kept time that is not past; unless that was kept while the clock was wrong."""
-    warn_of_clock(kept, now, place)
     return now if kept > now + AHEAD_MS else max(now, kept + 1)
 
 
@@ -1382,7 +1395,7 @@ class Change:
     draft: Draft | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # a Batcher hashes what it is asked
 class Draft:
     """A notification without its time. The store sets the time, in the step that adds the notification."""
 
@@ -1837,7 +1850,8 @@ return 1
 # without it only what is left of a session that is gone. A save may have come between.
 _LUA_REMOVE = """
 if not ARGV[1] and redis.call('EXISTS', KEYS[1], KEYS[2]) > 0 then return 0 end
-local is_read, latest = pcall(cjson.decode, ARGV[1] and redis.pcall('GET', KEYS[6]))
+local is_read, latest = false
+if ARGV[1] then is_read, latest = pcall(cjson.decode, redis.pcall('GET', KEYS[6])) end
 local removed = redis.call('DEL', KEYS[1], KEYS[2])
 if is_read and type(latest) == 'table' and tonumber(latest.timestamp) == tonumber(ARGV[1]) then
   removed = removed + redis.call('DEL', KEYS[6], KEYS[7])
@@ -2014,15 +2028,21 @@ class RedisStore(Store):
         return (timestamp for timestamp, _ in itertools.groupby(merged))
 
     def _read_index(self, key: str) -> Iterator[int]:
-        scores = [math.inf]
+        page, scores = 100, [math.inf]
         while scores:
-            page = ("ZREVRANGEBYSCORE", key, f"({scores[-1]!r}", "(-inf", "WITHSCORES", "LIMIT", 0, 100)
-            (reply,) = self._redis.exchange([page])
+            read = ("ZREVRANGEBYSCORE", key, f"({scores[-1]!r}", "(-inf", "WITHSCORES", "LIMIT", 0, page)
+            (reply,) = self._redis.exchange([read])
             scores = [] if is_of_another_type(reply) else [float(score) for score in result_of(reply)[1::2]]
             yield from map(int, scores)
+            if len(scores) < page:
+                return
 
     def newest_sessions(self, count: int) -> list[tuple[int, Any]]:
-        found = self._read_parts(list(itertools.islice(self._timestamps(), count)), "STRLEN")
+        replies = self._redis.exchange([("ZREVRANGE", key, 0, count - 1, "WITHSCORES") for key in self.INDEXES])
+        indexes = [result_of(reply)[1::2] for reply in replies if not is_of_another_type(reply)]
+        scores = {float(score) for index in indexes for score in index}
+        newest = sorted({int(score) for score in scores if math.isfinite(score)}, reverse=True)[:count]
+        found = self._read_parts(newest, "STRLEN")
         return [(timestamp, str(version)) for timestamp, *version in found if version[1:] != [0, 0]]
 
     def trim(self, timestamp: int) -> None:
@@ -2062,7 +2082,7 @@ class RedisStore(Store):
 
     def _change(self, drafts: Sequence[Draft | None], keys: Sequence[str] = (), *further: Any) -> list[Any]:
         """Run _LUA_CHANGE for each draft, with a time past the newest one so far; the outcome of each."""
-        first = next_time(self._newest_given, self._clock(), self.place)
+        first = next_time(self._newest_given, self._clock())
         commands = [self._change_command(draft, at, keys, *further) for at, draft in enumerate(drafts, first)]
         outcomes = self._write_each(commands)
         ahead = max(0 if isinstance(outcome, ApiError) else outcome.pop(0) for outcome in outcomes)
@@ -2190,7 +2210,8 @@ class RedisStore(Store):
         if table == "session":
             *keys, meta = self._session_keys(row["timestamp"])
             # As StoryArt's: so the bridge makes StoryArt's copy, and a later one of StorySwarm's leaves its words.
-            about = ("saved", row["saved"], "announced", row["announced"] or "", "byStoryArt", 1)
+            announced = ("announced", row["announced"]) if row["announced"] else ()
+            about = ("saved", row["saved"], "byStoryArt", 1, *announced)
             commands = [("ZADD", self.INDEXES[0], row["timestamp"], keys[0]), ("DEL", meta), ("HSET", meta, *about)]
             commands += [("PEXPIRE", meta, life[1]), ("SET", keys[0], row["document"], *life)]
         elif table == "pending":
@@ -2250,7 +2271,8 @@ class BridgedStore(RedisStore):
         if latest is not None:
             watched += [self.LATEST, self.META_OF_LATEST]
             reads += [("GET", self.LATEST), ("PTTL", self.LATEST), ("HGET", self.META_OF_LATEST, "storyswarm")]
-        copies, draft = Copies(timestamp, None, None), cast("Draft | None", None)
+        copies: Copies = Copies(timestamp, None, None)
+        draft: Draft | None = None
 
         def write(replies: list[Any]) -> list[_Command]:
             nonlocal copies, draft
@@ -2289,7 +2311,7 @@ class BridgedStore(RedisStore):
             # When the bridge first meets a Redis, all is old news but the newest session.
             if is_met or timestamp >= next(self._timestamps(), 0):
                 draft = change.draft
-            at = next_time(self._newest_given, self._clock(), self.place)
+            at = next_time(self._newest_given, self._clock())
             return [*commands, self._change_command(draft, at, keys)]
 
         if replies := self._transact(watched, reads, write):
@@ -2556,7 +2578,8 @@ class SqliteStore(Store):
         def change() -> bool:
             now, before = self._clock(), "SELECT saved FROM session WHERE timestamp = ?"
             (kept,) = self._writer.execute(before, (timestamp,)).fetchone() or (0,)
-            row = (timestamp, document, next_time(kept, now, self.place), now + TTL_MS, replace)
+            warn_of_clock(kept, now, self.place)
+            row = (timestamp, document, next_time(kept, now), now + TTL_MS, replace)
             is_saved = self._writer.execute(self._SAVE, row).rowcount > 0
             if is_saved and draft:
                 self._announce(timestamp, draft)
@@ -2585,7 +2608,8 @@ class SqliteStore(Store):
         if row := self._writer.execute("SELECT member, time FROM pending WHERE made = ?", (made,)).fetchone():
             return *row, False
         (newest,) = self._writer.execute("SELECT time FROM newest").fetchone()
-        at = next_time(newest, self._clock(), self.place)
+        warn_of_clock(newest, self._clock(), self.place)
+        at = next_time(newest, self._clock())
         self._writer.execute("UPDATE newest SET time = ?", (at,))
         member = draft.member(at)
         self._writer.execute("INSERT INTO pending (member, time, made) VALUES (?, ?, ?)", (member, at, made))
@@ -2836,18 +2860,23 @@ class Sessions:
                     bound(self._facts, self.KEPT)
         return facts
 
-    def listed(self) -> Iterator[tuple[StoredSession, Mapping[str, Any]]]:
-        """With their summaries, newest first. What is no session is left out and logged once."""
+    def listed(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Timestamps and summaries, newest first. What is no session is left out and logged once."""
         for stored in self._store.sessions():
             shown = self.facts_of(stored).summary
             if isinstance(shown, str):
                 self._report(f"session {stored.timestamp}", shown)
             else:
-                yield stored, shown
+                yield stored.timestamp, shown
 
     def latest(self) -> StoredSession | None:
-        """The first of the list, or the copy of a newer one."""
-        newest = next((stored for stored, _ in self.listed()), None)
+        """The newest session that can be read: the first of those, or the copy of a newer one."""
+        newest = None
+        for stored in self._store.sessions():
+            if (fault := self.facts_of(stored).fault) is None:
+                newest = stored
+                break
+            self._report(f"session {stored.timestamp}", fault)
         if (copy := self._store.newest_copy()) is not None:
             facts = self.facts_of(StoredSession(0, copy))
             if facts.timestamp is None:
@@ -3393,7 +3422,8 @@ class PendingChanges:
         keys = {known.id: key for key, known in self._known.items() if known}
         ids = iter(keys)
         while part := list(itertools.islice(ids, 1000)):
-            for id in sorted(self._store.acknowledged(part)):
+            marked = self._store.acknowledged(part)
+            for id in [one for one in part if one in marked]:
                 self.forget(keys[id], is_gone=is_gone)
             self._pause()
         ended = time.monotonic()
@@ -3816,11 +3846,15 @@ def fetch(
         try:
             connection.request(request.get_method(), request.selector, data, dict(request.header_items()))
             with connection.getresponse() as response:
-                return response, response.read(65536)
+                reply = response, response.read(65536)
+            if time.monotonic() < deadline:
+                return reply
+        except (OSError, http.client.HTTPException):
+            if time.monotonic() < deadline:
+                raise
         finally:
             watchdog.cancel()
-            if time.monotonic() >= deadline:
-                raise TimeoutError("timed out")  # what came before the deadline is incomplete
+    raise TimeoutError("timed out")  # what came before the deadline is incomplete
 
 
 def probe(settings: Settings) -> Probe:
@@ -4556,7 +4590,8 @@ class Authenticator:
             digest_of(page_token(api_token)): Caller("page", _ALL_BUT_ADMIN),
         }
         self._lock = threading.Lock()
-        self._cache: dict[str, tuple[float, Caller | None]] = {}  # digest -> when the store was asked; None is revoked
+        # digest -> when the store was asked, math.inf for what was revoked here; None is revoked
+        self._cache: dict[str, tuple[float, Caller | None]] = {}
         self._failures: dict[str, list[float]] = {}  # address -> when it sent wrong tokens
         self._noted: dict[str, None] = {}  # origins that _note() was given in this run
 
@@ -4604,7 +4639,9 @@ class Authenticator:
     def revoke(self, digest: str) -> None:
         """At once for this instance; within TTL seconds for others on the same store."""
         with self._lock:
+            self._cache.pop(digest, None)
             self._cache[digest] = (math.inf, None)  # also against a look-up in progress
+            bound(self._cache, self.ENTRIES)
         try:
             self._store.revoke_token(digest)
         except Unavailable:
@@ -5363,6 +5400,7 @@ class Services:
         self.progress = Batcher[int, Outcome](functools.partial(answer_progress, self), "progress")
         self.creations = Batcher[Draft, Outcome](functools.partial(answer_creations, self), "creations")
         self.acknowledgements = Batcher[str, Outcome](functools.partial(answer_acknowledgements, self), "acknowledge")
+        self.scrapes = Batcher[None, Outcome](functools.partial(answer_scrapes, self), "scrapes")
         loops = Loop(self._watch, "store-watch"), Loop(self._look_at_tokens, "tokens")
         self._working: list[Loop | Alerts | Bridge] = [*loops, self.alerts, *filter(None, [self.bridge])]
         self.ending_tokens: str | None = None  # None: not known
@@ -5397,7 +5435,7 @@ class Services:
         self.live.close(timeout=0.5)
         for one in self._working:
             one.close()
-        for batcher in (self.checks, self.progress, self.creations, self.acknowledgements):
+        for batcher in (self.checks, self.progress, self.creations, self.acknowledgements, self.scrapes):
             batcher.close(timeout=0.5)
         for pool in (self.pool, self.large_bodies):
             pool.shutdown(wait=False, cancel_futures=True)
@@ -5448,10 +5486,15 @@ def page(services: Services, request: Request) -> Response:
     return Response(PAGE.encode(), 200, page_headers())
 
 
-def metrics(services: Services, request: Request) -> Response:
+def metrics(services: Services, request: Request) -> Future[Any]:
+    return services.scrapes.ask(None)
+
+
+def answer_scrapes(services: Services, _: Sequence[None]) -> list[Outcome]:
+    """A batcher's step: scrapes that arrive together share one."""
     seen = services.observer.scrape()
     found = find_metrics(seen, services.alerts.raised, services.counts, services.started_at)
-    return Response(metrics_text(found), 200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+    return [Response(metrics_text(found), 200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})]
 
 
 def gpu_json(status: GpuStatus) -> dict[str, Any]:
@@ -5545,6 +5588,10 @@ def swarmui_logs(services: Services, request: Request) -> Response:
 
 
 NOTHING = b'{"notifications":[]}'
+
+
+def is_nothing(outcome: Any) -> bool:
+    return isinstance(outcome, Response) and outcome.body == NOTHING
 
 
 def notifications_check(services: Services, request: Request) -> Any:
@@ -5731,16 +5778,18 @@ def session_latest(services: Services, request: Request) -> Response:
 
 def session_list(services: Services, request: Request) -> Response:
     listed = itertools.islice(services.sessions.listed(), request.query["limit"])
-    found = [{"timestamp": stored.timestamp, **shown} for stored, shown in listed]
+    found = [{"timestamp": timestamp, **shown} for timestamp, shown in listed]
     return json_response({"success": True, "count": len(found), "sessions": found})
 
 
 def session_save(services: Services, request: Request) -> Response:
     """Without a timestamp it gets the next free one from now: two saves at one moment are two sessions."""
-    given, now = request.body.get("timestamp"), now_ms()
-    for timestamp in range(now, now + 1000) if given is None else [int(given)]:
+    if request.body.get("timestamp") is not None:
+        return _save(services, request, int(request.body["timestamp"]), by_storyart=True)
+    now = now_ms()
+    for timestamp in range(now, now + 1000):
         with contextlib.suppress(Conflict):
-            return _save(services, request, timestamp, by_storyart=True, replace=given is not None)
+            return _save(services, request, timestamp, by_storyart=True, replace=False)
     raise Unavailable("Every timestamp of this second is taken: ask again.", 1)
 
 
@@ -6330,12 +6379,18 @@ class SessionChanges:
             return
         found = facts.progress if isinstance(facts.progress, Progress) else Progress(0, 0, False)
         steps = [("ready", found.ready), ("prompts", found.total_prompts), ("beats_ready", found.total_beats)]
-        step = next((step for step, is_reached in steps if is_reached), "saved")
-        totals = {"totalBeats": found.total_beats, "totalPrompts": found.total_prompts, "promptsNeeded": found.needed}
-        episode, story = facts.summary["analyzedEpisode"], facts.summary["storyUuid"]
-        texts = {"title": episode["title"], "episodeNumber": episode["episodeNumber"], "storyUuid": story}
-        updated = last_update(stored, facts)
-        shown = {"sessionTimestamp": timestamp, "step": step, **totals, **texts, "lastUpdated": updated}
+        episode = facts.summary["analyzedEpisode"]
+        shown = {
+            "sessionTimestamp": timestamp,
+            "step": next((step for step, is_reached in steps if is_reached), "saved"),
+            "totalBeats": found.total_beats,
+            "totalPrompts": found.total_prompts,
+            "promptsNeeded": found.needed,
+            "title": episode["title"],
+            "episodeNumber": episode["episodeNumber"],
+            "storyUuid": facts.summary["storyUuid"],
+            "lastUpdated": last_update(stored, facts),
+        }
         self._found[timestamp] = stored.mark, stored.announced == "prompts_ready", shown
 
     def _data(self, timestamp: int) -> tuple[str, dict[str, Any]]:
@@ -6480,10 +6535,15 @@ class Live:
     def wait(self, check: Check, seconds: float) -> Future[Any]:
         """The response to a check once something matches; an empty one after so many seconds, and at the service's end.
         Raises the same."""
+        ask = functools.partial(self._services.checks.ask, check)
         if self._is_closed:
-            return self._services.checks.ask(check)
-        waiting = self._enter(self._waiting, (check, time.monotonic() + seconds))
-        self._decide(waiting, self._services.checks.ask(check))
+            return ask()
+        try:
+            waiting = self._enter(self._waiting, (check, time.monotonic() + seconds))
+        except Unavailable as full:  # what need not wait needs no place
+            refusal = full
+            return then(ask(), lambda outcome: result_of(refusal if is_nothing(outcome) else outcome))
+        self._decide(waiting, ask())  # after it has its place: so nothing that is made meanwhile is missed
         return waiting
 
     def _enter(self, places: dict[Future[Any], T], one: T) -> Future[Any]:
@@ -6573,8 +6633,8 @@ class Live:
         with contextlib.suppress(Unavailable):
             self._services.reservations.ask()  # so that it is known at the next look
         before, self._others = self._others, other_parts(self._services)
-        for type in ("gpu", "reservation", "swarmui") if before else ():
-            if without_clocks(self._others[type]) != without_clocks(before[type]):
+        for type, part in before.items():
+            if type != "gpuHistory" and without_clocks(self._others[type]) != without_clocks(part):
                 self._publish(type, self._others[type])
 
     def _tell(self, type: str, data: Any) -> None:
@@ -6649,7 +6709,7 @@ class Live:
         """It waits on where the outcome is empty. A future of an outcome decides later."""
         if isinstance(outcome, Future):
             outcome.add_done_callback(lambda done: self._decide(waiting, done.exception() or done.result()))
-        elif not isinstance(outcome, Response) or outcome.body != NOTHING:
+        elif not is_nothing(outcome):
             self._answer(waiting, outcome)
 
 
@@ -6689,8 +6749,7 @@ section, #entry, dialog, #log { padding: 12px; background: var(--card); border: 
   border-radius: 12px; }
 section, .figures > div, .steps li { min-width: 0; display: flex; flex-direction: column; } section { gap: 8px; }
 #parts { display: grid; gap: 14px; grid-template-columns: 100%; } .row, .top { justify-content: space-between; }
-.lacks > :not(.head), .lacks .head > :not(h2), p:empty, .chip:empty { display: none; }
-.lacks::after { content: "This token lacks the permission " attr(id) ":read."; }
+.lacks > :not(.head, .lack), .lacks .head > :not(h2), :not(.lacks) > .lack, p:empty, .chip:empty { display: none; }
 .head, .top, .row { display: flex; align-items: center; gap: 4px 12px; }
 .head { flex-wrap: wrap; min-height: 40px; } .head button { margin-left: auto; }
 .row + .row, .session + .session { border-top: 1px solid var(--edge); margin-top: 8px; padding-top: 8px; }
@@ -6748,8 +6807,9 @@ dialog p { margin: 8px 0 16px; white-space: pre-line; } dialog form { display: f
 <section id="alerts" aria-label="Alerts"><div class="head"><h2 tabindex="-1">Alerts</h2></div>
   <ul class="on"></ul><ul class="ended muted"></ul></section>
 <section id="sessions" aria-label="Sessions"><div class="head"><h2 tabindex="-1">Sessions</h2></div>
-  <p class="none muted"></p><ul></ul></section>
+  <p class="lack">This token lacks the permission sessions:read.</p><p class="none muted"></p><ul></ul></section>
 <section id="gpu" aria-label="GPU"><div class="head"><h2 tabindex="-1">GPU</h2><span class="chip"></span></div>
+  <p class="lack">This token lacks the permission gpu:read.</p>
   <div class="figures">
     <div><p><b id="use"></b> %</p><p>use</p>
       <svg role="img" viewBox="0 -2 900 104" preserveAspectRatio="none"
@@ -6764,11 +6824,13 @@ dialog p { margin: 8px 0 16px; white-space: pre-line; } dialog form { display: f
   <p class="error"></p><p class="holder muted"></p></section>
 <section id="swarmui" aria-label="SwarmUI"><div class="head"><h2 tabindex="-1">SwarmUI</h2><span class="chip"></span>
     <button id="start" type="button">Start SwarmUI</button><button id="stop" type="button">Stop SwarmUI</button></div>
+  <p class="lack">This token lacks the permission swarmui:read.</p>
   <p class="does muted"></p><p class="error"></p><p role="alert"></p>
   <div id="log" role="log" aria-label="SwarmUI log" tabindex="0"></div></section>
 <section id="notifications" aria-label="Notifications">
   <div class="head"><h2 tabindex="-1">Notifications</h2><span class="chip"></span>
     <button id="all" type="button">Acknowledge all</button></div>
+  <p class="lack">This token lacks the permission notifications:read.</p>
   <p role="alert"></p><p class="none muted"></p><ul></ul></section>
 <section id="service" aria-label="Service"><div class="head"><h2 tabindex="-1">Service</h2>
     <button id="forget" type="button">Forget the token</button></div>
@@ -6893,6 +6955,8 @@ function showGpu() {
 }
 
 function drawLine(svg, history, height) {
+  if (svg.history === history) return;
+  svg.history = history;
   const runs = [], end = history.at(-1)?.at;  // runs of points that are a minute apart at most, if nobody looked
   let before = -Infinity;
   for (const gpu of history) {
@@ -7092,6 +7156,8 @@ async function acknowledge(asked) {
   for (const { id } of asked) {
     const failed = await post(`notifications/${encodeURIComponent(id)}/ack`);
     if (failed.error) return tell("notifications", failed);
+    if (data.notifications) EVENTS.acknowledged({ id });
+    render();
   }
 }
 
@@ -7747,19 +7813,24 @@ def print_status(given: Mapping[str, Any]) -> int:
     if found := running_address(settings):
         url = page_url(*found)
         fault = f"The service at {url} does not answer: see {settings.data_dir / 'storyteller.log'}."
-        connection = http.client.HTTPConnection(near_host(found[0]), found[1], timeout=10)
-        expected_errors = OSError, http.client.HTTPException, ValueError, StopIteration
-        with contextlib.suppress(*expected_errors), contextlib.closing(connection):
-            connection.request("GET", "/api/v1/events", headers={"Authorization": f"Bearer {kept_token(settings)}"})
-            with connection.getresponse() as response:  # it does not end; its first data is of the event `state`
-                line = next(one for one in response if response.status != 200 or one.startswith(b"data: "))
-            state = json.loads(line.removeprefix(b"data: "))
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError, StopIteration):
+            state = read_state(*found, kept_token(settings))
             if "error" not in state:
                 print(*status_lines(state, url), sep="\n")
                 return 0
             fault = f"The service at {url} refuses: {state['error']}"
     print(fault, file=sys.stderr)
     return 1
+
+
+def read_state(host: str, port: int, token: str) -> dict[str, Any]:
+    """The data of the event `state`, or of a refusal. Raises OSError, HTTPException, ValueError."""
+    with contextlib.closing(http.client.HTTPConnection(near_host(host), port, timeout=10)) as connection:
+        connection.request("GET", "/api/v1/events", headers={"Authorization": f"Bearer {token}"})
+        with connection.getresponse() as response:  # it does not end
+            line = next(one for one in response if response.status != 200 or one.startswith(b"data: "))
+            state: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
+            return state
 
 
 def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:

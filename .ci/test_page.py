@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 import venv
 from collections.abc import Callable, Iterator
@@ -133,8 +132,6 @@ class StandIn:
                 self.rfile.read(int(self.headers["Content-Length"] or 0))
                 outer.calls.append(self.path)
                 self.answer()
-                if acknowledged := re.fullmatch("/api/v1/notifications/(.*)/ack", self.path):
-                    outer.send("acknowledged", {"id": urllib.parse.unquote(acknowledged[1])})
 
             def do_GET(self) -> None:
                 path, given = self.path.partition("?")[0], self.headers["Authorization"] == f"Bearer {TOKEN}"
@@ -421,8 +418,8 @@ def test_a_region_without_permission_says_which(browser, server, open_page):
     browser = open_page()
     del server.state["gpu"], server.state["sessions"]
     browser.call("POST", "/refresh")
-    lacking = [f"This token lacks the permission {name}:read." for name in ("sessions", "gpu")]
-    until(lambda: [name for name in browser.names("StaticText") if "permission" in name] == lacking)
+    browser.shows("lacks the permission gpu:read", "GPU")
+    browser.shows("lacks the permission sessions:read", "Sessions")
 
 
 # What is shown ---------------------------------------------------------------------------------------
