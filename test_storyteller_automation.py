@@ -9590,10 +9590,11 @@ def look_again(polled: Polled) -> None:
 def test_a_check_that_takes_long_delays_no_event(polled, listen, monkeypatch):
     heard = listen(polled, "?types=notification")
     heard.next()
+    slow: Future[Any] = Future()
+    outcomes = iter([service.Response(service.NOTHING)])
+    monkeypatch.setattr(polled.services.checks, "ask", lambda check: next(outcomes, slow))
     with send_request(polled.port, request_of("GET", f"{CHECK}?wait=60&batch=true")) as client:
         wait_until(lambda: polled.services.live._waiting)
-        slow: Future[Any] = Future()
-        monkeypatch.setattr(polled.services.checks, "ask", lambda check: slow)
         for number in range(3):
             began = time.monotonic()
             made = make_one(polled, T + number)
