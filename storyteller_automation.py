@@ -442,6 +442,10 @@ TooManyRequests = _error("TooManyRequests", 429)
 Unavailable = _error("Unavailable", 503)  # the store does not answer, or the service is stopping or at a limit
 
 
+def stopping() -> ApiError:
+    return Unavailable("The service is stopping: ask again.", 5)
+
+
 # ======================================================================================================
 # Values: JSON, times, numbers
 # ======================================================================================================
@@ -1249,17 +1253,39 @@ class Batcher(Generic[Q, T]):
 
 class Loop:
     """A thread that calls `turn` once started, and again after as many seconds as it returned or when woken; after 5 s
-    when it raised, which is logged. Once closed it calls `last`, and ends."""
+    when it raised, which is logged. Once closed it calls `last`, and ends. What others ask of it stands in `asked`, in
+    the order of arrival, until it is answered or its asker cancels the future."""
 
     def __init__(self, turn: Callable[[], float], name: str, last: Callable[[], Any] = lambda: None) -> None:
         self._turn, self._last, self.is_closing = turn, last, False
+        self.asked: dict[Future[Any], Any] = {}
+        self._lock = threading.Lock()  # over whether it is closing, so that nobody asks afterwards
         self._woken = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.start, self.wake = self._thread.start, self._woken.set
 
+    def ask(self, question: Any, *, cancellable: bool = True) -> Future[Any]:
+        """Raises Unavailable once it is closed."""
+        future: Future[Any] = Future()
+        if not cancellable:
+            future.set_running_or_notify_cancel()
+        with self._lock:
+            if self.is_closing:
+                raise stopping()
+            self.asked[future] = question
+        future.add_done_callback(lambda done: self.asked.pop(done, None))
+        self.wake()
+        return future
+
+    def answer(self, outcome: Any, *futures: Future[Any]) -> bool:
+        """Give the outcome to who asked. Whether anybody still waited for it."""
+        told = [one for one in futures if self.asked.pop(one, None) is not None and settle(one, outcome)]
+        return bool(told)
+
     def close(self, timeout: float = 0.0) -> None:
         """End the thread after its turn; wait for that at most `timeout` seconds."""
-        self.is_closing = True
+        with self._lock:
+            self.is_closing = True
         self.wake()
         if self._thread.ident:
             self._thread.join(timeout)
@@ -1666,7 +1692,7 @@ class RedisClient:
 
     def _call(self, run: Callable[[Any], T]) -> T:
         if self._probes.is_closing:
-            raise Unavailable("The service is stopping.", 5)
+            raise stopping()
         if self._fault:
             raise self.unavailable(self._fault)
         try:
@@ -2466,7 +2492,7 @@ class SqliteStore(Store):
     def _read(self, query: str, *values: object) -> list[Any]:
         """The rows, read by a connection that no other thread uses meanwhile."""
         if self._closed:
-            raise Unavailable("The service is stopping.", 5)
+            raise stopping()
         with self._errors():
             try:
                 connection = self._readers.get_nowait()
@@ -3662,8 +3688,8 @@ _Change = Callable[["Reservation | None", int, int], "Reservation | None"]
 
 class _Question(NamedTuple):
     change: _Change
+    asked_at: float
     deadline: float | None  # until then it waits while it stores nothing; None for one that does not wait
-    future: Future[Any]
 
 
 class Reservations:
@@ -3683,12 +3709,9 @@ class Reservations:
         self._fence, self._looked_at = 0, -math.inf  # the largest one seen
         self._fault: Exception | None = None  # of the store, at the last look
         self._unclaimed = ""  # digest of a reservation that the store may have, and whose id nobody got
-        self._asked: queue.SimpleQueue[_Question] = queue.SimpleQueue()
-        self._waiting: list[_Question] = []
-        self._closed: ApiError | None = None
-        self._lock = threading.Lock()  # over whether it is, so that nobody asks after the last turn
-        self._loop = Loop(self._turn, "reservations", last=self._turn)
+        self._loop = Loop(self._turn, "reservations", last=lambda: self._loop.answer(stopping(), *self._loop.asked))
         self._loop.start()
+        self.close = self._loop.close  # it answers everyone who waits
 
     @property
     def known(self) -> Reservation | None:
@@ -3704,37 +3727,27 @@ class Reservations:
     def ask(self, change: _Change = lambda *_: None, wait: float | None = None) -> Any:
         """A future of what the change stored, else of the reservation that there is. While it stores nothing it is
         tried again for `wait` seconds, in the order of arrival; so long the future may be cancelled."""
-        question = _Question(change, None if wait is None else self._clock() + wait, Future())
-        if wait is None:
-            question.future.set_running_or_notify_cancel()  # it is carried out though its client leaves
-        with self._lock:
-            result_of(self._closed)
-            self._asked.put(question)
-        self._loop.wake()
-        return question.future
-
-    def close(self) -> None:
-        """Answer everyone who waits, and end the thread. May be called again."""
-        with self._lock:
-            self._closed = Unavailable("The service is stopping.", 5)
-        self._loop.close()
+        now = self._clock()
+        if wait and sum(one.deadline is not None for one in list(self._loop.asked.values())) >= self.WAITING:
+            raise Unavailable(f"{self.WAITING} others wait for the GPU: ask again later.", 5)
+        # What does not wait is carried out though its client leaves.
+        question = _Question(change, now, None if wait is None else now + wait)
+        return self._loop.ask(question, cancellable=wait is not None)
 
     def _turn(self) -> float:
-        asked = [self._asked.get() for _ in range(self._asked.qsize())]
-        here = [one for one in (*self._waiting, *asked) if not one.future.cancelled()]
-        is_due = self._closed is not None or self._clock() - self._looked_at >= self.INTERVAL
-        if asked or (is_due and (here or self._watches)):
+        asked, is_due = list(self._loop.asked.items()), self._clock() - self._looked_at >= self.INTERVAL
+        if any(one.asked_at >= self._looked_at for _, one in asked) or (is_due and (asked or self._watches)):
             self._look()
-        self._waiting = []
-        for one in sorted(here, key=lambda one: one.deadline is not None):
-            self._answer(one)
-        if not (self._waiting or self._watches):
+        for future, one in sorted(asked, key=lambda one: one[1].deadline is not None):
+            self._answer(future, one)
+        waiting = list(self._loop.asked.values())
+        if not (waiting or self._watches):
             return 3600.0
         times = [self._looked_at + self.INTERVAL]
-        times += [self._seen[1], *(one.deadline or 0.0 for one in self._waiting)] if self._waiting else []
+        times += [self._seen[1], *(one.deadline or 0.0 for one in waiting)] if waiting else []
         return max(0.0, min(times) - self._clock())
 
-    def _answer(self, one: _Question) -> None:
+    def _answer(self, future: Future[Any], one: _Question) -> None:
         """Answer it, or let it wait on."""
         is_stored, outcome = False, cast(Any, self._fault)
         if not self._fault:
@@ -3743,18 +3756,14 @@ class Reservations:
             except Exception as error:
                 outcome, self._fault = error, None if isinstance(error, NotFound) else error
         if one.deadline is not None and not (is_stored or self._fault) and self._clock() < one.deadline:
-            if len(self._waiting) < self.WAITING:
-                self._waiting.append(one)
-                return
-            outcome = Unavailable(f"{self.WAITING} others wait for the GPU: ask again later.", 5)
-        if not settle(one.future, outcome) and is_stored:  # its client left meanwhile
+            return
+        if not self._loop.answer(outcome, future) and is_stored:  # its client left meanwhile
             self._unclaimed = outcome.digest
             self._look()
 
     def _look(self) -> None:
         began, self._fault = self._clock(), None
         try:
-            result_of(self._closed)
             self._swap(None)
             with contextlib.suppress(NotFound):
                 self._apply(functools.partial(renewed, self._unclaimed, 0))
@@ -4201,13 +4210,11 @@ class SwarmUISupervisor:
         self._settings, self._is_reserved, self.clock = settings, is_reserved, clock
         self._restarts = settings.restart.lower() == "on-failure"
         self._log = settings.data_dir / SWARMUI_LOG
-        self._closed: ApiError | None = None
-        self._lock = threading.Lock()  # over whether it is, so that nobody asks afterwards
-        self._asked: dict[Future[Any], str] = {}  # who waits for a start, a stop, one by force, or an end begun
         self._has_looked = threading.Event()
         self._state, self._since, self._began = "", 0, -math.inf  # when it became that: ms, and seconds of the clock
         self._status: dict[str, Any] = {}  # what is shown; times that go on are seconds of the clock
-        self._loop, self._log_loop = Loop(self._turn, "swarmui"), Loop(self._shorten_log, "swarmui-log")
+        self._loop = Loop(self._turn, "swarmui")  # asked for a start, a stop, one by force, or an end begun
+        self._log_loop = Loop(self._shorten_log, "swarmui-log")
         # All else is the thread's alone.
         self._ours = Launched(settings, self._loop.wake)
         self._probe, self._misses = NOBODY, 0
@@ -4227,20 +4234,11 @@ class SwarmUISupervisor:
 
     def start(self) -> Future[Probe]:
         """Done once SwarmUI answers, else an ApiError; TooManyRequests between two launches. Raises Unavailable."""
-        return self._ask("start")
+        return self._loop.ask("start")
 
     def stop(self, *, force: bool = False) -> Future[Any]:
         """Done once SwarmUI is gone; Conflict where only `force` ends it, else an ApiError. Raises Unavailable."""
-        return self._ask("force" if force else "stop")
-
-    def _ask(self, wish: str) -> Future[Any]:
-        future: Future[Any] = Future()
-        with self._lock:
-            result_of(self._closed)
-            self._asked[future] = wish
-        future.add_done_callback(lambda done: self._asked.pop(done, None))
-        self._loop.wake()
-        return future
+        return self._loop.ask("force" if force else "stop")
 
     def status(self) -> dict[str, Any]:
         """What is known, as /swarmui/status shows it; of one that has just begun, after its first look."""
@@ -4251,25 +4249,18 @@ class SwarmUISupervisor:
 
     def close(self) -> None:
         """End the threads, and answer everyone who waits at once. SwarmUI keeps running."""
-        with self._lock:
-            self._closed = Unavailable("The service is stopping: ask again.", 5)
         self._loop.close()
         self._log_loop.close()
-        self._settle(list(self._asked), self._closed)
+        self._loop.answer(stopping(), *self._loop.asked)
 
     def _waiting(self, *wishes: str) -> list[Future[Any]]:
-        return [future for future, wish in list(self._asked.items()) if wish in wishes]
-
-    def _settle(self, futures: Iterable[Future[Any]], outcome: Any) -> None:
-        for future in futures:
-            if self._asked.pop(future, None):  # not those whom close() or this has told
-                settle(future, outcome)
+        return [future for future, wish in list(self._loop.asked.items()) if wish in wishes]
 
     def _answer(self, wish: str, outcome: Any) -> None:
         self._publish()
         if wish == "start":
             self._deadline = math.inf
-        self._settle(self._waiting(wish), outcome)
+        self._loop.answer(outcome, *self._waiting(wish))
 
     def _shorten_log(self) -> float:
         shorten_log(self._log)
@@ -4283,7 +4274,7 @@ class SwarmUISupervisor:
         except Exception as error:
             self._ending, self._deadline = None, math.inf
             fault = ApiError(f"SwarmUI: an unexpected error ({type(error).__name__}): see the service's log.")
-            self._settle(list(self._asked), fault)
+            self._loop.answer(fault, *self._loop.asked)
             raise  # it is logged by the loop
         return 0.05 if self._ending else self._next_look() - self.clock()
 
@@ -4370,13 +4361,13 @@ class SwarmUISupervisor:
     def _decide_stop(self, future: Future[Any]) -> None:
         self._publish()
         state, found, is_ours = self._state, self._probe, self._ours.program is not None
-        if self._asked.get(future) != "force" and (reason := why_not_to_stop(state, found, is_ours=is_ours)):
-            self._settle([future], Conflict(f"{reason}: add ?force=true to stop it anyway."))
+        if self._loop.asked.get(future) != "force" and (reason := why_not_to_stop(state, found, is_ours=is_ours)):
+            self._loop.answer(Conflict(f"{reason}: add ?force=true to stop it anyway."), future)
             return
         self._restart_at = math.inf
         self._answer("start", ApiError("SwarmUI failed to start: it was stopped."))
-        if future in self._asked:
-            self._asked[future] = "end"
+        if future in self._loop.asked:
+            self._loop.asked[future] = "end"
         if state in ("stopped", "failed"):
             self._error, self._has_failed = "", False
             self._answer("end", "SwarmUI is not running")
@@ -6321,7 +6312,7 @@ def create_app(services: Services) -> bottle.Bottle:
 def respond(app: bottle.Bottle, environ: dict[str, Any], *, error: Any = None, is_late: bool = False) -> Steps:
     """The steps to the response, found by the application's own routes. `error`: why waitress cannot read the request;
     `is_late`: the service is stopping."""
-    refused = Unavailable("The service is stopping: ask again.", 5) if is_late else None
+    refused = stopping() if is_late else None
     if error:  # only the text before what it quotes, which is a header, perhaps the token's
         refused = ApiError(f"{error.reason}: " + error.body.partition('"')[0].rstrip())
         refused.status = error.code
@@ -6466,6 +6457,11 @@ class Listener:
         self.stream.send(text)
 
 
+class WaitingCheck(NamedTuple):
+    check: Check
+    deadline: float  # in monotonic seconds
+
+
 class Live:
     """Tells listeners what changes, and checks that wait when they may be answered. While somebody is here, and for a
     while afterwards, a thread compares the store with what is known; what is done here wakes it. That thread alone
@@ -6481,10 +6477,6 @@ class Live:
     def __init__(self, services: Services) -> None:
         self._services = services
         self.addresses: Sequence[str] = ()
-        self._lock = threading.Lock()  # over whether somebody may still come
-        self._is_closed = False
-        self._joining: dict[Future[Any], Listener] = {}
-        self._waiting: dict[Future[Any], tuple[Check, float]] = {}  # until when, in monotonic seconds
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # to be made in the thread
         self._loop = Loop(self._turn, "live")
         self.publish = functools.partial(self._call_soon, self._publish)  # an event, to who wants it and may see it
@@ -6527,7 +6519,7 @@ class Live:
         asks = {"gpu": self._services.gpu.ask, "reservation": self._services.reservations.ask}
         asked = [one for type in types & asks.keys() if isinstance(one := asks[type](), Future)]
         deadline = time.monotonic() + self.STATE_WAIT
-        joining = self._enter(self._joining, Listener(caller, types, last, asked, deadline))
+        joining = self._enter(Listener(caller, types, last, asked, deadline))
         for one in asked:
             one.add_done_callback(lambda _: self._loop.wake())
         return joining
@@ -6536,41 +6528,26 @@ class Live:
         """The response to a check once something matches; an empty one after so many seconds, and at the service's end.
         Raises the same."""
         ask = functools.partial(self._services.checks.ask, check)
-        if self._is_closed:
+        if self._loop.is_closing:
             return ask()
         try:
-            waiting = self._enter(self._waiting, (check, time.monotonic() + seconds))
+            waiting = self._enter(WaitingCheck(check, time.monotonic() + seconds))
         except Unavailable as full:  # what need not wait needs no place
             refusal = full
             return then(ask(), lambda outcome: result_of(refusal if is_nothing(outcome) else outcome))
         self._decide(waiting, ask())  # after it has its place: so nothing that is made meanwhile is missed
         return waiting
 
-    def _enter(self, places: dict[Future[Any], T], one: T) -> Future[Any]:
-        with self._lock:
-            if self._is_closed:
-                raise Unavailable("The service is stopping.", 5)
-            if self.count_listeners(None) + len(self._joining) + len(self._waiting) >= LISTENERS:
-                raise Unavailable(f"{LISTENERS} others listen or wait already: ask again later.", 5)
-            future: Future[Any] = Future()
-            places[future] = one
-        future.add_done_callback(lambda done: places.pop(done, None))  # its client has left
-        self._loop.wake()
-        return future
-
-    def _answer(self, future: Future[Any], outcome: Any) -> bool:
-        """Whether somebody still waited for it."""
-        one = self._joining.pop(future, None) or self._waiting.pop(future, None)
-        return one is not None and settle(future, outcome)
+    def _enter(self, one: Listener | WaitingCheck) -> Future[Any]:
+        if self.count_listeners(None) + len(self._loop.asked) >= LISTENERS:
+            raise Unavailable(f"{LISTENERS} others listen or wait already: ask again later.", 5)
+        return self._loop.ask(one)
 
     def close(self, timeout: float = 0.0) -> None:
         """End the events, answer who waits with an empty list, and end the thread. May be called again."""
-        with self._lock:
-            self._is_closed = True
-        for joining in list(self._joining):
-            self._answer(joining, Unavailable("The service is stopping.", 5))
-        for waiting in list(self._waiting):
-            self._answer(waiting, Response(NOTHING))
+        self._loop.close()
+        for future, one in list(self._loop.asked.items()):
+            self._loop.answer(stopping() if isinstance(one, Listener) else Response(NOTHING), future)
         for listener in self._listeners:
             listener.stream.close()
         self._loop.close(timeout)
@@ -6581,12 +6558,13 @@ class Live:
         self._call()
         now = time.monotonic()
         self._listeners = [one for one in self._listeners if not one.stream.is_closed]
-        if self._listeners or self._joining or self._waiting:
+        asked = list(self._loop.asked.items())
+        if self._listeners or asked:
             self._left_at = now
         if now - self._left_at > self.LINGER:
             self._is_new = True
             return 3600.0
-        ready = [(joining, one) for joining, one in list(self._joining.items()) if one.is_ready(now)]
+        ready = [(joining, one) for joining, one in asked if isinstance(one, Listener) and one.is_ready(now)]
         is_whole = bool(ready) or now - self._looked_at >= self.INTERVAL
         try:
             self._store_up = self._look(is_whole=is_whole)
@@ -6598,8 +6576,7 @@ class Live:
                         one.stream.close()
             self._admit(ready)
         except Exception as fault:
-            for joining, _ in ready:
-                self._answer(joining, fault)
+            self._loop.answer(fault, *(joining for joining, _ in ready))
             raise
         self._ask_again()
         now = time.monotonic()
@@ -6607,7 +6584,7 @@ class Live:
             if now - listener.told_at >= self.SILENCE:
                 listener.send(self._comment())
         ends = [now + self.PENDING_INTERVAL, self._looked_at + self.INTERVAL]
-        ends += [deadline for _, deadline in list(self._waiting.values())]
+        ends += [one.deadline for one in list(self._loop.asked.values())]
         return max(0.0, min(ends) - now)
 
     def _call(self) -> None:
@@ -6666,7 +6643,8 @@ class Live:
             else:
                 one.send(self._state(one, parts))
             self._listeners = [*self._listeners, one]
-            if not self._answer(joining, Response(b"", 200, STREAM_HEADERS, one.stream)) or self._is_closed:
+            admitted = Response(b"", 200, STREAM_HEADERS, one.stream)
+            if not self._loop.answer(admitted, joining) or self._loop.is_closing:
                 one.stream.close()
 
     def _state_parts(self) -> dict[str, Any]:
@@ -6699,18 +6677,18 @@ class Live:
     def _ask_again(self) -> None:
         """Ask the checks that may have an answer, and answer those whose time is over."""
         is_due, self._is_more_pending = self._is_more_pending, False
-        for future, (check, deadline) in list(self._waiting.items()):
-            if is_due:
-                self._decide(future, self._services.checks.ask(check))
-            elif time.monotonic() >= deadline:
-                self._answer(future, Response(NOTHING))
+        for future, one in list(self._loop.asked.items()):
+            if isinstance(one, WaitingCheck) and is_due:
+                self._decide(future, self._services.checks.ask(one.check))
+            elif isinstance(one, WaitingCheck) and time.monotonic() >= one.deadline:
+                self._loop.answer(Response(NOTHING), future)
 
     def _decide(self, waiting: Future[Any], outcome: Any) -> None:
         """It waits on where the outcome is empty. A future of an outcome decides later."""
         if isinstance(outcome, Future):
             outcome.add_done_callback(lambda done: self._decide(waiting, done.exception() or done.result()))
         elif not is_nothing(outcome):
-            self._answer(waiting, outcome)
+            self._loop.answer(outcome, waiting)
 
 
 # ======================================================================================================

@@ -3710,7 +3710,7 @@ def test_those_who_wait_get_it_in_order_at_once_and_who_left_is_skipped(poll_ser
     id, clients = call("POST", RESERVATION, {"holder": "first", "ttlSeconds": 60})[1]["reservationId"], []
     for name in ("second", "leaves", "third"):
         clients.append(wait_for_gpu(polled.port, name))
-        wait_until(lambda: len(polled.services.reservations._waiting) == len(clients))
+        wait_until(lambda: len(polled.services.reservations._loop.asked) == len(clients))
     clients[1].close()
     wait_until(lambda: polled.in_flight() == 2)
     for client, name in ((clients[0], "second"), (clients[2], "third")):
@@ -3728,7 +3728,7 @@ def test_who_comes_at_the_moment_of_giving_back_comes_after_those_who_wait(make_
     ask = pc.reservations.ask
     ask(taking("a"), 0).result(PATIENCE)
     waits = ask(taking("waits"), 60)
-    wait_until(lambda: pc.reservations._waiting)
+    wait_until(lambda: pc.reservations._loop.asked)
     monkeypatch.setattr(store, "swap_reservation", lambda *given: (go_on.wait(PATIENCE), swap(*given))[-1])
     ask()  # the next two are answered in the turn after this one
     ended, late = ask(functools.partial(service.renewed, "a", 0)), ask(taking("late"), 0)
@@ -3762,7 +3762,7 @@ def test_200_wait_without_a_thread_each_and_further_ones_are_a_503(poll_service)
     polled.ask("GET", "/health")
     threads = threading.active_count()
     clients = [wait_for_gpu(polled.port, f"{number}") for number in range(200)]
-    wait_until(lambda: len(polled.services.reservations._waiting) == 200)
+    wait_until(lambda: len(polled.services.reservations._loop.asked) == 200)
     assert threading.active_count() == threads
     status, headers, answer = polled.ask("POST", RESERVATION, {"holder": "x", "ttlSeconds": 1, "waitSeconds": 60})
     assert (status, "Retry-After" in headers, "200" in answer["error"]) == (503, True, True)
@@ -3771,7 +3771,7 @@ def test_200_wait_without_a_thread_each_and_further_ones_are_a_503(poll_service)
         client.close()
     wait_until(lambda: polled.in_flight() == 0)
     with wait_for_gpu(polled.port, "next") as client:
-        wait_until(lambda: len(polled.services.reservations._waiting) == 1)
+        wait_until(lambda: len(polled.services.reservations._loop.asked) == 1)
         assert polled.ask("DELETE", RESERVATION)[0] == 204
         assert json.loads(answer_of(client)[2])["holder"] == "next"
 
@@ -9049,6 +9049,10 @@ def listeners(polled: Polled) -> int:
     return sum(not one.stream.is_closed for one in polled.services.live._listeners)
 
 
+def waiting_checks(polled: Polled) -> list[Any]:
+    return [one for one in polled.services.live._loop.asked.values() if isinstance(one, service.WaitingCheck)]
+
+
 def test_the_state_comes_first_and_then_what_changes(polled, listen):
     before = make_one(polled, T)
     polled.ask("PUT", f"/api/v1/session/{T}", with_beats(OPEN, promptMode="storyart"))
@@ -9409,16 +9413,15 @@ def test_who_left_frees_a_place_and_past_the_limit_others_are_told_when_to_come_
 ):
     monkeypatch.setattr(service, "LISTENERS", 2)
     polled = poll_service()
-    live = polled.services.live
     clients = [send_request(polled.port, request_of("GET", path)) for _ in range(2)]
-    wait_until(lambda: listeners(polled) + len(live._waiting) == 2)
+    wait_until(lambda: listeners(polled) + len(waiting_checks(polled)) == 2)
     for refused in (EVENTS, f"{CHECK}?wait=60"):
         status, headers, _ = polled.ask("GET", refused)
         assert (status, int(headers["Retry-After"]) >= 1) == (503, True)
     assert polled.check() == []
     for client in clients:
         client.close()
-    wait_until(lambda: listeners(polled) + len(live._waiting) == 0)
+    wait_until(lambda: listeners(polled) + len(waiting_checks(polled)) == 0)
     assert listen(polled).status == 200
 
 
@@ -9433,7 +9436,7 @@ def test_a_check_that_need_not_wait_needs_no_place(poll_service, monkeypatch):
 def test_many_listen_and_wait_without_a_thread_each(polled, listen):
     heard = [listen(polled, "?types=notification") for _ in range(40)]
     waits = [send_request(polled.port, request_of("GET", f"{CHECK}?wait=60")) for _ in range(40)]
-    wait_until(lambda: len(polled.services.live._waiting) == 40)
+    wait_until(lambda: len(waiting_checks(polled)) == 40)
     assert threading.active_count() < 40
     made = make_one(polled)
     for one in heard:
@@ -9446,7 +9449,7 @@ def test_many_listen_and_wait_without_a_thread_each(polled, listen):
 def test_a_check_waits_until_something_matches(polled):
     make_one(polled, type=BEATS, totalBeats=1)
     with send_request(polled.port, request_of("GET", f"{CHECK}?wait=60")) as client:
-        wait_until(lambda: polled.services.live._waiting)
+        wait_until(lambda: waiting_checks(polled))
         make_one(polled, T + 1, type=BEATS, totalBeats=1)
         made = make_one(polled, T + 1)
         assert json.loads(answer_of(client)[2])["notifications"] == [made]
@@ -9594,7 +9597,7 @@ def test_a_check_that_takes_long_delays_no_event(polled, listen, monkeypatch):
     outcomes = iter([service.Response(service.NOTHING)])
     monkeypatch.setattr(polled.services.checks, "ask", lambda check: next(outcomes, slow))
     with send_request(polled.port, request_of("GET", f"{CHECK}?wait=60&batch=true")) as client:
-        wait_until(lambda: polled.services.live._waiting)
+        wait_until(lambda: waiting_checks(polled))
         for number in range(3):
             began = time.monotonic()
             made = make_one(polled, T + number)
@@ -9615,7 +9618,7 @@ def test_who_joins_waits_for_a_slow_nvidia_smi_and_nobody_else_does(
     heard.next()
     with ThreadPoolExecutor(1) as pool:
         joining = pool.submit(listen, polled, "?types=gpu")
-        wait_until(lambda: polled.services.live._joining)
+        wait_until(lambda: polled.services.live._loop.asked)
         began = time.monotonic()
         assert make_one(polled) == heard.next()
         assert time.monotonic() - began < PATIENCE / 2
