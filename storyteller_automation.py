@@ -1253,8 +1253,8 @@ class Batcher(Generic[Q, T]):
 
 class Loop:
     """A thread that calls `turn` once started, and again after as many seconds as it returned or when woken; after 5 s
-    when it raised, which is logged. Once closed it calls `last`, and ends. What others ask of it stands in `asked`, in
-    the order of arrival, until it is answered or its asker cancels the future."""
+    when it raised, which is logged, and an error for all who ask. Once closed it calls `last`, and ends. What others
+    ask of it stands in `asked`, in the order of arrival, until it is answered or its asker cancels the future."""
 
     def __init__(self, turn: Callable[[], float], name: str, last: Callable[[], Any] = lambda: None) -> None:
         self._turn, self._last, self.is_closing = turn, last, False
@@ -1297,8 +1297,10 @@ class Loop:
             is_closing, seconds = self.is_closing, 5.0
             try:
                 seconds = self._last() if is_closing else self._turn()
-            except Exception:
+            except Exception as error:
                 log.exception("%s: an unexpected error", self._thread.name)
+                fault = f"{self._thread.name}: an unexpected error ({type(error).__name__}): see the service's log."
+                self.answer(ApiError(fault), *self.asked)
             if not is_closing:
                 self._woken.wait(seconds)
 
@@ -4271,11 +4273,9 @@ class SwarmUISupervisor:
         try:
             self._act()
             self._publish()
-        except Exception as error:
+        except Exception:
             self._ending, self._deadline = None, math.inf
-            fault = ApiError(f"SwarmUI: an unexpected error ({type(error).__name__}): see the service's log.")
-            self._loop.answer(fault, *self._loop.asked)
-            raise  # it is logged by the loop
+            raise
         return 0.05 if self._ending else self._next_look() - self.clock()
 
     def _next_look(self) -> float:
@@ -6566,18 +6566,14 @@ class Live:
             return 3600.0
         ready = [(joining, one) for joining, one in asked if isinstance(one, Listener) and one.is_ready(now)]
         is_whole = bool(ready) or now - self._looked_at >= self.INTERVAL
-        try:
-            self._store_up = self._look(is_whole=is_whole)
-            if is_whole:
-                self._look_at_others()
-                is_good = functools.cache(self._services.authenticator.is_still_good)
-                for one in self._listeners:
-                    if not is_good(one.caller):
-                        one.stream.close()
-            self._admit(ready)
-        except Exception as fault:
-            self._loop.answer(fault, *(joining for joining, _ in ready))
-            raise
+        self._store_up = self._look(is_whole=is_whole)
+        if is_whole:
+            self._look_at_others()
+            is_good = functools.cache(self._services.authenticator.is_still_good)
+            for one in self._listeners:
+                if not is_good(one.caller):
+                    one.stream.close()
+        self._admit(ready)
         self._ask_again()
         now = time.monotonic()
         for listener in self._listeners:
