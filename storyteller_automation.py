@@ -3709,7 +3709,6 @@ class Reservations:
         self._record: bytes | None = None  # as last seen
         self._seen: tuple[Reservation | None, float] = (None, 0.0)  # what it says, and when that ends
         self._fence, self._looked_at = 0, -math.inf  # the largest one seen
-        self._fault: Exception | None = None  # of the store, at the last look
         self._unclaimed = ""  # digest of a reservation that the store may have, and whose id nobody got
         self._loop = Loop(self._turn, "reservations", last=lambda: self._loop.answer(stopping(), *self._loop.asked))
         self._loop.start()
@@ -3738,10 +3737,13 @@ class Reservations:
 
     def _turn(self) -> float:
         asked, is_due = list(self._loop.asked.items()), self._clock() - self._looked_at >= self.INTERVAL
-        if any(one.asked_at >= self._looked_at for _, one in asked) or (is_due and (asked or self._watches)):
-            self._look()
-        for future, one in sorted(asked, key=lambda one: one[1].deadline is not None):
-            self._answer(future, one)
+        try:
+            if any(one.asked_at >= self._looked_at for _, one in asked) or (is_due and (asked or self._watches)):
+                self._look()
+            for future, one in sorted(asked, key=lambda one: one[1].deadline is not None):
+                self._answer(future, one)
+        except Unavailable as fault:
+            self._loop.answer(fault, *self._loop.asked)
         waiting = list(self._loop.asked.values())
         if not (waiting or self._watches):
             return 3600.0
@@ -3751,27 +3753,22 @@ class Reservations:
 
     def _answer(self, future: Future[Any], one: _Question) -> None:
         """Answer it, or let it wait on."""
-        is_stored, outcome = False, cast(Any, self._fault)
-        if not self._fault:
-            try:
-                is_stored, outcome = self._apply(one.change)
-            except Exception as error:
-                outcome, self._fault = error, None if isinstance(error, NotFound) else error
-        if one.deadline is not None and not (is_stored or self._fault) and self._clock() < one.deadline:
+        outcome: Any
+        try:
+            is_stored, outcome = self._apply(one.change)
+        except NotFound as error:
+            is_stored, outcome = False, error
+        if one.deadline is not None and not is_stored and self._clock() < one.deadline:
             return
         if not self._loop.answer(outcome, future) and is_stored:  # its client left meanwhile
             self._unclaimed = outcome.digest
             self._look()
 
     def _look(self) -> None:
-        began, self._fault = self._clock(), None
-        try:
-            self._swap(None)
-            with contextlib.suppress(NotFound):
-                self._apply(functools.partial(renewed, self._unclaimed, 0))
-        except Exception as fault:
-            self._fault = fault
-        self._looked_at = began
+        self._looked_at = self._clock()
+        self._swap(None)
+        with contextlib.suppress(NotFound):
+            self._apply(functools.partial(renewed, self._unclaimed, 0))
 
     def _swap(self, after: bytes | None) -> None:
         record = self._store.swap_reservation(self._host, self._record, after)
