@@ -560,11 +560,16 @@ def to_json(value: Any) -> bytes:
 
 
 @functools.lru_cache(maxsize=256)
-def is_address(host: str) -> bool:
-    """An IP address, not a name."""
+def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """None for a name."""
     with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(host))
-    return False
+        return ipaddress.ip_address(host)
+    return None
+
+
+def is_loopback(host: str) -> bool:
+    found = address_of(host)
+    return found is not None and (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 # ======================================================================================================
@@ -1591,7 +1596,7 @@ class _TcpConnection(_Unchecked, redis.Connection):
     def _connect(self) -> socket.socket:
         """For connect(), which has no public way to choose an address. SSLConnection wraps its result."""
         deadline, first = time.monotonic() + self.socket_connect_timeout, None
-        addresses = [self.host] if is_address(self.host) else self._look_up()
+        addresses = [self.host] if address_of(self.host) else self._look_up()
         for left, address in zip(range(len(addresses), 0, -1), addresses):
             try:
                 made = socket.create_connection((address, self.port), max(0.01, deadline - time.monotonic()) / left)
@@ -3986,13 +3991,13 @@ def find_swarmui(settings: Settings) -> Path:
 
 def _is_this_machine(host: str) -> bool:
     """Of addresses, only those of this machine can be bound."""
-    if not is_address(host):
+    if not address_of(host):
         return host == "localhost" or host in (socket.gethostname().lower(), socket.getfqdn().lower())
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as made:
         made.bind((host, 0))
         return True
-    return ipaddress.ip_address(host).is_loopback
+    return is_loopback(host)
 
 
 class Launched:
@@ -4701,13 +4706,6 @@ class Authenticator:
             raise TooManyRequests("Too many wrong tokens from this address: ask again later.", recent[0] + 60 - now)
 
 
-def is_loopback(address: str) -> bool:
-    with contextlib.suppress(ValueError):
-        found = ipaddress.ip_address(address)
-        return (getattr(found, "ipv4_mapped", None) or found).is_loopback
-    return False
-
-
 def is_from_this_pc(environ: Mapping[str, Any]) -> bool:
     """Behind a proxy on this machine every client would have a loopback address."""
     forwarded = any(name in ("HTTP_FORWARDED", "HTTP_VIA") or name.startswith("HTTP_X_FORWARDED_") for name in environ)
@@ -4720,7 +4718,7 @@ def is_own_host(host: str | None, settings: Settings) -> bool:
     if not found:
         return False
     name = found[1].strip("[]").lower()
-    return is_address(name) or name in map(str.lower, ("localhost", settings.host, *settings.allowed_hosts))
+    return bool(address_of(name)) or name in map(str.lower, ("localhost", settings.host, *settings.allowed_hosts))
 
 
 def own_token(settings: Settings) -> str:

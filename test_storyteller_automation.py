@@ -8617,10 +8617,10 @@ def fail_once(monkeypatch) -> Callable[[Any, str, Exception], None]:
     def patch(owner: Any, name: str, error: Exception) -> None:
         method, errors = getattr(owner, name), [error]
 
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
             if errors:
                 raise errors.pop()
-            return method(*arguments)
+            return method(*arguments, **named)
 
         monkeypatch.setattr(owner, name, call)
 
@@ -9462,6 +9462,24 @@ def test_a_check_in_vain_is_an_empty_list_once_its_time_is_over(polled):
     assert time.monotonic() - began >= 1.0
     polled.services.live.close()
     assert polled.check("?wait=60") == []  # the service is stopping
+
+
+@pytest.mark.parametrize(
+    ("part", "step", "method", "path"),
+    [
+        ("live", "_look", "GET", EVENTS),
+        ("live", "_look", "GET", f"{CHECK}?wait=60"),
+        ("swarmui", "_act", "POST", "/api/v1/swarmui/stop"),
+    ],
+)
+def test_a_fault_of_ours_is_told_to_who_waits_and_the_next_is_served(poll_service, fail_once, part, step, method, path):
+    polled = poll_service()
+    polled.services.swarmui.status()  # after its first look
+    fail_once(getattr(polled.services, part), step, RuntimeError("a fault of ours"))
+    status, _, answer = polled.ask(method, path)
+    assert (status, "RuntimeError" in answer["error"], "a fault of ours" in answer["error"]) == (500, True, False)
+    assert polled.ask("POST", "/api/v1/swarmui/stop")[0] == 200
+    assert polled.check("?wait=1") == []
 
 
 @pytest.mark.parametrize("is_first", [True, False])
