@@ -3370,6 +3370,7 @@ class PendingChanges:
     def __init__(self, store: Store, notifications: Notifications, tell: Tell, pause: Callable[[], None]) -> None:
         """`pause` is called in the middle of a look: what is done here does not wait for all of 100,000."""
         self._store, self._notifications, self._tell, self._pause = store, notifications, tell, pause
+        self.is_new = True  # what a look finds is no news; its owner ends that
         # By its id where this service made it, else by the member. None for what is not told of: an invalid one, or one
         # whose end was told.
         self._known: dict[str | bytes, Notification | None] = {}
@@ -3389,11 +3390,8 @@ class PendingChanges:
         if one.id not in self._known:
             self._keep(one.id, one._replace(since=now_ms()))
 
-    def look(self, *, is_new: bool = False) -> None:
-        """`is_new`: what is there now is no news. Raises Unavailable."""
-        if is_new:
-            self._scan(is_new=True)
-            return
+    def look(self) -> None:
+        """Raises Unavailable."""
         count, newer = self._store.pending_since(self._newest)
         self._take(newer)
         # Another instance marks what it removes: so most ends are found without a scan of all that is pending.
@@ -3405,7 +3403,7 @@ class PendingChanges:
     def _count(self) -> int:
         return len(self._known) + self._doubles
 
-    def _take(self, rows: Iterable[tuple[bytes, float]], *, is_new: bool = False) -> list[str | bytes]:
+    def _take(self, rows: Iterable[tuple[bytes, float]]) -> list[str | bytes]:
         """Tell of those that are not known. By what each is known."""
         keys, fresh, now = list[str | bytes](), dict[str | bytes, Notification | None](), now_ms()
         for member, score in rows:
@@ -3416,7 +3414,7 @@ class PendingChanges:
             keys.append(key := id or member)
             if key in self._known:
                 continue
-            if own and is_new:  # it is not parsed: 100,000 would take 2 s
+            if own and self.is_new:  # it is not parsed: 100,000 would take 2 s
                 kind = sys.intern(own[3].decode())
                 fresh[key] = Notification(id, kind, b"", True, session=int(own[4]), episode=int(own[5] or 0), since=at)
             else:
@@ -3426,13 +3424,13 @@ class PendingChanges:
         self._pause()  # one that was made here is told of before its end, as nobody knew its id before
         for key, one in fresh.items():
             if key not in self._known:
-                self._keep(key, None if one and one.id in marked else one, is_new=is_new)
+                self._keep(key, None if one and one.id in marked else one)
         return keys
 
-    def _keep(self, key: str | bytes, found: Notification | None, *, is_new: bool = False) -> None:
+    def _keep(self, key: str | bytes, found: Notification | None) -> None:
         self._known[key] = found and found._replace(text=b"")
         self._count_unread(key, found, 1)
-        if found and not is_new:
+        if found:
             self._tell("notification", found.text)
 
     def _count_unread(self, key: str | bytes, found: Notification | None, change: int) -> None:
@@ -3462,13 +3460,13 @@ class PendingChanges:
         ended = time.monotonic()
         self._marks_at = ended + max(1.0, 5 * (ended - began))
 
-    def _scan(self, *, is_new: bool = False) -> None:
+    def _scan(self) -> None:
         """Compare all that is pending with what is known."""
         began, before, seen, count = time.monotonic(), list(self._known), set[str | bytes](), 0
         rows = self._store.pending(page=self.PAGE)
         while page := list(itertools.islice(rows, self.PAGE)):
             count += len(page)
-            seen.update(self._take(page, is_new=is_new))
+            seen.update(self._take(page))
             self._pause()
         for key in before:
             if key not in seen:
@@ -4812,7 +4810,7 @@ class Observer:
         self._lock = threading.Lock()  # over these
         self._pending = PendingChanges(store, notifications, lambda type, data: None, lambda: None)
         self._changed = ChangedSessions(store, self.SESSIONS)
-        self._is_first, self._waiting = True, dict[int, WaitingSession]()
+        self._waiting: dict[int, WaitingSession] = {}
         self._found: tuple[Sequence[Notification], Sequence[WaitingSession]] | None = None  # by the last look
         self._looked_at, self._took = -math.inf, 0.0  # when, and how long it took
         self._scraped_at = -math.inf
@@ -4840,9 +4838,9 @@ class Observer:
             if began - self._looked_at >= (age and max(age, 100 * self._took)) or not self._found:
                 self._looked_at, self._found = began, None
                 with contextlib.suppress(ApiError):  # reads may go on while writes are refused
-                    self._pending.look(is_new=self._is_first)
+                    self._pending.look()
                     self._find_waiting()
-                    self._found, self._is_first = (self._pending.all(), list(self._waiting.values())), False
+                    self._found, self._pending.is_new = (self._pending.all(), list(self._waiting.values())), False
                 self._took = self._clock() - began
             return self._found
 
@@ -4874,7 +4872,7 @@ class Observer:
                 continue
             # What was there at the first look is as old as it says. A later one, or a new prompt, came just now.
             since = now
-            if self._is_first:
+            if self._pending.is_new:
                 since = min(now, max(stored.saved or 0, facts.updated or 0, stored.timestamp))
             elif before and done.total_prompts <= before.prompts:
                 since = before.since
@@ -4980,7 +4978,7 @@ def deliver(settings: Settings, alert: Alert) -> tuple[bool, str]:
 
 
 class Alerts:
-    """Raises and ends the alerts of this instance, in a thread of its own; others POST them, and send the heartbeat.
+    """Raises and ends the alerts of this instance in one of its loops; the others POST them, and send the heartbeat.
     `publish` gets each as an event, and the permission that it needs."""
 
     INTERVAL, KEPT, UNSENT, TRIES, RETRY, HEARTBEAT = 1.0, 3, 100, 3, 2.0, 60.0
@@ -4997,21 +4995,10 @@ class Alerts:
         self._unsent: collections.deque[Alert] = collections.deque()
         self._tries = 0  # of the first one
         self._is_heard = True
-        self._loop, self._posts = Loop(self.look, "alerts"), Loop(self._post, "webhooks")
-        self._beats = Loop(self._beat, "heartbeat")
-
-    def start(self) -> None:
-        self._loop.start()
-        if self._settings.alert_url:
-            self._posts.start()
-        if self._settings.heartbeat_url:
-            self._beats.start()
-
-    def close(self) -> None:
-        """End the threads. What is not sent by then is dropped."""
-        self._posts.close()
-        self._beats.close()
-        self._loop.close(0.5)
+        self._posts = Loop(self._post, "webhooks")
+        self.loops = [Loop(self.look, "alerts"), self._posts]
+        if settings.heartbeat_url:
+            self.loops.append(Loop(self._beat, "heartbeat"))
 
     def shown(self) -> list[dict[str, Any]]:
         """Those that are raised, and the last ones that ended."""
@@ -5387,8 +5374,8 @@ class Services:
         self.creations = Batcher[Draft, Outcome](functools.partial(answer_creations, self), "creations")
         self.acknowledgements = Batcher[str, Outcome](functools.partial(answer_acknowledgements, self), "acknowledge")
         self.scrapes = Batcher[None, Outcome](functools.partial(answer_scrapes, self), "scrapes")
-        loops = Loop(self._watch, "store-watch"), Loop(self._look_at_tokens, "tokens")
-        self._working: list[Loop | Alerts | Bridge] = [*loops, self.alerts, *filter(None, [self.bridge])]
+        loops = Loop(self._watch, "store-watch"), Loop(self._look_at_tokens, "tokens"), *self.alerts.loops
+        self._working: list[Loop | Bridge] = [*loops, *filter(None, [self.bridge])]
         self.ending_tokens: str | None = None  # None: not known
         self._warned_at = -math.inf  # of them, by time.perf_counter()
 
@@ -6396,13 +6383,6 @@ class SessionChanges:
         return [self._told[one][1] for one in sorted(self._told, reverse=True)]
 
 
-def other_parts(services: Services) -> dict[str, Any]:
-    """What `state` says of the GPU, of who reserved it, and of SwarmUI."""
-    history = [{**gpu_json(status), "at": at} for at, status in services.gpu.history(now_ms())]
-    gpu, held, swarmui = history[-1] if history else None, services.reservations.known, services.swarmui.status()
-    return {"gpu": gpu, "gpuHistory": history, "reservation": held and reservation_json(held), "swarmui": swarmui}
-
-
 def without_clocks(part: Mapping[str, Any] | None) -> dict[str, Any]:
     """Without what changes by itself, which is no news."""
     return {name: value for name, value in (part or {}).items() if name not in ("startingFor", "idleFor", "logTail")}
@@ -6414,11 +6394,8 @@ def without_clocks(part: Mapping[str, Any] | None) -> dict[str, Any]:
 
 LISTENERS = min(350, descriptor_limit() - 200)  # and checks that wait, together
 STREAM_HEADERS = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}  # the second one for nginx
-# The parts of `state` beside `service`, and the type of the events that change each.
-STATE_PARTS = {
-    "gpu": "gpu", "gpuHistory": "gpu", "reservation": "reservation", "swarmui": "swarmui",
-    "notifications": "notification", "sessions": "session", "alerts": "alert",
-}  # fmt: skip
+# The parts of `state` that have not the name of the events that change them.
+STATE_PARTS = {"gpuHistory": "gpu", "notifications": "notification", "sessions": "session", "alerts": "alert"}
 
 
 class Event(NamedTuple):
@@ -6482,8 +6459,7 @@ class Live:
         self._events: collections.deque[Event] = collections.deque(maxlen=self.KEPT)
         self._pending = PendingChanges(services.store, services.notifications, self._tell, self._call)
         self._sessions = SessionChanges(services, self._pending.unread, self._tell)
-        self._others: dict[str, Any] = {}  # the parts that other_parts() gave
-        self._is_new = True  # what differs from what is known is no news
+        self._others: dict[str, Any] = {}  # the parts of `state` that the store does not tell
         self._is_more_pending = False  # so checks that wait may have an answer
         self._left_at = self._looked_at = -math.inf
         self._store_up = True
@@ -6493,7 +6469,7 @@ class Live:
 
     def note(self, *done: Notification | str) -> None:
         """Notifications that were made here, or ids of those that were acknowledged here."""
-        for one in () if self._is_new else done:
+        for one in () if self._pending.is_new else done:
             self._call_soon(self._pending.forget if isinstance(one, str) else self._pending.made, one)
 
     def look_soon(self) -> None:
@@ -6557,7 +6533,7 @@ class Live:
         if self._listeners or asked:
             self._left_at = now
         if now - self._left_at > self.LINGER:
-            self._is_new = True
+            self._pending.is_new = True
             return 3600.0
         ready = [(joining, one) for joining, one in asked if isinstance(one, Listener) and one.is_ready(now)]
         is_whole = bool(ready) or now - self._looked_at >= self.INTERVAL
@@ -6588,25 +6564,29 @@ class Live:
             if is_whole:
                 self._looked_at = time.monotonic()
                 self._sessions.look()
-            self._pending.look(is_new=self._is_new)
+            self._pending.look()
         except Unavailable:
             return False
         self._sessions.tell()
-        if self._is_new:  # nobody goes on from before that
-            self._is_new, self._is_more_pending, self._number = False, True, self._number + 1
+        if self._pending.is_new:  # nobody goes on from before that
+            self._pending.is_new, self._is_more_pending, self._number = False, True, self._number + 1
             self._events.clear()
         return not self._services.store.writes.refusal
 
     def _look_at_others(self) -> None:
+        services, before = self._services, self._others
         with contextlib.suppress(Unavailable):
-            self._services.reservations.ask()  # so that it is known at the next look
-        before, self._others = self._others, other_parts(self._services)
-        for type, part in before.items():
-            if type != "gpuHistory" and without_clocks(self._others[type]) != without_clocks(part):
+            services.reservations.ask()  # so that it is known at the next look
+        history = [{**gpu_json(status), "at": at} for at, status in services.gpu.history(now_ms())]
+        gpu, held, swarmui = history[-1] if history else None, services.reservations.known, services.swarmui.status()
+        reservation = held and reservation_json(held)
+        self._others = {"gpu": gpu, "gpuHistory": history, "reservation": reservation, "swarmui": swarmui}
+        for type in ("gpu", "reservation", "swarmui") if before else ():
+            if without_clocks(self._others[type]) != without_clocks(before[type]):
                 self._publish(type, self._others[type])
 
     def _tell(self, type: str, data: Any) -> None:
-        if not self._is_new:
+        if not self._pending.is_new:
             self._publish(type, data)
         self._is_more_pending |= type == "notification"
 
@@ -6653,7 +6633,8 @@ class Live:
 
     def _state(self, listener: Listener, parts: Mapping[str, Any]) -> bytes:
         listener.lacks_store = not self._store_up
-        shown = {name: part for name, part in parts.items() if STATE_PARTS.get(name) in (None, *listener.types)}
+        wanted = {"service", *listener.types}
+        shown = {name: part for name, part in parts.items() if STATE_PARTS.get(name, name) in wanted}
         if "alerts" in shown:
             shown["alerts"] = [one for one in shown["alerts"] if listener.caller.may(ALERTS[one["kind"]])]
         return self._frame("state", to_json(shown), f"{self._number}.{next(self._states)}")

@@ -6990,13 +6990,24 @@ def make_receiver() -> Iterator[Callable[..., Receiver]]:
         yield lambda *statuses: stack.enter_context(contextlib.closing(Receiver(*statuses)))
 
 
+@contextlib.contextmanager
+def running(alerts: service.Alerts) -> Iterator[None]:
+    """Its loops run."""
+    for loop in alerts.loops:
+        loop.start()
+    try:
+        yield
+    finally:
+        for loop in alerts.loops:
+            loop.close()
+
+
 def test_alerts_arrive_in_order_and_are_tried_three_times(settings, make_receiver, monkeypatch, caplog):
     monkeypatch.setattr(service.Alerts, "RETRY", 0.01)
     monkeypatch.setattr(service.Alerts, "INTERVAL", 3600.0)
     receiver = make_receiver(500, 302, 200, 500, 500, 404)
     shown = Shown(dataclasses.replace(settings, alert_url=receiver.url))
-    with contextlib.closing(shown.alerts):
-        shown.alerts.start()
+    with running(shown.alerts):
         for free in (5, 10**12, 5):
             shown.after(1, free=free)
         wait_until(lambda: len(receiver.requests) == 7)
@@ -7011,10 +7022,9 @@ def test_nothing_waits_for_who_does_not_answer(settings, caplog):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         shown = Shown(dataclasses.replace(settings, alert_url=f"http://127.0.0.1:{silent.getsockname()[1]}/secret"))
         began = time.monotonic()
-        shown.alerts.start()
-        for free in (5, 10**12) * 200:  # more than are kept
-            shown.after(1, free=free)
-        shown.alerts.close()
+        with running(shown.alerts):
+            for free in (5, 10**12) * 200:  # more than are kept
+                shown.after(1, free=free)
         assert time.monotonic() - began < service.WEBHOOK_TIMEOUT
 
 
@@ -7022,8 +7032,7 @@ def test_a_heartbeat_is_sent_at_the_start_and_its_loss_is_logged_once(settings, 
     monkeypatch.setattr(service.Alerts, "HEARTBEAT", 0.02)
     receiver = make_receiver(200, 500, 500, 500)
     given = dataclasses.replace(settings, heartbeat_url=receiver.url)
-    with contextlib.closing(service.Alerts(given, Shown(given), lambda *told: None)) as alerts:
-        alerts.start()
+    with running(service.Alerts(given, Shown(given), lambda *told: None)):
         wait_until(lambda: len(receiver.requests) > 6)
     assert {(method, path) for method, path, _ in receiver.requests} == {("GET", "/secret-topic?key=secret")}
     logged = [one.getMessage() for one in caplog.records if "heartbeat" in one.getMessage()]
@@ -9268,7 +9277,8 @@ def test_one_that_is_made_and_acknowledged_during_a_look_is_told_of_twice(redis_
     changes = service.PendingChanges(
         redis_store, notifications, lambda *event: told.append(event[0]), lambda: [calls.pop(0)() for _ in tuple(calls)]
     )
-    changes.look(is_new=True)
+    changes.look()
+    changes.is_new = False
     ((made, _),) = notifications.create([draft()])
     calls.append(lambda: changes.made(made))
     monkeypatch.setattr(redis_store, "acknowledged", acknowledge_first)
