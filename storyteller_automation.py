@@ -4825,14 +4825,6 @@ class Observer:
             fault = str(error)
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(self._settings.data_dir).free
-        pending, waiting = self._look_at_store(age) or (None, None)
-        last, swarmui = self._gpu.last, self._swarmui
-        return Situation(
-            last[0] if last else None, swarmui.status(), swarmui.launches, self._store.name, fault, pending, waiting,
-            free, self._count_listeners(None),
-        )  # fmt: skip
-
-    def _look_at_store(self, age: float) -> tuple[Sequence[Notification], Sequence[WaitingSession]] | None:
         with self._lock:
             began = self._clock()
             if began - self._looked_at >= (age and max(age, 100 * self._took)) or not self._found:
@@ -4842,7 +4834,12 @@ class Observer:
                     self._find_waiting()
                     self._found, self._pending.is_new = (self._pending.all(), list(self._waiting.values())), False
                 self._took = self._clock() - began
-            return self._found
+            pending, waiting = self._found or (None, None)
+        last, swarmui = self._gpu.last, self._swarmui
+        return Situation(
+            last[0] if last else None, swarmui.status(), swarmui.launches, self._store.name, fault, pending, waiting,
+            free, self._count_listeners(None),
+        )  # fmt: skip
 
     def scrape(self) -> Situation:
         """The same for a scrape, with the GPU's present status if that comes in time."""
@@ -4925,8 +4922,7 @@ class Alert:
 
 
 def alert_json(alert: Alert) -> dict[str, Any]:
-    until = None if alert.until is None else iso_time(alert.until)
-    return {**dataclasses.asdict(alert), "since": iso_time(alert.since), "until": until}
+    return {**dataclasses.asdict(alert), "since": iso_time(alert.since), "until": alert.until and iso_time(alert.until)}
 
 
 def ended(alert: Alert, now: int) -> Alert:
@@ -5087,24 +5083,22 @@ class RequestCounts:
             return dict(self._counts), self._seconds
 
 
-# Name, type, help, and the samples: what follows the name (a suffix, labels), and the value; None where not known.
-Metric = tuple[str, str, str, Mapping[str, "float | None"]]
-
-
 def labels(**given: str) -> str:
     """No value has a character to escape."""
     return "{" + ",".join(f'{name}="{value}"' for name, value in given.items()) + "}"
 
 
-def find_metrics(seen: Situation, raised: Iterable[str], counts: RequestCounts, started_at: int) -> tuple[Metric, ...]:
-    gpu, (requests, seconds), on = seen.gpu, counts.read(), set(raised)
+def metrics_text(seen: Situation, raised: Container[str], counts: RequestCounts, started_at: int) -> bytes:
+    """In the text format of Prometheus. A metric of which nothing is known is absent."""
+    gpu, (requests, seconds) = seen.gpu, counts.read()
     units = {"utilization": 0.01, "memory_used": 1 << 20, "memory_total": 1 << 20, "temperature": 1}
     use, used, total, warmest = (
         {"": round(getattr(gpu, name) * unit, 2) if gpu and gpu.available and name not in gpu.unknown else None}
         for name, unit in units.items()
     )
     pending = collections.Counter(one.type for one in seen.pending or ())
-    return (
+    # Name, type, help, and the samples: what follows the name (a suffix, labels), and the value; None where not known.
+    metrics: tuple[tuple[str, str, str, Mapping[str, float | None]], ...] = (
         ("nvidia_smi_utilization_gpu_ratio", "gauge", "Use of the GPUs, on average.", use),
         ("nvidia_smi_memory_used_bytes", "gauge", "Used memory of all GPUs.", used),
         ("nvidia_smi_memory_total_bytes", "gauge", "Memory of all GPUs.", total),
@@ -5122,7 +5116,7 @@ def find_metrics(seen: Situation, raised: Iterable[str], counts: RequestCounts, 
         ("storyteller_store_up", "gauge", "Whether the store answers, and takes writes.",
          {labels(store=seen.store): not seen.fault}),
         ("storyteller_alerts", "gauge", "1 for an alert that is raised.",
-         {labels(kind=kind): kind in on for kind in ALERTS}),
+         {labels(kind=kind): kind in raised for kind in ALERTS}),
         ("storyteller_listeners", "gauge", "Clients that listen to events.", {"": seen.listeners}),
         ("storyteller_http_requests_total", "counter", "Responses.",
          {labels(method=method, route=route, status=str(status)): count
@@ -5134,10 +5128,6 @@ def find_metrics(seen: Situation, raised: Iterable[str], counts: RequestCounts, 
         ("process_cpu_seconds_total", "counter", "CPU time of the service.", {"": time.process_time()}),
         ("process_start_time_seconds", "gauge", "When the service started.", {"": started_at / 1000}),
     )  # fmt: skip
-
-
-def metrics_text(metrics: Iterable[Metric]) -> bytes:
-    """In the text format of Prometheus. A metric of which nothing is known is absent."""
     lines = []
     for name, type, help, samples in metrics:
         known = [f"{name}{rest} {value + 0!r}" for rest, value in samples.items() if value is not None]
@@ -5465,9 +5455,8 @@ def metrics(services: Services, request: Request) -> Future[Any]:
 
 def answer_scrapes(services: Services, _: Sequence[None]) -> list[Outcome]:
     """A batcher's step: scrapes that arrive together share one."""
-    seen = services.observer.scrape()
-    found = find_metrics(seen, services.alerts.raised, services.counts, services.started_at)
-    return [Response(metrics_text(found), 200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})]
+    text = metrics_text(services.observer.scrape(), services.alerts.raised, services.counts, services.started_at)
+    return [Response(text, 200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})]
 
 
 def gpu_json(status: GpuStatus) -> dict[str, Any]:
@@ -6383,11 +6372,6 @@ class SessionChanges:
         return [self._told[one][1] for one in sorted(self._told, reverse=True)]
 
 
-def without_clocks(part: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Without what changes by itself, which is no news."""
-    return {name: value for name, value in (part or {}).items() if name not in ("startingFor", "idleFor", "logTail")}
-
-
 # ======================================================================================================
 # Live: who is told
 # ======================================================================================================
@@ -6459,7 +6443,8 @@ class Live:
         self._events: collections.deque[Event] = collections.deque(maxlen=self.KEPT)
         self._pending = PendingChanges(services.store, services.notifications, self._tell, self._call)
         self._sessions = SessionChanges(services, self._pending.unread, self._tell)
-        self._others: dict[str, Any] = {}  # the parts of `state` that the store does not tell
+        # The parts of `state` that the store does not tell, and what of them is compared.
+        self._others, self._compared = dict[str, Any](), dict[str, Any]()
         self._is_more_pending = False  # so checks that wait may have an answer
         self._left_at = self._looked_at = -math.inf
         self._store_up = True
@@ -6574,15 +6559,18 @@ class Live:
         return not self._services.store.writes.refusal
 
     def _look_at_others(self) -> None:
-        services, before = self._services, self._others
+        services, before = self._services, self._compared
         with contextlib.suppress(Unavailable):
             services.reservations.ask()  # so that it is known at the next look
         history = [{**gpu_json(status), "at": at} for at, status in services.gpu.history(now_ms())]
         gpu, held, swarmui = history[-1] if history else None, services.reservations.known, services.swarmui.status()
         reservation = held and reservation_json(held)
         self._others = {"gpu": gpu, "gpuHistory": history, "reservation": reservation, "swarmui": swarmui}
-        for type in ("gpu", "reservation", "swarmui") if before else ():
-            if without_clocks(self._others[type]) != without_clocks(before[type]):
+        clocks = ("startingFor", "idleFor", "logTail")  # they change by themselves, which is no news
+        steady = {name: value for name, value in swarmui.items() if name not in clocks}
+        self._compared = {"gpu": gpu, "reservation": reservation, "swarmui": steady}
+        for type, part in self._compared.items() if before else ():
+            if part != before[type]:
                 self._publish(type, self._others[type])
 
     def _tell(self, type: str, data: Any) -> None:
