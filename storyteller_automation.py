@@ -3374,7 +3374,7 @@ class PendingChanges:
         # By its id where this service made it, else by the member. None for what is not told of: an invalid one, or one
         # whose end was told.
         self._known: dict[str | bytes, Notification | None] = {}
-        self.unread: collections.Counter[int] = collections.Counter()  # by session, prompts_ready that was made here
+        self.unread: dict[int, str] = {}  # by session, the newest prompts_ready that was made here, if it is pending
         self._newest, self._scan_at, self._marks_at = 0.0, -math.inf, -math.inf
         self._doubles = 0  # members beside those that are known, as two have one id
 
@@ -3410,12 +3410,11 @@ class PendingChanges:
             at = min(int(min(score, LARGEST)), now)  # another program may have written one of the future, or infinity
             self._newest = max(self._newest, at)
             own = _OWN_PENDING.match(member)
-            id = own[1].decode() if own else ""
-            keys.append(key := id or member)
+            keys.append(key := own[1].decode() if own else member)
             if key in self._known:
                 continue
             if own and self.is_new:  # it is not parsed: 100,000 would take 2 s
-                kind = sys.intern(own[3].decode())
+                id, kind = own[1].decode(), sys.intern(own[3].decode())
                 fresh[key] = Notification(id, kind, b"", True, session=int(own[4]), episode=int(own[5] or 0), since=at)
             else:
                 found = self._notifications.read(member, score)
@@ -3429,22 +3428,18 @@ class PendingChanges:
 
     def _keep(self, key: str | bytes, found: Notification | None) -> None:
         self._known[key] = found and found._replace(text=b"")
-        self._count_unread(key, found, 1)
         if found:
+            if found.type == "prompts_ready" and isinstance(key, str):
+                self.unread[found.session] = key
             self._tell("notification", found.text)
-
-    def _count_unread(self, key: str | bytes, found: Notification | None, change: int) -> None:
-        if found and found.type == "prompts_ready" and isinstance(key, str):
-            self.unread[found.session] += change
-            if not self.unread[found.session]:
-                del self.unread[found.session]
 
     def forget(self, key: str | bytes, *, is_gone: bool = True) -> None:
         """Tell its end, unless that was told; by its id if it was made here. One that is not gone is not told again."""
         if known := self._known.pop(key, None):
             if not is_gone:
                 self._known[key] = None
-            self._count_unread(key, known, -1)
+            if self.unread.get(known.session) == key:
+                del self.unread[known.session]
             self._tell("acknowledged", {"id": known.id, "type": known.type, "sessionTimestamp": known.session})
 
     def _find_marked(self, *, is_gone: bool) -> None:
@@ -4941,10 +4936,9 @@ def format_of(url: str, given: str | None) -> str:
 def shape_alert(alert: Alert, format: str) -> tuple[bytes, dict[str, str]]:
     """The body of the POST and its headers."""
     if format == "ntfy":
-        is_on = alert.state == "raised"
-        headers = {"Title": f"StoryTeller: {alert.kind} {alert.state}", "Priority": "high" if is_on else "default"}
-        headers |= {"Tags": "warning" if is_on else "white_check_mark", "Content-Type": "text/plain; charset=utf-8"}
-        return alert.text.encode("utf-8", "backslashreplace"), headers
+        priority, tags = ("high", "warning") if alert.state == "raised" else ("default", "white_check_mark")
+        headers = {"Title": f"StoryTeller: {alert.kind} {alert.state}", "Priority": priority, "Tags": tags}
+        return alert.text.encode("utf-8", "backslashreplace"), {**headers, "Content-Type": "text/plain; charset=utf-8"}
     body = alert_json(alert)
     if format == "discord":
         body = {"content": alert.text[:2000], "allowed_mentions": {"parse": []}}
@@ -6303,7 +6297,7 @@ class SessionChanges:
 
     NEWEST = 50
 
-    def __init__(self, services: Services, unread: Mapping[int, int], tell: Tell) -> None:
+    def __init__(self, services: Services, unread: Mapping[int, str], tell: Tell) -> None:
         self._services, self._unread, self._tell = services, unread, tell
         self._changed = ChangedSessions(services.store, self.NEWEST)
         self._late: set[int] = set()  # that announce their prompts once the store takes writes
