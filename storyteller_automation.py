@@ -4783,10 +4783,6 @@ class Situation:
     listeners: int = 0
 
 
-def is_hot(gpu: GpuStatus, settings: Settings) -> bool:
-    return gpu.available and 0 < settings.alert_gpu_temperature < gpu.temperature
-
-
 class Observer:
     """Looks at all parts, and has nvidia-smi run as often as somebody needs it."""
 
@@ -4844,14 +4840,13 @@ class Observer:
             concurrent.futures.wait([asked], timeout=self.GPU_WAIT)
         return self.look(0.0)
 
-    def watch_gpu(self) -> float:
-        """Run nvidia-smi if that is due, without waiting for it. The seconds until it is, if it is not."""
+    def watch_gpu(self, *, is_bad: bool) -> float:
+        """Run nvidia-smi if that is due, which is often while its status is bad, without waiting for it. The seconds
+        until it is, if it is not."""
         last, now = self._gpu.last, self._clock()
-        is_watched = self._count_listeners("gpu") > 0 or now - self._scraped_at < self.SCRAPE_LASTS
-        if last:
-            is_watched = is_watched or is_hot(last[0], self._settings) or (last[0].failed and not last[0].is_missing)
-            if (left := last[1] + (self.WATCHED if is_watched else self.UNWATCHED) - now) > 0:
-                return left
+        is_watched = is_bad or self._count_listeners("gpu") > 0 or now - self._scraped_at < self.SCRAPE_LASTS
+        if last and (left := last[1] + (self.WATCHED if is_watched else self.UNWATCHED) - now) > 0:
+            return left
         self._gpu.ask()
         return math.inf
 
@@ -4892,7 +4887,8 @@ def find_conditions(seen: Situation, settings: Settings, now: int) -> dict[str, 
     if gpu := seen.gpu:
         hottest, fails = settings.alert_gpu_temperature, gpu.failed and not gpu.is_missing
         found["gpu_failing"] = f"The GPU cannot be read: {gpu.error}" if fails else ""
-        hot = f"The GPU is at {gpu.temperature} °C, above {hottest:g} °C." if is_hot(gpu, settings) else ""
+        is_hot = gpu.available and 0 < hottest < gpu.temperature
+        hot = f"The GPU is at {gpu.temperature} °C, above {hottest:g} °C." if is_hot else ""
         found["gpu_hot"] = None if fails else hot
     if seen.free is not None:
         low = f"{seen.free / 10**9:.2f} GB are free for {settings.data_dir}: free space on that disk."
@@ -4996,13 +4992,14 @@ class Alerts:
 
     def look(self) -> float:
         """Raise what is wrong, end what is over. The seconds until the next look."""
-        seconds = min(self.INTERVAL, self._observer.watch_gpu())
         limits = self._settings.alert_unacknowledged, self._settings.alert_stuck
         age = 1.0 if self.raised else min([5.0, *(minutes * 6 for minutes in limits if minutes)])
-        for kind, text in find_conditions(self._observer.look(age), self._settings, self._observer.wall()).items():
+        found = find_conditions(self._observer.look(age), self._settings, self._observer.wall())
+        for kind, text in found.items():
             if text is not None:
                 self._advance(kind, text)
-        return seconds
+        is_bad = bool(found["gpu_hot"] or found["gpu_failing"])
+        return min(self.INTERVAL, self._observer.watch_gpu(is_bad=is_bad))
 
     def _advance(self, kind: str, text: str) -> None:
         alert, now = self.raised.get(kind), self._clock()
@@ -5024,9 +5021,8 @@ class Alerts:
             self.raised, self.ended = others, (alert, *self.ended)[: self.KEPT]
         log.warning("alerts: %s %s: %s", kind, alert.state, alert.text)
         self._publish("alert", alert_json(alert), ALERTS[kind])
-        if self._settings.alert_url:
-            if len(self._unsent) < self.UNSENT:  # else nothing took them for half an hour
-                self._unsent.append(alert)
+        if self._settings.alert_url and len(self._unsent) < self.UNSENT:  # else nothing took them for half an hour
+            self._unsent.append(alert)
             self._posts.wake()
 
     def _post(self) -> float:

@@ -6634,6 +6634,7 @@ class Seen:
             services.settings, services.store, monitor, services.swarmui, services.sessions, services.notifications,
             lambda type: int(type != "gpu" or self.is_watched), clock, wall,
         )  # fmt: skip
+        self.alerts = service.Alerts(services.settings, self.observer, lambda *told: None, clock)
 
     def _query(self, running: set[int]) -> service.GpuStatus:
         self.runs += 1
@@ -6643,9 +6644,9 @@ class Seen:
         """How often nvidia-smi ran in these, with a look in each, and one when the next run is due."""
         before, end = self.runs, self.clock.now + seconds
         while self.clock.now < end:
-            seconds = self.observer.watch_gpu()
+            seconds = self.alerts.look()
             concurrent.futures.wait([one for one in self.asked if isinstance(one, Future)], PATIENCE)
-            self.clock.now += min(1.0, seconds)
+            self.clock.now += seconds
         return self.runs - before
 
 
@@ -6803,7 +6804,7 @@ class Shown:
         self.situation, self.clock, self.wall, self.events = service.Situation(), Clock(50.0), Clock(T), []
         self.alerts = service.Alerts(settings, self, lambda _, alert, permission: self.events.append(alert), self.clock)
 
-    def watch_gpu(self) -> float:
+    def watch_gpu(self, *, is_bad: bool) -> float:
         return math.inf
 
     def look(self, *ages: float) -> service.Situation:
