@@ -6364,7 +6364,7 @@ class SessionChanges:
 
 LISTENERS = min(350, descriptor_limit() - 200)  # and checks that wait, together
 STREAM_HEADERS = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}  # the second one for nginx
-# The parts of `state` that have not the name of the events that change them.
+# The parts of `state` whose name is not that of the events that change them, with the type of these.
 STATE_PARTS = {"gpuHistory": "gpu", "notifications": "notification", "sessions": "session", "alerts": "alert"}
 
 
