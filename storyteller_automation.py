@@ -95,6 +95,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import weakref
 from collections.abc import Callable, Collection, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -820,10 +821,10 @@ def name_window(title: str) -> None:
 
 if sys.platform == "win32":
 
-    def _make_job(limits: int = 0x2000) -> int:
-        """A job object of Windows, by default one that ends its processes when it is closed or this process ends."""
+    def _make_job(limits: int) -> int:
+        """A job object of Windows. With KILL_ON_JOB_CLOSE (0x2000) its processes end when this one does."""
         job: int = _checked("kernel32.CreateJobObjectW", "PPP", None, None)
-        # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, with its LimitFlags; 0x2000 is KILL_ON_JOB_CLOSE.
+        # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, with its LimitFlags.
         about = (ctypes.c_uint32 * (36 if sys.maxsize > 2**32 else 28))(0, 0, 0, 0, limits)
         _checked("kernel32.SetInformationJobObject", "NPNPN", job, 9, about, ctypes.sizeof(about))
         return job
@@ -837,70 +838,27 @@ if sys.platform == "win32":
         finally:
             _win32("kernel32.CloseHandle", "NP", process)
 
-    def _start_in_job(job: int, command: Sequence[str] | str, flags: int, **options: Any) -> subprocess.Popen[bytes]:
-        """Start a program without a window, suspended until it is in the job: what it starts then is in it too."""
-        child = subprocess.Popen(command, creationflags=flags | subprocess.CREATE_NO_WINDOW | 0x4, **options)
+
+def _start(command: Sequence[str] | str, *, outlives: bool, **options: Any) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a program without input, in a process group of its own; on Windows in a job: that. Raises OSError or
+    ValueError."""
+    options["stdin"], job = subprocess.DEVNULL, 0
+    if sys.platform == "win32":
+        # With a console of its own, which is invisible: Ctrl+C in ours, and its closing, must not reach it. Suspended
+        # until it is in the job: what it starts then is in it too.
+        flags = subprocess.CREATE_NO_WINDOW | 0x4
+        try:  # the task scheduler, for one, runs us in a job that may end with us: out of it, where that is allowed
+            leaves = subprocess.CREATE_BREAKAWAY_FROM_JOB if outlives else 0
+            child = subprocess.Popen(command, creationflags=flags | leaves, **options)
+        except PermissionError:
+            child = subprocess.Popen(command, creationflags=flags, **options)
+        job = _make_job(0 if outlives else 0x2000)
         with _open_process(child.pid, 0x0901) as process:  # SUSPEND_RESUME, SET_QUOTA, TERMINATE
             _win32("kernel32.AssignProcessToJobObject", "NPP", job, process)
             _win32("ntdll.NtResumeProcess", "NP", process)
-        return child
-
-
-@contextlib.contextmanager
-def bounded_child(command: Sequence[str], running: set[int]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program without input, and end it with all that it started; until then `running` has its process id."""
-    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with contextlib.ExitStack() as ending:
-        if sys.platform == "win32":
-            job = _make_job()
-            ending.callback(_win32, "kernel32.CloseHandle", "NP", job)  # which ends all that is in the job
-            child = _start_in_job(job, command, 0, **options)
-        else:
-            child = subprocess.Popen(command, start_new_session=True, **options)
-            running.add(child.pid)
-            ending.callback(running.discard, child.pid)
-            ending.callback(end_children, {child.pid})
-        try:
-            yield child
-        finally:
-            ending.close()
-            for pipe in (child.stdout, child.stderr):
-                if pipe:  # else a reader of read_output() closes it
-                    pipe.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(timeout=1)
-
-
-def end_children(running: set[int]) -> None:
-    """End bounded children with what they started. On Windows their jobs end with this process."""
-    if sys.platform != "win32":
-        for leader in list(running):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(leader, signal.SIGKILL)  # the group may outlive its leader
-
-
-MAX_OUTPUT = 256 * 1024  # bytes of a child's output; its pipe is closed when it prints more
-
-
-def read_output(child: subprocess.Popen[bytes], timeout: float) -> tuple[str, str]:
-    """What a bounded child prints until it ends. Raises TimeoutExpired."""
-    found = {"stdout": b"", "stderr": b""}
-
-    def read(name: str, pipe: IO[bytes]) -> None:
-        with pipe:  # nobody else could close it while a child that hangs in its driver, past any signal, has it open
-            found[name] = pipe.read(MAX_OUTPUT)
-
-    readers = [threading.Thread(target=read, args=[name, getattr(child, name)], daemon=True) for name in found]
-    for name, reader in zip(found, readers):
-        reader.start()
-        setattr(child, name, None)
-    deadline = time.monotonic() + timeout
-    child.wait(timeout)
-    for reader in readers:
-        reader.join(max(0.0, deadline - time.monotonic()))  # what the child started may have its pipes open
-        if reader.is_alive():
-            raise subprocess.TimeoutExpired(child.args, timeout)
-    return found["stdout"].decode("utf-8", "replace"), found["stderr"].decode("utf-8", "replace")
+    else:
+        child = subprocess.Popen(command, start_new_session=True, **options)
+    return child, job
 
 
 def has_crashed(code: int) -> bool:
@@ -909,11 +867,13 @@ def has_crashed(code: int) -> bool:
 
 
 class Program:
-    """A program that outlives this service, with all that it starts: its process group, on Windows its job. One that an
-    earlier run launched is known by `pid` and `identity`; on Windows it is the tree of processes below `pid` then."""
+    """A program with all that it starts: its process group, on Windows its job. One that an earlier run of the service
+    launched is known by `pid` and `identity`; on Windows it is the tree of processes below `pid` then."""
 
     def __init__(self, pid: int, identity: str | None, process: subprocess.Popen[bytes] | None = None, job: int = 0):
         self.pid, self.identity, self.process, self._job = pid, identity, process, job
+        if sys.platform == "win32" and job:
+            weakref.finalize(self, _win32, "kernel32.CloseHandle", "NP", job)
 
     def has_exited(self) -> bool:
         """Whether the process itself did; what it started may live on."""
@@ -961,25 +921,58 @@ class Program:
 
 def launch_detached(program: Path, arguments: Sequence[str], folder: Path, output: Path) -> Program:
     """Start a program that outlives this one, its output appended to a file. Raises OSError or ValueError."""
-    words = [str(program), *arguments]
+    command: Sequence[str] | str = [str(program), *arguments]
+    if WINDOWS and program.suffix.lower() in (".bat", ".cmd"):
+        command = _batch_command(command)
+    elif not WINDOWS and program.suffix == ".sh" and not os.access(program, os.X_OK):
+        command = ["bash", *command]
     secret = re.compile(r"(?i)STORYTELLER_|REDIS_|SWARMUI_TOKEN\Z")
     environment = {name: value for name, value in os.environ.items() if not secret.match(name)}
     with open(open_log(output), "ab") as log_file:
-        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log_file, "stderr": log_file}
-        options |= {"cwd": folder, "env": environment}
-        job = 0
-        if sys.platform == "win32":
-            command = _batch_command(words) if program.suffix.lower() in (".bat", ".cmd") else words
-            # With a console of its own, which is invisible: Ctrl+C in ours, and its closing, must not reach it.
-            job = _make_job(0)
-            try:  # the task scheduler, for one, runs us in a job that may end with us: out of it, where that is allowed
-                process = _start_in_job(job, command, subprocess.CREATE_BREAKAWAY_FROM_JOB, **options)
-            except PermissionError:
-                process = _start_in_job(job, command, 0, **options)
-        else:
-            shell = ["bash"] if program.suffix == ".sh" and not os.access(program, os.X_OK) else []
-            process = subprocess.Popen([*shell, *words], start_new_session=True, **options)
+        options = {"stdout": log_file, "stderr": log_file, "cwd": folder, "env": environment}
+        process, job = _start(command, outlives=True, **options)
     return Program(process.pid, process_identity(process.pid), process, job)
+
+
+@contextlib.contextmanager
+def bounded_child(command: Sequence[str], running: set[Program]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program, and end it with all that it started; until then it is in `running`."""
+    child, job = _start(command, outlives=False, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program = Program(child.pid, None, child, job)
+    running.add(program)
+    try:
+        yield child
+    finally:
+        program.end(force=True)
+        running.discard(program)
+        for pipe in (child.stdout, child.stderr):
+            if pipe:  # else a reader of read_output() closes it
+                pipe.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=1)
+
+
+MAX_OUTPUT = 256 * 1024  # bytes of a child's output; its pipe is closed when it prints more
+
+
+def read_output(child: subprocess.Popen[bytes], deadline: float) -> tuple[str, str, int]:
+    """What a bounded child prints until it ends, and its exit code. Raises TimeoutExpired at the deadline."""
+    found = {"stdout": b"", "stderr": b""}
+
+    def read(name: str, pipe: IO[bytes]) -> None:
+        with pipe:  # nobody else could close it while a child that hangs in its driver, past any signal, has it open
+            found[name] = pipe.read(MAX_OUTPUT)
+
+    readers = [threading.Thread(target=read, args=[name, getattr(child, name)], daemon=True) for name in found]
+    for name, reader in zip(found, readers):
+        reader.start()
+        setattr(child, name, None)
+    code = child.wait(max(0.0, deadline - time.monotonic()))
+    for reader in readers:
+        reader.join(max(0.0, deadline - time.monotonic()))  # what the child started may have its pipes open
+        if reader.is_alive():
+            raise subprocess.TimeoutExpired(child.args, 0.0)
+    return found["stdout"].decode("utf-8", "replace"), found["stderr"].decode("utf-8", "replace"), code
 
 
 def _batch_command(words: Sequence[str]) -> str:
@@ -1121,12 +1114,12 @@ def start_logging(path: Path, settings: Settings) -> None:
     logging.getLogger().setLevel(min(file.level, logging.INFO))
 
 
-def shorten_log(path: Path) -> None:
+def shorten_log(path: Path) -> float:
     """Copy the end of a log above LOG_LIMIT and empty it: SwarmUI has it open and outlives this service, so it cannot
-    be moved. Lines written between the two steps are lost."""
+    be moved. Lines written between the two steps are lost. The seconds until the next look."""
     try:
         if not path.exists() or path.stat().st_size <= LOG_LIMIT:
-            return
+            return 1.0
         for number in range(LOGS_KEPT - 1, 0, -1):
             with contextlib.suppress(FileNotFoundError, PermissionError):  # Windows moves no file that is open
                 os.replace(f"{path}.{number}", f"{path}.{number + 1}")
@@ -1136,6 +1129,7 @@ def shorten_log(path: Path) -> None:
         os.truncate(path, 0)
     except OSError as error:
         log.warning("swarmui: %s cannot be shortened (%s)", path, error.strerror)
+    return 1.0
 
 
 def tail(path: Path, size: int, since: int = 0) -> list[str]:
@@ -3566,7 +3560,7 @@ def find_nvidia_smi(settings: Settings) -> tuple[str | None, str]:
     return next(filter(None, places), None), "install NVIDIA's driver, or set NVIDIA_SMI"
 
 
-def query_gpus(settings: Settings, running: set[int]) -> GpuStatus:
+def query_gpus(settings: Settings, running: set[Program]) -> GpuStatus:
     """Run both queries at the same time, as bounded children in `running`. Failures are in the status."""
     program, advice = find_nvidia_smi(settings)
     if not program:
@@ -3578,11 +3572,11 @@ def query_gpus(settings: Settings, running: set[int]) -> GpuStatus:
             bounded_child([program, *GPU_QUERY], running) as gpu,
             bounded_child([program, *PID_QUERY], running) as pids,
         ):
-            status = parse_gpus(*read_output(gpu, timeout), gpu.returncode, system_memory())
+            status = parse_gpus(*read_output(gpu, deadline), system_memory())
             if status.available:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    listed, _ = read_output(pids, max(0.0, deadline - time.monotonic()))
-                    if not has_crashed(pids.returncode):  # a process on two GPUs is listed twice
+                    listed, _, code = read_output(pids, deadline)
+                    if not has_crashed(code):  # a process on two GPUs is listed twice
                         distinct = set(re.findall(r"(?m)^\s*([0-9]+)\s*$", listed))
                         return dataclasses.replace(status, process_count=len(distinct))
             return status
@@ -3598,9 +3592,9 @@ class GpuMonitor:
     LOGGED = 100  # remarks of nvidia-smi, each once
     HISTORY_MS, STEP_MS = 900_000, 5_000  # what the history covers; of so many ms it has the last status
 
-    def __init__(self, query: Callable[[set[int]], GpuStatus], ttl: float, clock: Clock = time.monotonic) -> None:
+    def __init__(self, query: Callable[[set[Program]], GpuStatus], ttl: float, clock: Clock = time.monotonic) -> None:
         self._query, self._ttl, self._clock = query, ttl, clock
-        self.running: set[int] = set()  # process ids of the run that is at work, for end_children()
+        self._running: set[Program] = set()  # the children of the run that is at work
         self.last: tuple[GpuStatus, float] | None = None  # and when its run ended, by the clock
         self._history: dict[int, tuple[int, GpuStatus]] = {}  # by step
         self._remarks: set[str] = set()  # that are logged
@@ -3618,9 +3612,14 @@ class GpuMonitor:
     def close(self) -> None:
         """End the run that is at work, start no other, and end the thread."""
         self._closed = True
-        end_children(self.running)
+        self.end_run()
         self._batcher.close(timeout=1.0)
-        end_children(self.running)  # one that was just being started
+        self.end_run()  # one that was just being started
+
+    def end_run(self) -> None:
+        """Also in a signal handler."""
+        for child in list(self._running):
+            child.end(force=True)
 
     def _fresh(self) -> GpuStatus | None:
         last = self.last
@@ -3629,7 +3628,7 @@ class GpuMonitor:
     def _answer(self, _: Sequence[None]) -> list[GpuStatus]:
         status = _failed("the service is stopping") if self._closed else self._fresh()
         if status is None:
-            status = self._query(self.running)
+            status = self._query(self._running)
             self.last, at = (status, self._clock()), now_ms()
             self._history[at // self.STEP_MS] = at, status
             bound(self._history, self.HISTORY_MS // self.STEP_MS)
@@ -4211,7 +4210,7 @@ class SwarmUISupervisor:
         self._state, self._since, self._began = "", 0, -math.inf  # when it became that: ms, and seconds of the clock
         self._status: dict[str, Any] = {}  # what is shown; times that go on are seconds of the clock
         self._loop = Loop(self._turn, "swarmui")  # asked for a start, a stop, one by force, or an end begun
-        self._log_loop = Loop(self._shorten_log, "swarmui-log")
+        self._log_loop = Loop(functools.partial(shorten_log, self._log), "swarmui-log")
         # All else is the thread's alone.
         self._ours = Launched(settings, self._loop.wake)
         self._probe, self._misses = NOBODY, 0
@@ -4258,10 +4257,6 @@ class SwarmUISupervisor:
         if wish == "start":
             self._deadline = math.inf
         self._loop.answer(outcome, *self._waiting(wish))
-
-    def _shorten_log(self) -> float:
-        shorten_log(self._log)
-        return 1.0
 
     def _turn(self) -> float:
         """Look where that is due, and act. The seconds until the next turn."""
@@ -7838,7 +7833,7 @@ def serve(settings: Settings) -> None:
 
         def stop(grace: float) -> None:
             if stopping.is_set():  # a second signal ends it at once
-                end_children(gpu.running)
+                gpu.end_run()
                 os._exit(1)
             stopping.set()
             server.stop(grace)

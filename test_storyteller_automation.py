@@ -3143,7 +3143,9 @@ def nvidia_smi(tmp_path, leash):
 GOOD = {"print": "8, 819, 8192, 45, 1\n"}
 
 
-def run_queries(program: str, timeout: float = PATIENCE, running: set[int] | None = None) -> service.GpuStatus:
+def run_queries(
+    program: str, timeout: float = PATIENCE, running: set[service.Program] | None = None
+) -> service.GpuStatus:
     settings = service.Settings(nvidia_smi=program, nvidia_smi_timeout=timeout)
     return service.query_gpus(settings, set() if running is None else running)
 
@@ -3308,13 +3310,10 @@ def test_an_nvidia_smi_past_all_killing_holds_nobody_up(nvidia_smi, leash, monke
     """It hangs inside its driver, and ends when the driver lets it."""
     popen, children = subprocess.Popen, []
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: children.append(popen(*a, **k)) or children[-1])
-    if service.WINDOWS:
-        win32, make_job = service._win32, service._make_job
-        monkeypatch.setattr(service, "_make_job", lambda: make_job(0))
-        spared = "kernel32.TerminateJobObject"
-        monkeypatch.setattr(service, "_win32", lambda name, *rest: name == spared or win32(name, *rest))
-    else:
-        monkeypatch.setattr(service, "end_children", lambda running: None)
+    monkeypatch.setattr(service.Program, "end", lambda program, *, force: None)
+    if service.WINDOWS:  # nor does it end with its job's handle
+        make_job = service._make_job
+        monkeypatch.setattr(service, "_make_job", lambda limits: make_job(0))
     program = nvidia_smi({"hang": True}, {"print": "41\n"})
     status = run_queries(program, 6 if service.WINDOWS else 1.5)
     assert "did not answer within" in status.error
@@ -3335,7 +3334,7 @@ def test_both_queries_run_at_the_same_time(nvidia_smi, leash, tmp_path):
 @pytest.mark.parametrize("number", range(4))
 def test_a_thread_that_cannot_be_started_costs_one_run_alone(nvidia_smi, monkeypatch, number):
     program = nvidia_smi(GOOD, {"print": "41\n"})
-    running: set[int] = set()
+    running: set[service.Program] = set()
     left = iter(range(number + 1))
     fail_to_start_thread(monkeypatch, lambda thread: next(left, None) == number)
     status = run_queries(program, running=running)
@@ -3364,7 +3363,7 @@ class Runs:
         self.began = threading.Semaphore(0)
         self.end = threading.Semaphore(0)
 
-    def __call__(self, running: set[int]) -> service.GpuStatus:
+    def __call__(self, running: set[service.Program]) -> service.GpuStatus:
         self.count += 1
         self.began.release()
         assert self.end.acquire(timeout=PATIENCE)
@@ -3417,7 +3416,7 @@ def test_a_caller_that_cancels_withdraws_alone(make_monitor):
 def test_closing_the_monitor_ends_its_run_and_starts_no_other(make_monitor, monkeypatch):
     runs = Runs()
     monitor = make_monitor(runs, 0.0)
-    monkeypatch.setattr(service, "end_children", lambda running: running is monitor.running and runs.end.release())
+    monkeypatch.setattr(monitor, "end_run", runs.end.release)
     before = monitor.ask()
     assert runs.began.acquire(timeout=PATIENCE)
     waiting = monitor.ask()
@@ -6636,7 +6635,7 @@ class Seen:
         )  # fmt: skip
         self.alerts = service.Alerts(services.settings, self.observer, lambda *told: None, clock)
 
-    def _query(self, running: set[int]) -> service.GpuStatus:
+    def _query(self, running: set[service.Program]) -> service.GpuStatus:
         self.runs += 1
         return self.status
 
