@@ -840,8 +840,7 @@ if sys.platform == "win32":
 
 
 def _start(command: Sequence[str] | str, *, outlives: bool, **options: Any) -> tuple[subprocess.Popen[bytes], int]:
-    """Start a program without input, in a process group of its own; on Windows in a job: that. Raises OSError or
-    ValueError."""
+    """Start a program without input, in a group of its own, on Windows in a job: that. Raises OSError, ValueError."""
     options["stdin"], job = subprocess.DEVNULL, 0
     if sys.platform == "win32":
         # With a console of its own, which is invisible: Ctrl+C in ours, and its closing, must not reach it. Suspended
@@ -957,11 +956,11 @@ MAX_OUTPUT = 256 * 1024  # bytes of a child's output; its pipe is closed when it
 
 def read_output(child: subprocess.Popen[bytes], deadline: float) -> tuple[str, str, int]:
     """What a bounded child prints until it ends, and its exit code. Raises TimeoutExpired at the deadline."""
-    found = {"stdout": b"", "stderr": b""}
+    found = {"stdout": "", "stderr": ""}
 
     def read(name: str, pipe: IO[bytes]) -> None:
         with pipe:  # nobody else could close it while a child that hangs in its driver, past any signal, has it open
-            found[name] = pipe.read(MAX_OUTPUT)
+            found[name] = pipe.read(MAX_OUTPUT).decode("utf-8", "replace")
 
     readers = [threading.Thread(target=read, args=[name, getattr(child, name)], daemon=True) for name in found]
     for name, reader in zip(found, readers):
@@ -972,7 +971,7 @@ def read_output(child: subprocess.Popen[bytes], deadline: float) -> tuple[str, s
         reader.join(max(0.0, deadline - time.monotonic()))  # what the child started may have its pipes open
         if reader.is_alive():
             raise subprocess.TimeoutExpired(child.args, 0.0)
-    return found["stdout"].decode("utf-8", "replace"), found["stderr"].decode("utf-8", "replace"), code
+    return found["stdout"], found["stderr"], code
 
 
 def _batch_command(words: Sequence[str]) -> str:
@@ -7207,8 +7206,7 @@ class Activity:
         self.since = now  # the end of its last response; before that its beginning
         self.begun = now  # of the request that is not whole yet, or of the connection
         self._last = now  # when bytes last came or went
-        self._bytes = 0
-        self._window = (now, 0)  # when the rate was last looked at, and the bytes by then
+        self._counted, self._bytes = now, 0  # since when bytes are counted, to know their rate
 
     def moved(self, size: int) -> None:
         if size:
@@ -7221,15 +7219,13 @@ class Activity:
 
     def is_over(self, now: float, *, owed: bool, moving: bool) -> bool:
         """Idle for too long, or too slow. `owed`: a response is due; `moving`: bytes are expected to come or to go."""
-        if not moving:
-            self._window = (now, self._bytes)
-            return not owed and now - self._last >= KEEPALIVE_TIMEOUT
-        since, before = self._window
-        slow = False
-        if now - since >= REQUEST_TIMEOUT:
-            slow = self._bytes - before < REQUEST_TIMEOUT * SLOWEST_CLIENT
-            self._window = (now, self._bytes)
-        return slow or now - self._last >= REQUEST_TIMEOUT
+        idle, is_slow = now - self._last, False
+        if not moving or now - self._counted >= REQUEST_TIMEOUT:
+            is_slow = moving and self._bytes < REQUEST_TIMEOUT * SLOWEST_CLIENT
+            self._counted, self._bytes = now, 0
+        if moving:
+            return is_slow or idle >= REQUEST_TIMEOUT
+        return not owed and idle >= KEEPALIVE_TIMEOUT
 
 
 def open_sockets(host: str, port: int) -> list[socket.socket]:
@@ -7431,20 +7427,20 @@ class Server:
     def __init__(self, app: bottle.Bottle, sockets: Sequence[socket.socket], on_stop: Callable[[int], None]) -> None:
         self._dispatcher = Dispatcher(app, sockets)
         self._on_stop = on_stop
-        self._grace: float | None = None
+        self._grace, self.is_stopping = GRACE, False
 
     def _channels(self) -> list[Channel]:
         return [one for one in self._dispatcher.map.values() if isinstance(one, Channel)]
 
     def stop(self, grace: float) -> None:
         """End within about `grace` seconds. Takes no lock: may be called from a signal handler and from any thread."""
-        self._grace = grace
+        self._grace, self.is_stopping = grace, True
         self._dispatcher.wake()
 
     def run(self) -> None:
         """Serve until stop() is called."""
         swept = time.monotonic()
-        while self._grace is None:
+        while not self.is_stopping:
             self._turn(1.0)
             now = time.monotonic()
             if now - swept >= 1.0 or len(self._dispatcher.map) > CONNECTIONS:
@@ -7453,11 +7449,7 @@ class Server:
         for _ in range(100):  # requests that were sent before may still be in the backlog
             self._turn(0.0)
         self._dispatcher.stop_listening()
-        for channel in self._channels():
-            if channel.stream:
-                channel.stream.close()
-        self._turn(0.0)
-        self._on_stop(sum(any(one.state()) for one in self._channels()))
+        self._on_stop(sum(any(one.state()) and not one.stream for one in self._channels()))
         deadline = time.monotonic() + self._grace
         while time.monotonic() < deadline and any(any(one.state()) for one in self._channels()):
             self._turn(0.05)
@@ -7795,10 +7787,10 @@ def own_data_dir(settings: Settings, advice: str) -> TextIO:
                 file.truncate(0)
                 return file
             time.sleep(0.05)
-        where = path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError as error:
         raise StartError(f"{path} cannot be written ({error.strerror}): fix or remove it.") from None
-    by = f"the service at {where}" if where else "a service that starts, or by a move or restore"
+    found = running_address(settings)
+    by = f"the service at {url_of(*found)}" if found else "a service that starts, or by a move or restore"
     raise StartError(f"The data folder {settings.data_dir} is in use by {by}: {advice}.")
 
 
@@ -7811,7 +7803,7 @@ def serve(settings: Settings) -> None:
     start_logging(settings.data_dir / "storyteller.log", settings)
     token_place = "STORYTELLER_API_TOKEN" if settings.api_token else str(settings.data_dir / TOKEN_FILE)
     settings = dataclasses.replace(settings, api_token=own_token(settings))
-    stopping, ended = threading.Event(), threading.Event()
+    ended = threading.Event()
     watches = settings.gates or settings.idle_shutdown is not None  # who has reserved the GPU
     with (
         contextlib.closing(open_store(settings, 30.0)) as store,  # seconds for a backup, say, to unlock it
@@ -7832,10 +7824,9 @@ def serve(settings: Settings) -> None:
         server = Server(create_app(services), sockets, on_stop)
 
         def stop(grace: float) -> None:
-            if stopping.is_set():  # a second signal ends it at once
+            if server.is_stopping:  # a second signal ends it at once
                 gpu.end_run()
                 os._exit(1)
-            stopping.set()
             server.stop(grace)
 
         handler = on_end_signal(stop, ended)
