@@ -951,16 +951,13 @@ def bounded_child(command: Sequence[str], running: set[Program]) -> Iterator[sub
             child.wait(timeout=1)
 
 
-MAX_OUTPUT = 256 * 1024  # bytes of a child's output; its pipe is closed when it prints more
-
-
 def read_output(child: subprocess.Popen[bytes], deadline: float) -> tuple[str, str, int]:
     """What a bounded child prints until it ends, and its exit code. Raises TimeoutExpired at the deadline."""
     found = {"stdout": "", "stderr": ""}
 
     def read(name: str, pipe: IO[bytes]) -> None:
         with pipe:  # nobody else could close it while a child that hangs in its driver, past any signal, has it open
-            found[name] = pipe.read(MAX_OUTPUT).decode("utf-8", "replace")
+            found[name] = pipe.read(256 * 1024).decode("utf-8", "replace")  # what prints more finds it closed
 
     readers = [threading.Thread(target=read, args=[name, getattr(child, name)], daemon=True) for name in found]
     for name, reader in zip(found, readers):
@@ -7778,7 +7775,7 @@ def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
 # ======================================================================================================
 
 
-def own_data_dir(settings: Settings, advice: str) -> TextIO:
+def own_data_dir(settings: Settings, advice: str = "stop it, then try again") -> TextIO:
     """The data folder's lock: a file into which a service writes its address. Raises StartError with `advice`."""
     path = settings.data_dir / "running"
     try:
@@ -7829,7 +7826,7 @@ def serve(settings: Settings) -> None:
                 os._exit(1)
             server.stop(grace)
 
-        handler = on_end_signal(stop, ended)
+        _handler = on_end_signal(stop, ended)
         port = sockets[0].getsockname()[1]
         print(url_of(settings.host, port), file=running, flush=True)
         greet(settings, store, port, token_place)
@@ -7842,7 +7839,6 @@ def serve(settings: Settings) -> None:
     say("Stopped.")
     running.close()
     ended.set()
-    del handler
 
 
 def greet(settings: Settings, store: Store, port: int, token_place: str) -> None:
@@ -7903,9 +7899,6 @@ def serve_until_stopped(given: Mapping[str, Any]) -> NoReturn:
 # ======================================================================================================
 
 
-STOP_FIRST = "stop it, then try again"
-
-
 def move(given: Mapping[str, Any]) -> None:
     """Copy the embedded store into a Redis, in atomic steps that may be repeated. Raises StartError, Unavailable."""
     settings, to = command_settings(given), given["to"]
@@ -7918,7 +7911,7 @@ def move(given: Mapping[str, Any]) -> None:
     # The newest session comes last: until it is there, missed_sessions() says that some are missing.
     kinds = {"token": "tokens", "marker": "acknowledgements", "pending": "notifications", "session": "sessions"}
     with (
-        contextlib.closing(own_data_dir(settings, STOP_FIRST)),
+        contextlib.closing(own_data_dir(settings)),
         contextlib.closing(SqliteStore(path)) as source,
         contextlib.closing(RedisStore(url)) as target,
     ):
@@ -7987,7 +7980,7 @@ def restore(given: Mapping[str, Any]) -> None:
     store, stamp = settings.data_dir / STORE_FILES[0], re.sub("[^0-9]", "", iso_time(now_ms()))
     draft = settings.data_dir / ".restored.sqlite3"
     kept = [settings.data_dir / one.replace(".", f"-{stamp}.", 1) for one in STORE_FILES]
-    with contextlib.closing(own_data_dir(settings, STOP_FIRST)):
+    with contextlib.closing(own_data_dir(settings)):
         copy_store(source, draft)
         try:
             if store.exists():
