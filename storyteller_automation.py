@@ -1410,7 +1410,7 @@ class Copies:
 
 @dataclass(frozen=True)
 class Change:
-    """What brings the copies in step: the documents to write, None for one that stays."""
+    """What to write of a session: the documents, None for one that stays."""
 
     storyswarm: bytes | None = None
     storyart: bytes | None = None
@@ -1464,12 +1464,9 @@ class Store(Protocol):
         """The copy of the newest session that StorySwarm's tools write; None where no other program writes."""
         return None
 
-    def save(
-        self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True, storyart: bytes = b"",
-        by_storyart: bool = False,
-    ) -> bool:  # fmt: skip
-        """Store a session with its TTL, and announce `draft`. With replace=False: False, and no change, where one is.
-        A store with two copies stores `storyart` as StoryArt's, and whether StoryArt wrote the session."""
+    def save(self, timestamp: int, change: Change, *, replace: bool = True) -> bool:
+        """Store a session with its TTL, and announce what it has to. With replace=False: False, and no change, where
+        one is. A store with one copy needs no other document than StorySwarm's."""
 
     def storyarts_copy(self, timestamp: int) -> bytes | None:
         """None where there is no second copy."""
@@ -2121,17 +2118,15 @@ class RedisStore(Store):
                 outcomes[number] = outcome
         return outcomes
 
-    def save(
-        self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True, storyart: bytes = b"",
-        by_storyart: bool = False,
-    ) -> bool:  # fmt: skip
-        name, mark = f"storyteller:incoming:{secrets.token_hex(8)}", mark_of(document) if self.has_both_copies else ""
-        marks = (mark, mark if storyart == document else mark_of(storyart))
-        documents = [document, storyart, document] if self.has_both_copies else [document]
-        incoming = {f"{name}:{number}": one for number, one in enumerate(documents)}
+    def save(self, timestamp: int, change: Change, *, replace: bool = True) -> bool:
+        name, ours, storyarts = f"storyteller:incoming:{secrets.token_hex(8)}", change.storyswarm, change.storyart
+        mark = mark_of(ours) if self.has_both_copies else ""
+        marks = (mark, mark if storyarts == ours else mark_of(storyarts))
+        documents = [ours, storyarts, ours] if self.has_both_copies else [ours]
+        incoming = {f"{name}:{number}": one or b"" for number, one in enumerate(documents)}
         self._write(*[("SET", key, one, "PX", 60_000) for key, one in incoming.items()])
-        further = (timestamp, int(replace), *marks, int(by_storyart), self.unreadable_latest)
-        state = result_of(self._change([draft], [*self._keys_of(timestamp), *incoming], *further)[0])[0]
+        further = (timestamp, int(replace), *marks, int(change.by_storyart), self.unreadable_latest)
+        state = result_of(self._change([change.draft], [*self._keys_of(timestamp), *incoming], *further)[0])[0]
         if state == b"gone":
             raise Unavailable("Redis took a minute for this session: ask again.", 1)
         self.writes.note()
@@ -2594,21 +2589,18 @@ class SqliteStore(Store):
         " DO UPDATE SET document = ?2, saved = ?3, expires = ?4 WHERE ?5"
     )
 
-    def save(
-        self, timestamp: int, document: bytes, draft: Draft | None, *, replace: bool = True, storyart: bytes = b"",
-        by_storyart: bool = False,
-    ) -> bool:  # fmt: skip
-        def change() -> bool:
+    def save(self, timestamp: int, change: Change, *, replace: bool = True) -> bool:
+        def save() -> bool:
             now, before = self._clock(), "SELECT saved FROM session WHERE timestamp = ?"
             (kept,) = self._writer.execute(before, (timestamp,)).fetchone() or (0,)
             warn_of_clock(kept, now, self.place)
-            row = (timestamp, document, next_time(kept, now), now + TTL_MS, replace)
+            row = (timestamp, change.storyswarm, next_time(kept, now), now + TTL_MS, replace)
             is_saved = self._writer.execute(self._SAVE, row).rowcount > 0
-            if is_saved and draft:
-                self._announce(timestamp, draft)
+            if is_saved and change.draft:
+                self._announce(timestamp, change.draft)
             return is_saved
 
-        return self._write(change)
+        return self._write(save)
 
     def remove_session(self, timestamp: int) -> bool:
         remove = "DELETE FROM session WHERE timestamp = ?"
@@ -5757,15 +5749,14 @@ def _save(services: Services, request: Request, timestamp: int, *, by_storyart: 
     if document.get("timestamp") is None:
         document = {**document, "timestamp": timestamp}
         text = to_json(document)
-    draft = due_notification(timestamp, document)
-    storyart = text
+    storyart, draft = text, due_notification(timestamp, document)
     services.carry_latest()
     if services.bridge:
         with contextlib.suppress(ValueError):  # what has broken beats is stored as it is
             _check_shape(document, _COUNTED)
             if to_storyart(document, timestamp, lambda: _read_storyarts(services, timestamp)):
                 storyart = to_json(document)
-    if not services.store.save(timestamp, text, draft, replace=replace, storyart=storyart, by_storyart=by_storyart):
+    if not services.store.save(timestamp, Change(text, storyart, by_storyart, draft), replace=replace):
         raise Conflict(f"Session {timestamp} exists.")
     services.live.look_soon()
     saved = {"success": True, "message": "Session saved", "sessionKey": f"session:{timestamp}"}

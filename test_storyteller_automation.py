@@ -1522,28 +1522,28 @@ def plant(store, request) -> Callable[[Any, float], Any]:
 
 def test_a_session_comes_back_byte_for_byte_with_the_time_of_its_save(store, clock):
     document = b'{"title": "M\xc3\xbcller"} \xff'
-    assert store.save(T, document, None) is True
+    assert store.save(T, service.Change(document)) is True
     found = store.session(T)
     assert (found.document, found.saved, found.announced) == (document, clock.now, None)
     assert store.session(T + 1) is None
 
 
 def test_a_save_that_must_not_replace_changes_nothing(store):
-    store.save(T, b"first", None)
-    assert store.save(T, b"second", draft(), replace=False) is False
+    store.save(T, service.Change(b"first"))
+    assert store.save(T, service.Change(b"second", draft=draft()), replace=False) is False
     assert store.session(T).document == b"first"
     assert store.session(T).announced is None
     assert members_of(store) == []
 
 
 def test_of_two_instances_that_want_one_free_timestamp_one_gets_it(store, twin):
-    saves = [lambda one=one: one.save(T, one.name.encode(), None, replace=False) for one in (store, twin) * 4]
+    saves = [lambda one=one: one.save(T, service.Change(one.name.encode()), replace=False) for one in (store, twin) * 4]
     assert sorted(at_once(*saves)) == [False] * 7 + [True]
 
 
 def test_sessions_come_newest_first_beyond_a_page(store):
     for number in range(105):
-        store.save(T + number * 37 % 105, b"{}", None)  # in no order
+        store.save(T + number * 37 % 105, service.Change(b"{}"))  # in no order
     assert [one.timestamp for one in store.sessions()] == list(range(T + 104, T - 1, -1))
 
 
@@ -1576,11 +1576,11 @@ def test_times_grow_even_when_the_clock_goes_back(store, clock):
 def test_a_time_that_was_kept_while_the_clock_was_wrong_is_not_followed(store, twin, clock, caplog):
     now = clock.now
     clock.now += 365 * 24 * 3_600_000
-    store.save(T, b"{}", None)
+    store.save(T, service.Change(b"{}"))
     add(store, draft())
     clock.now = now
     for own in (store, twin):
-        own.save(T, b"{}", None)
+        own.save(T, service.Change(b"{}"))
         assert now <= own.session(T).saved < now + 10
     assert add(twin, draft(session=T + 1))[1] == now
     assert add(store, draft(session=T + 2))[1] == now + 1
@@ -1657,7 +1657,7 @@ STEPS = [
 def test_a_save_announces_only_a_step_that_differs_from_the_last(store, steps, announced):
     seen = []
     for step in steps:
-        store.save(T, b"{}", draft(step) if step else None)
+        store.save(T, service.Change(b"{}", draft=draft(step) if step else None))
         for member, _ in list(store.pending(100)):
             seen.append(json.loads(member)["type"])
             acknowledge(store, json.loads(member)["id"], member)
@@ -1666,7 +1666,7 @@ def test_a_save_announces_only_a_step_that_differs_from_the_last(store, steps, a
 
 
 def test_a_step_is_announced_once_by_two_instances_at_the_same_moment(store, twin):
-    store.save(T, b"{}", draft(BEATS))
+    store.save(T, service.Change(b"{}", draft=draft(BEATS)))
     announcing = [lambda one=one: one.announce(T, draft()) for one in (store, twin) * 4]
     assert at_once(*announcing).count(True) == 1
     assert [one["type"] for one in members_of(store)] == [BEATS, PROMPTS]
@@ -1675,7 +1675,7 @@ def test_a_step_is_announced_once_by_two_instances_at_the_same_moment(store, twi
 def test_a_step_is_announced_though_one_of_its_kind_ended_unacknowledged(store, clock):
     add(store, draft())
     clock.now += 1
-    store.save(T, b"{}", draft(BEATS))
+    store.save(T, service.Change(b"{}", draft=draft(BEATS)))
     clock.now += WEEK - 1
     assert store.announce(T, draft()) is True
     assert [one["type"] for one in members_of(store)] == [BEATS, PROMPTS]
@@ -1683,7 +1683,7 @@ def test_a_step_is_announced_though_one_of_its_kind_ended_unacknowledged(store, 
 
 def test_a_save_whose_notification_cannot_be_made_keeps_nothing(store):
     with pytest.raises(TypeError):
-        store.save(T, b"{}", service.Draft(PROMPTS, T, {"totalPrompts": object()}))
+        store.save(T, service.Change(b"{}", draft=service.Draft(PROMPTS, T, {"totalPrompts": object()})))
     assert store.session(T) is None
     assert members_of(store) == []
 
@@ -1759,7 +1759,7 @@ def is_a_week(ms: int) -> bool:
 
 
 def test_redis_keys_and_types_are_those_agreed_on(redis_store, other_program, clock):
-    redis_store.save(T, '{"title": "ü"}'.encode(), draft(BEATS))
+    redis_store.save(T, service.Change('{"title": "ü"}'.encode(), draft=draft(BEATS)))
     member, _, _ = add(redis_store, draft(PROMPTS))
     acknowledge(redis_store, "an-id", member)
     agreed = {key: other_program.type(key) for key in other_program.scan_iter() if not key.startswith("storyteller:")}
@@ -1779,7 +1779,7 @@ def test_redis_keys_and_types_are_those_agreed_on(redis_store, other_program, cl
 
 def test_redis_ends_sessions_and_marks_after_7_days(redis_store, other_program):
     other_program.set(f"session:{T}", "{}", px=1000)
-    redis_store.save(T, b"{}", draft())
+    redis_store.save(T, service.Change(b"{}", draft=draft()))
     [member] = other_program.zrange("notifications:pending", 0, -1)
     acknowledge(redis_store, "an-id", member.encode())
     assert is_a_week(other_program.pttl(f"session:{T}"))
@@ -1827,7 +1827,7 @@ def test_a_session_that_may_not_be_read_hides_no_other(own_redis):
     own = own_redis("--save", "")
     with contextlib.closing(service.RedisStore(own.url)) as store:
         for number in range(3):
-            store.save(T + number, b"{}", None)
+            store.save(T + number, service.Change(b"{}"))
         own.tell("ACL", "SETUSER", "default", "resetkeys", f"~*:{T}", f"~*:{T + 2}")
         found = store.read_sessions([T, T + 1, T + 2])
         assert [type(one) for one in found] == [service.StoredSession, service.Unavailable, service.StoredSession]
@@ -1857,7 +1857,7 @@ def test_sessions_of_both_indexes_come_once_and_newest_first_without_a_scan(redi
         if number % 3:
             add_storyart_session(other_program, T + number)
         if number % 2 or not number % 3:
-            redis_store.save(T + number, b"{}", None)
+            redis_store.save(T + number, service.Change(b"{}"))
     other_program.config_resetstat()
     assert [one.timestamp for one in redis_store.sessions()] == list(range(T + 119, T - 1, -1))
     assert not {"cmdstat_keys", "cmdstat_scan", "cmdstat_zscan"} & other_program.info("commandstats").keys()
@@ -1865,7 +1865,7 @@ def test_sessions_of_both_indexes_come_once_and_newest_first_without_a_scan(redi
 
 def test_members_of_both_indexes_whose_session_ended_are_trimmed_when_met(redis_store, other_program):
     for number in range(3):
-        redis_store.save(T + number, b"{}", None)
+        redis_store.save(T + number, service.Change(b"{}"))
         add_storyart_session(other_program, T + number + 10)
     other_program.delete(f"session:{T + 1}", f"storyart:session:{T + 11}")
     assert [one.timestamp - T for one in redis_store.sessions()] == [12, 10, 2, 0]
@@ -1885,7 +1885,7 @@ def test_odd_members_of_an_index_hide_no_session(redis_store, other_program):
 
 @pytest.mark.parametrize("index", ["storyteller:sessions", "storyart:sessions:index"])
 def test_an_index_of_another_type_hides_no_session_of_the_other(redis_store, other_program, index):
-    redis_store.save(T, b"{}", None)
+    redis_store.save(T, service.Change(b"{}"))
     add_storyart_session(other_program, T)
     other_program.delete(index)
     other_program.set(index, "of another type")
@@ -1895,7 +1895,7 @@ def test_an_index_of_another_type_hides_no_session_of_the_other(redis_store, oth
 
 def test_a_score_with_half_a_ms_lists_its_session_once_also_beyond_a_page(redis_store, other_program):
     for number in range(101):
-        redis_store.save(T + number, b"{}", None)
+        redis_store.save(T + number, service.Change(b"{}"))
         other_program.zadd("storyart:sessions:index", {f"storyart:session:{T + number}": T + number + 0.5})
     assert [one.timestamp for one in redis_store.sessions()] == list(range(T + 100, T - 1, -1))
 
@@ -1969,7 +1969,7 @@ VERBS = {
     "read_sessions": lambda store: store.read_sessions([T]),
     "sessions": lambda store: list(store.sessions()),
     "newest_copy": lambda store: store.newest_copy(),
-    "save": lambda store: store.save(T, b"a secret document", draft()),
+    "save": lambda store: store.save(T, service.Change(b"a secret document", draft=draft())),
     "announce": lambda store: store.announce(T, draft()),
     "add": lambda store: add(store, draft()),
     "pending": lambda store: list(store.pending(100)),
@@ -2182,12 +2182,12 @@ import pathlib, sys, threading
 sys.path.insert(0, sys.argv[2])
 import storyteller_automation as service
 store = service.SqliteStore(pathlib.Path(sys.argv[1]))
-store.save(1, b"whole", service.Draft("beats_ready", 1, {"totalBeats": 3}))
+store.save(1, service.Change(b"whole", draft=service.Draft("beats_ready", 1, {"totalBeats": 3})))
 class Hanging(service.Draft):
     def member(self, time):
         print("in the middle", flush=True)
         threading.Event().wait()
-store.save(2, b"half", Hanging("beats_ready", 2, {}))
+store.save(2, service.Change(b"half", draft=Hanging("beats_ready", 2, {})))
 """
 
 
@@ -2200,7 +2200,7 @@ def test_a_killed_process_leaves_what_it_committed_and_nothing_half(tmp_path):
     with contextlib.closing(service.SqliteStore(path)) as store:
         assert [(one.timestamp, one.document, one.announced) for one in store.sessions()] == [(1, b"whole", BEATS)]
         assert [one["sessionTimestamp"] for one in members_of(store)] == [1]
-        assert store.save(2, b"anew", None, replace=False)  # no lock was left
+        assert store.save(2, service.Change(b"anew"), replace=False)  # no lock was left
 
 
 def make_database(path: Path, *statements: str) -> None:
@@ -2274,7 +2274,7 @@ def test_a_file_that_a_program_opened_for_itself_alone_is_called_locked(tmp_path
 def test_while_another_process_writes_reads_go_on_and_writes_are_unavailable(tmp_path, monkeypatch):
     monkeypatch.setattr(service.SqliteStore, "WAIT", 0.01)
     with contextlib.closing(service.SqliteStore(tmp_path / "store.sqlite3")) as store:
-        store.save(T, b"{}", None)
+        store.save(T, service.Change(b"{}"))
         with contextlib.closing(sqlite3.connect(store.place, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             assert store.session(T).document == b"{}"
@@ -2286,7 +2286,8 @@ def test_while_another_process_writes_reads_go_on_and_writes_are_unavailable(tmp
 def test_threads_read_and_write_one_sqlite_store_at_once(sqlite_store):
     def work(number: int) -> list[int]:
         for step in range(5):
-            sqlite_store.save(T + number * 10 + step, b"{}", draft(session=T + number * 10 + step))
+            timestamp = T + number * 10 + step
+            sqlite_store.save(timestamp, service.Change(b"{}", draft=draft(session=timestamp)))
         return [one.timestamp for one in sqlite_store.sessions()]
 
     for number, seen in enumerate(at_once(*[lambda number=number: work(number) for number in range(8)])):
@@ -2335,7 +2336,7 @@ class Commits:
 def test_many_writers_share_one_commit(sqlite_store, writing, monkeypatch):
     commits = Commits(sqlite_store, monkeypatch)
     with ThreadPoolExecutor(8) as pool:
-        written = [pool.submit(sqlite_store.save, T + number, b"{}", None) for number in range(8)]
+        written = [pool.submit(sqlite_store.save, T + number, service.Change(b"{}")) for number in range(8)]
         wait_until(lambda: commits.asked == 8)
         writing()
     assert [one.result(PATIENCE) for one in written] == [True] * 8
@@ -2351,7 +2352,8 @@ def test_a_change_that_fails_takes_no_other_with_it(sqlite_store, writing, monke
     commits = Commits(sqlite_store, monkeypatch)
     drafts = [None, NoMember(PROMPTS, T, {}), NoMember(PROMPTS, T, {})]
     with ThreadPoolExecutor(3) as pool:
-        written = [pool.submit(sqlite_store.save, T + number, b"{}", draft) for number, draft in enumerate(drafts)]
+        changes = [service.Change(b"{}", draft=draft) for draft in drafts]
+        written = [pool.submit(sqlite_store.save, T + number, change) for number, change in enumerate(changes)]
         wait_until(lambda: commits.asked == 3)
         writing()
     assert [type(one.exception(PATIENCE)) for one in written] == [type(None), RuntimeError, RuntimeError]
@@ -2361,10 +2363,10 @@ def test_a_change_that_fails_takes_no_other_with_it(sqlite_store, writing, monke
 def test_a_writer_that_waits_too_long_has_changed_nothing(sqlite_store, writing, monkeypatch):
     monkeypatch.setattr(service.SqliteStore, "WAIT", 0.05)
     with pytest.raises(service.Unavailable, match="busy"):
-        sqlite_store.save(T, b"{}", None)
+        sqlite_store.save(T, service.Change(b"{}"))
     monkeypatch.undo()
     writing()
-    sqlite_store.save(T + 1, b"{}", None)
+    sqlite_store.save(T + 1, service.Change(b"{}"))
     assert [one.timestamp for one in sqlite_store.sessions()] == [T + 1]
 
 
@@ -2383,12 +2385,12 @@ def test_what_a_writer_waits_for_another_it_waits_less_for_a_process(sqlite_stor
     times = iter([0.0, 2.9])  # it asks for its turn, and has it
     with monkeypatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: next(times))
-        sqlite_store.save(T, b"{}", None)
+        sqlite_store.save(T, service.Change(b"{}"))
     assert "PRAGMA busy_timeout = 100" in statements
 
 
 def test_sqlite_ends_sessions_and_marks_after_7_days_and_removes_them(sqlite_store, clock):
-    sqlite_store.save(T, b"{}", None)
+    sqlite_store.save(T, service.Change(b"{}"))
     member, _, _ = add(sqlite_store, draft())
     acknowledge(sqlite_store, "an-id", member)
     clock.now += WEEK - 1
@@ -2601,13 +2603,13 @@ def test_a_summary_holds_what_a_list_shows_and_no_more():
 def test_the_latest_session_is_the_newest_that_can_be_read_and_the_others_are_logged(store, caplog):
     assert service.Sessions(store).latest() is None
     for number, document in enumerate([b"{}", b'{"analyzedEpisode": []}', b"[]", b"\xff"]):
-        store.save(T + number, document, None)
+        store.save(T + number, service.Change(document))
     assert service.Sessions(store).latest().timestamp == T + 1
     assert [str(T + number) in caplog.text for number in range(4)] == [False, False, True, True]
 
 
 def test_a_session_that_is_left_out_of_every_list_is_logged_once(app, store, caplog):
-    store.save(T, b"[]", None)
+    store.save(T, service.Change(b"[]"))
     for _ in range(3):
         assert app.get("/api/v1/session/list").json["count"] == 0
     assert len([record for record in caplog.records if str(T) in record.getMessage()]) == 1
@@ -2631,7 +2633,7 @@ def test_a_session_that_is_left_out_of_every_list_is_logged_once(app, store, cap
 def test_the_latest_session_is_a_newer_copy_that_storyswarms_tools_keep(
     redis_store, other_program, caplog, copy, newest
 ):
-    redis_store.save(T, b'{"saved": "here"}', None)
+    redis_store.save(T, service.Change(b'{"saved": "here"}'))
     other_program.set("session:latest", copy)
     sessions = service.Sessions(redis_store)
     for _ in range(2):
@@ -2660,7 +2662,7 @@ def test_equal_documents_are_parsed_once_also_at_the_same_moment(store, monkeypa
     monkeypatch.setattr(store, "session", lambda at: asked.append(at) or session(at))
     monkeypatch.setattr(service, "find_facts", find_late)
     for number in range(8):
-        store.save(T + number, json.dumps(episode(READY_BEAT)).encode(), None)
+        store.save(T + number, service.Change(json.dumps(episode(READY_BEAT)).encode()))
     found = at_once(*[lambda at=T + number: sessions.facts_of(store.session(at)) for number in range(8)])
     assert [facts.progress.ready for facts in found] == [True] * 8
     assert len(parsed) == 1
@@ -2668,8 +2670,8 @@ def test_equal_documents_are_parsed_once_also_at_the_same_moment(store, monkeypa
 
 def test_several_sessions_are_found_in_one_round_trip_and_none_is_parsed(redis_store, other_program, monkeypatch):
     sessions, parsed = service.Sessions(redis_store), parse_count(monkeypatch)
-    redis_store.save(T, json.dumps(episode(READY_BEAT)).encode(), None)
-    redis_store.save(T + 1, b"no JSON", None)
+    redis_store.save(T, service.Change(json.dumps(episode(READY_BEAT)).encode()))
+    redis_store.save(T + 1, service.Change(b"no JSON"))
     other_program.rpush(f"session:{T + 2}", "another type")
     before = other_program.info("stats")["total_reads_processed"]
     *found, missing = redis_store.read_sessions([T, T + 1, T + 2, T + 3])
@@ -2688,7 +2690,7 @@ def test_the_cache_of_facts_is_bounded_in_entries_and_in_bytes(store, monkeypatc
         title = "t" * (10_000 if number == 4 else 10)  # a title is part of the summary
         document = episode(READY_BEAT, number=number)
         document["analyzedEpisode"]["title"] = title
-        store.save(T + number, json.dumps(document).encode(), None)
+        store.save(T + number, service.Change(json.dumps(document).encode()))
         sessions.facts_of(store.session(T + number))
     parsed.clear()
     for number in (3, 2, 1, 0, 4):
@@ -5568,7 +5570,7 @@ def test_a_lists_limit_is_1_to_1000(make_app, limit):
       "analyzedEpisode.scenes[0].beats[0].prompts.cinematic is a number")],
 )  # fmt: skip
 def test_a_document_that_is_no_session_is_a_500_that_names_session_and_fault(make_app, sqlite_store, document, words):
-    sqlite_store.save(1738195200000, document, None)
+    sqlite_store.save(1738195200000, service.Change(document))
     answer = make_app(sqlite_store).get("/api/v1/session/1738195200000/prompts-status", status=500)
     assert answer.json["promptsReady"] is False
     assert "1738195200000" in answer.json["error"]
@@ -6691,14 +6693,15 @@ def test_the_gpus_history_has_a_status_of_each_5_seconds_of_the_last_15_minutes(
 
 def test_a_session_waits_since_its_last_new_prompt(seen, store):
     def save(at: int, *beats: dict[str, Any], **fields: Any) -> None:
-        store.save(at, json.dumps(with_beats(*beats, **fields)).encode(), None)
+        store.save(at, service.Change(json.dumps(with_beats(*beats, **fields)).encode()))
 
     def waiting() -> dict[int, int]:
         seen.clock.now += 100
         return {one.timestamp: one.since for one in seen.observer.look(0.0).waiting}
 
     minute = 60_000
-    store.save(T, json.dumps(with_beats(OPEN, OPEN)).encode(), None)  # it says nothing of its time but its name
+    # It says nothing of its time but its name.
+    store.save(T, service.Change(json.dumps(with_beats(OPEN, OPEN)).encode()))
     (saved,) = waiting().values()
     assert T <= saved <= seen.wall.now
     seen.wall.now += minute
@@ -6714,13 +6717,13 @@ def test_a_session_waits_since_its_last_new_prompt(seen, store):
 
 def test_a_look_reads_of_the_store_what_was_changed_alone(seen, store, monkeypatch):
     for number in range(3):
-        store.save(T + number, json.dumps(with_beats(OPEN)).encode(), None)
+        store.save(T + number, service.Change(json.dumps(with_beats(OPEN)).encode()))
         add(store, draft(session=T + number))
     assert len(seen.observer.look(0.0).pending) == 3
     read, sessions = store.read_sessions, []
     monkeypatch.setattr(store, "read_sessions", lambda given: sessions.extend(given) or read(given))
     monkeypatch.setattr(store, "pending", None)
-    store.save(T + 1, json.dumps(with_beats(OPEN, DONE)).encode(), None)
+    store.save(T + 1, service.Change(json.dumps(with_beats(OPEN, DONE)).encode()))
     made = json.loads(add(store, draft(session=T + 9))[0])
     situation = seen.observer.look(0.0)
     assert (sessions, len(situation.waiting)) == ([T + 1], 3)
@@ -8403,7 +8406,7 @@ def test_a_list_gives_texts_as_strings_digits_as_numbers_and_200_unless_asked_fo
     episode = {"title": 5, "episodeNumber": "3", "scenes": scenes}
     document = {"storyUuid": None, "scriptText": {"a": 1}, "analyzedEpisode": episode}
     for number in range(201):
-        store.save(T + number, to_bytes(document), None)
+        store.save(T + number, service.Change(to_bytes(document)))
     assert [app.get(f"/api/v1/session/list{query}").json["count"] for query in ("", "?limit=1000")] == [200, 201]
     assert app.get("/api/v1/session/list?limit=1").json["sessions"][0] == {
         "timestamp": T + 200,
@@ -8668,7 +8671,7 @@ def polled(poll_service, store) -> Polled:
     ],
 )
 def test_the_server_and_wsgi_give_the_same_response(polled, store, method, path):
-    store.save(T, json.dumps({**make_session(size=1000), "promptMode": "storyart"}).encode(), None)
+    store.save(T, service.Change(json.dumps({**make_session(size=1000), "promptMode": "storyart"}).encode()))
     for number in range(3):
         add(store, service.Draft(PROMPTS, T + number, {"totalPrompts": number}))
     status, headers, body = polled.ask(method, path, Origin=PAGE)
@@ -8739,9 +8742,9 @@ UNREADY, READY = (json.dumps(episode({"prompts": {"cinematic": text}})).encode()
 def test_a_save_by_another_instance_is_seen_by_the_next_poll(polled, store, twin):
     """Even of the same length and within one millisecond, by the clock that both see."""
     assert len(UNREADY) == len(READY)
-    store.save(T, UNREADY, None)
+    store.save(T, service.Change(UNREADY))
     assert [polled.is_ready(), polled.is_ready()] == [False, False]
-    twin.save(T, READY, None)
+    twin.save(T, service.Change(READY))
     assert [polled.is_ready(), polled.is_ready()] == [True, True]
 
 
@@ -8758,7 +8761,7 @@ def test_what_another_program_writes_is_seen_by_the_next_poll(poll_service, redi
 def test_a_session_that_a_poll_finds_ready_is_announced_once(poll_service, redis_store, other_program):
     polled = poll_service(redis_store)
     document = {**make_session(size=1000, prompts=0), "timestamp": T}
-    redis_store.save(T, json.dumps(document).encode(), None)
+    redis_store.save(T, service.Change(json.dumps(document).encode()))
     assert [polled.is_ready() for _ in range(3)] == [False] * 3
     other_program.set(f"session:{T}", json.dumps({**make_session(size=1000), "timestamp": T}))
     assert [polled.is_ready() for _ in range(4)] == [True] * 4
@@ -8766,7 +8769,7 @@ def test_a_session_that_a_poll_finds_ready_is_announced_once(poll_service, redis
 
 
 def test_an_announcement_that_failed_is_due_at_the_very_next_poll(polled, store, monkeypatch):
-    store.save(T, json.dumps(make_session(size=1000)).encode(), None)
+    store.save(T, service.Change(json.dumps(make_session(size=1000)).encode()))
     announce = store.announce
 
     def fail(*given: Any) -> None:
@@ -8788,7 +8791,7 @@ def test_an_announcement_that_failed_is_due_at_the_very_next_poll(polled, store,
 )
 def test_all_that_ask_while_the_store_is_read_share_the_next_read(poll_service, sqlite_store, monkeypatch, path, verb):
     polled, reads, go_on = poll_service(sqlite_store), [], threading.Event()
-    sqlite_store.save(T, READY, None)
+    sqlite_store.save(T, service.Change(READY))
     read = getattr(sqlite_store, verb)
 
     def slow(*given: Any) -> Any:
@@ -8826,7 +8829,7 @@ def test_a_step_that_fails_is_a_500_and_the_next_is_answered(poll_service, fail_
 def test_a_pending_set_of_another_type_fails_no_prompts_status(poll_service, redis_store, other_program):
     other_program.set("notifications:pending", "of another program")
     polled = poll_service(redis_store)
-    redis_store.save(T, READY, None)
+    redis_store.save(T, service.Change(READY))
     calls = [("check", 503), (f"session/{T}/prompts-status", 200)] * 10
     paths = [path if path != "check" else "notifications/check" for path, _ in calls]
     head = f"Host: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
@@ -8838,7 +8841,7 @@ def test_a_pending_set_of_another_type_fails_no_prompts_status(poll_service, red
 
 def test_60_gets_at_once_of_a_large_session_are_all_answered(poll_service, redis_store):
     polled = poll_service(redis_store)
-    redis_store.save(T, json.dumps(make_session()).encode(), None)
+    redis_store.save(T, service.Change(json.dumps(make_session()).encode()))
     clients = [send_request(polled.port, request_of("GET", f"/api/v1/session/{T}")) for _ in range(60)]
     assert {answer_of(client)[0] for client in clients} == {200}
     for client in clients:
@@ -8877,7 +8880,7 @@ def raw_answers(port: int, *requests: bytes) -> list[dict[str, Any]]:
 
 
 def test_requests_that_come_together_are_answered_in_their_order(polled, store):
-    store.save(T, READY, None)
+    store.save(T, service.Change(READY))
     head = f"Host: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
     paths = ["/api/v1/notifications/check", f"/api/v1/session/{T}/prompts-status", f"/api/v1/session/{T}"] * 10
     answers = raw_answers(polled.port, *[f"GET {path} HTTP/1.1\r\n{head}".encode() for path in paths])
@@ -9137,7 +9140,7 @@ def test_what_another_instance_does_is_told(polled, twin, listen):
     assert heard.next("notification")["id"] == id
     assert result_of_ack(twin, id)
     assert heard.next("acknowledged")["id"] == id
-    twin.save(T, json.dumps(with_beats(OPEN)).encode(), None)
+    twin.save(T, service.Change(json.dumps(with_beats(OPEN)).encode()))
     assert heard.next("session")["step"] == "beats_ready"
 
 
@@ -9204,7 +9207,7 @@ def test_however_many_are_pending_one_more_is_told_at_once(poll_service, redis_s
 
 def test_of_many_sessions_only_what_was_changed_is_read_again(polled, listen, monkeypatch):
     for number in range(60):
-        polled.services.store.save(T + number, json.dumps(SESSION).encode(), None)
+        polled.services.store.save(T + number, service.Change(json.dumps(SESSION).encode()))
     monkeypatch.setattr(service.Live, "INTERVAL", 0.02)
     heard = listen(polled, "?types=session")
     assert [one["sessionTimestamp"] for one in heard.next()["sessions"]] == [T + 59 - number for number in range(50)]
@@ -9225,7 +9228,7 @@ def test_an_older_session_is_no_news_when_a_newer_one_is_gone(
     monkeypatch.setattr(service.SessionChanges, "NEWEST", 3)
     polled = poll_service(redis_store)
     for number in range(4):
-        redis_store.save(T + number, json.dumps(SESSION).encode(), None)
+        redis_store.save(T + number, service.Change(json.dumps(SESSION).encode()))
     heard = listen(polled, "?types=session")
     assert [one["sessionTimestamp"] for one in heard.next()["sessions"]] == [T + 3, T + 2, T + 1]
     other_program.zrem("storyteller:sessions", f"session:{T + 3}")  # first: by its key alone it makes no room
@@ -10080,7 +10083,7 @@ def make_redis_app(make_app) -> Iterator[Callable[..., webtest.TestApp]]:
             store = stack.enter_context(contextlib.closing(service.RedisStore(url)))
             app = make_app(store, **changed)
             with contextlib.suppress(service.Unavailable):
-                store.save(T, json.dumps({**make_session(size=1000), "timestamp": T}).encode(), None)
+                store.save(T, service.Change(json.dumps({**make_session(size=1000), "timestamp": T}).encode()))
             return app
 
         yield make
@@ -10362,7 +10365,7 @@ def test_outages_use_up_no_connection(forwarder, pass_time, monkeypatch):
 )  # fmt: skip
 def test_the_urls_options_change_nothing_of_how_redis_is_called(redis_url, other_program, option):
     with contextlib.closing(service.RedisStore(f"{redis_url}?{option}")) as store:
-        store.save(T, "{ü}".encode(), draft())
+        store.save(T, service.Change("{ü}".encode(), draft=draft()))
         other_program.client_pause(50)
         assert at_once(*[lambda: store.session(T).document for _ in range(8)]) == ["{ü}".encode()] * 8
 
@@ -10484,7 +10487,7 @@ def state(sessions):
 verbs = {
     "create": lambda kind, session: notifications.create([draft(kind, session)])[0][0].id,
     "ack": lambda id: bool(notifications.acknowledge([id])),
-    "save": lambda kind, session, text: store.save(session, text.encode(), draft(kind, session)),
+    "save": lambda kind, session, text: store.save(session, service.Change(text.encode(), draft=draft(kind, session))),
     "check": state,
 }
 print("ready", flush=True)
@@ -10768,7 +10771,7 @@ def spoil(path: Path, start: int, end: int | None = None) -> None:
 def make_damaged(path: Path) -> None:
     with contextlib.closing(service.SqliteStore(path)) as store:
         for number in range(50):
-            store.save(number, b"x" * 10_000, None)
+            store.save(number, service.Change(b"x" * 10_000))
     spoil(path, 8192)
 
 
@@ -10795,7 +10798,7 @@ def test_damage_found_at_run_time_is_a_503_and_health_is_degraded(make_app, tmp_
     path = tmp_path / "damaged.sqlite3"
     with contextlib.closing(service.SqliteStore(path)) as store:
         for number in range(300):
-            store.save(number, json.dumps({"scriptText": "x" * 20_000}).encode(), None)
+            store.save(number, service.Change(json.dumps({"scriptText": "x" * 20_000}).encode()))
     with contextlib.closing(service.SqliteStore(path)) as store:
         app = make_app(store)
         assert app.get("/health").json == {"status": "ok", "store": "sqlite"}
@@ -13527,7 +13530,7 @@ def filled(embedded: Any) -> dict[str, Any]:
         done = with_beats(DONE, timestamp=T)
         for timestamp, document in ((T, done), (T + 1, with_beats(OPEN, timestamp=T + 1))):
             text = service.to_json(document)
-            store.save(timestamp, text, service.due_notification(timestamp, document))
+            store.save(timestamp, service.Change(text, draft=service.due_notification(timestamp, document)))
         acknowledged, waiting = (one.id for one in own.check(tuple(service.TOTALS), 9))
         assert own.acknowledge([acknowledged])
         token = service.issue_token(store, "storyart", ["gpu:read"], 86_400 * 90, service.now_ms())[0]
@@ -13616,7 +13619,7 @@ def test_what_redis_refused_is_moved_by_the_next(run_module, filled, redis_url, 
 
 def test_the_newest_session_is_moved_last_whenever_it_was_saved(sqlite_store, clock):
     for timestamp in (T + 2, T, T + 1):
-        sqlite_store.save(timestamp, b"{}", None)
+        sqlite_store.save(timestamp, service.Change(b"{}"))
         clock.now += 1
     assert [row[0] for row in sqlite_store.rows("session")] == [T, T + 1, T + 2]
 
@@ -13628,8 +13631,9 @@ def test_a_move_that_is_killed_is_completed_by_the_next(
 ):
     count, target = 400, own_redis()
     with embedded() as store:
-        for number in range(count):
-            store.save(T + number, service.to_json(with_beats(DONE, timestamp=T + number)), draft(session=T + number))
+        for timestamp in range(T, T + count):
+            document = service.to_json(with_beats(DONE, timestamp=timestamp))
+            store.save(timestamp, service.Change(document, draft=draft(session=timestamp)))
     command = [sys.executable, str(module_copy), "move", "--to", target.url]
     for share in (1, count // 3, count // 2):
         process = subprocess.Popen(command, env=clean_environment, stdout=subprocess.DEVNULL)
@@ -13738,7 +13742,7 @@ def test_a_backup_replaces_nothing_but_a_backup(run_module, filled, module_copy,
 
 def test_a_backup_does_not_replace_the_store_of_a_service_that_runs(run_module, filled, tmp_path):
     with contextlib.closing(service.SqliteStore(tmp_path / "other.sqlite3")) as other:
-        other.save(T + 5, b"{}", None)
+        other.save(T + 5, service.Change(b"{}"))
         done = run_module("backup", str(tmp_path / "other.sqlite3"))
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert sessions_in(tmp_path / "other.sqlite3") == [T + 5]
@@ -13770,7 +13774,7 @@ def test_a_restore_keeps_what_was_there_with_what_it_had_not_yet_written_into_it
     assert run_module("backup", "b").returncode == 0
     data = module_copy.parent / "data"
     with embedded() as store:
-        store.save(T + 2, b"{}", None)
+        store.save(T + 2, service.Change(b"{}"))
         left = {data / name: (data / name).read_bytes() for name in service.STORE_FILES[:2]}
     for path, content in left.items():  # as a killed service leaves them
         path.write_bytes(content)
@@ -13803,7 +13807,7 @@ def test_a_restore_that_is_killed_leaves_the_store_before_or_the_restored_one(
     assert run_module("backup", str(tmp_path / "b")).returncode == 0
     data, killed = module_copy.parent / "data", tmp_path / "killed"
     with embedded() as store:
-        store.save(T + 2, b"{}", None)
+        store.save(T + 2, service.Change(b"{}"))
         shutil.copytree(data, killed, ignore=shutil.ignore_patterns("*-shm"))  # as a killed service leaves it
     for steps in range(20):
         shutil.rmtree(data)
@@ -13820,7 +13824,7 @@ def test_a_restore_that_is_killed_leaves_the_store_before_or_the_restored_one(
 
 def test_a_copy_of_three_files_is_restored_with_all(run_module, embedded, module_copy, tmp_path):
     with embedded() as store:
-        store.save(T, b"{}", None)
+        store.save(T, service.Change(b"{}"))
         for name in service.STORE_FILES[:2]:
             shutil.copy(module_copy.parent / "data" / name, tmp_path / name.replace("storyteller", "copy"))
     assert run_module("restore", "copy.sqlite3").returncode == 0
