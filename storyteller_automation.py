@@ -3230,7 +3230,7 @@ def newest_of_each(found: Iterable[Notification]) -> list[bytes]:
 class Notifications:
     """The pending notifications of a store."""
 
-    SMALLEST_SNAPSHOT = 100  # members: as many as a check returns by default
+    SMALLEST_SNAPSHOT, LARGEST_SNAPSHOT = 100, 1000  # members: as many as a check returns by default, and at most
     CACHED, LARGEST = 2000, 2048  # members, and bytes of one: 4 MB at most, and as much again of JSON
     REPORTED = 1000  # invalid members that are logged
 
@@ -3256,7 +3256,7 @@ class Notifications:
 
     def check_many(self, queries: Sequence[tuple[Sequence[str], int]]) -> list[list[Notification] | None]:
         """The same for several (types, limit), all from one snapshot. None for a query that has to read further."""
-        count = max(self.SMALLEST_SNAPSHOT, *(limit for _, limit in queries))
+        count = max(self.SMALLEST_SNAPSHOT, *(min(limit, self.LARGEST_SNAPSHOT) for _, limit in queries))
         last, found, ids = self._last
         pending, is_marked = self._store.snapshot(count, ids)
         if pending != last or is_marked:
@@ -5590,17 +5590,14 @@ def answer_checks(services: Services, questions: list[Check]) -> list[Outcome]:
         shown = newest_of_each(found)[: question[1]] if question[2] else [one.text for one in found]
         return Response(b'{"notifications":[%b]}' % b",".join(shown))
 
-    def read_on(question: Check) -> Response:
-        return respond(question, services.notifications.check(question[0], LARGEST if question[2] else question[1]))
+    def read_on(question: Check, query: tuple[Sequence[str], int]) -> Response:
+        return respond(question, services.notifications.check(*query))
 
-    # What is batched needs all of them: one more than any limit, of which the snapshot has at most as many.
-    asked = [(types, 1000 if is_batched else limit) for types, limit, is_batched in questions]
-    answers = zip(questions, asked, services.notifications.check_many(asked))
+    queries = [(types, LARGEST if is_batched else limit) for types, limit, is_batched in questions]
+    answers = zip(questions, queries, services.notifications.check_many(queries))
     return [
-        services.submit(read_on, question)
-        if shown is None or (question[2] and len(shown) == most)
-        else respond(question, shown)
-        for question, (_, most), shown in answers
+        services.submit(read_on, question, query) if found is None else respond(question, found)
+        for question, query, found in answers
     ]
 
 
@@ -5633,9 +5630,8 @@ def announce_progress(services: Services, asked: StoredSession) -> Outcome:
         return NotFound("Session not found")
     facts = services.sessions.facts_of(stored)
     if is_announcement_due(stored, facts):
-        draft = due_notification(stored.timestamp, read_session(stored.document))
         try:
-            if draft:
+            if draft := due_notification(stored.timestamp, read_session(stored.document)):
                 services.store.announce(stored.timestamp, draft)
                 services.live.look_soon()
         except Unavailable as error:
@@ -5649,7 +5645,7 @@ def last_update(stored: StoredSession, facts: Facts) -> str:
 
 
 def progress_response(stored: StoredSession, facts: Facts) -> Outcome:
-    found = facts.fault or facts.progress
+    found = facts.progress
     if not isinstance(found, Progress):
         return ApiError(f"Session {stored.timestamp} is not a session: {found}.")
     shown = {"promptsReady": found.ready, "sessionTimestamp": stored.timestamp, "totalBeats": found.total_beats}
