@@ -2226,22 +2226,22 @@ class RedisStore(Store):
         """Store a row of SqliteStore.rows() until its end. False when it is there, or was taken before."""
         life, commands = ("PX", max(1, row["end"] - self._clock())), list[_Command]()
         if table == "session":
-            *keys, meta = self._session_keys(row["timestamp"])
+            (*keys, meta), value = self._session_keys(row["timestamp"]), row["document"]
             # As StoryArt's: so the bridge makes StoryArt's copy, and a later one of StorySwarm's leaves its words.
             announced = ("announced", row["announced"]) if row["announced"] else ()
             about = ("saved", row["saved"], "byStoryArt", 1, *announced)
             commands = [("ZADD", self.INDEXES[0], row["timestamp"], keys[0]), ("DEL", meta), ("HSET", meta, *about)]
-            commands += [("PEXPIRE", meta, life[1]), ("SET", keys[0], row["document"], *life)]
+            commands.append(("PEXPIRE", meta, life[1]))
         elif table == "pending":
-            keys, member = [f"storyteller:made:{row['made']}"], row["member"]
+            keys, value = [f"storyteller:made:{row['made']}"], row["member"]
             with contextlib.suppress(ValueError, TypeError, KeyError):  # it is no notification
-                keys.append(self.MARK + str(parse_json(member)["id"]))
-            commands = [("ZADD", self.PENDING, row["time"], member), ("SET", keys[0], member, *life)]
+                keys.append(self.MARK + str(parse_json(value)["id"]))
+            commands = [("ZADD", self.PENDING, row["time"], value)]
+        elif table == "token":
+            keys, value = [self.TOKEN + row["digest"]], row["record"]
         else:
-            name, value = (
-                (self.TOKEN + row["digest"], row["record"]) if table == "token" else (self.MARK + row["id"], "1")
-            )
-            keys, commands = [name], [("SET", name, value, *life)]
+            keys, value = [self.MARK + row["id"]], "1"
+        commands.append(("SET", keys[0], value, *life))
         words = [word for command in commands for word in (len(command), *command)]
         return bool(self._run(_LUA_TAKE, [self.TAKEN, *keys], *words))
 
@@ -2950,10 +2950,10 @@ def to_storyart(document: dict[str, Any], timestamp: int, own: Callable[[], Mapp
     for beat in beats:
         prompts = dict(beat["prompts"] or {})
         for shape in SHAPES:
-            if shape in prompts and not prompt_text(prompts[shape]):
-                del prompts[shape]
-            elif isinstance(prompts.get(shape), str):
+            if prompt_text(prompts.get(shape)):
                 prompts[shape] = _laid_over(prompts[shape], known.get(id(beat), {}).get(shape))
+            else:
+                prompts.pop(shape, None)
         changed |= prompts != beat["prompts"] or not prompts
         beat["prompts"] = prompts
         if not prompts:
@@ -2962,9 +2962,8 @@ def to_storyart(document: dict[str, Any], timestamp: int, own: Callable[[], Mapp
 
 
 def _laid_over(prompt: Any, own: Any) -> Any:
-    if not isinstance(prompt, str):
-        return prompt
-    return {**(own if isinstance(own, dict) else {}), "prompt": prompt}
+    """A prompt that is a string as an object, with what else StoryArt's `own` one has."""
+    return {**(own if isinstance(own, dict) else {}), "prompt": prompt} if isinstance(prompt, str) else prompt
 
 
 def _take_over(document: dict[str, Any], other: Mapping[str, Any], *, wins: bool, fields: bool) -> None:
