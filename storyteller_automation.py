@@ -1397,6 +1397,7 @@ class Copies:
     storyart: bytes | None
     marks: tuple[str, str] = ("", "")  # of these two when they were last in step; "" before that
     by_storyart: bool = False  # whether StoryArt has written this session
+    latest: bytes | None = None  # a second copy of StorySwarm's, where that was changed, too
 
     @functools.cached_property
     def found(self) -> tuple[str, str]:
@@ -2276,10 +2277,10 @@ class BridgedStore(RedisStore):
 
     def bring_in_step(
         self, timestamp: int, decide: Callable[[Copies], Change | None], latest: bytes | None = None, *,
-        replaces: bool = True,
+        merges: bool = False,
     ) -> Copies:  # fmt: skip
         """Write what decide() makes of both copies, in one atomic step while no other program writes them: the copies
-        that it got. `latest`: a changed session:latest; it stands for StorySwarm's if it `replaces` that. What is
+        that it got. `latest`: a changed session:latest, in place of StorySwarm's unless it `merges` with that. What is
         written lives as long as what it is made from (7 days where that has no end), and never shorter than before.
         Raises ValueError of decide, and for a copy that is no text."""
         keys = self._session_keys(timestamp)
@@ -2301,8 +2302,8 @@ class BridgedStore(RedisStore):
             if of_latest and (of_latest[0] != latest or of_latest[2] == mark_of(latest).encode()):
                 return []  # somebody else wrote it, or carried it over
             marks = [(one or b"").decode("utf-8", "replace") for one in noted]
-            given = latest if latest is not None and replaces else document
-            copies = Copies(timestamp, given, storyart, (marks[0], marks[1]), marks[2] == "1")
+            given, second = (document, latest) if merges or latest is None else (latest, None)
+            copies = Copies(timestamp, given, storyart, (marks[0], marks[1]), marks[2] == "1", second)
             try:
                 change = decide(copies)
             except RecursionError:  # it was read, and cannot be written
@@ -2990,11 +2991,11 @@ def _fill(document: dict[str, Any], other: Mapping[str, Any]) -> None:
             document[name] = value
 
 
-def decide(copies: Copies, latest: bytes | None = None) -> Change | None:
+def decide(copies: Copies) -> Change | None:
     """What brings the copies in step; None when they are. StorySwarm may have read a session before its user edited it:
-    so once StoryArt has written it, StoryArt's words, beats and order stay. They stay also where `latest` is a second
-    copy of StorySwarm's. Raises ValueError when one of them is no session: then both are left as they are."""
-    timestamp, swarm, art = copies.timestamp, copies.storyswarm, copies.storyart
+    so once StoryArt has written it, StoryArt's words, beats and order stay. They stay also where there is a second copy
+    of StorySwarm's. Raises ValueError when one of them is no session: then both are left as they are."""
+    timestamp, swarm, art, latest = copies.timestamp, copies.storyswarm, copies.storyart, copies.latest
     swarm_changed, art_changed = copies.is_changed(0) or latest not in (None, swarm), copies.is_changed(1)
     by_storyart = copies.by_storyart or art_changed
     if not swarm_changed and not art_changed:  # one may be gone: it stays gone until the other is written anew
@@ -3091,8 +3092,7 @@ class Bridge:
 
     def _bring_in_step(self, timestamp: int, latest: bytes | None = None, *, merges: bool = False) -> Copies | None:
         try:
-            made = functools.partial(decide, latest=latest if merges else None)
-            return self._store.bring_in_step(timestamp, made, latest, replaces=not merges)
+            return self._store.bring_in_step(timestamp, decide, latest, merges=merges)
         except ValueError as fault:
             self._report(f"session {timestamp} is left as it is, since a copy is no session", str(fault))
             return None

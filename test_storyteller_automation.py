@@ -7231,7 +7231,7 @@ def test_copies_that_are_in_step_need_nothing():
 )
 def test_a_latest_beside_a_changed_copy_replaces_neither(now, latest, after):
     """As session:{ts}, which was carried over a moment ago, and session:latest."""
-    change = service.decide(copies_of(now, now), latest=to_bytes(latest))
+    change = service.decide(dataclasses.replace(copies_of(now, now), latest=to_bytes(latest)))
     written = [change.storyswarm, change.storyart]
     assert [json.loads(new or to_bytes(old)) for new, old in zip(written, now)] == list(after)
     assert [new is not None for new in written] == [new != old for new, old in zip(after, now)]
