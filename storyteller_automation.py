@@ -1453,10 +1453,10 @@ class Store(Protocol):
         """End every connection and thread. The store is not used afterwards."""
 
     def session(self, timestamp: int) -> StoredSession | None:
-        return result_of(self.read_sessions([timestamp])[0])
+        return result_of(next(self.read_sessions([timestamp])))
 
-    def read_sessions(self, timestamps: Sequence[int]) -> list[StoredSession | ApiError | None]:
-        """In one round trip. None where there is none."""
+    def read_sessions(self, timestamps: Sequence[int]) -> Iterator[StoredSession | ApiError | None]:
+        """None where there is none. At most 8 of their documents are in memory at once."""
 
     def sessions(self) -> Iterator[StoredSession]:
         """All of them, newest first, each read when the caller asks for it."""
@@ -1480,8 +1480,8 @@ class Store(Protocol):
     def remove_session(self, timestamp: int) -> bool:
         """Remove a session, its copies and what was noted of it; its notifications stay. False when there was none."""
 
-    def announce(self, session: int, draft: Draft) -> bool:
-        """Note the draft's type at the session and add its notification, unless that type was noted last (False)."""
+    def announce(self, draft: Draft) -> bool:
+        """Note the draft's type at its session and add its notification, unless that type was noted last (False)."""
 
     def add(self, drafts: Sequence[Draft]) -> list[tuple[bytes, int, bool] | ApiError]:
         """Add each: (member, time, True); or the pending one that was made here for its type and session, and False."""
@@ -2016,14 +2016,15 @@ class RedisStore(Store):
         replies = iter(self._redis.exchange(commands))
         return [list(parts) for parts in zip(timestamps, replies, replies, replies)]
 
-    def read_sessions(self, timestamps: Sequence[int]) -> list[StoredSession | ApiError | None]:
+    def read_sessions(self, timestamps: Sequence[int]) -> Iterator[StoredSession | ApiError | None]:
         """StorySwarm's copies, or StoryArt's where there is no other."""
-        found = self._read_parts(timestamps, "GET")
-        if lone := [parts for parts in found if parts[2] is None and parts[3] != 0]:
-            reads = [("GET", self._session_keys(parts[0])[1]) for parts in lone]
-            for parts, document in zip(lone, self._redis.exchange(reads)):
-                parts[2:] = document, None
-        return [self._read_session(*parts) for parts in found]
+        for at in range(0, len(timestamps), 8):
+            found = self._read_parts(timestamps[at : at + 8], "GET")
+            if lone := [parts for parts in found if parts[2] is None and parts[3] != 0]:
+                reads = [("GET", self._session_keys(parts[0])[1]) for parts in lone]
+                for parts, document in zip(lone, self._redis.exchange(reads)):
+                    parts[2:] = document, None
+            yield from itertools.starmap(self._read_session, found)
 
     def _read_session(self, timestamp: int, meta: Any, document: Any, size: Any) -> StoredSession | ApiError | None:
         if is_of_another_type(document):
@@ -2136,8 +2137,8 @@ class RedisStore(Store):
     def remove_session(self, timestamp: int) -> bool:
         return bool(self._run(_LUA_REMOVE, self._keys_of(timestamp), timestamp))
 
-    def announce(self, session: int, draft: Draft) -> bool:
-        (outcome,) = self._change([draft], self._session_keys(session))
+    def announce(self, draft: Draft) -> bool:
+        (outcome,) = self._change([draft], self._session_keys(draft.session))
         return bool(result_of(outcome)[0] != b"known")
 
     def add(self, drafts: Sequence[Draft]) -> list[tuple[bytes, int, bool] | ApiError]:
@@ -2337,7 +2338,7 @@ class BridgedStore(RedisStore):
             ahead, state, *_ = replies[-1]
             warn_of_clock(ahead, self._clock(), self.place)
             if draft and state == b"late":
-                self.announce(timestamp, draft)
+                self.announce(draft)
         return copies
 
     def renew_latest(self, newest: int) -> None:
@@ -2570,9 +2571,10 @@ class SqliteStore(Store):
 
     _SESSION = "SELECT timestamp, document, saved, announced FROM session WHERE expires > ?"
 
-    def read_sessions(self, timestamps: Sequence[int]) -> list[StoredSession | ApiError | None]:
-        found = [self._read(f"{self._SESSION} AND timestamp = ?", self._clock(), one) for one in timestamps]
-        return [StoredSession(*rows[0]) if rows else None for rows in found]
+    def read_sessions(self, timestamps: Sequence[int]) -> Iterator[StoredSession | ApiError | None]:
+        for one in timestamps:
+            rows = self._read(f"{self._SESSION} AND timestamp = ?", self._clock(), one)
+            yield StoredSession(*rows[0]) if rows else None
 
     def sessions(self) -> Iterator[StoredSession]:
         newest_below = f"{self._SESSION} AND timestamp < ? ORDER BY timestamp DESC LIMIT 1"
@@ -2598,7 +2600,7 @@ class SqliteStore(Store):
             row = (timestamp, change.storyswarm, next_time(kept, now), now + TTL_MS, replace)
             is_saved = self._writer.execute(self._SAVE, row).rowcount > 0
             if is_saved and change.draft:
-                self._announce(timestamp, change.draft)
+                self._announce(change.draft)
             return is_saved
 
         return self._write(save)
@@ -2607,12 +2609,12 @@ class SqliteStore(Store):
         remove = "DELETE FROM session WHERE timestamp = ?"
         return self._write(lambda: self._writer.execute(remove, (timestamp,)).rowcount > 0)
 
-    def announce(self, session: int, draft: Draft) -> bool:
-        return self._write(lambda: self._announce(session, draft))
+    def announce(self, draft: Draft) -> bool:
+        return self._write(lambda: self._announce(draft))
 
-    def _announce(self, session: int, draft: Draft) -> bool:
+    def _announce(self, draft: Draft) -> bool:
         note = "UPDATE session SET announced = ?1 WHERE timestamp = ?2 AND announced IS NOT ?1"
-        if is_new := self._writer.execute(note, (draft.type, session)).rowcount > 0:
+        if is_new := self._writer.execute(note, (draft.type, draft.session)).rowcount > 0:
             self._add(draft)
         return is_new
 
@@ -3463,11 +3465,10 @@ class ChangedSessions:
         newest = dict(self._store.newest_sessions(self._count))
         self.versions = {one: version for one, version in self.versions.items() if one in newest}
         changed = [one for one, version in newest.items() if self.versions.get(one) != version or one in again]
-        for at in range(0, len(changed), 8):  # so few documents are in memory at once
-            for timestamp, outcome in zip(changed[at:], self._store.read_sessions(changed[at : at + 8])):
-                if stored := result_of(outcome):
-                    yield stored
-                self.versions[timestamp] = newest[timestamp]
+        for timestamp, outcome in zip(changed, self._store.read_sessions(changed)):
+            if stored := result_of(outcome):
+                yield stored
+            self.versions[timestamp] = newest[timestamp]
 
 
 # ======================================================================================================
@@ -5613,8 +5614,7 @@ def answer_progress(services: Services, timestamps: list[int]) -> list[Outcome]:
         return progress_response(stored, facts)
 
     services.carry_latest()
-    parts = (timestamps[at : at + 8] for at in range(0, len(timestamps), 8))  # so few documents are in memory at once
-    return [respond(stored) for part in parts for stored in services.store.read_sessions(part)]
+    return list(map(respond, services.store.read_sessions(timestamps)))
 
 
 def is_announcement_due(stored: StoredSession, facts: Facts) -> bool:
@@ -5631,7 +5631,7 @@ def announce_progress(services: Services, asked: StoredSession) -> Outcome:
     if is_announcement_due(stored, facts):
         try:
             if draft := due_notification(stored.timestamp, read_session(stored.document)):
-                services.store.announce(stored.timestamp, draft)
+                services.store.announce(draft)
                 services.live.look_soon()
         except Unavailable as error:
             log.warning("notifications: session %d announces its prompts at a later poll: %s", stored.timestamp, error)

@@ -1667,7 +1667,7 @@ def test_a_save_announces_only_a_step_that_differs_from_the_last(store, steps, a
 
 def test_a_step_is_announced_once_by_two_instances_at_the_same_moment(store, twin):
     store.save(T, service.Change(b"{}", draft=draft(BEATS)))
-    announcing = [lambda one=one: one.announce(T, draft()) for one in (store, twin) * 4]
+    announcing = [lambda one=one: one.announce(draft()) for one in (store, twin) * 4]
     assert at_once(*announcing).count(True) == 1
     assert [one["type"] for one in members_of(store)] == [BEATS, PROMPTS]
 
@@ -1677,7 +1677,7 @@ def test_a_step_is_announced_though_one_of_its_kind_ended_unacknowledged(store, 
     clock.now += 1
     store.save(T, service.Change(b"{}", draft=draft(BEATS)))
     clock.now += WEEK - 1
-    assert store.announce(T, draft()) is True
+    assert store.announce(draft()) is True
     assert [one["type"] for one in members_of(store)] == [BEATS, PROMPTS]
 
 
@@ -1792,7 +1792,7 @@ def test_what_was_announced_is_kept_as_long_as_a_session_that_another_program_wr
     redis_store, other_program, key, end
 ):
     other_program.set(f"{key}:{T}", "{}", px=end)
-    redis_store.announce(T, draft())
+    redis_store.announce(draft())
     kept = [other_program.pttl(own) for own in other_program.keys("storyteller:session:*")]
     assert kept == [-1] if end is None else 900_000 < kept[0] <= end
     found = redis_store.session(T)
@@ -1829,7 +1829,7 @@ def test_a_session_that_may_not_be_read_hides_no_other(own_redis):
         for number in range(3):
             store.save(T + number, service.Change(b"{}"))
         own.tell("ACL", "SETUSER", "default", "resetkeys", f"~*:{T}", f"~*:{T + 2}")
-        found = store.read_sessions([T, T + 1, T + 2])
+        found = list(store.read_sessions([T, T + 1, T + 2]))
         assert [type(one) for one in found] == [service.StoredSession, service.Unavailable, service.StoredSession]
         with pytest.raises(service.Unavailable, match="NOPERM"):
             store.session(T + 1)
@@ -1966,11 +1966,11 @@ def test_no_script_formats_a_number_or_has_a_pattern_that_looks_like_it():
 VERBS = {
     "ping": lambda store: store.ping(),
     "session": lambda store: store.session(T),
-    "read_sessions": lambda store: store.read_sessions([T]),
+    "read_sessions": lambda store: list(store.read_sessions([T])),
     "sessions": lambda store: list(store.sessions()),
     "newest_copy": lambda store: store.newest_copy(),
     "save": lambda store: store.save(T, service.Change(b"a secret document", draft=draft())),
-    "announce": lambda store: store.announce(T, draft()),
+    "announce": lambda store: store.announce(draft()),
     "add": lambda store: add(store, draft()),
     "pending": lambda store: list(store.pending(100)),
     "snapshot": lambda store: store.snapshot(100, ["an-id"]),
