@@ -1957,12 +1957,10 @@ class RedisStore(Store):
     """Redis 5 or later. Our own keys begin with `storyteller:`; the others are those that were agreed on."""
 
     name = "redis"
-    PENDING, MARK, LATEST = "notifications:pending", "notifications:ack:", "session:latest"
     INDEXES = ("storyteller:sessions", "storyart:sessions:index")
+    LATEST, META_OF_LATEST = "session:latest", "storyteller:session:latest"
+    PENDING, MARK, TOKEN = "notifications:pending", "notifications:ack:", "auth:session:"
     NEWEST = "storyteller:newest"  # the newest time that a notification was given
-    TOKEN = "auth:session:"
-
-    META_OF_LATEST = "storyteller:session:latest"
 
     has_both_copies = False  # BridgedStore has StoryArt's copy as well
     unreadable_latest = 0  # the length of a session:latest that is no session: a save replaces it
@@ -2083,14 +2081,10 @@ class RedisStore(Store):
 
     def _write(self, *commands: _Command) -> Any:
         """The reply to the last of the commands; it raises the first error."""
-        return list(map(result_of, self._write_each(commands)))[-1]
-
-    def _write_each(self, commands: Sequence[_Command]) -> list[Any]:
-        """The replies to commands that write, Unavailable in place of an error."""
-        return self._noted(self._redis.exchange(commands))
+        return list(map(result_of, self._noted(self._redis.exchange(commands))))[-1]
 
     def _noted(self, outcomes: list[Any]) -> list[Any]:
-        """Note it where writes are refused. A key of another type is the fault of that key alone."""
+        """Note it where one of these writes was refused. A key of another type is the fault of that key alone."""
         for outcome in outcomes:
             if isinstance(outcome, ApiError) and outcome.refusal and not is_of_another_type(outcome):
                 self.writes.note(outcome.refusal)
@@ -2106,7 +2100,7 @@ class RedisStore(Store):
         """Run _LUA_CHANGE for each draft, with a time past the newest one so far; the outcome of each."""
         first = next_time(self._newest_given, self._clock())
         commands = [self._change_command(draft, at, keys, *further) for at, draft in enumerate(drafts, first)]
-        outcomes = self._write_each(commands)
+        outcomes = self._noted(self._redis.exchange(commands))
         ahead = max(0 if isinstance(outcome, ApiError) else outcome.pop(0) for outcome in outcomes)
         warn_of_clock(ahead, self._clock(), self.place)
         states = [None if isinstance(outcome, ApiError) else outcome[0] for outcome in outcomes]
@@ -2198,7 +2192,7 @@ class RedisStore(Store):
             evaluation(_LUA_ACKNOWLEDGE, (self.PENDING, self.MARK + id), oldest, *own_member(id), *members)
             for id, members in ids.items()
         ]
-        return map_results(bool, self._write_each(commands))
+        return map_results(bool, self._noted(self._redis.exchange(commands)))
 
     def keep_token(self, digest: str, record: bytes, ttl: int, *, renews: bool = False) -> bool:
         command = ("SET", self.TOKEN + digest, record, "PX", ttl, *(("XX",) if renews else ()))
