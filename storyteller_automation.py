@@ -2108,10 +2108,9 @@ class RedisStore(Store):
         self._newest_given = max([first - 1, *given])
         if b"added" in states:
             self.writes.note()
-        late = [number for number, state in enumerate(states) if state == b"late"]
-        if late:  # another instance was faster
-            for number, outcome in zip(late, self._change([drafts[number] for number in late], keys, *further)):
-                outcomes[number] = outcome
+        if late := [draft for draft, state in zip(drafts, states) if state == b"late"]:  # another instance was faster
+            again = iter(self._change(late, keys, *further))
+            outcomes = [next(again) if state == b"late" else outcome for outcome, state in zip(outcomes, states)]
         return outcomes
 
     def save(self, timestamp: int, change: Change, *, replace: bool = True) -> bool:
@@ -5655,18 +5654,15 @@ def answer_creations(services: Services, drafts: list[Draft]) -> Sequence[Outcom
 def answer_acknowledgements(services: Services, ids: list[str]) -> list[Outcome]:
     """The same. The search for an id that was not made here runs in the pool."""
 
-    def respond(id: str, done: bool | ApiError) -> Outcome:
-        if isinstance(done, ApiError):
-            return done
-        if done:
-            services.live.note(id)
-        return json_response({"success": True, "notificationId": id}) if done else services.submit(search, id)
-
     def search(id: str) -> Outcome:
-        found = services.notifications.acknowledge([id])
-        return respond(id, True) if found else NotFound("Notification not found")
+        return end(id) if services.notifications.acknowledge([id]) else NotFound("Notification not found")
 
-    return list(map(respond, ids, services.notifications.acknowledge_own(ids)))
+    def end(id: str) -> Response:
+        services.live.note(id)
+        return json_response({"success": True, "notificationId": id})
+
+    found = services.notifications.acknowledge_own(ids)
+    return [end(id) if done is True else done or services.submit(search, id) for id, done in zip(ids, found)]
 
 
 # ======================================================================================================
