@@ -1445,6 +1445,8 @@ class Store(Protocol):
 
     def ping(self) -> None:
         """Read something. Raises Unavailable also while writes are refused."""
+        self.token("")
+        self.writes.check()
 
     def try_write(self) -> None:
         """Write as a save does, and leave nothing; `writes` has the outcome, too."""
@@ -1622,7 +1624,6 @@ class RedisClient:
     CONNECT_TIMEOUT, ANSWER_TIMEOUT = 0.6, 1.15
     CHECK_INTERVAL = 10  # an idle connection is checked before its next use; one that a poll uses every 5 s is not
     PROBE_INTERVAL = 1.0  # between two probes while the circuit is open
-    PROBE = ("EXISTS", "storyteller:newest")  # it reads: Redis refuses PING where it refuses writes alone
 
     def __init__(self, url: str) -> None:
         given = redis.connection.parse_url(url)
@@ -1745,8 +1746,8 @@ class RedisClient:
     def _probe(self) -> float:
         with contextlib.suppress(Exception):  # whatever it is, the next probe may succeed
             if self._fault:
-                # An error reply is an answer: each call gets its own.
-                self._call_now(lambda connection: self._send(connection, [self.PROBE]))
+                # An error reply is an answer: each call gets its own. Redis refuses PING where it refuses writes alone.
+                self._call_now(lambda connection: self._send(connection, [("EXISTS", "storyteller:newest")]))
                 self._fault = None
                 log.warning("store: Redis at %s answers again", self.place)
         return self.PROBE_INTERVAL
@@ -1982,10 +1983,6 @@ class RedisStore(Store):
 
     def _pack_are_marked(self, ids: tuple[str, ...]) -> bytes:
         return b"".join(redis.Connection().pack_command("EXISTS", *[self.MARK + id for id in ids]))
-
-    def ping(self) -> None:
-        self._redis.ask(RedisClient.PROBE)
-        self.writes.check()
 
     def try_write(self) -> None:
         self._run(_LUA_TRY, ["storyteller:incoming:try", *self._session_keys("try"), self.PENDING, *self.INDEXES])
@@ -2543,8 +2540,7 @@ class SqliteStore(Store):
     def ping(self) -> None:
         if self._damaged:
             raise Unavailable(f"The store {self.place} is damaged: stop the service, and move the file away.", 60)
-        self._read("SELECT time FROM newest")
-        self.writes.check()
+        super().ping()
 
     def try_write(self) -> None:
         row = "INSERT OR REPLACE INTO session (timestamp, document, saved, expires) VALUES (-1, zeroblob(900000), 0, 0)"
