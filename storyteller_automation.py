@@ -6262,17 +6262,18 @@ class SessionChanges:
         self._late: set[int] = set()  # that announce their prompts once the store takes writes
         self._found: dict[int, tuple[str, bool, dict[str, Any]]] = {}  # mark, whether it announced its prompts, data
         self._told: dict[int, tuple[str, dict[str, Any]]] = {}  # mark, data
-        self._oldest = 0  # before the last look
 
     def look(self) -> None:
         """Read what was changed, and announce what is complete, as prompts-status does. Raises Unavailable."""
         services, before = self._services, self._changed.versions
         services.carry_latest()
-        self._oldest = min(before) if len(before) >= self.NEWEST else 0
+        oldest = min(before) if len(before) >= self.NEWEST else 0
         for asked in self._changed.look(() if services.store.writes.refusal else self._late):
             if stored := services.in_step(asked):
                 with contextlib.suppress(OverflowError):  # a time past the year 9999
                     self._read(stored)
+            if asked.timestamp < oldest and asked.timestamp in self._found:  # it is no news: a newer one is gone
+                self._told.setdefault(asked.timestamp, self._data(asked.timestamp))
         newest = self._changed.versions.keys()
         self._late &= newest
         lowest = min(newest) if len(newest) >= self.NEWEST else 0  # older ones are not looked at any more
@@ -6307,13 +6308,16 @@ class SessionChanges:
         }
         self._found[timestamp] = stored.mark, stored.announced == "prompts_ready", shown
 
+    def _data(self, timestamp: int) -> tuple[str, dict[str, Any]]:
+        mark, is_announced, shown = self._found[timestamp]
+        is_over = is_announced and shown["step"] == "ready" and not self._unread.get(timestamp)
+        return mark, {**shown, "step": "acknowledged"} if is_over else shown
+
     def tell(self) -> None:
         """After a look at what is pending: a session that has announced its prompts then has them there, or had."""
-        for timestamp, (mark, is_announced, shown) in sorted(self._found.items()):
-            is_over = is_announced and shown["step"] == "ready" and not self._unread.get(timestamp)
-            data = mark, {**shown, "step": "acknowledged"} if is_over else shown
-            before, self._told[timestamp] = self._told.get(timestamp), data
-            if data != before and (before or timestamp >= self._oldest):  # else it is no news: a newer one is gone
+        for timestamp in sorted(self._found):
+            if (data := self._data(timestamp)) != self._told.get(timestamp):
+                self._told[timestamp] = data
                 self._tell("session", data[1])
 
     def shown(self) -> list[dict[str, Any]]:
