@@ -840,24 +840,28 @@ if sys.platform == "win32":
 
 
 def _start(command: Sequence[str] | str, *, outlives: bool, **options: Any) -> tuple[subprocess.Popen[bytes], int]:
-    """Start a program without input, in a group of its own, on Windows in a job: that. Raises OSError, ValueError."""
-    options["stdin"], job = subprocess.DEVNULL, 0
+    """Start a program without input, in a process group of its own, on Windows in a job. The program and the handle of
+    the job, 0 elsewhere. Raises OSError or ValueError."""
+    options["stdin"] = subprocess.DEVNULL
     if sys.platform == "win32":
-        # With a console of its own, which is invisible: Ctrl+C in ours, and its closing, must not reach it. Suspended
-        # until it is in the job: what it starts then is in it too.
-        flags = subprocess.CREATE_NO_WINDOW | 0x4
-        try:  # the task scheduler, for one, runs us in a job that may end with us: out of it, where that is allowed
-            leaves = subprocess.CREATE_BREAKAWAY_FROM_JOB if outlives else 0
-            child = subprocess.Popen(command, creationflags=flags | leaves, **options)
-        except PermissionError:
-            child = subprocess.Popen(command, creationflags=flags, **options)
-        job = _make_job(0 if outlives else 0x2000)
-        with _open_process(child.pid, 0x0901) as process:  # SUSPEND_RESUME, SET_QUOTA, TERMINATE
-            _win32("kernel32.AssignProcessToJobObject", "NPP", job, process)
-            _win32("ntdll.NtResumeProcess", "NP", process)
-    else:
-        child = subprocess.Popen(command, start_new_session=True, **options)
-    return child, job
+        with contextlib.ExitStack() as undoing:
+            job = _make_job(0 if outlives else 0x2000)
+            undoing.callback(_win32, "kernel32.CloseHandle", "NP", job)
+            # With a console of its own, which is invisible: Ctrl+C in ours, and its closing, must not reach it.
+            # Suspended until it is in the job: what it starts then is in it too.
+            flags = subprocess.CREATE_NO_WINDOW | 0x4
+            try:  # the task scheduler, for one, runs us in a job that may end with us: out of it, if that is allowed
+                leaves = subprocess.CREATE_BREAKAWAY_FROM_JOB if outlives else 0
+                child = subprocess.Popen(command, creationflags=flags | leaves, **options)
+            except PermissionError:
+                child = subprocess.Popen(command, creationflags=flags, **options)
+            undoing.callback(child.kill)
+            with _open_process(child.pid, 0x0901) as process:  # SUSPEND_RESUME, SET_QUOTA, TERMINATE
+                _win32("kernel32.AssignProcessToJobObject", "NPP", job, process)
+                _win32("ntdll.NtResumeProcess", "NP", process)
+            undoing.pop_all()
+            return child, job
+    return subprocess.Popen(command, start_new_session=True, **options), 0
 
 
 def has_crashed(code: int) -> bool:
@@ -1260,7 +1264,8 @@ class Loop:
         self.start, self.wake = self._thread.start, self._woken.set
 
     def ask(self, question: Any, *, cancellable: bool = True) -> Future[Any]:
-        """Raises Unavailable once it is closed."""
+        """A question is not None; one that is not cancellable is answered though its asker left. Raises Unavailable
+        once the loop is closed."""
         future: Future[Any] = Future()
         if not cancellable:
             future.set_running_or_notify_cancel()
@@ -2012,14 +2017,17 @@ class RedisStore(Store):
         return [list(parts) for parts in zip(timestamps, replies, replies, replies)]
 
     def read_sessions(self, timestamps: Sequence[int]) -> Iterator[StoredSession | ApiError | None]:
-        """StorySwarm's copies, or StoryArt's where there is no other."""
         for at in range(0, len(timestamps), 8):
-            found = self._read_parts(timestamps[at : at + 8], "GET")
-            if lone := [parts for parts in found if parts[2] is None and parts[3] != 0]:
-                reads = [("GET", self._session_keys(parts[0])[1]) for parts in lone]
-                for parts, document in zip(lone, self._redis.exchange(reads)):
-                    parts[2:] = document, None
-            yield from itertools.starmap(self._read_session, found)
+            yield from self._read_some(timestamps[at : at + 8])
+
+    def _read_some(self, timestamps: Sequence[int]) -> Iterator[StoredSession | ApiError | None]:
+        """StorySwarm's copies, or StoryArt's where there is no other."""
+        found = self._read_parts(timestamps, "GET")
+        if lone := [parts for parts in found if parts[2] is None and parts[3] != 0]:
+            reads = [("GET", self._session_keys(parts[0])[1]) for parts in lone]
+            for parts, document in zip(lone, self._redis.exchange(reads)):
+                parts[2:] = document, None
+        return itertools.starmap(self._read_session, found)
 
     def _read_session(self, timestamp: int, meta: Any, document: Any, size: Any) -> StoredSession | ApiError | None:
         if is_of_another_type(document):
@@ -3335,7 +3343,8 @@ Tell = Callable[[str, Any], None]  # the type of an event, and its data
 
 
 class PendingChanges:
-    """Knows the pending notifications, and tells of what is new among them and of what ended. One thread looks."""
+    """Knows the pending notifications, and tells of what is new among them and of what ended. One thread looks. Its
+    owner says when what a look finds is no news (`is_new`), and then ignores what is told."""
 
     PAGE = 2000  # members that are read at a time
 
@@ -3543,12 +3552,12 @@ def query_gpus(settings: Settings, running: set[Program]) -> GpuStatus:
     if not program:
         return _failed(f"nvidia-smi not found or GPU not available: {advice}", is_missing=True)
     timeout = settings.nvidia_smi_timeout
-    deadline = time.monotonic() + timeout
     try:
         with (
             bounded_child([program, *GPU_QUERY], running) as gpu,
             bounded_child([program, *PID_QUERY], running) as pids,
         ):
+            deadline = time.monotonic() + timeout
             status = parse_gpus(*read_output(gpu, deadline), system_memory())
             if status.available:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -3701,9 +3710,11 @@ class Reservations:
 
     def ask(self, change: _Change = lambda *_: None, wait: float | None = None) -> Any:
         """A future of what the change stored, else of the reservation that there is. While it stores nothing it is
-        tried again for `wait` seconds, in the order of arrival; so long the future may be cancelled."""
+        tried again for `wait` seconds, in the order of arrival; so long the future may be cancelled. Raises Unavailable
+        where too many wait."""
         now = self._clock()
-        if wait and sum(one.deadline is not None for one in list(self._loop.asked.values())) >= self.WAITING:
+        waiting = sum((one.deadline or now) > now for one in list(self._loop.asked.values()))
+        if wait and waiting >= self.WAITING:
             raise Unavailable(f"{self.WAITING} others wait for the GPU: ask again later.", 5)
         # What does not wait is carried out though its client leaves.
         question = _Question(change, now, None if wait is None else now + wait)
@@ -3716,8 +3727,8 @@ class Reservations:
                 self._look()
             for future, one in sorted(asked, key=lambda one: one[1].deadline is not None):
                 self._answer(future, one)
-        except Unavailable as fault:
-            self._loop.answer(fault, *self._loop.asked)
+        except Unavailable as fault:  # not of those who asked meanwhile
+            self._loop.answer(fault, *(future for future, _ in asked))
         waiting = list(self._loop.asked.values())
         if not (waiting or self._watches):
             return 3600.0
@@ -4953,10 +4964,10 @@ class Alerts:
         self._unsent: collections.deque[Alert] = collections.deque()
         self._tries = 0  # of the first one
         self._is_heard = True
-        self._posts = Loop(self._post, "webhooks")
-        self.loops = [Loop(self.look, "alerts"), self._posts]
-        if settings.heartbeat_url:
-            self.loops.append(Loop(self._beat, "heartbeat"))
+        self._posts, beats = Loop(self._post, "webhooks"), Loop(self._beat, "heartbeat")
+        needed = (True, settings.alert_url, settings.heartbeat_url)
+        # What is not sent when they are closed is dropped.
+        self.loops = list(itertools.compress([Loop(self.look, "alerts"), self._posts, beats], needed))
 
     def shown(self) -> list[dict[str, Any]]:
         """Those that are raised, and the last ones that ended."""
@@ -5657,8 +5668,12 @@ def answer_acknowledgements(services: Services, ids: list[str]) -> list[Outcome]
         services.live.note(id)
         return json_response({"success": True, "notificationId": id})
 
-    found = services.notifications.acknowledge_own(ids)
-    return [end(id) if done is True else done or services.submit(search, id) for id, done in zip(ids, found)]
+    def respond(id: str, done: bool | ApiError) -> Outcome:
+        if isinstance(done, ApiError):
+            return done
+        return end(id) if done else services.submit(search, id)
+
+    return list(map(respond, ids, services.notifications.acknowledge_own(ids)))
 
 
 # ======================================================================================================
@@ -6447,7 +6462,7 @@ class Live:
         self._decide(waiting, ask())  # after it has its place: so nothing that is made meanwhile is missed
         return waiting
 
-    def _enter(self, one: Listener | WaitingCheck) -> Future[Any]:
+    def _enter(self, one: Listener | WaitingCheck) -> Future[Any]:  # called by the event loop alone
         if self.count_listeners(None) + len(self._loop.asked) >= LISTENERS:
             raise Unavailable(f"{LISTENERS} others listen or wait already: ask again later.", 5)
         return self._loop.ask(one)
@@ -7192,13 +7207,13 @@ class Activity:
 
     def is_over(self, now: float, *, owed: bool, moving: bool) -> bool:
         """Idle for too long, or too slow. `owed`: a response is due; `moving`: bytes are expected to come or to go."""
-        idle, is_slow = now - self._last, False
-        if not moving or now - self._counted >= REQUEST_TIMEOUT:
-            is_slow = moving and self._bytes < REQUEST_TIMEOUT * SLOWEST_CLIENT
+        idle, counted, count = now - self._last, now - self._counted, self._bytes
+        if not moving or counted >= REQUEST_TIMEOUT:
             self._counted, self._bytes = now, 0
-        if moving:
-            return is_slow or idle >= REQUEST_TIMEOUT
-        return not owed and idle >= KEEPALIVE_TIMEOUT
+        if not moving:
+            return not owed and idle >= KEEPALIVE_TIMEOUT
+        is_slow = counted >= REQUEST_TIMEOUT and count < REQUEST_TIMEOUT * SLOWEST_CLIENT
+        return is_slow or idle >= REQUEST_TIMEOUT
 
 
 def open_sockets(host: str, port: int) -> list[socket.socket]:

@@ -37,6 +37,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import urllib.parse
 import urllib.request
 import weakref
@@ -2650,6 +2651,17 @@ def parse_count(monkeypatch) -> list[int]:
     return parsed
 
 
+def test_of_many_sessions_few_documents_are_in_memory_at_once(store):
+    for number in range(32):
+        store.save(T + number, service.Change(b"%d" % number + bytes(1_000_000)))
+    tracemalloc.start()
+    try:
+        assert sum(bool(one) for one in store.read_sessions(range(T, T + 32))) == 32
+        assert tracemalloc.get_traced_memory()[1] < 21_000_000  # redis-py has the bytes of 8 as well
+    finally:
+        tracemalloc.stop()
+
+
 def test_equal_documents_are_parsed_once_also_at_the_same_moment(store, monkeypatch):
     sessions, asked, parsed = service.Sessions(store), [], []
     session, find = store.session, service.find_facts
@@ -3418,7 +3430,8 @@ def test_a_caller_that_cancels_withdraws_alone(make_monitor):
 def test_closing_the_monitor_ends_its_run_and_starts_no_other(make_monitor, monkeypatch):
     runs = Runs()
     monitor = make_monitor(runs, 0.0)
-    monkeypatch.setattr(monitor, "end_run", runs.end.release)
+    monkeypatch.setattr(service.Program, "end", lambda program, *, force: program.pid == 5 and runs.end.release())
+    monitor._running.add(service.Program(5, None))
     before = monitor.ask()
     assert runs.began.acquire(timeout=PATIENCE)
     waiting = monitor.ask()
@@ -3638,6 +3651,36 @@ def test_who_did_not_see_a_reservation_trusts_at_most_its_ttl(make_pc, store, tw
     assert other.shown()
     clock.now += 60
     assert other.shown() is None
+
+
+def test_who_asks_is_told_what_another_instance_did_a_moment_ago(make_pc, store, twin):
+    clock = Clock(100.0)
+    ours, other = make_pc(store, clock), make_pc(twin, clock)
+    assert ours.shown() is None
+    other.reserve("b")
+    clock.now += 0.1
+    assert ours.shown()["holder"] == "b"
+
+
+def test_a_fault_of_the_store_is_not_told_to_who_asked_after_it(store, monkeypatch):
+    begun, goes_on, swap = threading.Event(), threading.Event(), store.swap_reservation
+
+    def fail_first(*given: Any) -> Any:
+        if begun.is_set():
+            return swap(*given)
+        begun.set()
+        assert goes_on.wait(PATIENCE)
+        raise service.Unavailable("away")
+
+    monkeypatch.setattr(store, "swap_reservation", fail_first)
+    with contextlib.closing(service.Reservations(store, "pc")) as reservations:
+        first = reservations.ask()
+        assert begun.wait(PATIENCE)
+        second = reservations.ask(taking("b"), 60)
+        goes_on.set()
+        with pytest.raises(service.Unavailable):
+            first.result(PATIENCE)
+        assert second.result(PATIENCE).digest == "b"
 
 
 def test_a_reservation_outlives_a_restart(make_pc, store):
