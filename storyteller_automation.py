@@ -6746,7 +6746,7 @@ dialog p { margin: 8px 0 16px; white-space: pre-line; } dialog form { display: f
 </div></main>
 <dialog aria-labelledby="question" aria-describedby="loss">
   <h2 id="question"></h2><p id="loss"></p>
-  <form method="dialog"><button autofocus>Cancel</button><button id="yes" value="yes"></button></form>
+  <form method="dialog"><button>Cancel</button><button id="yes" value="yes"></button></form>
 </dialog>
 <template id="of-sessions"><li class="session"><div class="top"><h3></h3><span class="muted"></span></div>
   <ol class="steps"><li><span>Saved</span></li><li><span>Beats ready</span></li>

@@ -569,6 +569,7 @@ def test_a_stop_asks_and_after_a_409_again_and_then_by_force(open_page, server):
     browser.press(ENTER)
     until(lambda: browser.names("dialog") == ["Stop SwarmUI?"])
     assert browser.names("button") == ["Cancel", "Stop"]
+    assert browser.focus() == "Cancel"
     assert "2 in work and 3 waiting images are lost" in browser.text()
     browser.press(ESCAPE)
     until(lambda: not browser.names("dialog"))
