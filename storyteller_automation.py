@@ -4964,10 +4964,12 @@ class Alerts:
         self._unsent: collections.deque[Alert] = collections.deque()
         self._tries = 0  # of the first one
         self._is_heard = True
-        self._posts, beats = Loop(self._post, "webhooks"), Loop(self._beat, "heartbeat")
-        needed = (True, settings.alert_url, settings.heartbeat_url)
-        # What is not sent when they are closed is dropped.
-        self.loops = list(itertools.compress([Loop(self.look, "alerts"), self._posts, beats], needed))
+        self._posts = Loop(self._post, "webhooks")  # what is not sent when it is closed is dropped
+        self.loops = [Loop(self.look, "alerts")]
+        if settings.alert_url:
+            self.loops.append(self._posts)
+        if settings.heartbeat_url:
+            self.loops.append(Loop(self._beat, "heartbeat"))
 
     def shown(self) -> list[dict[str, Any]]:
         """Those that are raised, and the last ones that ended."""
