@@ -2,7 +2,7 @@
 
 It reports whether the GPU is free, starts SwarmUI and waits until it answers, passes notifications from one
 program to the other until they are acknowledged, and reports when a session's prompts are complete. One
-process under waitress; sessions and notifications are stored in Redis, or in SQLite when no Redis is set.
+process under waitress; sessions and notifications are stored in Redis, or in SQLite if no Redis is configured.
 
 The sections, each under a banner, each depending only on those above it:
 
@@ -10,30 +10,30 @@ The sections, each under a banner, each depending only on those above it:
     Errors                                  the exceptions that become responses, each with its status
     Values: JSON, times, numbers            strict JSON, ISO 8601, whole numbers
     Platform: files, sockets, the console   what differs between Windows, Linux and macOS
-    Platform: processes                     children that end with a block, and programs that outlive the service
+    Platform: processes                     children bound to a `with` block; programs that outlive the service
     Logs                                    the service's own log, and SwarmUI's
-    Batching and loops                      concurrent questions share one step; a thread that runs until it is closed
+    Batching and loops                      concurrent questions share one batch; threads that run periodically
     Stores: the interface                   what a store can do, and what is atomic
     Redis: connections                      addresses and timeouts, the circuit breaker, what is wrong with a Redis
-    Redis: scripts                          what is one atomic step, in Lua
+    Redis: scripts                          the atomic operations, in Lua
     Stores: Redis                           the interface on Redis
     Stores: Redis with both copies          StoryArt's copy of a session beside StorySwarm's
     SQLite: the file                        its tables, and what may be wrong with it
     Stores: SQLite                          the same on SQLite, in the same order
     Sessions                                pure functions of a document; the cache of their results by SHA-256
-    Bridge                                  the two copies of a session kept in step: who wins, and who looks
-    Notifications                           what one is, which are valid, and those of a store
+    Bridge                                  keeps the two copies of a session in step: whose change wins, who looks
+    Notifications                           their fields and ids, which are valid, and those of a store
     Changes                                 what is new in the store since the last look
     GPU                                     the parser (pure); the monitor (one run at a time, cached)
-    GPU: reservations                       a lease with a fence; who waits for it
-    SwarmUI: the client                     what answers at its URL, whose pages it answers
-    SwarmUI: what was launched              the program, and how it is known again
-    SwarmUI: its states                     what is seen, and which state follows from that; how it is ended
+    GPU: reservations                       a lease with a fencing token, and who waits for it
+    SwarmUI: the client                     probes of its URL, calls of its API, the origin that it allows
+    SwarmUI: what was launched              the program, and how a later run recognizes it
+    SwarmUI: its states                     which state follows from a probe and the process; how it is stopped
     SwarmUI: the supervisor                 one thread launches, probes and ends it
     Authentication                          tokens, permissions, trusted origins, allowed hosts
-    Alerts: what is seen                    of all parts; nvidia-smi runs as often as somebody needs it
-    Alerts: raised and ended                what to alert of, and whom to tell
-    Metrics                                 the same for Prometheus
+    Alerts: what is seen                    a snapshot of all parts; how often nvidia-smi runs
+    Alerts: raised and ended                the conditions, and the webhook
+    Metrics                                 the same snapshot for Prometheus
     HTTP: requests, and what serves them    validation against schemas; the thread pools and the batchers
     HTTP: handlers                          one function per endpoint
     HTTP: handlers of sessions and tokens   the same
@@ -43,9 +43,9 @@ The sections, each under a banner, each depending only on those above it:
     Live: who is told                       the stream of events, and checks that wait
     Page                                    the page as text
     Server: settings and sockets            waitress's settings with their reasons
-    Server: below waitress's documentation  connections and the event loop
+    Server: below waitress's documentation  its undocumented API: connections and the event loop
     Server: how it runs                     until a signal, and through a graceful shutdown
-    Command line: check and status          the data folder; what may be wrong, and what the page shows, in lines
+    Command line: check and status          the data folder; what may be wrong; the page's data as text
     Command line: serve                     a service from its start to its end
     Command line: store, tokens, alerts     one function per command
     Command line: arguments                 the parsers, and the table of commands
@@ -127,7 +127,7 @@ __version__ = "1.0.0"
 TITLE = f"StoryTeller automation {__version__}"
 
 log = logging.getLogger("storyteller")
-log.addHandler(logging.NullHandler())  # silent until start_logging()
+log.addHandler(logging.NullHandler())  # silent until start_console()
 
 # ======================================================================================================
 # Settings
@@ -139,7 +139,7 @@ PAGES = ("http://localhost:3000", "http://localhost:5173", "http://127.0.0.1:300
 
 
 class StartError(Exception):
-    """The service cannot start: one sentence for the person in front of it, exit code 2."""
+    """The service cannot start: the message is one sentence for the console, the exit code is 2."""
 
 
 def _matching(pattern: str, expected: str) -> Callable[[str], str]:
@@ -180,7 +180,7 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
 def _decimal(low: float, unit: str = "seconds") -> Callable[[str], float]:
     def read(text: str) -> float:
         with contextlib.suppress(ValueError):
-            if low <= float(text) <= 86_400:  # finite: a wait of `inf` seconds overflows in the system's own calls
+            if low <= float(text) <= 86_400:  # not inf, which overflows as a timeout
                 return float(text)
         raise ValueError(f"{unit}, from {low} to 86400")
 
@@ -188,10 +188,10 @@ def _decimal(low: float, unit: str = "seconds") -> Callable[[str], float]:
 
 
 def _path(text: str) -> Path:
-    """Relative to this module: a relative path in .env must mean one folder, wherever the start came from."""
+    """A relative path is relative to this module: .env must mean the same in whatever folder the service is started."""
     with contextlib.suppress(RuntimeError, UnicodeError):
         path = HERE / Path(text).expanduser()
-        if b"\0" not in os.fsencode(path) and len(path.parts) < 400:  # mkdir() calls itself for each
+        if b"\0" not in os.fsencode(path) and len(path.parts) < 400:  # mkdir() recurses for each part
             return path
     raise ValueError("a path")
 
@@ -203,7 +203,7 @@ def _program(text: str) -> str:
 
 
 def _redis_url(text: str) -> str:
-    # redis-py takes no host for localhost and another path for database 0, and leaves out what follows a #; for OCSP it
+    # redis-py reads a missing host as localhost and any other path as database 0, and ignores what follows a #. OCSP
     # needs further packages.
     form = r"unix://[^#]+|rediss?://([^/?#]*@)?[^/?#@:][^/?#@]*(/[0-9]*)?(\?(?!.*(\b(host|port)=|ocsp))[^#]*)?"
     with contextlib.suppress(ValueError, TypeError, AttributeError, redis.RedisError):
@@ -215,10 +215,10 @@ def _redis_url(text: str) -> str:
 
 
 def _http_url(text: str, expected: str = "a URL that begins with http:// or https://, without user or fragment") -> str:
-    with contextlib.suppress(ValueError):  # of a port out of range, too
+    with contextlib.suppress(ValueError):  # raised by url.port, too, if it is out of range
         url = urllib.parse.urlsplit(text)
         good = url.scheme in ("http", "https") and url.port != 0 and url.username is None
-        # encode() does as the lookup will, which raises for a..b.
+        # The lookup encodes the name in the same way, and would raise for a..b.
         if good and (url.hostname or "").encode("idna") and not re.search(r"[^!-~]|#", text):
             return text
     raise ValueError(expected)
@@ -237,7 +237,7 @@ def _origin(text: str) -> str:
     with contextlib.suppress(ValueError):
         scheme, host, port = found.groups() if found else ("", "..", None)
         good = ".." not in host and int(port or 1) < 65536 and (scheme, port) not in (("http", "80"), ("https", "443"))
-        if re.search(r"\]$|(^|\.)[0-9]+\.?$", host):  # an address has one spelling
+        if re.search(r"\]$|(^|\.)[0-9]+\.?$", host):  # an IP address in its one canonical spelling
             address = ipaddress.ip_address(host.strip("[]"))
             good = good and host == (f"[{address}]" if ":" in host else str(address))
         if good:
@@ -256,7 +256,7 @@ def _switch(text: str) -> bool:
 
 
 def _list_of(read: Callable[[str], str]) -> Callable[[str], tuple[str, ...]]:
-    """Separated by commas or spaces; `none` is an empty one."""
+    """A parser of values separated by commas or spaces; `none` is the empty list."""
     return lambda text: () if text.lower() == "none" else tuple(map(read, re.findall(r"[^,\s]+", text)))
 
 
@@ -279,7 +279,7 @@ class Settings:
     port: int = _row("STORYTELLER_PORT", 8000, _whole(0, 65535), "port to listen on; 0 picks a free one")
     data_dir: Path = _row("STORYTELLER_DATA_DIR", HERE / "data", _path, "folder of the embedded store, token and logs")
     api_token: str | None = _row(
-        "STORYTELLER_API_TOKEN", None, _token, "the API token; by default made at the first start", secret=True
+        "STORYTELLER_API_TOKEN", None, _token, "the API token; by default created at the first start", secret=True
     )
     cors_origins: tuple[str, ...] = _row(
         "STORYTELLER_CORS_ORIGINS", PAGES, _origins, "origins of pages that may call with a token, or none"
@@ -288,7 +288,7 @@ class Settings:
         "STORYTELLER_TRUSTED_ORIGINS", (), _origins, "origins of pages on this PC that may call without one"
     )
     allowed_hosts: tuple[str, ...] = _row(
-        "STORYTELLER_ALLOWED_HOSTS", (), _host_names, "further names of this PC that a Host header may have"
+        "STORYTELLER_ALLOWED_HOSTS", (), _host_names, "further names of this PC that a Host header may contain"
     )
     token_failures: int = _row(
         "STORYTELLER_TOKEN_FAILURES", 20, _whole(1, 1_000_000), "wrong tokens a minute that one address may send"
@@ -298,7 +298,7 @@ class Settings:
     redis_url: str | None = _row("REDIS_URL", None, _redis_url, "the Redis to use; overrides the next two", secret=True)
     redis_host: str | None = _row("REDIS_HOST", None, _host, "the Redis to use; 127.0.0.1 when only the port is set")
     redis_port: int | None = _row("REDIS_PORT", None, _whole(1, 65535), "its port; 6379 when only the host is set")
-    bridge: bool = _row("STORYTELLER_BRIDGE", True, _switch, "off: copies of a session stay as they are; by default on")
+    bridge: bool = _row("STORYTELLER_BRIDGE", True, _switch, "off: copies of a session are not synced; by default on")
     nvidia_smi: str | None = _row("NVIDIA_SMI", None, _program, "the nvidia-smi program; by default the one on PATH")
     nvidia_smi_timeout: float = _row("NVIDIA_SMI_TIMEOUT", 5.0, _decimal(0.001), "seconds that nvidia-smi may take")
     gpu_cache_seconds: float = _row("GPU_CACHE_SECONDS", 5.0, _decimal(0), "seconds for which a GPU status is cached")
@@ -308,29 +308,29 @@ class Settings:
     swarmui_args: tuple[str, ...] = _row("SWARMUI_ARGS", (), lambda text: split_arguments(text), "further arguments")
     swarmui_token: str | None = _row("SWARMUI_TOKEN", None, _cookie, "sent to it as cookie swarm_token", secret=True)
     swarmui_allow_origin: str | None = _row(
-        "SWARMUI_ALLOW_ORIGIN", None, _origin_or_all, "page that it answers, or *; by default the only trusted origin"
+        "SWARMUI_ALLOW_ORIGIN", None, _origin_or_all, "origin that it allows, or *; by default the only trusted origin"
     )
-    start_timeout: float = _row("SWARMUI_START_TIMEOUT", 30.0, _decimal(0.001), "seconds that a start waits for it")
+    start_timeout: float = _row("SWARMUI_START_TIMEOUT", 30.0, _decimal(0.001), "seconds until a start times out")
     poll_interval: float = _row("SWARMUI_POLL_INTERVAL", 2.0, _decimal(0.001), "seconds between two probes")
     health_timeout: float = _row("SWARMUI_HEALTH_TIMEOUT", 2.0, _decimal(0.001), "seconds for one probe")
     start_interval: float = _row("SWARMUI_START_INTERVAL", 60.0, _decimal(0.001), "seconds between two launches")
     autostart: bool = _row("SWARMUI_AUTOSTART", False, _switch, "on: launched when the service starts; by default off")
     idle_shutdown: float | None = _row(
-        "SWARMUI_IDLE_SHUTDOWN", None, _decimal(0.001, "minutes"), "minutes without work after which it is ended"
+        "SWARMUI_IDLE_SHUTDOWN", None, _decimal(0.001, "minutes"), "minutes without work after which it is stopped"
     )
     restart: str = _row("SWARMUI_RESTART", "no", _restart, "on-failure: launched again when it dies")
     metrics: str = _row("STORYTELLER_METRICS", "token", _metrics, "open: /metrics needs no token on this PC")
     alert_url: str | None = _row("STORYTELLER_ALERT_URL", None, _http_url, "where alerts are POSTed", secret=True)
     alert_format: str | None = _row(
-        "STORYTELLER_ALERT_FORMAT", None, _alert_format, "ntfy, discord, slack or json; by default as the host says"
+        "STORYTELLER_ALERT_FORMAT", None, _alert_format, "ntfy, discord, slack or json; by default from the URL's host"
     )
-    alert_after: float = _row("STORYTELLER_ALERT_AFTER", 60.0, _decimal(0), "seconds for which GPU or store fail")
+    alert_after: float = _row("STORYTELLER_ALERT_AFTER", 60.0, _decimal(0), "seconds a GPU or store fault must last")
     alert_gpu_temperature: float = _row(
         "STORYTELLER_ALERT_GPU_TEMPERATURE", 90.0, _decimal(0, "degrees Celsius"), "above it the GPU is hot; 0 is off"
     )
-    alert_disk: float = _row("STORYTELLER_ALERT_DISK", 1.0, _decimal(0, "GB"), "GB that are to stay free; 0 is off")
+    alert_disk: float = _row("STORYTELLER_ALERT_DISK", 1.0, _decimal(0, "GB"), "GB that must stay free; 0 is off")
     alert_unacknowledged: float = _row(
-        "STORYTELLER_ALERT_UNACKNOWLEDGED", 30.0, _minutes, "minutes for a notification; 0 is off"
+        "STORYTELLER_ALERT_UNACKNOWLEDGED", 30.0, _minutes, "minutes that a notification may wait; 0 is off"
     )
     alert_stuck: float = _row("STORYTELLER_ALERT_STUCK", 30.0, _minutes, "minutes without a new prompt; 0 is off")
     heartbeat_url: str | None = _row(
@@ -373,7 +373,7 @@ def read_env_lines(path: Path) -> list[tuple[str, str]]:
 
 
 def doubtful_settings(environ: Mapping[str, str], file: Path = ENV_FILE) -> Iterator[str]:
-    """A sentence for each name that seems meant as a setting and has no effect; none shows a value."""
+    """Warnings about names that look like settings but have no effect, a sentence each; none shows a value."""
     known = [row.metadata["name"] for row in dataclasses.fields(Settings)]
     unread = file.with_name(f"{file.name}.txt")
     if unread.exists():
@@ -382,18 +382,18 @@ def doubtful_settings(environ: Mapping[str, str], file: Path = ENV_FILE) -> Iter
     for name, count in in_file.items():
         if count > 1:
             yield f"{name} is set twice in {file}: the last one counts"
-    ours = "(?i)STORYTELLER_(?!NO_PAUSE$).*"  # that one is for run.bat
+    ours = "(?i)STORYTELLER_(?!NO_PAUSE$).*"  # run.bat reads that one
     for place, names, cutoff, suspect in ((file, in_file, 0.6, ".*"), ("the environment", environ, 0.85, ours)):
         for name in [name for name in names if name not in known]:
             near = difflib.get_close_matches(name.upper(), known, 1, cutoff)
             if near or re.fullmatch(suspect, name):
-                advice = f"did you mean {near[0]}?" if near else "--help names them all"
+                advice = f"did you mean {near[0]}?" if near else "--help lists all settings"
                 yield f"{name} in {place} is not a setting: {advice}"
 
 
 def load_settings(given: Mapping[str, str | None], environ: Mapping[str, str], file: Path = ENV_FILE) -> Settings:
-    """Arguments (`given` by field name) override the environment, it overrides `file`. An empty value is not set."""
-    from_file = dict(read_env_lines(file))  # of a name that is given twice the last counts
+    """Arguments (`given`) override `environ`, which overrides `file`. An empty value is not set. Raises StartError."""
+    from_file = dict(read_env_lines(file))  # the last line of a name counts
     values = {}
     for row in dataclasses.fields(Settings):
         name = row.metadata["name"]
@@ -403,9 +403,9 @@ def load_settings(given: Mapping[str, str | None], environ: Mapping[str, str], f
         try:
             values[row.name] = row.metadata["read"](text)
         except ValueError as expected:
-            shown = f"is {text!r}" if row.repr else "cannot be used"  # a secret
+            shown = f"is {text!r}" if row.repr else "cannot be used"  # do not show a secret
             raise StartError(f"{name} {shown}: expected {expected}.") from None
-    if len(trusted := values.get("trusted_origins", ())) == 1:  # SwarmUI answers one: of several, a person must choose
+    if len(trusted := values.get("trusted_origins", ())) == 1:  # SwarmUI allows one: the user must choose from several
         values.setdefault("swarmui_allow_origin", trusted[0])
     return Settings(**values)
 
@@ -416,8 +416,8 @@ def load_settings(given: Mapping[str, str | None], environ: Mapping[str, str], f
 
 
 class ApiError(Exception):
-    """A response other than 2xx: a sentence for the caller, its status, and when to retry (seconds). From a store also
-    why it refused what it was asked ("" where it gave no answer), and what its operator can do."""
+    """A response other than 2xx: a message for the caller, the status, and the seconds until a retry. `refusal` is a
+    store's reason to refuse a command ("" if it did not answer), `advice` what its operator can do."""
 
     status = 500
 
@@ -427,20 +427,20 @@ class ApiError(Exception):
         self.retry_after = None if retry_after is None else max(1, math.ceil(retry_after))
 
 
-def _error(name: str, status: int) -> type[ApiError]:
+def _error_class(name: str, status: int) -> type[ApiError]:
     return cast(type[ApiError], type(name, (ApiError,), {"status": status}))
 
 
-BadRequest = _error("BadRequest", 400)
-Unauthorized = _error("Unauthorized", 401)
-Forbidden = _error("Forbidden", 403)
-NotFound = _error("NotFound", 404)
-Conflict = _error("Conflict", 409)
-ContentTooLarge = _error("ContentTooLarge", 413)
-UnsupportedMediaType = _error("UnsupportedMediaType", 415)
-MisdirectedRequest = _error("MisdirectedRequest", 421)  # a Host header that is no known name of this PC
-TooManyRequests = _error("TooManyRequests", 429)
-Unavailable = _error("Unavailable", 503)  # the store does not answer, or the service is stopping or at a limit
+BadRequest = _error_class("BadRequest", 400)
+Unauthorized = _error_class("Unauthorized", 401)
+Forbidden = _error_class("Forbidden", 403)
+NotFound = _error_class("NotFound", 404)
+Conflict = _error_class("Conflict", 409)
+ContentTooLarge = _error_class("ContentTooLarge", 413)
+UnsupportedMediaType = _error_class("UnsupportedMediaType", 415)
+MisdirectedRequest = _error_class("MisdirectedRequest", 421)  # a Host header that is no known name of this PC
+TooManyRequests = _error_class("TooManyRequests", 429)
+Unavailable = _error_class("Unavailable", 503)  # the store does not answer, or the service is stopping or at a limit
 
 
 def stopping() -> ApiError:
@@ -451,17 +451,17 @@ def stopping() -> ApiError:
 # Values: JSON, times, numbers
 # ======================================================================================================
 
-MAX_DEPTH = 100  # levels of a request's body; json cannot write what is nested much deeper
-LARGEST = 2**53  # JavaScript does not represent every larger whole number
-SECONDS_BELOW = 10**11  # a time below this is in seconds, as of Python's time.time(): in ms it would be in March 1973
+MAX_DEPTH = 100  # nesting levels of a request's body; json cannot encode much deeper ones
+LARGEST = 2**53  # JavaScript cannot represent every integer above it
+SECONDS_BELOW = 10**11  # a time below this is in seconds, like time.time(): in ms it would be before March 1973
 
 
 def parse_json(data: bytes, *, from_request: bool = False) -> Any:
-    """Strict JSON: UTF-8, no NaN or Infinity (which browsers refuse), nothing that cannot be written back; in a
-    request also no duplicate key, and MAX_DEPTH levels at most. Raises ValueError with the reason."""
+    """Parse strict JSON: UTF-8, no NaN or Infinity (which browsers refuse), no value that cannot be encoded again; in a
+    request also no duplicate key, and at most MAX_DEPTH levels. Raises ValueError with the reason."""
 
     def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no JSON")
+        raise ValueError(f"{constant} is not JSON")
 
     def finite(text: str) -> float:
         number = float(text)
@@ -470,7 +470,7 @@ def parse_json(data: bytes, *, from_request: bool = False) -> Any:
         return number
 
     def whole(text: str) -> int:
-        if len(text) > 300:  # it may be too large for a double, which JavaScript makes of it
+        if len(text) > 300:  # it may overflow a double, which JavaScript parses it to
             finite(text)
         return int(text)
 
@@ -495,25 +495,25 @@ def parse_json(data: bytes, *, from_request: bool = False) -> Any:
         depth += 1
         if depth > MAX_DEPTH:
             raise ValueError(f"nested too deeply: {MAX_DEPTH} levels at most")
-        inner = [one.values() if isinstance(one, dict) else one for one in level]
+        inner = [node.values() if isinstance(node, dict) else node for node in level]
         level = [part for parts in inner for part in parts if isinstance(part, (dict, list))]
     return value
 
 
 def iso_time(ms: int) -> str:
-    """ISO 8601 in UTC with `Z`, with milliseconds unless they are 0. Raises OverflowError past year 9999."""
-    # Windows' own conversion ends at the year 3000.
+    """ISO 8601 in UTC with `Z`, with milliseconds unless they are 0. Raises OverflowError after year 9999."""
+    # Not datetime.fromtimestamp(), which ends at the year 3000 on Windows.
     moment = datetime(1970, 1, 1, tzinfo=timezone.utc) + timedelta(milliseconds=ms)
     return moment.isoformat(timespec="milliseconds" if ms % 1000 else "seconds").replace("+00:00", "Z")
 
 
 def from_digits(value: Any) -> Any:
-    """The number that text of digits stands for; any other value as it is."""
+    """The integer that a string of 1 to 16 digits denotes; any other value unchanged."""
     return int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,16}", value) else value
 
 
 def in_ms(time: float) -> float:
-    """The ms of a time in ms or in seconds."""
+    """Convert a time to milliseconds if it is in seconds, that is, less than SECONDS_BELOW."""
     return round(time * 1000, 3) if time < SECONDS_BELOW else time
 
 
@@ -534,38 +534,38 @@ def read_time(value: object) -> int | None:
 
 
 def is_whole(value: object) -> TypeGuard[int | float]:
-    """5 and 5.0, not True: JSON has one type of number, and JavaScript writes whole ones either way."""
+    """Whether it is an integer. 5.0 is one, because JSON has a single number type; True is not."""
     return value.is_integer() if isinstance(value, float) else isinstance(value, int) and not isinstance(value, bool)
 
 
 def read_count(value: object, *, is_time: bool = False) -> int | None:
-    """A whole number from 0 to LARGEST of another program, perhaps as text, else None. A time may have a fraction."""
+    """An integer from 0 to LARGEST, or a string of its digits; else None. With `is_time` a fraction is dropped."""
     value = math.floor(value) if isinstance(value, float) and is_time else from_digits(value)
     return int(value) if is_whole(value) and 0 <= value <= LARGEST else None
 
 
 def name_some(names: Collection[str]) -> str:
-    """The first five, and how many more there are."""
+    """The first five names, and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(itertools.islice(names, 5)) + more
 
 
-def bound(kept: dict[Any, Any], most: int) -> None:
-    """Remove the oldest entries beyond `most`."""
-    while len(kept) > most:
-        del kept[next(iter(kept))]
+def bound(entries: dict[Any, Any], limit: int) -> None:
+    """Remove the oldest entries beyond `limit`."""
+    while len(entries) > limit:
+        del entries[next(iter(entries))]
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def to_json(value: Any) -> bytes:
-    return _encode(value).encode("utf-8", "backslashreplace")  # half a surrogate pair as the escape that it was
+    return _encode(value).encode("utf-8", "backslashreplace")  # a lone surrogate as the escape that it was
 
 
 @functools.lru_cache(maxsize=256)
 def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """None for a name."""
+    """The IP address; None for a name."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host)
     return None
@@ -580,18 +580,18 @@ def is_loopback(host: str) -> bool:
 # Platform: files, sockets, the console
 # ======================================================================================================
 
-WINDOWS = sys.platform == "win32"  # type checkers do not understand this name: where types differ, the comparison
+WINDOWS = sys.platform == "win32"  # mypy understands only the comparison: it is repeated where types differ
 START_SCRIPT = "run.bat" if WINDOWS else "run.sh"
 IS_ROOT = sys.platform != "win32" and os.geteuid() == 0
-REFUSAL_IS_SLOW = WINDOWS  # it retries a refused connection for about 2 s, and a probe may time out earlier
-# No route or no such address, as ::1 where there is no IPv6; WinSock has numbers of its own.
+REFUSAL_IS_SLOW = WINDOWS  # Windows retries a refused connection for about 2 s; a probe may time out before
+# No route, or no such address, like ::1 without IPv6. WinSock has its own numbers.
 _NOT_HERE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, 10047, 10049, 10051, 10065}
 _IN_USE = {errno.EADDRINUSE, 10048}
-# Windows refuses a port that another program holds alone, and one that it reserves; some Pythons give EACCES for it.
+# Windows' error for a port that another program uses exclusively, or that Windows reserves; in some Pythons EACCES.
 _MAYBE_RESERVED = {10013, errno.EACCES} if WINDOWS else {10013}
-_DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # of the disk, of the user's part of it
+_DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # the disk is full; the user's quota is used up
 
-# Where nvidia-smi is on Windows when it is not on PATH: old drivers put it beside the driver.
+# Where nvidia-smi is on Windows if it is not on PATH; the second is the place of old drivers.
 NVIDIA_SMI_PLACES = (r"%SYSTEMROOT%\System32\nvidia-smi.exe", r"%PROGRAMW6432%\NVIDIA Corporation\NVSMI\nvidia-smi.exe")
 LAUNCH_SCRIPTS = ("launch-windows.bat", "launch-linux.sh", "launch-macos.sh")
 LAUNCH_SCRIPT = {"win32": LAUNCH_SCRIPTS[0], "darwin": LAUNCH_SCRIPTS[2]}.get(sys.platform, LAUNCH_SCRIPTS[1])
@@ -602,25 +602,25 @@ if sys.platform == "win32":
     _C_TYPES = {"P": ctypes.c_void_p, "N": ctypes.c_uint32, "S": ctypes.c_wchar_p}  # pointer, number, string
 
     def _win32(name: str, types: str, *arguments: Any) -> Any:
-        """Call a function of Windows. `types` are those of its result and its arguments: without them ctypes truncates
-        handles and pointers to 32 bits."""
+        """Call a Windows function, named as library.function. `types` has a letter for its result and each argument:
+        without them ctypes truncates handles and pointers to 32 bits."""
         library, _, name = name.partition(".")
         function = getattr(ctypes.WinDLL(library, use_last_error=True), name)
         function.restype, *function.argtypes = (_C_TYPES[letter] for letter in types)
         return function(*arguments)
 
     def _checked(name: str, types: str, *arguments: Any) -> Any:
-        """The same where 0 or INVALID_HANDLE_VALUE means failure. Raises OSError."""
+        """The same for a function that returns 0 or INVALID_HANDLE_VALUE on failure. Raises OSError."""
         result = _win32(name, types, *arguments)
         if result in (None, 0, ctypes.c_void_p(-1).value):
             raise ctypes.WinError(ctypes.get_last_error())
         return result
 
     def _open_windows(path: str, access: int, creation: int, owner_only: bool = False) -> int:
-        """CreateFileW, since `open` can neither say who may read the file nor ask for an access that only appends."""
+        """A descriptor from CreateFileW: open() can neither make a file private nor request append-only access."""
         security = (ctypes.c_size_t * 3)(ctypes.sizeof(ctypes.c_size_t * 3), 0, 0)  # SECURITY_ATTRIBUTES
         if owner_only:
-            # Protected from inheritance; all rights to this user, none to anybody else.
+            # No inherited rights; full access for this user, none for anybody else.
             convert = "advapi32.ConvertStringSecurityDescriptorToSecurityDescriptorW"
             descriptor = ctypes.byref(security, ctypes.sizeof(ctypes.c_size_t))
             _checked(convert, "NSNPP", f"D:P(A;;FA;;;{_user_sid()})", 1, descriptor, None)
@@ -640,12 +640,12 @@ if sys.platform == "win32":
 
 
 def split_arguments(text: str) -> tuple[str, ...]:
-    """Split as this platform's shell does. Raises ValueError, with what was expected."""
+    """Split text as this platform's shell does. Raises ValueError with what was expected."""
     if sys.platform == "win32":
         count = ctypes.c_int()
-        # The first word follows other rules, as it names the program: put one there.
+        # The first word names the program and is parsed by other rules: put a dummy there.
         found = _win32("shell32.CommandLineToArgvW", "PSP", f"program {text}", ctypes.byref(count))
-        words = ctypes.cast(found, ctypes.POINTER(ctypes.c_wchar_p))  # a few hundred bytes a start, never freed
+        words = ctypes.cast(found, ctypes.POINTER(ctypes.c_wchar_p))  # never freed: a few hundred bytes a start
         return tuple(words[1 : count.value])
     try:
         return tuple(shlex.split(text))
@@ -668,7 +668,7 @@ def system_memory() -> tuple[int, int] | None:
 
 
 def write_private(path: Path, text: str, *, replace: bool = False) -> None:
-    """Create `path`, readable by its owner only and whole or not at all. Raises FileExistsError unless `replace`."""
+    """Create `path` atomically, readable by its owner only. Raises FileExistsError if it exists, unless `replace`."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         with open(draft, "x", encoding="ascii", opener=_open_private) as file:
@@ -695,23 +695,23 @@ def open_log(path: Path) -> int:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether another program keeps this one from opening or reading a file, as programs can on Windows alone."""
+    """Whether another program prevents this one from opening or reading a file, which is possible on Windows only."""
     if sys.platform == "win32":
         try:
             os.close(_open_windows(str(path), access=0xC000_0000, creation=3))  # GENERIC_READ and WRITE, OPEN_EXISTING
             with open(path, "rb") as file:
                 file.read(100)
         except OSError as error:
-            return error.winerror in (None, 32, 33)  # a part that is locked; sharing violation, lock violation
+            return error.winerror in (None, 32, 33)  # a locked region; sharing violation, lock violation
     return False
 
 
 def lock_file(path: Path) -> TextIO | None:
-    """The open file, locked until it is closed or this process ends, but readable; None if another process has it."""
+    """Open a file and lock it until it is closed or this process ends; others can read it. None if another has it."""
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the lock is needed
     try:
         if sys.platform == "win32":
-            file.seek(1 << 20)  # past its contents: a locked byte could not be read
+            file.seek(1 << 20)  # beyond its contents, since locked bytes cannot be read
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
@@ -724,17 +724,17 @@ def lock_file(path: Path) -> TextIO | None:
 
 
 def foreign_owner(path: Path) -> str | None:
-    """The user whose file it is, unless it is ours. None on Windows, where files have the rights of their folder."""
-    with contextlib.suppress(OSError):  # it is not there
+    """The owner of a file, unless it is this user. None on Windows, where a file inherits its folder's rights."""
+    with contextlib.suppress(OSError):  # there is no such file
         if sys.platform != "win32" and path.stat().st_uid != os.geteuid():
-            with contextlib.suppress(KeyError):  # a number without a name
+            with contextlib.suppress(KeyError):  # the owner is a number without a name
                 return path.owner()
             return str(path.stat().st_uid)
     return None
 
 
 def descriptor_limit() -> int:
-    """How many sockets and files this process may open; `select` on Windows takes 512 sockets."""
+    """How many sockets and files this process may open; on Windows the number of sockets that `select` accepts."""
     if sys.platform == "win32":
         return 512
     import resource
@@ -745,32 +745,32 @@ def descriptor_limit() -> int:
 
 def listen(address: str, port: int) -> socket.socket:
     """A listening socket that no other program shares. Raises OSError."""
-    made = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
     try:
         if sys.platform == "win32":
-            # SO_REUSEADDR there lets two programs share a port; without either, a third may still take it over.
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+            # SO_REUSEADDR lets two programs share a port here; without either option, another one may take it over.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         else:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past connections in TIME_WAIT only
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignores connections in TIME_WAIT only
         if ":" in address:
-            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address != "::"))
-        made.bind((address, port))
-        made.listen(1024)  # on Linux two sockets may bind one port; the second to listen is refused
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address != "::"))
+        listener.bind((address, port))
+        listener.listen(1024)  # on Linux two sockets may bind one port; the second to listen is refused
     except OSError:
-        made.close()
+        listener.close()
         raise
-    return made
+    return listener
 
 
-GRACE = 5.0  # seconds for the requests in flight at shutdown
+GRACE = 5.0  # seconds that a shutdown gives requests in flight
 CLOSING_GRACE = 3.0  # the same when the console closes: Windows ends this process 5 s later
 
 
 def on_end_signal(stop: Callable[[float], None], ended: threading.Event) -> object:
-    """Call stop(grace in seconds) on SIGINT and SIGTERM, on Windows on Ctrl+C, Ctrl+Break and the console's closing.
-    Set `ended` at the end of the shutdown, and keep a reference to the result, since Windows keeps none."""
+    """Call stop(grace in seconds) on SIGINT and SIGTERM; on Windows on Ctrl+C, Ctrl+Break and the console's closing.
+    The caller sets `ended` after the shutdown, and keeps a reference to the result, because Windows keeps none."""
     if sys.platform == "win32":
-        # Python's own signals would wait until the main thread's select ends, and do not include the closing.
+        # Python would run its handlers only after the main thread's select, and has no signal for the closing.
         def handle(event: int) -> bool:
             if event in (0, 1):  # Ctrl+C, Ctrl+Break
                 stop(GRACE)
@@ -788,7 +788,7 @@ def on_end_signal(stop: Callable[[float], None], ended: threading.Event) -> obje
 
 
 def keep_freed_memory() -> None:
-    """By default glibc returns what a document took to the kernel, and then triples the time to read the next one."""
+    """Keep freed memory: by default glibc returns it to the kernel, which triples the time to read a document."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt
             for option, size in ((-3, 4 << 20), (-1, 8 << 20)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD; bytes
@@ -796,21 +796,21 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def _while_it_is_read(stream: TextIO) -> Iterator[None]:
-    """Drop what nobody can read: printed to a pipe that was closed, as by `| head -1`, or to a file on a full disk."""
+def _discard_after_error(stream: TextIO) -> Iterator[None]:
+    """Discard what cannot be written: to a pipe that was closed, as by `| head -1`, or to a file on a full disk."""
     try:
         yield
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what Python flushes at its end, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # also for the flush when Python exits
 
 
 def prepare_console() -> None:
-    """Print what the code page lacks as an escape, as UnicodeEncodeError would end the service."""
+    """Print characters that the code page lacks as escapes: UnicodeEncodeError would end the service."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
             for name in ("write", "flush"):
-                setattr(stream, name, _while_it_is_read(stream)(getattr(stream, name)))
+                setattr(stream, name, _discard_after_error(stream)(getattr(stream, name)))
 
 
 def name_window(title: str) -> None:
@@ -825,7 +825,7 @@ def name_window(title: str) -> None:
 if sys.platform == "win32":
 
     def _make_job(limits: int) -> int:
-        """A job object of Windows. With KILL_ON_JOB_CLOSE (0x2000) its processes end when this one does."""
+        """A Windows job object. With KILL_ON_JOB_CLOSE (0x2000) its processes end when this one does."""
         job: int = _checked("kernel32.CreateJobObjectW", "PPP", None, None)
         # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, with its LimitFlags.
         about = (ctypes.c_uint32 * (36 if sys.maxsize > 2**32 else 28))(0, 0, 0, 0, limits)
@@ -834,7 +834,7 @@ if sys.platform == "win32":
 
     @contextlib.contextmanager
     def _open_process(pid: int, access: int) -> Iterator[int]:
-        """A handle of a process. Raises OSError when there is no such process."""
+        """A handle of a process. Raises OSError if there is no such process."""
         process = _checked("kernel32.OpenProcess", "PNNN", access, 0, pid)
         try:
             yield process
@@ -843,26 +843,26 @@ if sys.platform == "win32":
 
 
 def _start(command: Sequence[str] | str, *, outlives: bool, **options: Any) -> tuple[subprocess.Popen[bytes], int]:
-    """Start a program without input, in a process group of its own, on Windows in a job. The program and the handle of
-    the job, 0 elsewhere. Raises OSError or ValueError."""
+    """Start a program without input, in a process group of its own, on Windows in a job. Returns the process and the
+    job's handle, 0 elsewhere. Raises OSError or ValueError."""
     options["stdin"] = subprocess.DEVNULL
     if sys.platform == "win32":
-        with contextlib.ExitStack() as undoing:
+        with contextlib.ExitStack() as cleanup:
             job = _make_job(0 if outlives else 0x2000)
-            undoing.callback(_win32, "kernel32.CloseHandle", "NP", job)
-            # With a console of its own, which is invisible: Ctrl+C in ours, and its closing, must not reach it.
-            # Suspended until it is in the job: what it starts then is in it too.
+            cleanup.callback(_win32, "kernel32.CloseHandle", "NP", job)
+            # In an invisible console of its own, so that Ctrl+C in ours, or closing ours, does not reach it. Suspended
+            # (0x4) until it is in the job, so that everything it starts is in the job, too.
             flags = subprocess.CREATE_NO_WINDOW | 0x4
-            try:  # the task scheduler, for one, runs us in a job that may end with us: out of it, if that is allowed
+            try:  # the task scheduler runs us in a job that may end with us: leave it, if it permits that
                 leaves = subprocess.CREATE_BREAKAWAY_FROM_JOB if outlives else 0
                 child = subprocess.Popen(command, creationflags=flags | leaves, **options)
             except PermissionError:
                 child = subprocess.Popen(command, creationflags=flags, **options)
-            undoing.callback(child.kill)
+            cleanup.callback(child.kill)
             with _open_process(child.pid, 0x0901) as process:  # SUSPEND_RESUME, SET_QUOTA, TERMINATE
                 _win32("kernel32.AssignProcessToJobObject", "NPP", job, process)
                 _win32("ntdll.NtResumeProcess", "NP", process)
-            undoing.pop_all()
+            cleanup.pop_all()
             return child, job
     return subprocess.Popen(command, start_new_session=True, **options), 0
 
@@ -873,8 +873,8 @@ def has_crashed(code: int) -> bool:
 
 
 class Program:
-    """A program with all that it starts: its process group, on Windows its job. One that an earlier run of the service
-    launched is known by `pid` and `identity`; on Windows it is the tree of processes below `pid` then."""
+    """A program and everything that it starts: its process group, on Windows its job. If an earlier run of the service
+    launched it, `pid` and `identity` identify it; on Windows it is then the tree of processes below `pid`."""
 
     def __init__(self, pid: int, identity: str | None, process: subprocess.Popen[bytes] | None = None, job: int = 0):
         self.pid, self.identity, self.process, self._job = pid, identity, process, job
@@ -882,18 +882,18 @@ class Program:
             weakref.finalize(self, _win32, "kernel32.CloseHandle", "NP", job)
 
     def has_exited(self) -> bool:
-        """Whether the process itself did; what it started may live on."""
+        """Whether its first process has exited; others may still run."""
         if self.process:
             return self.process.poll() is not None
         return self.identity is None or process_identity(self.pid) != self.identity
 
     @property
     def code(self) -> int | None:
-        """Its exit code; None while it runs, and where an earlier run launched it."""
+        """Its exit code; None while it runs, or if an earlier run of the service launched it."""
         return self.process.returncode if self.process else None
 
     def lives(self) -> bool:
-        """Whether a process of it does."""
+        """Whether any of its processes runs."""
         if not self.has_exited():
             return True
         if sys.platform == "win32":
@@ -901,7 +901,7 @@ class Program:
             query = ("kernel32.QueryInformationJobObject", "NPNPNP", self._job, 1, counts, ctypes.sizeof(counts), None)
             return bool(self._job and _win32(*query) and counts[10])
         if not self.process and process_identity(self.pid):
-            return False  # another process has its number, so nobody of its group was left
+            return False  # another process has its pid, so its group is empty
         try:
             os.killpg(self.pid, 0)
         except (ProcessLookupError, PermissionError):
@@ -912,7 +912,7 @@ class Program:
         return any(fields[2] == str(self.pid) and fields[0] not in "ZX" for fields in groups if len(fields) == 3)
 
     def end(self, *, force: bool) -> None:
-        """Tell all of it to end; Windows has nothing gentler than `force`. Nothing of another program is ended."""
+        """End all its processes, by SIGTERM or, with `force`, by SIGKILL; on Windows always by force."""
         if not self.lives():
             return
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -926,14 +926,14 @@ class Program:
 
 
 def launch_detached(program: Path, arguments: Sequence[str], folder: Path, output: Path) -> Program:
-    """Start a program that outlives this one, its output appended to a file. Raises OSError or ValueError."""
+    """Start a program that outlives this one, and append its output to a file. Raises OSError or ValueError."""
     command: Sequence[str] | str = [str(program), *arguments]
     if WINDOWS and program.suffix.lower() in (".bat", ".cmd"):
         command = _batch_command(command)
     elif not WINDOWS and program.suffix == ".sh" and not os.access(program, os.X_OK):
         command = ["bash", *command]
-    secret = re.compile(r"(?i)STORYTELLER_|REDIS_|SWARMUI_TOKEN\Z")
-    environment = {name: value for name, value in os.environ.items() if not secret.match(name)}
+    private = re.compile(r"(?i)STORYTELLER_|REDIS_|SWARMUI_TOKEN\Z")
+    environment = {name: value for name, value in os.environ.items() if not private.match(name)}
     with open(open_log(output), "ab") as log_file:
         options = {"stdout": log_file, "stderr": log_file, "cwd": folder, "env": environment}
         process, job = _start(command, outlives=True, **options)
@@ -942,7 +942,7 @@ def launch_detached(program: Path, arguments: Sequence[str], folder: Path, outpu
 
 @contextlib.contextmanager
 def bounded_child(command: Sequence[str], running: set[Program]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program, and end it with all that it started; until then it is in `running`."""
+    """Run a program during a `with` block, then kill it and all that it started. Meanwhile it is in `running`."""
     child, job = _start(command, outlives=False, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     program = Program(child.pid, None, child, job)
     running.add(program)
@@ -951,20 +951,19 @@ def bounded_child(command: Sequence[str], running: set[Program]) -> Iterator[sub
     finally:
         program.end(force=True)
         running.discard(program)
-        for pipe in (child.stdout, child.stderr):
-            if pipe:  # else a reader of read_output() closes it
-                pipe.close()
+        for pipe in filter(None, (child.stdout, child.stderr)):  # otherwise a thread of read_output() closes it
+            pipe.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(timeout=1)
 
 
 def read_output(child: subprocess.Popen[bytes], deadline: float) -> tuple[str, str, int]:
-    """What a bounded child prints until it ends, and its exit code. Raises TimeoutExpired at the deadline."""
+    """Wait for a bounded child: its stdout, stderr and exit code. Raises TimeoutExpired at the deadline (monotonic)."""
     found = {"stdout": "", "stderr": ""}
 
     def read(name: str, pipe: IO[bytes]) -> None:
-        with pipe:  # nobody else could close it while a child that hangs in its driver, past any signal, has it open
-            found[name] = pipe.read(256 * 1024).decode("utf-8", "replace")  # what prints more finds it closed
+        with pipe:  # close() in another thread would wait for read(), for ever if the child hangs in its driver
+            found[name] = pipe.read(256 * 1024).decode("utf-8", "replace")  # a child that prints more finds it closed
 
     readers = [threading.Thread(target=read, args=[name, getattr(child, name)], daemon=True) for name in found]
     for name, reader in zip(found, readers):
@@ -972,24 +971,24 @@ def read_output(child: subprocess.Popen[bytes], deadline: float) -> tuple[str, s
         setattr(child, name, None)
     code = child.wait(max(0.0, deadline - time.monotonic()))
     for reader in readers:
-        reader.join(max(0.0, deadline - time.monotonic()))  # what the child started may have its pipes open
+        reader.join(max(0.0, deadline - time.monotonic()))  # a grandchild may have the pipes open
         if reader.is_alive():
             raise subprocess.TimeoutExpired(child.args, 0.0)
     return found["stdout"], found["stderr"], code
 
 
 def _batch_command(words: Sequence[str]) -> str:
-    """cmd parses its line by rules of its own: with every word in quotes, only these characters stay special."""
+    """A command line for cmd, which has its own parser: if every word is quoted, only these characters are special."""
     if any(re.search(r'["%\r\n]', word) for word in words):
-        raise ValueError("a batch file's path and arguments cannot contain \" or %")
+        raise ValueError("a batch file's path and arguments cannot contain \", % or a line break")
     quoted = " ".join(f'"{word}"' for word in words)
-    # By itself cmd gives no exit code of a batch file that ends in "pause".
+    # cmd alone loses the exit code of a batch file that ends in "pause".
     code = "if errorlevel 1 (exit 1) else if not errorlevel 0 exit 1"
     return f'"{os.environ.get("COMSPEC", "cmd.exe")}" /d /s /c "{quoted} & {code}"'
 
 
 def process_identity(pid: int) -> str | None:
-    """What distinguishes a process from a later one with its number: when it started. None when there is none."""
+    """The start time of a process, which tells it from a later one with its pid. None if there is no such process."""
     with contextlib.suppress(OSError, IndexError, subprocess.TimeoutExpired):
         if sys.platform == "win32":
             times, code = (ctypes.c_uint64 * 4)(), ctypes.c_uint32()
@@ -1009,7 +1008,7 @@ def process_identity(pid: int) -> str | None:
 
 
 def resident_memory() -> int | None:
-    """Bytes of memory that this process has; None where that is not known."""
+    """Bytes of memory that this process occupies; None if unknown."""
     with contextlib.suppress(OSError, ValueError, IndexError, subprocess.TimeoutExpired):
         if sys.platform == "win32":
             size = ctypes.sizeof(ctypes.c_size_t)
@@ -1025,8 +1024,8 @@ def resident_memory() -> int | None:
 
 
 def _read_stat(path: Path) -> list[str]:
-    """A process's fields behind its name, which may contain spaces and parentheses: state, parent, group; the 20th is
-    its start in ticks since boot. [] when it has gone."""
+    """The fields of /proc/PID/stat after the name, which may contain spaces and parentheses: state, parent, group; the
+    20th is the start in ticks since boot. [] if there is no such process."""
     with contextlib.suppress(OSError):
         return path.read_text(errors="replace").rpartition(")")[2].split()
     return []
@@ -1036,12 +1035,12 @@ def _read_stat(path: Path) -> list[str]:
 # Logs
 # ======================================================================================================
 
-LOG_LIMIT = 5_000_000  # bytes of a log
-LOGS_KEPT = 3  # older ones beside it
+LOG_LIMIT = 5_000_000  # bytes at which a log is rotated
+LOGS_KEPT = 3  # older files beside it
 
 
 class LogFormatter(logging.Formatter):
-    """One line per record, as text or as JSON. It escapes what would break a line or a terminal."""
+    """One line of JSON per record, or of text with any traceback below it. Escapes control characters in messages."""
 
     def __init__(self, *, as_json: bool) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
@@ -1063,10 +1062,10 @@ class LogFormatter(logging.Formatter):
 
 
 class LogFile(logging.handlers.RotatingFileHandler):
-    """Grows while another program has it open, since Windows cannot rename it then, and the line would be lost."""
+    """Rotates unless another program has it open: Windows cannot rename it then, and the record would be lost."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Once, though it is asked for to know the line's length, and to write it."""
+        """Cached in the record, because the handler needs the line twice: to measure it and to write it."""
         known = vars(record)
         line: str = known.get("line") or known.setdefault("line", super().format(record))
         return line
@@ -1076,18 +1075,18 @@ class LogFile(logging.handlers.RotatingFileHandler):
             self.stream.close()
         self.stream = None  # the next line opens it again
         with contextlib.suppress(OSError):
-            os.rename(self.baseFilename, self.baseFilename)  # fails on Windows here, before an older one was moved
+            os.rename(self.baseFilename, self.baseFilename)  # on Windows this fails before an older file is moved
             super().doRollover()
 
 
 def say(text: str, logged: str = "") -> None:
-    """For the person at the console; the log has it too, or `logged` instead."""
+    """Print text on the console, and log it, or `logged` instead."""
     log.info("server: %s", " ".join((logged or text).split()), extra={"console": text})
 
 
 def start_console() -> Callable[[], None]:
-    """Print warnings and what say() gets, in a thread: a console whose text is selected blocks its writer, as does a
-    full pipe. What it cannot take is dropped. The result ends the thread, or leaves it after 0.5 s."""
+    """Print warnings and what say() gets, in a thread, because a console whose text is selected, or a full pipe, blocks
+    its writer; beyond 1000 records that wait, new ones are dropped. Returns a function that ends the thread."""
     records: queue.Queue[logging.LogRecord | None] = queue.Queue(1000)
 
     def write() -> None:
@@ -1106,13 +1105,13 @@ def start_console() -> Callable[[], None]:
     handler = logging.handlers.QueueHandler(records)
     handler.addFilter(lambda record: record.levelno >= logging.WARNING or hasattr(record, "console"))
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
-    logging.getLogger("waitress").setLevel(logging.ERROR)  # it warns of what the sweep handles
+    logging.getLogger("waitress").setLevel(logging.ERROR)  # its warnings are of what Server handles
     logging.raiseExceptions = False  # a log that cannot be written must not disturb the service
     return end
 
 
 def start_logging(path: Path, settings: Settings) -> None:
-    """Log to the file, too. Raises StartError."""
+    """Log to the file, too. Raises StartError if it cannot be written."""
     try:
         file = LogFile(path, maxBytes=LOG_LIMIT, backupCount=LOGS_KEPT, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
@@ -1124,8 +1123,8 @@ def start_logging(path: Path, settings: Settings) -> None:
 
 
 def shorten_log(path: Path) -> float:
-    """Copy the end of a log above LOG_LIMIT and empty it: SwarmUI has it open and outlives this service, so it cannot
-    be moved. Lines written between the two steps are lost. The seconds until the next look."""
+    """Rotate a log above LOG_LIMIT: copy its end, then truncate it, because SwarmUI has it open and outlives this
+    service. Lines written between the two steps are lost. Returns the seconds until the next check."""
     try:
         if not path.exists() or path.stat().st_size <= LOG_LIMIT:
             return 1.0
@@ -1142,7 +1141,7 @@ def shorten_log(path: Path) -> float:
 
 
 def tail(path: Path, size: int, since: int = 0) -> list[str]:
-    """The lines that a log got after byte `since`, of its last `size` bytes; [] when there is none."""
+    """The lines of a log after byte `since`, from its last `size` bytes at most; [] if there are none."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(since if since <= end else 0, end - size))
@@ -1152,7 +1151,7 @@ def tail(path: Path, size: int, since: int = 0) -> list[str]:
 
 
 def last_lines(path: Path, since: int = 0) -> list[str]:
-    """The last 5 of these lines that are not empty, without what would disturb a terminal."""
+    """The last 5 lines after byte `since` that are not empty, with spaces for what is not printable."""
     lines = ("".join(char if char.isprintable() else " " for char in line).strip() for line in tail(path, 4096, since))
     return [line for line in lines if line][-5:]
 
@@ -1163,12 +1162,12 @@ def last_lines(path: Path, since: int = 0) -> list[str]:
 
 
 def claim(future: Future[Any]) -> bool:
-    """Mark a future as running, from when on it cannot be cancelled: False when it was."""
+    """Mark a future as running, so that it cannot be cancelled. False if it was cancelled before."""
     return future.running() or future.set_running_or_notify_cancel()
 
 
 def settle(future: Future[T], outcome: T | BaseException) -> bool:
-    """Give a future its result or its exception, unless it was cancelled: whether it was not."""
+    """Set the result or the exception of a future. False if it was cancelled before."""
     if not claim(future):
         return False
     if isinstance(outcome, BaseException):
@@ -1179,7 +1178,7 @@ def settle(future: Future[T], outcome: T | BaseException) -> bool:
 
 
 def settle_by(future: Future[T], function: Callable[..., T], *arguments: Any) -> None:
-    """Settle it with what the function returns or raises."""
+    """Settle a future with what the function returns or raises."""
     try:
         settle(future, function(*arguments))
     except BaseException as error:
@@ -1187,19 +1186,19 @@ def settle_by(future: Future[T], function: Callable[..., T], *arguments: Any) ->
 
 
 def result_of(outcome: T | BaseException) -> T:
-    """Raise an outcome that is an exception."""
+    """Return an outcome, or raise it if it is an exception."""
     if isinstance(outcome, BaseException):
         raise outcome
     return outcome
 
 
 def map_results(function: Callable[[Any], T], outcomes: Iterable[Any]) -> list[T | ApiError]:
-    """function(outcome) for each; an error stays as it is."""
+    """function(outcome) for each; an ApiError stays as it is."""
     return [outcome if isinstance(outcome, ApiError) else function(outcome) for outcome in outcomes]
 
 
 def then(outcome: T | Future[T], function: Callable[[T], R]) -> R | Future[R]:
-    """function(outcome); of a future the future of that. Cancelling it cancels the first one."""
+    """function(outcome), or a Future of it if `outcome` is a Future. Cancelling the result cancels `outcome`."""
     if not isinstance(outcome, Future):
         return function(outcome)
     result: Future[R] = Future()
@@ -1214,9 +1213,9 @@ def then(outcome: T | Future[T], function: Callable[[T], R]) -> R | Future[R]:
 
 
 class Batcher(Generic[Q, T]):
-    """Answers questions many at a time, in one thread of its own: those that arrive while a step is at work share the
-    next one. `step` gets at least one question, equal ones once, and gives as many outcomes in the same order, a result
-    or an exception for each; what it raises itself is the outcome of all. Cancelled questions are skipped."""
+    """Answers questions in batches, in a thread of its own: questions that arrive while a batch runs join the next one.
+    `step` gets at least one question, without duplicates, and returns their outcomes in the same order, each a result
+    or an exception. An exception that it raises is the outcome of all. Cancelled questions are skipped."""
 
     def __init__(self, step: Callable[[list[Q]], Sequence[T | BaseException]], name: str) -> None:
         self._step = step
@@ -1225,7 +1224,7 @@ class Batcher(Generic[Q, T]):
         self._thread.start()
 
     def ask(self, question: Q, *, cancellable: bool = False) -> Future[T]:
-        """Not after close(). Cancelling the future withdraws a question that no step has taken yet, if cancellable."""
+        """A Future of the answer; a cancellable one can be cancelled until its batch runs. Invalid after close()."""
         future: Future[T] = Future()
         if not cancellable:
             future.set_running_or_notify_cancel()
@@ -1233,7 +1232,7 @@ class Batcher(Generic[Q, T]):
         return future
 
     def close(self, timeout: float) -> None:
-        """End the thread once all questions are answered, or go on without it after `timeout` seconds."""
+        """Answer the remaining questions and end the thread; wait for that at most `timeout` seconds."""
         self._queue.put(None)
         self._thread.join(timeout)
 
@@ -1241,14 +1240,14 @@ class Batcher(Generic[Q, T]):
         while first := self._queue.get():
             asked = [first]
             with contextlib.suppress(queue.Empty):
-                while one := self._queue.get_nowait():
-                    asked.append(one)
-                self._queue.put(None)  # close() was called: find it again once these are answered
+                while further := self._queue.get_nowait():
+                    asked.append(further)
+                self._queue.put(None)  # close() was called: end after this batch
             self._answer(asked)
-            del asked, first  # hold on to nothing while waiting for the next question
+            del asked, first  # keep none in memory while waiting for the next
 
     def _answer(self, asked: Sequence[tuple[Q, Future[T]]]) -> None:
-        waiting = [one for one in asked if claim(one[1])]
+        waiting = [(question, future) for question, future in asked if claim(future)]
         outcomes: dict[Q, Any] = dict.fromkeys(question for question, _ in waiting)
         if waiting:
             try:
@@ -1260,21 +1259,21 @@ class Batcher(Generic[Q, T]):
 
 
 class Loop:
-    """A thread that calls `turn` once started, and again after as many seconds as it returned or when woken; after 5 s
-    when it raised, which is logged, and an error for all who ask. Once closed it calls `last`, and ends. What others
-    ask of it stands in `asked`, in the order of arrival, until it is answered or its asker cancels the future."""
+    """A thread that calls `turn` again and again: after as many seconds as `turn` returned, or when woken. If `turn`
+    raises, the error is logged, all who ask get it, and the next turn is 5 s later. After close() the thread calls
+    `last`, and ends. `asked` maps each future that is not settled to its question, in the order of arrival."""
 
     def __init__(self, turn: Callable[[], float], name: str, last: Callable[[], Any] = lambda: None) -> None:
         self._turn, self._last, self.is_closing = turn, last, False
         self.asked: dict[Future[Any], Any] = {}
-        self._lock = threading.Lock()  # over whether it is closing, so that nobody asks afterwards
+        self._lock = threading.Lock()  # guards is_closing: nothing is asked after close()
         self._woken = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.start, self.wake = self._thread.start, self._woken.set
 
     def ask(self, question: Any, *, cancellable: bool = True) -> Future[Any]:
-        """A question is not None; one that is not cancellable is answered though its asker left. Raises Unavailable
-        once the loop is closed."""
+        """A Future of the answer to a question, which is not None. Unless it is cancellable, it is answered even if its
+        client has left. Raises Unavailable after close()."""
         future: Future[Any] = Future()
         if not cancellable:
             future.set_running_or_notify_cancel()
@@ -1287,9 +1286,9 @@ class Loop:
         return future
 
     def answer(self, outcome: Any, *futures: Future[Any]) -> bool:
-        """Give the outcome to who asked. Whether anybody still waited for it."""
-        told = [one for one in futures if self.asked.pop(one, None) is not None and settle(one, outcome)]
-        return bool(told)
+        """Settle the futures that are still pending. False if none was."""
+        settled = [one for one in futures if self.asked.pop(one, None) is not None and settle(one, outcome)]
+        return bool(settled)
 
     def close(self, timeout: float = 0.0) -> None:
         """End the thread after its turn; wait for that at most `timeout` seconds."""
