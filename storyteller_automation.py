@@ -135,7 +135,7 @@ log.addHandler(logging.NullHandler())  # silent until start_console()
 
 HERE = Path(__file__).resolve().parent
 ENV_FILE = HERE / ".env"
-PAGES = ("http://localhost:3000", "http://localhost:5173", "http://127.0.0.1:3000", "http://127.0.0.1:5173")
+STORYART_ORIGINS = ("http://localhost:3000", "http://localhost:5173", "http://127.0.0.1:3000", "http://127.0.0.1:5173")
 
 
 class StartError(Exception):
@@ -282,7 +282,7 @@ class Settings:
         "STORYTELLER_API_TOKEN", None, _token, "the API token; by default created at the first start", secret=True
     )
     cors_origins: tuple[str, ...] = _row(
-        "STORYTELLER_CORS_ORIGINS", PAGES, _origins, "origins of pages that may call with a token, or none"
+        "STORYTELLER_CORS_ORIGINS", STORYART_ORIGINS, _origins, "origins of pages that may call with a token, or none"
     )
     trusted_origins: tuple[str, ...] = _row(
         "STORYTELLER_TRUSTED_ORIGINS", (), _origins, "origins of pages on this PC that may call without one"
@@ -372,7 +372,7 @@ def read_env_lines(path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def doubtful_settings(environ: Mapping[str, str], file: Path = ENV_FILE) -> Iterator[str]:
+def setting_warnings(environ: Mapping[str, str], file: Path = ENV_FILE) -> Iterator[str]:
     """Warnings about names that look like settings but have no effect, a sentence each; none shows a value."""
     known = [row.metadata["name"] for row in dataclasses.fields(Settings)]
     unread = file.with_name(f"{file.name}.txt")
@@ -512,20 +512,20 @@ def from_digits(value: Any) -> Any:
     return int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,16}", value) else value
 
 
-def in_ms(time: float) -> float:
+def to_ms(time: float) -> float:
     """Convert a time to milliseconds if it is in seconds, that is, less than SECONDS_BELOW."""
     return round(time * 1000, 3) if time < SECONDS_BELOW else time
 
 
 def read_time(value: object) -> int | None:
-    """Milliseconds of an ISO 8601 string (UTC by default) or of a number as for in_ms(); None for anything else."""
+    """Milliseconds of an ISO 8601 string (UTC by default) or of a number as for to_ms(); None for anything else."""
     value = from_digits(value)
     with contextlib.suppress(ValueError, OverflowError):
         if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d", value):
             moment = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", value))
             ms = round((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() * 1000)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            ms = int(in_ms(value))
+            ms = int(to_ms(value))
         else:
             return None
         iso_time(ms)
@@ -585,7 +585,7 @@ START_SCRIPT = "run.bat" if WINDOWS else "run.sh"
 IS_ROOT = sys.platform != "win32" and os.geteuid() == 0
 REFUSAL_IS_SLOW = WINDOWS  # Windows retries a refused connection for about 2 s; a probe may time out before
 # No route, or no such address, like ::1 without IPv6. WinSock has its own numbers.
-_NOT_HERE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, 10047, 10049, 10051, 10065}
+_NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, 10047, 10049, 10051, 10065}
 _IN_USE = {errno.EADDRINUSE, 10048}
 # Windows' error for a port that another program uses exclusively, or that Windows reserves; in some Pythons EACCES.
 _MAYBE_RESERVED = {10013, errno.EACCES} if WINDOWS else {10013}
@@ -892,7 +892,7 @@ class Program:
         """Its exit code; None while it runs, or if an earlier run of the service launched it."""
         return self.process.returncode if self.process else None
 
-    def lives(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether any of its processes runs."""
         if not self.has_exited():
             return True
@@ -913,7 +913,7 @@ class Program:
 
     def end(self, *, force: bool) -> None:
         """End all its processes, by SIGTERM or, with `force`, by SIGKILL; on Windows always by force."""
-        if not self.lives():
+        if not self.is_alive():
             return
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             if sys.platform != "win32":
@@ -1261,10 +1261,10 @@ class Batcher(Generic[Q, T]):
 class Loop:
     """A thread that calls `turn` again and again: after as many seconds as `turn` returned, or when woken. If `turn`
     raises, the error is logged, all who ask get it, and the next turn is 5 s later. After close() the thread calls
-    `last`, and ends. `asked` maps each future that is not settled to its question, in the order of arrival."""
+    `on_close`, and ends. `asked` maps each future that is not settled to its question, in the order of arrival."""
 
-    def __init__(self, turn: Callable[[], float], name: str, last: Callable[[], Any] = lambda: None) -> None:
-        self._turn, self._last, self.is_closing = turn, last, False
+    def __init__(self, turn: Callable[[], float], name: str, on_close: Callable[[], Any] = lambda: None) -> None:
+        self._turn, self._on_close, self.is_closing = turn, on_close, False
         self.asked: dict[Future[Any], Any] = {}
         self._lock = threading.Lock()  # guards is_closing: nothing is asked after close()
         self._woken = threading.Event()
@@ -1304,7 +1304,7 @@ class Loop:
             self._woken.clear()
             is_closing, seconds = self.is_closing, 5.0
             try:
-                seconds = self._last() if is_closing else self._turn()
+                seconds = self._on_close() if is_closing else self._turn()
             except Exception as error:
                 log.exception("%s: an unexpected error", self._thread.name)
                 fault = f"{self._thread.name}: an unexpected error ({type(error).__name__}): see the service's log."
@@ -2161,7 +2161,7 @@ class RedisStore(Store):
                     # There may be more of the last score: read at once, since each page of them would begin anew.
                     rows = [row for row in rows if row[1] < last] + self._select(repr(last), repr(last), -1)
                     lowest = f"({last!r}"
-                yield from ((member, in_ms(score)) for member, score in rows)
+                yield from ((member, to_ms(score)) for member, score in rows)
 
     @staticmethod
     def _scores(now: int) -> list[tuple[str, str]]:
@@ -3061,7 +3061,7 @@ class Bridge:
         self._seen: dict[int, Seen] = {}
         self._latest = (-1, 0.0)  # the length of session:latest, and when it is read again
         self._report = functools.lru_cache(1000)(functools.partial(log.warning, "bridge: %s: %s"))  # each once
-        self._loop = Loop(self._turn, "bridge", last=self._give_lease_back)
+        self._loop = Loop(self._turn, "bridge", on_close=self._give_lease_back)
         self.start, self.close = self._loop.start, functools.partial(self._loop.close, 2.0)
 
     def bring(self, stored: StoredSession, *, whole: bool = False) -> StoredSession | None:
@@ -3702,7 +3702,7 @@ class Reservations:
         self._seen: tuple[Reservation | None, float] = (None, 0.0)  # what it says, and when that ends
         self._fence, self._looked_at = 0, -math.inf  # the largest one seen
         self._unclaimed = ""  # digest of a reservation that the store may have, and whose id nobody got
-        self._loop = Loop(self._turn, "reservations", last=lambda: self._loop.answer(stopping(), *self._loop.asked))
+        self._loop = Loop(self._turn, "reservations", on_close=lambda: self._loop.answer(stopping(), *self._loop.asked))
         self._loop.start()
         self.close = self._loop.close  # it answers everyone who waits
 
@@ -3916,7 +3916,7 @@ def ask_swarmui(url: str, route: str, body: Mapping[str, Any], settings: Setting
         refusals = (ConnectionRefusedError, TimeoutError) if REFUSAL_IS_SLOW else ConnectionRefusedError
         if isinstance(error, urllib.error.URLError) and isinstance(reason, refusals):
             return Probe(False, False, f"nobody answers at {where}"), {}
-        if isinstance(reason, socket.gaierror) or getattr(reason, "errno", None) in _NOT_HERE:
+        if isinstance(reason, socket.gaierror) or getattr(reason, "errno", None) in _NO_ROUTE:
             return Probe(False, False, f"{where} cannot be reached ({reason})"), {}
         if isinstance(reason, TimeoutError):
             return Probe(False, True, f"{where} did not answer within {settings.health_timeout:g} s"), {}
@@ -4057,7 +4057,7 @@ class Launched:
 
     def lives(self, server_id: str) -> bool:
         """Whether a process of it does. One of which none was found is known by `server_id`, that of what answers."""
-        return self.program is not None and (self.program.lives() or server_id == self._lone_id)
+        return self.program is not None and (self.program.is_alive() or server_id == self._lone_id)
 
     def note_ready(self, server_id: str) -> None:
         """SwarmUI answers, with that id: by it one is known whose script is gone."""
@@ -4065,7 +4065,7 @@ class Launched:
         if self.program is None and is_known:
             program = Program(self._record["pid"], None)
             self._take(program)
-            self._lone_id = None if program.lives() else server_id
+            self._lone_id = None if program.is_alive() else server_id
         if self.lives(server_id):
             self.was_ready, self.is_orphan = True, self.has_exited
             if not is_known:
@@ -7258,7 +7258,7 @@ def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
             try:
                 made.append(on_failure.enter_context(listen(address, port)))
             except OSError as error:
-                if not made or error.errno not in _NOT_HERE:
+                if not made or error.errno not in _NO_ROUTE:
                     raise
             port = made[0].getsockname()[1]
         on_failure.pop_all()
@@ -7598,7 +7598,7 @@ def run_checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
         yield "FAIL", "settings", str(error)
         return
     yield "OK", "settings", f"read from arguments, environment and {ENV_FILE if ENV_FILE.exists() else 'no .env file'}"
-    for text in doubtful_settings(os.environ):
+    for text in setting_warnings(os.environ):
         yield "WARN", "settings", text
     yield "OK", "version", __version__
     yield from check_store(settings)
@@ -7862,7 +7862,7 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
     for name, text in rows.items():
         shown = link if name == "address" and is_terminal else text
         say(f"  {name:<11} {shown}", f"{name} {text}")
-    for text in doubtful_settings(os.environ):
+    for text in setting_warnings(os.environ):
         log.warning("settings: %s", text)
     places = [settings.data_dir / name for name in ("..", "", *DATA_FILES)]
     if IS_ROOT and (others := sorted({owner for place in places if (owner := foreign_owner(place))})):

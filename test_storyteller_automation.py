@@ -1181,14 +1181,14 @@ def test_redis_url_wins_over_host_and_port(tmp_path):
 )
 def test_a_name_that_seems_meant_as_a_setting_is_named_with_the_nearest(tmp_path, environment, env_file, advice):
     (tmp_path / ".env").write_text(env_file)
-    found = list(service.doubtful_settings(environment, tmp_path / ".env"))
+    found = list(service.setting_warnings(environment, tmp_path / ".env"))
     assert [line.split()[0] for line in found] == list(advice)
     assert all(text in line for text, line in zip(advice.values(), found))
 
 
 def test_an_env_file_that_the_editor_named_otherwise_is_told_of(tmp_path):
     (tmp_path / ".env.txt").write_text("REDIS_URL=1")
-    (found,) = service.doubtful_settings({}, tmp_path / ".env")
+    (found,) = service.setting_warnings({}, tmp_path / ".env")
     assert found == f"{tmp_path / '.env.txt'} is not read: rename it to .env"
 
 
@@ -4568,7 +4568,7 @@ def test_one_that_dies_in_the_midst_of_a_look_is_not_told_as_the_fault_of_its_po
     def die_then_shut_down_idle(supervisor):
         if supervisor._probe.occupied and supervisor._ours.program:
             kill(held)
-            wait_until(lambda: not supervisor._ours.program.lives())
+            wait_until(lambda: not supervisor._ours.program.is_alive())
         shut_down_idle(supervisor)
 
     looked = make_looked(swarmui_path=swarmui_folder(after=str(tmp_path / "never")), health_timeout=0.1)
@@ -4588,7 +4588,7 @@ def test_a_start_in_the_turn_in_which_an_end_is_over_launches_it_anew(make_looke
     def die_then_look(supervisor, *, counts=False):
         if supervisor._ending and supervisor._waiting("start") and held.is_alive():
             kill(held)
-            wait_until(lambda: not supervisor._ours.program.lives())
+            wait_until(lambda: not supervisor._ours.program.is_alive())
         look(supervisor, counts=counts)
 
     monkeypatch.setattr(service.SwarmUISupervisor, "_look", die_then_look)
@@ -11681,7 +11681,7 @@ def test_localhost_is_both_addresses_on_one_port(start_service):
             assert connection.getresponse().status == 200
 
 
-@pytest.mark.parametrize("number", sorted(service._NOT_HERE))
+@pytest.mark.parametrize("number", sorted(service._NO_ROUTE))
 def test_localhost_without_ipv6_is_127_0_0_1_alone(monkeypatch, number):
     listen = service.listen
 
@@ -12154,7 +12154,7 @@ def test_help_names_the_scripts_every_command_and_each_setting_with_its_default(
     shown = {
         "STORYTELLER_PORT": "8000", "STORYTELLER_BRIDGE": "on", "STORYTELLER_RESERVATION_GATES": "off",
         "GPU_CACHE_SECONDS": "5", "REDIS_HOST": "none",
-        "STORYTELLER_CORS_ORIGINS": " ".join(service.PAGES), "STORYTELLER_TRUSTED_ORIGINS": "none",
+        "STORYTELLER_CORS_ORIGINS": " ".join(service.STORYART_ORIGINS), "STORYTELLER_TRUSTED_ORIGINS": "none",
     }  # fmt: skip
     assert {name: rows[name].partition("by default ")[2] for name in shown} == shown
 
@@ -14343,7 +14343,8 @@ def test_readme_names_no_command_that_is_none():
 
 
 def test_readme_has_each_setting_with_its_default():
-    spoken = {True: "on", False: "off", (): "none", service.PAGES: "localhost and 127.0.0.1, ports 3000 and 5173, http"}
+    origins = "localhost and 127.0.0.1, ports 3000 and 5173, http"
+    spoken = {True: "on", False: "off", (): "none", service.STORYART_ORIGINS: origins}
     found = {}
     for _, names, default, _ in (row for row in table_in(section("## Settings")) if len(row) == 4):
         for name in re.findall(r"`([A-Z_]+)`", names):
