@@ -900,7 +900,7 @@ class Program:
             counts = (ctypes.c_uint32 * 12)()  # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION; the 11th is ActiveProcesses
             query = ("kernel32.QueryInformationJobObject", "NPNPNP", self._job, 1, counts, ctypes.sizeof(counts), None)
             return bool(self._job and _win32(*query) and counts[10])
-        if not self.process and process_identity(self.pid):
+        if process_identity(self.pid):
             return False  # another process has its pid, so its group is empty
         try:
             os.killpg(self.pid, 0)
@@ -998,7 +998,7 @@ def process_identity(pid: int) -> str | None:
                 _checked("kernel32.GetExitCodeProcess", "NPP", process, ctypes.byref(code))
             return str(times[0]) if code.value == 259 else None  # STILL_ACTIVE
         if sys.platform == "darwin":
-            command = ["ps", "-o", "lstart=", "-p", str(pid)]
+            command = ["env", "LC_ALL=C", "TZ=UTC", "ps", "-o", "lstart=", "-p", str(pid)]  # local time otherwise
             found = subprocess.run(command, capture_output=True, timeout=5, check=False).stdout.strip()
             return found.decode("ascii", "replace") or None
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -1136,7 +1136,8 @@ def shorten_log(path: Path) -> float:
             copy.write(file.read(LOG_LIMIT))
         os.truncate(path, 0)
     except OSError as error:
-        log.warning("swarmui: %s cannot be shortened (%s)", path, error.strerror)
+        log.warning("swarmui: %s cannot be shortened (%s): free disk space, or close its readers", path, error.strerror)
+        return 60.0
     return 1.0
 
 

@@ -1415,6 +1415,32 @@ def test_a_process_is_told_from_a_later_one_of_its_number():
     assert service.process_identity(os.getpid()) == identity
 
 
+@ONLY_POSIX
+def test_a_program_whose_pid_another_one_has_now_is_over_and_the_other_one_is_not_ended():
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait(PATIENCE)
+    command = [sys.executable, "-c", "input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as other:
+        program = service.Program(other.pid, None, ended)
+        assert not program.is_alive()
+        program.end(force=True)
+        other.communicate(b"\n", timeout=PATIENCE)
+        assert other.returncode == 0
+
+
+@ONLY_POSIX
+def test_the_identity_of_a_process_does_not_depend_on_time_zone_and_language(monkeypatch):
+    """On macOS it is a time that ps prints, which a process in another environment must find again."""
+    shutil.which("ps") or pytest.skip("there is no ps here")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    found = set()
+    for zone in ("UTC", "Asia/Tokyo"):
+        monkeypatch.setenv("TZ", zone)
+        found.add(service.process_identity(os.getpid()))
+    (identity,) = found
+    assert re.search(r"\d\d:\d\d:\d\d", identity)
+
+
 def test_a_port_is_not_shared():
     with service.listen("127.0.0.1", 0) as held:
         port = held.getsockname()[1]
@@ -11196,6 +11222,16 @@ def test_of_a_log_of_any_size_its_end_is_kept(tmp_path, monkeypatch):
     (tmp_path / "log").write_text("a" * 5000 + "b" * 999 + "c")
     service.shorten_log(tmp_path / "log")
     assert (tmp_path / "log.1").read_text() == "b" * 999 + "c"
+
+
+def test_a_log_that_cannot_be_shortened_is_warned_of_once_a_minute(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(service, "LOG_LIMIT", -1)
+    path = tmp_path / "swarmui.log"
+    path.mkdir()
+    assert service.shorten_log(path) == 60.0
+    assert re.search(r"swarmui\.log cannot be shortened \(.+\): free disk space", caplog.text)
+    path.rmdir()
+    assert service.shorten_log(path) == 1.0
 
 
 def test_swarmuis_log_is_shortened_while_somebody_reads_the_older_ones(tmp_path, monkeypatch):
