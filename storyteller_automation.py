@@ -2716,13 +2716,11 @@ def open_store(settings: Settings, patience: float | None = None) -> Store:
 # Sessions
 # ======================================================================================================
 
-PREVIEW_LENGTH = 500  # characters of scriptText in a list: whole sessions would make it hundreds of MB
+PREVIEW_LENGTH = 500  # characters of scriptText in a list: with whole sessions it would have hundreds of MB
 
-
-_KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number",
-          type(None): "null"}  # fmt: skip
-
-# A shape is a type, {key: shape}, [shape of every element] or a tuple of such. Any key may be missing or null.
+_TYPE_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number",
+               float: "a number", type(None): "null"}  # fmt: skip
+# A shape is a type, {key: shape}, [shape of each element], or a tuple of alternatives. Any key may be missing or null.
 _PROMPT = (str, {"prompt": str})  # StorySwarm writes a plain string, StoryArt an object
 _BEAT = {"prompts": {"cinematic": _PROMPT, "vertical": _PROMPT}, "imageDecision": {"type": str}}
 _COUNTED = {"analyzedEpisode": {"scenes": [{"beats": [_BEAT]}]}}
@@ -2730,12 +2728,13 @@ _LISTED: dict[str, Any] = {"analyzedEpisode": {"scenes": [{"beats": [{}]}]}}
 
 
 def _check_shape(value: Any, shape: Any, place: str = "") -> None:
-    """Raise ValueError for the first value that does not fit, with its place."""
+    """Raise ValueError, with its place, for the first value that does not fit."""
     shapes = shape if isinstance(shape, tuple) else (shape,)
-    kinds = [one if isinstance(one, type) else type(one) for one in shapes]
-    if type(value) not in kinds:
-        raise ValueError(f"{place or 'it'} is {_KINDS[type(value)]}, not {' or '.join(_KINDS[one] for one in kinds)}")
-    fitting = shapes[kinds.index(type(value))]
+    types = [one if isinstance(one, type) else type(one) for one in shapes]
+    if type(value) not in types:
+        expected = " or ".join(_TYPE_NAMES[one] for one in types)
+        raise ValueError(f"{place or 'it'} is {_TYPE_NAMES[type(value)]}, not {expected}")
+    fitting = shapes[types.index(type(value))]
     if isinstance(fitting, dict):
         for key, inner in fitting.items():
             if value.get(key) is not None:
@@ -2746,32 +2745,32 @@ def _check_shape(value: Any, shape: Any, place: str = "") -> None:
 
 
 def read_session(document: bytes | None, shape: Any = _COUNTED) -> dict[str, Any]:
-    """Raises ValueError with what is wrong with it."""
+    """Parse a session's document. Raises ValueError with what is wrong with it."""
     if document is None:
-        raise ValueError("its key holds no text")
+        raise ValueError("its key is not a string")
     found: dict[str, Any] = parse_json(document)
     _check_shape(found, shape)
     return found
 
 
 def prompt_text(prompt: Any) -> str:
-    """Empty for one that is missing or blank."""
+    """The text of a prompt in either dialect; "" if the prompt is missing or blank."""
     text = prompt if isinstance(prompt, str) else (prompt or {}).get("prompt") or ""
     return text if text.strip() else ""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a session's prompts are."""
+    """How many beats and prompts a session has."""
 
     total_beats: int
     total_prompts: int
     ready: bool
-    needed: int = dataclasses.field(default=0, compare=False)  # prompts, once it is ready
+    needed: int = dataclasses.field(default=0, compare=False)  # prompts that it has once it is ready
 
 
 def progress(document: dict[str, Any]) -> Progress:
-    """Count beats and prompts. Ready: there is a beat, and each that needs a prompt has one. Raises ValueError."""
+    """Count beats and prompts. Ready: there are beats, and each that needs a prompt has one. Raises ValueError."""
     _check_shape(document, _COUNTED)
     scenes = (document.get("analyzedEpisode") or {}).get("scenes")
     if scenes is None:
@@ -2781,29 +2780,29 @@ def progress(document: dict[str, Any]) -> Progress:
     for beat in beats:
         if prompt_text((beat.get("prompts") or {}).get("cinematic")):  # the vertical one is optional
             prompts += 1
-        # An image that is reused, or none, needs no prompt: a finished session has fewer prompts than beats.
+        # A beat without a new image needs no prompt, so a finished session may have fewer prompts than beats.
         elif (beat.get("imageDecision") or {}).get("type") not in ("REUSE_IMAGE", "NO_IMAGE"):
             waiting += 1
     return Progress(len(beats), prompts, bool(beats) and not waiting, prompts + waiting)
 
 
 def summary(document: dict[str, Any]) -> dict[str, Any]:
-    """What a list shows of a session beside its timestamp. Raises ValueError."""
+    """The fields of a session's list entry, except its timestamp. Raises ValueError."""
     _check_shape(document, _LISTED)
     episode = document.get("analyzedEpisode") or {}
 
-    def titled(part: dict[str, Any], number: str) -> dict[str, Any]:
+    def heading(part: dict[str, Any], number: str) -> dict[str, Any]:
         return {number: from_digits(part.get(number)), "title": to_text(part.get("title"))}
 
     found = episode.get("scenes") or ()
-    scenes = [{**titled(one, "sceneNumber"), "totalBeats": len(one.get("beats") or ())} for one in found]
-    shown = {**titled(episode, "episodeNumber"), "scenes": scenes}
+    scenes = [{**heading(scene, "sceneNumber"), "totalBeats": len(scene.get("beats") or ())} for scene in found]
+    shown = {**heading(episode, "episodeNumber"), "scenes": scenes}
     texts = {name: to_text(document.get(name)) for name in ("storyUuid", "promptMode", "scriptText")}
     return {**texts, "scriptText": texts["scriptText"][:PREVIEW_LENGTH], "analyzedEpisode": shown}
 
 
 def to_text(value: Any) -> str:
-    """As StoryArt's page needs it, which crashes on what is no string."""
+    """A value as a string, "" for None: StoryArt's page crashes on anything else."""
     return value if isinstance(value, str) else "" if value is None else to_json(value).decode()
 
 
@@ -2812,10 +2811,10 @@ def _story_fields(uuid: object, episode: object) -> dict[str, Any]:
 
 
 def due_notification(timestamp: int, document: dict[str, Any]) -> Draft | None:
-    """What a session has to announce as it stands: only one that waits for StorySwarm, and that has beats."""
+    """The notification that a session calls for; None unless it waits for StorySwarm and has beats."""
     try:
         found = progress(document)
-    except ValueError:  # it may be a script alone; prompts-status says what is wrong with it
+    except ValueError:  # perhaps it has only a script so far; prompts-status says what is wrong
         return None
     if document.get("promptMode") != "storyswarm" or not found.total_beats:
         return None
@@ -2826,24 +2825,24 @@ def due_notification(timestamp: int, document: dict[str, Any]) -> Draft | None:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the answers need of a document. A part may be its fault; with `fault` the document is no session at all."""
+    """What responses need from a document. A part that is a string says what is wrong with it in the document."""
 
-    fault: str | None
+    fault: str | None  # why the document is not a session: both parts say so, too
     progress: Progress | str
     summary: Mapping[str, Any] | str
-    updated: int | None = None  # ms, as the document says
+    updated: int | None = None  # ms; the later of its lastUpdated and updatedAt
     waits: bool = False  # for StorySwarm
-    timestamp: int | None = None  # as the document says
+    timestamp: int | None = None  # the document's own
 
 
 def find_facts(stored: StoredSession) -> Facts:
-    """Parse a document."""
+    """Parse a session's document."""
 
-    def attempt(part: Callable[..., T], *given: Any) -> T | str:
+    def attempt(function: Callable[..., T], *arguments: Any) -> T | str:
         try:
-            return part(*given)
+            return function(*arguments)
         except ValueError as fault:
-            return str(fault)  # the exception refers to the document
+            return str(fault)  # the exception itself would keep the document in memory
 
     document = attempt(read_session, stored.document, {})
     if isinstance(document, str):
@@ -2855,38 +2854,38 @@ def find_facts(stored: StoredSession) -> Facts:
         summary=attempt(summary, document),
         updated=max((time for time in times if time is not None), default=None),
         waits=document.get("promptMode") == "storyswarm",
-        timestamp=read_count(document.get("timestamp"), is_time=True),  # never seconds: it is the session's name
+        timestamp=read_count(document.get("timestamp"), is_time=True),  # never in seconds: it names the session
     )
 
 
 class Sessions:
-    """The sessions of a store. To parse a document of 850 KB takes 6 ms, its SHA-256 0.5: its facts are cached by that
-    digest alone. The store is read each time, so nothing else tells whether a session has changed."""
+    """The sessions of a store. Parsing a document of 850 KB takes 6 ms and its SHA-256 takes 0.5 ms, so the facts are
+    cached by that digest. Each call gets the document as the store has it now, so no entry becomes stale."""
 
-    KEPT, LARGEST = 1000, 8192  # entries and bytes of one: 8 MB of JSON at most. A real summary has 1 to 2 KB
+    CACHE_SIZE, MAX_SUMMARY = 1000, 8192  # entries, and bytes of each: 8 MB of JSON at most. Real ones have 1 to 2 KB
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._facts: dict[str, Facts] = {}  # by the document's mark
         self._report = functools.lru_cache(1000)(functools.partial(log.warning, "sessions: %s is left out: %s"))  # once
-        self._parsing = threading.Lock()
+        self._parse_lock = threading.Lock()
 
     def cached(self, stored: StoredSession) -> Facts | None:
         return self._facts.get(stored.mark)
 
     def facts_of(self, stored: StoredSession) -> Facts:
-        """Documents that are not known are parsed one at a time, and so equal ones once."""
+        """From the cache, or parsed. Documents are parsed one at a time, so equal ones are parsed once."""
         facts = self.cached(stored)
         if facts is None:
-            with self._parsing:
+            with self._parse_lock:
                 facts = self.cached(stored) or find_facts(stored)
-                if len(json.dumps(facts.summary)) <= self.LARGEST:
+                if len(json.dumps(facts.summary)) <= self.MAX_SUMMARY:
                     self._facts[stored.mark] = facts
-                    bound(self._facts, self.KEPT)
+                    bound(self._facts, self.CACHE_SIZE)
         return facts
 
     def listed(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Timestamps and summaries, newest first. What is no session is left out and logged once."""
+        """Timestamps and summaries, newest first. A session without a summary is left out and logged once."""
         for stored in self._store.sessions():
             shown = self.facts_of(stored).summary
             if isinstance(shown, str):
@@ -2895,7 +2894,7 @@ class Sessions:
                 yield stored.timestamp, shown
 
     def latest(self) -> StoredSession | None:
-        """The newest session that can be read: the first of those, or the copy of a newer one."""
+        """The newest session that can be read, even if only session:latest contains it; None if there is none."""
         newest = None
         for stored in self._store.sessions():
             if (fault := self.facts_of(stored).fault) is None:
@@ -2905,7 +2904,7 @@ class Sessions:
         if (copy := self._store.newest_copy()) is not None:
             facts = self.facts_of(StoredSession(0, copy))
             if facts.timestamp is None:
-                self._report("the copy of the newest session", facts.fault or "it has no timestamp")
+                self._report("session:latest", facts.fault or "it has no timestamp")
             elif newest is None or facts.timestamp > newest.timestamp:
                 return StoredSession(facts.timestamp, copy)
         return newest
@@ -2915,55 +2914,54 @@ class Sessions:
 # Bridge
 # ======================================================================================================
 
-# StoryArt's own server knows `storyart:session:{ts}` alone and StorySwarm `session:{ts}`. The bridge keeps these two
-# copies in step, whoever writes, and speaks to each in its dialect: StoryArt fails on a prompt that is a plain string.
-SHAPES = ("cinematic", "vertical")
-_TEXTS = ("scriptText", "episodeContext", "storyUuid")  # StoryArt's page crashes where one is not a string
+# StoryArt's own server uses only `storyart:session:{ts}`, and StorySwarm only `session:{ts}`. The bridge keeps the two
+# copies in step and writes each in its reader's dialect: StoryArt fails on a prompt that is a plain string.
+_PROMPT_KINDS = ("cinematic", "vertical")
+_TEXT_FIELDS = ("scriptText", "episodeContext", "storyUuid")  # StoryArt's page crashes if one is not a string
 
 
-def _scenes_of(document: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
-    """The beats of each scene."""
+def _beats_by_scene(document: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
     scenes = (document.get("analyzedEpisode") or {}).get("scenes") or ()
     return [scene.get("beats") or [] for scene in scenes]
 
 
 def pair_beats(document: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """Pairs of each beat of a document with the same beat of another, where there is one: with the same `beatId`, if
-    that occurs once in each; otherwise at the same place, if the id there is the same or missing in both, and both have
-    as many scenes with as many beats each. A prompt must not go to a wrong beat."""
-    layouts = [_scenes_of(document), _scenes_of(other)]
+    """Each beat of a document with its counterpart in `other`, if there is one: the beat with the same `beatId`, if
+    that is unique in both; otherwise the beat at the same position, if the two ids are equal or both missing, and the
+    documents have the same number of beats in each scene. A prompt must not go to a wrong beat."""
+    layouts = [_beats_by_scene(document), _beats_by_scene(other)]
     beats, others = ([beat for scene in layout for beat in scene] for layout in layouts)
-    ids, other_ids = ([to_json(beat.get("beatId")) for beat in some] for some in (beats, others))
+    ids, other_ids = ([to_json(beat.get("beatId")) for beat in side] for side in (beats, others))
     counts, other_counts = collections.Counter(ids), collections.Counter(other_ids)
     by_id = dict(zip(other_ids, others))
-    is_alike = [len(scene) for scene in layouts[0]] == [len(scene) for scene in layouts[1]]
-    for place, (beat, id) in enumerate(zip(beats, ids)):
+    has_same_layout = [len(scene) for scene in layouts[0]] == [len(scene) for scene in layouts[1]]
+    for position, (beat, id) in enumerate(zip(beats, ids)):
         if id != b"null" and counts[id] == other_counts[id] == 1:
             yield beat, by_id[id]
-        elif is_alike and id == other_ids[place]:
-            yield beat, others[place]
+        elif has_same_layout and id == other_ids[position]:
+            yield beat, others[position]
 
 
 def to_storyart(document: dict[str, Any], timestamp: int, own: Callable[[], Mapping[str, Any] | None]) -> bool:
-    """Turn a document into StoryArt's dialect; False when there was nothing to turn. A prompt that is a string is laid
-    over what StoryArt's `own` document has for that beat and shape: its model, size and steps."""
-    before = {name: document.get(name) for name in ("timestamp", *_TEXTS)}
+    """Convert a document to StoryArt's dialect in place; False if it did not change. A prompt that is a string becomes
+    an object, with the model, size and steps of that prompt in the document that own() returns, StoryArt's copy."""
+    before = {name: document.get(name) for name in ("timestamp", *_TEXT_FIELDS)}
     if not is_whole(before["timestamp"]) or before["timestamp"] != timestamp:
         document["timestamp"] = timestamp
-    for name in _TEXTS:
+    for name in _TEXT_FIELDS:
         document[name] = to_text(document.get(name))
     changed = any(document[name] is not value for name, value in before.items())
-    beats = [beat for scene in _scenes_of(document) for beat in scene if "prompts" in beat]
-    strings = any(isinstance((beat["prompts"] or {}).get(shape), str) for beat in beats for shape in SHAPES)
-    found = own() if strings else None
-    known = {id(beat): other.get("prompts") or {} for beat, other in pair_beats(document, found)} if found else {}
+    beats = [beat for scene in _beats_by_scene(document) for beat in scene if "prompts" in beat]
+    has_strings = any(isinstance((beat["prompts"] or {}).get(kind), str) for beat in beats for kind in _PROMPT_KINDS)
+    copy = own() if has_strings else None
+    own_prompts = {id(beat): other.get("prompts") or {} for beat, other in pair_beats(document, copy)} if copy else {}
     for beat in beats:
         prompts = dict(beat["prompts"] or {})
-        for shape in SHAPES:
-            if prompt_text(prompts.get(shape)):
-                prompts[shape] = _laid_over(prompts[shape], known.get(id(beat), {}).get(shape))
+        for kind in _PROMPT_KINDS:
+            if prompt_text(prompts.get(kind)):
+                prompts[kind] = _as_object(prompts[kind], own_prompts.get(id(beat), {}).get(kind))
             else:
-                prompts.pop(shape, None)
+                prompts.pop(kind, None)
         changed |= prompts != beat["prompts"] or not prompts
         beat["prompts"] = prompts
         if not prompts:
@@ -2971,54 +2969,54 @@ def to_storyart(document: dict[str, Any], timestamp: int, own: Callable[[], Mapp
     return changed
 
 
-def _laid_over(prompt: Any, own: Any) -> Any:
-    """A prompt that is a string as an object, with what else StoryArt's `own` one has."""
+def _as_object(prompt: Any, own: Any) -> Any:
+    """A prompt that is a string as an object, with the other fields of StoryArt's `own` one; any other as it is."""
     return {**(own if isinstance(own, dict) else {}), "prompt": prompt} if isinstance(prompt, str) else prompt
 
 
-def _take_over(document: dict[str, Any], other: Mapping[str, Any], *, wins: bool, fields: bool) -> None:
-    """Put the prompts of `other` into a document that lacks them, or all of them if `other` wins; with `fields` also
-    what else it lacks, and when it was written."""
+def _merge_into(document: dict[str, Any], other: Mapping[str, Any], *, wins: bool, fields: bool) -> None:
+    """Add the prompts of `other` that a document lacks, or all of them if `other` wins; with `fields` also the other
+    fields that it lacks, and the times of its last update."""
     for beat, other_beat in pair_beats(document, other):
         prompts = dict(beat.get("prompts") or {})
-        for shape in SHAPES:
-            prompt = (other_beat.get("prompts") or {}).get(shape)
-            if prompt_text(prompt) and (wins or not prompt_text(prompts.get(shape))):
-                prompts[shape] = _laid_over(prompt, prompts.get(shape))
+        for kind in _PROMPT_KINDS:
+            prompt = (other_beat.get("prompts") or {}).get(kind)
+            if prompt_text(prompt) and (wins or not prompt_text(prompts.get(kind))):
+                prompts[kind] = _as_object(prompt, prompts.get(kind))
         if prompts != (beat.get("prompts") or {}):
             beat["prompts"] = prompts
         if fields:
-            _fill(beat, other_beat)
+            _add_missing(beat, other_beat)
     if fields:
-        _fill(document, other)
+        _add_missing(document, other)
         document.update({name: other[name] for name in ("lastUpdated", "updatedAt") if name in other})
 
 
-def _fill(document: dict[str, Any], other: Mapping[str, Any]) -> None:
+def _add_missing(document: dict[str, Any], other: Mapping[str, Any]) -> None:
     for name, value in other.items():
-        if document.get(name) is None or (document[name] == "" and name in _TEXTS):
+        if document.get(name) is None or (document[name] == "" and name in _TEXT_FIELDS):
             document[name] = value
 
 
 def decide(copies: Copies) -> Change | None:
-    """What brings the copies in step; None when they are. StorySwarm may have read a session before its user edited it:
-    so once StoryArt has written it, StoryArt's words, beats and order stay. They stay also where there is a second copy
-    of StorySwarm's. Raises ValueError when one of them is no session: then both are left as they are."""
+    """The change that brings the copies in step; None if they are. StorySwarm may have read a session before the user
+    edited it in StoryArt: once StoryArt has written it, the text, beats and order of StoryArt's copy stay. They also
+    stay if StorySwarm has written two copies. Raises ValueError if a copy is not a session: then both stay."""
     timestamp, swarm, art, latest = copies.timestamp, copies.storyswarm, copies.storyart, copies.latest
     swarm_changed, art_changed = copies.is_changed(0) or latest not in (None, swarm), copies.is_changed(1)
     by_storyart = copies.by_storyart or art_changed
-    if not swarm_changed and not art_changed:  # one may be gone: it stays gone until the other is written anew
+    if not swarm_changed and not art_changed:  # a copy that is gone stays so until the other one is written
         return None if copies.found == copies.marks or not any(copies.marks) else Change(by_storyart=by_storyart)
     theirs, own = (None if document is None else read_session(document) for document in (latest or swarm, art))
     carries_over = own is None or (theirs is not None and swarm_changed and not by_storyart and not latest)
     outcome, base = cast(tuple[dict[str, Any], bytes], (theirs, latest or swarm) if carries_over else (own, art))
     before = to_json(outcome)
     if theirs is not None and not carries_over:
-        _take_over(outcome, theirs, wins=swarm_changed and not art_changed, fields=swarm_changed)
+        _merge_into(outcome, theirs, wins=swarm_changed and not art_changed, fields=swarm_changed)
     to_storyart(outcome, timestamp, lambda: own)
     text = to_json(outcome)
     if text == before:
-        text = base  # byte for byte
+        text = base  # byte for byte as it was written
     swarm_text = None if carries_over else text if swarm is None else _to_storyswarm(text, swarm, timestamp)
     if swarm_text and latest:
         swarm_text = _to_storyswarm(swarm_text, latest, timestamp) or latest
@@ -3026,48 +3024,48 @@ def decide(copies: Copies) -> Change | None:
 
 
 def _to_storyswarm(text: bytes, swarm: bytes, timestamp: int) -> bytes | None:
-    """The document with a string for each prompt that is one in what StorySwarm wrote; None when that says the same."""
-    document, theirs, strings = read_session(text), read_session(swarm), False
+    """A document for StorySwarm, whose prompts are strings where its own copy's are; None if that says the same."""
+    document, theirs, has_strings = read_session(text), read_session(swarm), False
     for beat, other in pair_beats(document, theirs):
-        for shape, prompt in (beat.get("prompts") or {}).items():
-            if isinstance((other.get("prompts") or {}).get(shape), str) and shape in SHAPES:
-                beat["prompts"][shape], strings = prompt_text(prompt), True
-    written = to_json(document) if strings else text
-    for one in (document, theirs):
+        for kind, prompt in (beat.get("prompts") or {}).items():
+            if isinstance((other.get("prompts") or {}).get(kind), str) and kind in _PROMPT_KINDS:
+                beat["prompts"][kind], has_strings = prompt_text(prompt), True
+    written = to_json(document) if has_strings else text
+    for one in (document, theirs):  # they are compared in the same dialect
         to_storyart(one, timestamp, lambda: None)
     return None if json.dumps(document, sort_keys=True) == json.dumps(theirs, sort_keys=True) else written
 
 
-class Seen(NamedTuple):
-    """A session that the bridge read whole, and the lengths of its copies as the look before had them."""
+class _LastRead(NamedTuple):
+    """The bridge's last read of both copies of a session."""
 
-    sizes: list[int]
-    due: float  # monotonic seconds, when it is read again
+    sizes: list[int]  # their lengths just before, from the store's look()
+    due: float  # monotonic seconds, when they are read again
     waits: bool  # for prompts
 
 
 class Bridge:
-    """Keeps the copies in step: of a session that somebody asks for by bring(), and of all others by a thread, in one
-    service of those on a Redis, which holds a lease."""
+    """Keeps the copies in step: a session that a request asks for in bring(), and all others in a thread. A lease lets
+    the thread of only one service on a Redis work."""
 
-    INTERVAL, LEASE = 2.0, 6000  # seconds between two looks; ms
-    NEWEST = 100  # sessions of each index
-    # Seconds after which a copy is read whole, since another of the same length may have replaced it; 35 to 55.
+    INTERVAL, LEASE = 2.0, 6000  # seconds between two looks; the lease's TTL in ms
+    NEWEST = 100  # sessions of each index that are looked at
+    # Seconds until a copy of unchanged length is read again, since its contents may differ: 7, or 35 to 54.
     RECHECK_WAITING, RECHECK, SPREAD = 7.0, 35.0, 20
-    LARGE = 5_000_000  # bytes: larger ones are read whole when somebody asks
+    LARGE = 5_000_000  # bytes; a larger copy of unchanged length is read again only for a request
 
     def __init__(self, store: BridgedStore, sessions: Sessions) -> None:
         self._store, self._sessions = store, sessions
         self._owner = secrets.token_hex(8)
-        self._seen: dict[int, Seen] = {}
+        self._last_reads: dict[int, _LastRead] = {}
         self._latest = (-1, 0.0)  # the length of session:latest, and when it is read again
         self._report = functools.lru_cache(1000)(functools.partial(log.warning, "bridge: %s: %s"))  # each once
-        self._loop = Loop(self._turn, "bridge", on_close=self._give_lease_back)
+        self._loop = Loop(self._turn, "bridge", on_close=self._release_lease)
         self.start, self.close = self._loop.start, functools.partial(self._loop.close, 2.0)
 
     def bring(self, stored: StoredSession, *, whole: bool = False) -> StoredSession | None:
-        """The session with its copies in step; as it was where Redis takes no writes. `whole`: also where a large copy
-        was replaced by one of the same length."""
+        """The session with its copies in step, None if it is gone; unchanged if Redis does not take writes. `whole`:
+        notice even a large copy that was replaced by one of the same length."""
         if stored.is_in_step and not (whole and (stored.storyart_size or 0) > self.LARGE):
             return stored
         try:
@@ -3078,8 +3076,8 @@ class Bridge:
             return stored
 
     def bring_latest(self, *, whole: bool = True) -> int:
-        """Carry over a session:latest that was changed, as a change of the session that its timestamp names: that
-        timestamp, or 0, also where Redis takes no writes."""
+        """Apply a changed session:latest to the session that its timestamp names. Returns that timestamp; 0 if there is
+        nothing to apply, or if Redis does not take writes."""
         try:
             copy = self._store.newest_copy(whole=whole)
             self._store.unreadable_latest = 0
@@ -3088,10 +3086,10 @@ class Bridge:
             facts = self._sessions.facts_of(StoredSession(0, copy))
             if facts.timestamp is None:
                 self._store.unreadable_latest, fault = len(copy), facts.fault or "it has no timestamp"
-                self._report("session:latest is left as it is, since it is no session", fault)
+                self._report("session:latest is left as it is, because it is not a session", fault)
                 return 0
             before = self._bring_in_step(facts.timestamp)
-            # Both may have been changed: then neither replaces the other.
+            # If session:{timestamp} was changed as well, neither replaces the other.
             if not self._bring_in_step(facts.timestamp, copy, merges=bool(before and before.is_changed(0))):
                 self._store.unreadable_latest = len(copy)
             return facts.timestamp
@@ -3103,49 +3101,48 @@ class Bridge:
         try:
             return self._store.bring_in_step(timestamp, decide, latest, merges=merges)
         except ValueError as fault:
-            self._report(f"session {timestamp} is left as it is, since a copy is no session", str(fault))
+            self._report(f"session {timestamp} is left as it is, because a copy is not a session", str(fault))
             return None
 
     def _turn(self) -> float:
         try:
             return self.INTERVAL if self._look() else 0.0
         except ApiError as error:
-            if error.refusal and not self._store.writes.refusal:  # else the store has told of it
+            if error.refusal and not self._store.writes.refusal:  # the store logs a refusal of writes itself
                 self._report("sessions are not kept in step", str(error))
             return self.INTERVAL
 
-    def _give_lease_back(self) -> None:
-        """To another service."""
+    def _release_lease(self) -> None:
         with contextlib.suppress(ApiError):
-            self._store.look(self._owner, 1, 1, ())
+            self._store.look(self._owner, 1, 1, ())  # its TTL becomes 1 ms
 
     def _look(self) -> bool:
-        """False when it took so long that the lease is to be extended before the next ones."""
-        began = time.monotonic()
-        waiting = sorted(timestamp for timestamp, seen in self._seen.items() if seen.waits)[-self.NEWEST :]
+        """Bring in step what has changed. False if it stopped halfway, to extend the lease before it goes on."""
+        began, reads = time.monotonic(), self._last_reads
+        waiting = sorted(timestamp for timestamp, read in reads.items() if read.waits)[-self.NEWEST :]
         found = self._store.look(self._owner, self.LEASE, self.NEWEST, waiting)
         if not found:
             return True
-        latest, is_met, *parts = found
+        latest_size, is_met, *parts = found
         newest = 0
-        if latest != self._latest[0] or time.monotonic() >= self._latest[1]:
+        if latest_size != self._latest[0] or time.monotonic() >= self._latest[1]:
             newest = self.bring_latest()
-            self._latest = (latest, time.monotonic() + self.RECHECK_WAITING)
-        sessions = {one: sizes for one, *sizes in zip(parts[::3], parts[1::3], parts[2::3])}
-        self._seen = {timestamp: seen for timestamp, seen in self._seen.items() if any(sessions.get(timestamp, ()))}
+            self._latest = (latest_size, time.monotonic() + self.RECHECK_WAITING)
+        sessions = {timestamp: sizes for timestamp, *sizes in zip(parts[::3], parts[1::3], parts[2::3])}
+        self._last_reads = {timestamp: read for timestamp, read in reads.items() if any(sessions.get(timestamp, ()))}
         for timestamp, sizes in sessions.items():
-            seen = self._seen.get(timestamp)
+            last = self._last_reads.get(timestamp)
             if sizes == [0, 0]:
                 self._store.trim(timestamp)
-            elif seen is None or seen.sizes != sizes or time.monotonic() >= seen.due:
+            elif last is None or last.sizes != sizes or time.monotonic() >= last.due:
                 self._read(timestamp, sizes)
                 if self._loop.is_closing or time.monotonic() - began > self.INTERVAL:
                     return False
         if not is_met:
             self._store.note_met()
         newest = max([newest, *(timestamp for timestamp, sizes in sessions.items() if any(sizes))])
-        if latest < 0:
-            self._report("session:latest is left as it is, since it is no session", "its key is of another type")
+        if latest_size < 0:
+            self._report("session:latest is left as it is, because it is not a session", "its key is of another type")
         else:
             self._store.renew_latest(newest)
         return True
@@ -3153,54 +3150,54 @@ class Bridge:
     def _read(self, timestamp: int, sizes: list[int]) -> None:
         try:
             copies, waits = self._bring_in_step(timestamp), False
-        except Unavailable as fault:  # the next look tries again
+        except Unavailable as fault:  # the next look retries
             self._report("a session is not in step", str(fault))
             return
         if copies:
             facts = self._sessions.facts_of(StoredSession(timestamp, copies.storyswarm or copies.storyart))
             waits = facts.waits and not (isinstance(facts.progress, Progress) and facts.progress.ready)
-        after = self.RECHECK_WAITING if waits else self.RECHECK + timestamp % self.SPREAD
-        self._seen[timestamp] = Seen(sizes, math.inf if max(sizes) > self.LARGE else time.monotonic() + after, waits)
+        seconds = self.RECHECK_WAITING if waits else self.RECHECK + timestamp % self.SPREAD
+        due = math.inf if max(sizes) > self.LARGE else time.monotonic() + seconds
+        self._last_reads[timestamp] = _LastRead(sizes, due, waits)
 
 
 # ======================================================================================================
 # Notifications
 # ======================================================================================================
 
-# Each type's own total, by which a member of it is valid and which `check` shows.
+# The total that a notification of each type must have, and that a check shows.
 TOTALS = {"prompts_ready": "totalPrompts", "beats_ready": "totalBeats"}
-ID_PATTERN = r"[^\x00-\x1f\x7f-\x9f/\\]{1,200}"  # of anybody's id: it is put into a path, unescaped
-# What does not come back whole: browsers (WHATWG URL) end the path at # and ?, resolve . and .., and send U+FFFD for
+ID_PATTERN = r"[^\x00-\x1f\x7f-\x9f/\\]{1,200}"  # of any program's id: StoryArt puts it into a path unescaped
+# Ids that such a path changes: browsers (WHATWG URL) end the path at # and ?, resolve . and .., and send U+FFFD for
 # half a surrogate pair; this service decodes %41.
-NOT_WHOLE = re.compile(r"[#?\ud800-\udfff]|%[0-9A-Fa-f]{2}|^\.\.?$")
-
+_CHANGED_IN_PATH = re.compile(r"[#?\ud800-\udfff]|%[0-9A-Fa-f]{2}|^\.\.?$")
 _IDS = re.compile(rb'"id"\s*:\s*"([^"\\]*)"')
 
 
 class Notification(NamedTuple):
-    """One member of the pending set that is valid."""
+    """A valid member of the pending set."""
 
     id: str
     type: str
-    text: bytes  # the JSON that callers get, made once: an answer of 100 is a join
-    is_shown: bool  # else it is acknowledged by its own word, or a page could not acknowledge it
-    fault: str = ""  # what is wrong with it
+    text: bytes  # the JSON that clients get, serialized once: a response with 100 is a join
+    is_shown: bool  # False if it calls itself acknowledged, or if a page could not acknowledge it
+    fault: str = ""  # what is wrong with it though it is valid
     session: int = 0
     episode: int = 0
-    since: int = 0  # ms, as PendingChanges has it, which keeps no text
+    since: int = 0  # ms; only in PendingChanges, which drops the text
 
 
 def read_member(member: bytes, time: float | None) -> Notification:
-    """A member of the pending set, written by whomever. Raises ValueError with what makes it invalid, LookupError when
-    it has no time of its own, and none is given."""
+    """Parse a member of the pending set, which any program may have written; `time` is its score in ms. Raises
+    ValueError with what makes it invalid, and LookupError if it has no time of its own and `time` is None."""
     value = parse_json(member)
     if not isinstance(value, dict):
         raise ValueError("not an object")
     kind, id, timestamp, episode = (value.get(name) for name in ("type", "id", "timestamp", "episodeNumber"))
     if not isinstance(id, str) or not re.fullmatch(ID_PATTERN, id):
-        raise ValueError(f"its id {id!r:.250} does not fit into a path")
+        raise ValueError(f"its id {id!r:.250} cannot be in a path")
     if not isinstance(kind, str) or kind not in TOTALS:
-        raise ValueError("no known type")
+        raise ValueError("its type is unknown")
     session, total = read_count(value.get("sessionTimestamp"), is_time=True), read_count(value.get(TOTALS[kind]))
     if session is None or total is None:
         raise ValueError(f"{'sessionTimestamp' if session is None else TOTALS[kind]} is not a whole number")
@@ -3217,53 +3214,53 @@ def read_member(member: bytes, time: float | None) -> Notification:
         "timestamp": timestamp if "T" in str(timestamp) else iso_time(ms),
     }
     fault = "its episodeNumber is not a whole number" if episode is not None and read_count(episode) is None else ""
-    if is_cut := NOT_WHOLE.search(id):
-        fault = f"its id {id!r:.250} does not come back whole from a path"
-    is_shown = value.get("acknowledged") is not True and not is_cut
+    if is_changed := _CHANGED_IN_PATH.search(id):
+        fault = f"its id {id!r:.250} does not stay the same in an unescaped path"
+    is_shown = value.get("acknowledged") is not True and not is_changed
     return Notification(id, kind, to_json(shown), is_shown, fault, session, shown["episodeNumber"])
 
 
 def newest_of_each(found: Iterable[Notification]) -> list[bytes]:
-    """The texts of the newest alone of each type and session, with all ids, oldest first."""
+    """The text of the newest notification of each type and session, with the ids of all of them; oldest first."""
     groups: dict[tuple[str, int], list[Notification]] = {}
     for one in found:
         group = groups.pop((one.type, one.session), [])
         group.append(one)
-        groups[one.type, one.session] = group  # at the end: they are in the order of what is shown
+        groups[one.type, one.session] = group  # at the end: groups are in the order of their newest
 
     counted = ((group[-1].text, {"count": len(group), "ids": [one.id for one in group]}) for group in groups.values())
-    return [b"%b,%b" % (text[:-1], to_json(more)[1:]) for text, more in counted]
+    return [b"%b,%b" % (text[:-1], to_json(count_and_ids)[1:]) for text, count_and_ids in counted]
 
 
 class Notifications:
     """The pending notifications of a store."""
 
-    SMALLEST_SNAPSHOT, LARGEST_SNAPSHOT = 100, 1000  # members: as many as a check returns by default, and at most
-    CACHED, LARGEST = 2000, 2048  # members, and bytes of one: 4 MB at most, and as much again of JSON
-    REPORTED = 1000  # invalid members that are logged
+    SMALLEST_SNAPSHOT, LARGEST_SNAPSHOT = 100, 1000  # members; a check's limit by default, and at most
+    CACHE_SIZE, MAX_SIZE = 2000, 2048  # members, and bytes of each: 4 MB at most, and as much again of JSON
+    MAX_REPORTED = 1000  # invalid members that are logged
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._reported: set[bytes] = set()  # by SHA-256
-        self._cached = functools.lru_cache(maxsize=self.CACHED)(self._parse)
-        # The last snapshot, which is mostly the next one: members, what they are, their ids.
+        self._cached = functools.lru_cache(maxsize=self.CACHE_SIZE)(self._parse)
+        # The last snapshot, as the next one is usually the same: members, what they are parsed to, their ids.
         self._last: tuple[list[bytes], list[Notification], list[str]] = [], [], []
 
     def check(self, types: Sequence[str], limit: int) -> list[Notification]:
-        """Those that are not acknowledged, oldest first, `limit` at most."""
-        # One that is of another type is not parsed. JSON may also write a type with escapes.
-        ours = re.compile("|".join(["\\\\", *types]).encode())
-        others = re.compile("|".join(TOTALS.keys() - set(types)).encode() or b"(?!)")
-        rows = (row for row in self._store.pending(page=1000) if ours.search(row[0]) or not others.search(row[0]))
-        wanted = (one for one in self._read(rows) if one.type in types)
+        """The pending notifications of these types that are not acknowledged, oldest first, `limit` at most."""
+        # Members of other types are not parsed. A backslash may belong to a type that is written with escapes.
+        wanted = re.compile("|".join(["\\\\", *types]).encode())
+        other = re.compile("|".join(TOTALS.keys() - set(types)).encode() or b"(?!)")
+        rows = (row for row in self._store.pending(page=1000) if wanted.search(row[0]) or not other.search(row[0]))
+        matching = (one for one in self._read(rows) if one.type in types)
         found: list[Notification] = []
-        while len(found) < limit and (batch := list(itertools.islice(wanted, min(limit, 1000)))):
+        while len(found) < limit and (batch := list(itertools.islice(matching, min(limit, 1000)))):
             marked = self._store.acknowledged([one.id for one in batch])
             found += [one for one in batch if one.id not in marked]
         return found[:limit]
 
     def check_many(self, queries: Sequence[tuple[Sequence[str], int]]) -> list[list[Notification] | None]:
-        """The same for several (types, limit), all from one snapshot. None for a query that has to read further."""
+        """check() for several (types, limit), all from one snapshot. None for a query that needs more than that."""
         count = max(self.SMALLEST_SNAPSHOT, *(min(limit, self.LARGEST_SNAPSHOT) for _, limit in queries))
         last, found, ids = self._last
         pending, is_marked = self._store.snapshot(count, ids)
@@ -3271,8 +3268,8 @@ class Notifications:
             try:
                 found = list(self._read((member, None) for member in pending))
                 ids = [one.id for one in found]
-                self._last = (pending, found, ids) if sum(map(len, pending)) <= self.LARGEST * count else ([], [], [])
-            except LookupError:  # one has no time but its score
+                self._last = (pending, found, ids) if sum(map(len, pending)) <= self.MAX_SIZE * count else ([], [], [])
+            except LookupError:  # a member has no time of its own, and a snapshot no scores
                 found = list(self._read(itertools.islice(self._store.pending(count), count)))
             marked = self._store.acknowledged([one.id for one in found])
             found = [one for one in found if one.id not in marked]
@@ -3280,45 +3277,45 @@ class Notifications:
         return [one if len(pending) < count or len(one) == limit else None for one, (_, limit) in zip(answers, queries)]
 
     def create(self, drafts: Sequence[Draft]) -> list[tuple[Notification, bool] | ApiError]:
-        """Add each, and True; or the one of the same type and session that is pending already, and False."""
+        """Add each: (notification, True); or (the pending one of the same type and session, False)."""
         return map_results(lambda made: (read_member(*made[:2]), made[2]), self._store.add(drafts))
 
     def acknowledge(self, ids: Sequence[str]) -> list[str]:
-        """Those of different ones that were pending, or are acknowledged already, after one search for all."""
+        """Acknowledge distinct ids, with one search for all. Returns the ids that were pending or acknowledged."""
         done = {id for id, outcome in zip(ids, self.acknowledge_own(ids)) if result_of(outcome)}
-        left = self._members_of(id for id in ids if id not in done)
+        left = self._find_members(id for id in ids if id not in done)
         return [id for id in ids if id in done or (left[id] and result_of(self._store.acknowledge({id: left[id]})[0]))]
 
     def acknowledge_own(self, ids: Sequence[str]) -> list[bool | ApiError]:
-        """The same without a search: whether it was made here, where its id holds its time, or is acknowledged."""
+        """The same without a search: True for an id made here that was pending, or one that is acknowledged already."""
         return self._store.acknowledge(dict.fromkeys(ids, ()))
 
     def remove(self, id: str) -> bool:
-        """Not an acknowledgement: to acknowledge it later is in vain. False when it is not pending."""
-        found = self._members_of([id])[id]
+        """Remove a pending notification; to acknowledge it later fails. False if it is not pending."""
+        found = self._find_members([id])[id]
         return bool(found) and self._store.remove_pending(found)
 
-    def _members_of(self, ids: Iterable[str]) -> dict[str, list[bytes]]:
-        """The pending members of each id, by one search of all that are pending."""
-        left: dict[str, list[bytes]] = {id: [] for id in ids}
-        for member, at in self._store.pending(page=2000) if left else ():
-            # JSON may also write an id with escapes.
-            if b"\\" in member or any(id.decode("utf-8", "replace") in left for id in _IDS.findall(member)):
+    def _find_members(self, ids: Iterable[str]) -> dict[str, list[bytes]]:
+        """The pending members of each id, found in one pass over the pending set."""
+        members: dict[str, list[bytes]] = {id: [] for id in ids}
+        for member, at in self._store.pending(page=2000) if members else ():
+            # A backslash may belong to an id that is written with escapes.
+            if b"\\" in member or any(id.decode("utf-8", "replace") in members for id in _IDS.findall(member)):
                 found = self._parse(member, at)
-                if found and found.id in left:
-                    left[found.id].append(member)
-        return left
+                if found and found.id in members:
+                    members[found.id].append(member)
+        return members
 
     def _read(self, rows: Iterable[tuple[bytes, float | None]]) -> Iterator[Notification]:
         return filter(None, itertools.starmap(self.read, rows))
 
     def read(self, member: bytes, at: float | None) -> Notification | None:
-        """One that is valid and to be shown. The others stay where they are."""
-        found = self._cached(member, at) if len(member) <= self.LARGEST else self._parse(member, at)
+        """Parse a member. None if it is invalid or not to be shown; it stays in the store."""
+        found = self._cached(member, at) if len(member) <= self.MAX_SIZE else self._parse(member, at)
         return found if found and found.is_shown else None
 
     def _parse(self, member: bytes, time: float | None) -> Notification | None:
-        """None for an invalid one. What is wrong with a member is logged once."""
+        """Parse a member, shown or not. None if it is invalid. The fault of a member is logged once."""
         try:
             found = read_member(member, time)
         except (ValueError, OverflowError) as fault:
@@ -3329,13 +3326,13 @@ class Notifications:
         return found
 
     def report_expired(self) -> None:
-        """Log those of other programs that are not shown any more."""
-        for member in self._store.expired(self.REPORTED - len(self._reported)):
+        """Log the members of other programs that are no longer shown because of their age."""
+        for member in self._store.expired(self.MAX_REPORTED - len(self._reported)):
             self._report("it is older than 7 days", member)
 
     def _report(self, fault: str, member: bytes) -> None:
         digest = hashlib.sha256(member).digest()
-        if len(self._reported) < self.REPORTED and digest not in self._reported:
+        if len(self._reported) < self.MAX_REPORTED and digest not in self._reported:
             self._reported.add(digest)
             log.warning("notifications: a pending member, or a part of it, is left out (%s): %.200r", fault, member)
 
@@ -3349,69 +3346,68 @@ _OWN_PENDING = re.compile(
     + rb'"type":"(\w+)","sessionTimestamp":(\d+),(?:"storyUuid":"[^"\\]*",)?(?:"episodeNumber":(\d+),)?'
 )
 
-Tell = Callable[[str, Any], None]  # the type of an event, and its data
+Tell = Callable[[str, Any], None]  # takes an event's type and data
 
 
 class PendingChanges:
-    """Knows the pending notifications, and tells of what is new among them and of what ended. One thread looks. Its
-    owner says when what a look finds is no news (`is_new`), and then ignores what is told."""
+    """Tracks the pending notifications, and emits an event for each that is new and each that has ended. One thread
+    calls look(). While `is_new`, the owner ignores the events: what the first look finds is old."""
 
-    PAGE = 2000  # members that are read at a time
+    PAGE = 2000  # members per read
 
-    def __init__(self, store: Store, notifications: Notifications, tell: Tell, pause: Callable[[], None]) -> None:
-        """`pause` is called in the middle of a look: what is done here does not wait for all of 100,000."""
-        self._store, self._notifications, self._tell, self._pause = store, notifications, tell, pause
-        self.is_new = True  # what a look finds is no news; its owner ends that
-        # By its id where this service made it, else by the member. None for what is not told of: an invalid one, or one
-        # whose end was told.
+    def __init__(self, store: Store, notifications: Notifications, emit: Tell, pause: Callable[[], None]) -> None:
+        """A look calls `pause` after each step, in which the owner handles what must not wait for 100,000 members."""
+        self._store, self._notifications, self._emit, self._pause = store, notifications, emit, pause
+        self.is_new = True  # the owner resets it after a look, and sets it to start over
+        # The key is the id if this service made it, else the member. None: it is invalid, or its end was emitted.
         self._known: dict[str | bytes, Notification | None] = {}
-        self.unread: dict[int, str] = {}  # by session, the newest prompts_ready that was made here, if it is pending
-        self._newest, self._scan_at, self._marks_at = 0.0, -math.inf, -math.inf
-        self._doubles = 0  # members beside those that are known, as two have one id
+        self.unread: dict[int, str] = {}  # by session, the id of the newest prompts_ready made here that is pending
+        self._newest, self._duplicates = 0.0, 0  # the latest score read; members whose id another member has as well
+        self._scan_at = self._marks_at = -math.inf  # monotonic seconds, when all members and all marks are read again
 
     def all(self) -> list[Notification]:
         return [known for known in self._known.values() if known]
 
     def knows(self, id: str) -> bool:
-        """False for one that is to be told; True for any of another program."""
+        """Whether a notification was emitted and has not ended; True for any of another program."""
         return not re.fullmatch(OWN_ID, id) or bool(self._known.get(id))
 
     def made(self, one: Notification) -> None:
-        """It was made here."""
+        """Track one that was made here, before a look finds it."""
         if one.id not in self._known:
             self._keep(one.id, one._replace(since=now_ms()))
 
     def look(self) -> None:
-        """Raises Unavailable."""
+        """Compare the store with what is known, and emit the differences. Raises Unavailable."""
         count, newer = self._store.pending_since(self._newest)
-        self._take(newer)
-        # Another instance marks what it removes: so most ends are found without a scan of all that is pending.
+        self._add_new(newer)
+        # Another instance marks what it removes, so most ends are found without a scan of the pending set.
         if (is_gone := count < self._count()) or time.monotonic() >= self._marks_at:
             self._find_marked(is_gone=is_gone)
         if count != self._count() or time.monotonic() >= self._scan_at:
             self._scan()
 
     def _count(self) -> int:
-        return len(self._known) + self._doubles
+        return len(self._known) + self._duplicates
 
-    def _take(self, rows: Iterable[tuple[bytes, float]]) -> list[str | bytes]:
-        """Tell of those that are not known. By what each is known."""
+    def _add_new(self, rows: Iterable[tuple[bytes, float]]) -> list[str | bytes]:
+        """Track and emit the members that are not known yet. Returns the key of each row."""
         keys, fresh, now = list[str | bytes](), dict[str | bytes, Notification | None](), now_ms()
         for member, score in rows:
-            at = min(int(min(score, LARGEST)), now)  # another program may have written one of the future, or infinity
+            at = min(int(min(score, LARGEST)), now)  # another program's score may be infinite or in the future
             self._newest = max(self._newest, at)
             own = _OWN_PENDING.match(member)
             keys.append(key := own[1].decode() if own else member)
             if key in self._known:
                 continue
-            if own and self.is_new:  # it is not parsed: 100,000 would take 2 s
+            if own and self.is_new:  # parsing 100,000 would take 2 s
                 id, kind = own[1].decode(), sys.intern(own[3].decode())
                 fresh[key] = Notification(id, kind, b"", True, session=int(own[4]), episode=int(own[5] or 0), since=at)
             else:
                 found = self._notifications.read(member, score)
                 fresh[key] = found and found._replace(since=at)
         marked = self._store.acknowledged([found.id for found in fresh.values() if found])
-        self._pause()  # one that was made here is told of before its end, as nobody knew its id before
+        self._pause()  # the owner calls made() first for what was made here, even if it is acknowledged by now
         for key, one in fresh.items():
             if key not in self._known:
                 self._keep(key, None if one and one.id in marked else one)
@@ -3422,19 +3418,19 @@ class PendingChanges:
         if found:
             if found.type == "prompts_ready" and isinstance(key, str):
                 self.unread[found.session] = key
-            self._tell("notification", found.text)
+            self._emit("notification", found.text)
 
     def forget(self, key: str | bytes, *, is_gone: bool = True) -> None:
-        """Tell its end, unless that was told; by its id if it was made here. One that is not gone is not told again."""
+        """Emit the end of a notification, once. Its key stays known unless its member is gone: it is not new again."""
         if known := self._known.pop(key, None):
             if not is_gone:
                 self._known[key] = None
             if self.unread.get(known.session) == key:
                 del self.unread[known.session]
-            self._tell("acknowledged", {"id": known.id, "type": known.type, "sessionTimestamp": known.session})
+            self._emit("acknowledged", {"id": known.id, "type": known.type, "sessionTimestamp": known.session})
 
     def _find_marked(self, *, is_gone: bool) -> None:
-        """What is marked has ended, though another program may have left it where it is."""
+        """End the notifications that are marked as acknowledged. Another program may mark one without removing it."""
         began = time.monotonic()
         keys = {known.id: key for key, known in self._known.items() if known}
         ids = iter(keys)
@@ -3447,29 +3443,29 @@ class PendingChanges:
         self._marks_at = ended + max(1.0, 5 * (ended - began))
 
     def _scan(self) -> None:
-        """Compare all that is pending with what is known."""
+        """Compare the whole pending set with what is known."""
         began, before, seen, count = time.monotonic(), list(self._known), set[str | bytes](), 0
         rows = self._store.pending(page=self.PAGE)
         while page := list(itertools.islice(rows, self.PAGE)):
             count += len(page)
-            seen.update(self._take(page))
+            seen.update(self._add_new(page))
             self._pause()
         for key in before:
             if key not in seen:
                 self.forget(key)
         ended = time.monotonic()
-        self._doubles, self._scan_at = count - len(seen), ended + max(2.0, 10 * (ended - began))
+        self._duplicates, self._scan_at = count - len(seen), ended + max(2.0, 10 * (ended - began))
 
 
 class ChangedSessions:
-    """The newest sessions of a store. A look reads those alone that were changed since the last one."""
+    """The newest sessions of a store. A look reads only those that were changed since the last one."""
 
     def __init__(self, store: Store, count: int) -> None:
         self._store, self._count = store, count
-        self.versions: dict[int, Any] = {}  # by which Store.newest_sessions() knows them, also what is no session
+        self.versions: dict[int, Any] = {}  # by timestamp, from Store.newest_sessions(); also of unreadable documents
 
     def look(self, again: Container[int] = ()) -> Iterator[StoredSession]:
-        """Those, and those of `again`. What is yielded counts as read once the caller goes on."""
+        """The changed sessions, and those in `again`. A session counts as read once the caller takes the next one."""
         newest = dict(self._store.newest_sessions(self._count))
         self.versions = {one: version for one, version in self.versions.items() if one in newest}
         changed = [one for one, version in newest.items() if self.versions.get(one) != version or one in again]
@@ -3489,12 +3485,12 @@ GPU_QUERY = (
 )
 PID_QUERY = ("--query-compute-apps=pid", "--format=csv,noheader")
 _NUMBER = re.compile(r"\s*[0-9]{1,12}(\.[0-9]{1,6})?\s*")  # not [N/A], [Not Supported], [GPU is lost] or nothing
-_NO_MEMORY = re.compile(r"\s*\[?(N/A|Not Supported)\]?\s*")  # of its own; not one that is lost, or may not be read
+_NO_MEMORY = re.compile(r"\s*\[?(N/A|Not Supported)\]?\s*")  # it has none of its own; not: it is lost, or unreadable
 
 
 @dataclass(frozen=True)
 class GpuStatus:
-    """In MiB, percent and degrees Celsius. Neither `available` nor `failed`: nvidia-smi works, and finds no GPU."""
+    """In MiB, percent and degrees Celsius. If neither `available` nor `failed`, nvidia-smi works but finds no GPU."""
 
     available: bool = False
     gpu_count: int = 0
@@ -3505,8 +3501,8 @@ class GpuStatus:
     process_count: int = 0
     error: str | None = None
     failed: bool = False  # nvidia-smi gave no usable output
-    remarks: str = ""  # what nvidia-smi printed beside GPUs that can be used
-    unknown: tuple[str, ...] = ()  # fields that are 0 as no GPU tells them
+    remarks: str = ""  # what nvidia-smi printed in addition to GPUs that can be used
+    unknown: tuple[str, ...] = ()  # fields that are 0 because no GPU reports them
     is_missing: bool = False  # there is no nvidia-smi
 
 
@@ -3519,23 +3515,23 @@ def _on_one_line(*texts: str) -> str:
 
 
 def parse_gpus(output: str, errors: str = "", code: int = 0, memory: tuple[int, int] | None = None) -> GpuStatus:
-    """What GPU_QUERY printed to stdout and stderr, and its exit code. Each line of five cells whose last is a number
-    is a GPU's; a driver or a GPU in trouble adds sentences on either stream. A GPU without readable total memory is
-    not counted. Where none has memory of its own (GB10), `memory` counts once: the system's, used and total, in MiB."""
+    """Read what GPU_QUERY printed to stdout and stderr, and its exit code. A line is a GPU's if it has five cells and
+    the last is a number; a faulty driver or GPU adds sentences to either stream. A GPU without readable total memory is
+    not counted. If none has memory of its own (GB10), `memory` counts once: the system's, used and total, in MiB."""
     lines = [line.split(",") for line in output.splitlines()]
     rows = [cells for cells in lines if len(cells) == 5 and _NUMBER.fullmatch(cells[4])]
     own = [cells for cells in rows if _NUMBER.fullmatch(cells[2])]
     gpus = own or [cells for cells in rows if memory and _NO_MEMORY.fullmatch(cells[2]) and _NUMBER.fullmatch(cells[3])]
     if not gpus or has_crashed(code):
-        words = _on_one_line(output, errors)
+        printed = _on_one_line(output, errors)
         if "no devices were found" in (output + errors).lower():
-            return GpuStatus(error=words)
+            return GpuStatus(error=printed)
         fault = f"failed (exit code {code})" if code else "names no GPU with readable memory"
-        return _failed(f"nvidia-smi {fault}: {words or 'it printed nothing'}")
+        return _failed(f"nvidia-smi {fault}: {printed or 'it printed nothing'}")
     use, used, total, degrees, _ = ([float(cell) for cell in cells if _NUMBER.fullmatch(cell)] for cells in zip(*gpus))
     if memory and not own:
         used, total = [memory[0]], [memory[1]]
-    told = {"utilization": use, "memory_used": used, "memory_total": total, "temperature": degrees}
+    values = {"utilization": use, "memory_used": used, "memory_total": total, "temperature": degrees}
     return GpuStatus(
         available=True,
         gpu_count=len(gpus),
@@ -3544,12 +3540,12 @@ def parse_gpus(output: str, errors: str = "", code: int = 0, memory: tuple[int, 
         memory_total=int(sum(total) + 0.5),
         temperature=int(max(degrees, default=0) + 0.5),
         remarks=_on_one_line(*(",".join(cells) for cells in lines if cells not in rows), errors),
-        unknown=tuple(name for name, values in told.items() if not values),
+        unknown=tuple(name for name, readable in values.items() if not readable),
     )
 
 
 def find_nvidia_smi(settings: Settings) -> tuple[str | None, str]:
-    """The program to run, None when there is none, and what to do in that case."""
+    """The program to run, or None; and what to do if it is None."""
     if given := settings.nvidia_smi:
         return shutil.which(given), f"NVIDIA_SMI is {given}, which cannot be run: correct that setting, or remove it"
     places = map(shutil.which, map(os.path.expandvars, ["nvidia-smi", *NVIDIA_SMI_PLACES]))
@@ -3557,7 +3553,7 @@ def find_nvidia_smi(settings: Settings) -> tuple[str | None, str]:
 
 
 def query_gpus(settings: Settings, running: set[Program]) -> GpuStatus:
-    """Run both queries at the same time, as bounded children in `running`. Failures are in the status."""
+    """Run both queries at the same time, as bounded children in `running`. A failure is a status that says so."""
     program, advice = find_nvidia_smi(settings)
     if not program:
         return _failed(f"nvidia-smi not found or GPU not available: {advice}", is_missing=True)
@@ -3579,26 +3575,26 @@ def query_gpus(settings: Settings, running: set[Program]) -> GpuStatus:
     except subprocess.TimeoutExpired:
         return _failed(f"nvidia-smi did not answer within {timeout:g} s: if it is only slow, raise NVIDIA_SMI_TIMEOUT")
     except (OSError, RuntimeError) as error:  # RuntimeError: no further thread can be started
-        return _failed(f"nvidia-smi cannot be run ({getattr(error, 'strerror', None) or error}): {program}")
+        return _failed(f"{program} cannot be run ({getattr(error, 'strerror', None) or error}): try it in a console")
 
 
 class GpuMonitor:
-    """The status, cached for `ttl` seconds, good or bad. Who asks during a run shares the next."""
+    """Caches the status, good or bad, for `ttl` seconds. Callers during a run share its status, or one more run."""
 
-    LOGGED = 100  # remarks of nvidia-smi, each once
-    HISTORY_MS, STEP_MS = 900_000, 5_000  # what the history covers; of so many ms it has the last status
+    LOGGED = 100  # different remarks of nvidia-smi that are logged
+    HISTORY_MS, STEP_MS = 900_000, 5_000  # the history's length, and its step: it has the last status of each
 
     def __init__(self, query: Callable[[set[Program]], GpuStatus], ttl: float, clock: Clock = time.monotonic) -> None:
         self._query, self._ttl, self._clock = query, ttl, clock
-        self._running: set[Program] = set()  # the children of the run that is at work
-        self.last: tuple[GpuStatus, float] | None = None  # and when its run ended, by the clock
-        self._history: dict[int, tuple[int, GpuStatus]] = {}  # by step
-        self._remarks: set[str] = set()  # that are logged
+        self._running: set[Program] = set()  # the children of the current run
+        self.last: tuple[GpuStatus, float] | None = None  # with the time by `clock` when its run ended
+        self._history: dict[int, tuple[int, GpuStatus]] = {}  # by step: time in ms, status
+        self._logged: set[str] = set()  # remarks
         self._closed = False
         self._batcher: Batcher[None, GpuStatus] = Batcher(self._answer, "gpu")
 
     def ask(self) -> GpuStatus | Future[GpuStatus]:
-        """The cached status, or a future of the caller's own, which it may cancel. Not after close()."""
+        """The cached status, or a future, which the caller may cancel. Must not be called after close()."""
         return self._fresh() or self._batcher.ask(None, cancellable=True)
 
     def history(self, now: int) -> list[tuple[int, GpuStatus]]:
@@ -3606,14 +3602,14 @@ class GpuMonitor:
         return [one for one in list(self._history.values()) if one[0] > now - self.HISTORY_MS]
 
     def close(self) -> None:
-        """End the run that is at work, start no other, and end the thread."""
+        """Kill the current run, start no other, and end the thread."""
         self._closed = True
         self.end_run()
         self._batcher.close(timeout=1.0)
-        self.end_run()  # one that was just being started
+        self.end_run()  # its children may have started after the first call
 
     def end_run(self) -> None:
-        """Also in a signal handler."""
+        """Kill the children of the current run. A signal handler may call it."""
         for child in list(self._running):
             child.end(force=True)
 
@@ -3628,8 +3624,8 @@ class GpuMonitor:
             self.last, at = (status, self._clock()), now_ms()
             self._history[at // self.STEP_MS] = at, status
             bound(self._history, self.HISTORY_MS // self.STEP_MS)
-            if status.remarks and status.remarks not in self._remarks and len(self._remarks) < self.LOGGED:
-                self._remarks.add(status.remarks)
+            if status.remarks and status.remarks not in self._logged and len(self._logged) < self.LOGGED:
+                self._logged.add(status.remarks)
                 log.warning("gpu: nvidia-smi works, but says: %s", status.remarks)
         return [status]
 
@@ -3641,113 +3637,112 @@ class GpuMonitor:
 
 @dataclass(frozen=True)
 class Reservation:
-    """A lease of the GPU, as its record has it. After its end the record stays, for its fence."""
+    """A lease of the GPU, as it is stored. Its record stays after its end, since the next fence has to be larger."""
 
-    digest: str  # SHA-256 of its id, which its holder alone knows
+    digest: str  # SHA-256 of its id, which only its holder knows
     holder: str
     purpose: str | None
-    ttl: float  # seconds; 0 once it was given back
+    ttl: float  # seconds; 0 once it was released
     since: int  # ms
     expires: int  # ms
-    fence: int  # a fencing token: larger than that of every reservation before
+    fence: int  # a fencing token: larger than that of each earlier reservation
 
     @property
     def words(self) -> str:
         return f"reserved by {self.holder} until {iso_time(self.expires)}"
 
     def seconds_left(self, now: float) -> float:
-        """By the PC's clock. At most its TTL, as that clock may have been set back."""
+        """From `now` (ms, the PC's clock); negative after its end. At most its TTL, as that clock may be set back."""
         return min(self.ttl, (self.expires - now) / 1000)
 
 
 def read_reservation(record: bytes | None) -> Reservation | None:
-    """None also for what cannot be read: the next reservation replaces it."""
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
+    """Parse a record. None if there is none, or if it cannot be read: the next reservation replaces it."""
+    with contextlib.suppress(ValueError, TypeError, OverflowError):  # a field is missing, or is no time or number
         found = Reservation(**parse_json(record or b""))
-        if found.words and iso_time(found.since) and found.seconds_left(0) < LARGEST > found.fence + 1:
+        if iso_time(found.since) and iso_time(found.expires) and max(found.seconds_left(0), found.fence + 1) < LARGEST:
             return found
     return None
 
 
 def renewed(digest: str | None, ttl: float | None, known: Reservation | None, now: int, fence: int) -> Reservation:
-    """Its end is its TTL from now, or `ttl`. Raises NotFound unless it has that digest; None is whoever's."""
+    """`known`, renewed from `now` for `ttl` seconds (None: its TTL). NotFound unless it has that digest (None: any)."""
     if known is None or digest not in (None, known.digest):
         raise NotFound("There is no such reservation, or it has ended: reserve the GPU again.")
     ttl = known.ttl if ttl is None else ttl
     return dataclasses.replace(known, ttl=ttl, expires=now + int(ttl * 1000))
 
 
-# Given the reservation that has not ended, the time in ms and the next fence: what to store; None for nothing.
+# Takes the current reservation or None, the time in ms and the next fence. Returns what to store; None for nothing.
 _Change = Callable[["Reservation | None", int, int], "Reservation | None"]
 
 
 class _Question(NamedTuple):
     change: _Change
     asked_at: float
-    deadline: float | None  # until then it waits while it stores nothing; None for one that does not wait
+    deadline: float | None  # a change that stores nothing is retried until then; None for one that does not wait
 
 
 class Reservations:
-    """The reservation of one host's GPU. A thread owns what is known of it and who waits. It counts an end by the
-    monotonic clock from when this instance first saw the record: the end stays where it is when clocks are set."""
+    """The reservation of one host's GPU. One thread owns its state and the queue of those who wait. It times an end by
+    the monotonic clock, from the first read of the record by this instance: setting the PC's clock does not move it."""
 
-    INTERVAL, WAITING = 1.0, 200  # seconds between two looks at the store for those who wait; how many may wait
+    INTERVAL, MAX_WAITING = 1.0, 200  # seconds between two reads of the record while somebody waits; how many may wait
 
     def __init__(
         self, store: Store, host: str, clock: Clock = time.monotonic, wall: Callable[[], int] = now_ms, *,
         watches: bool = False,
     ) -> None:  # fmt: skip
-        """`watches`: looks once a second though nobody waits."""
+        """`watches`: read the record once a second even if nobody waits."""
         self._store, self._host, self._clock, self._wall, self._watches = store, host, clock, wall, watches
-        self._record: bytes | None = None  # as last seen
-        self._seen: tuple[Reservation | None, float] = (None, 0.0)  # what it says, and when that ends
-        self._fence, self._looked_at = 0, -math.inf  # the largest one seen
-        self._unclaimed = ""  # digest of a reservation that the store may have, and whose id nobody got
+        self._record: bytes | None = None  # as last read
+        self._parsed: tuple[Reservation | None, float] = (None, 0.0)  # the reservation in it, and its end by `clock`
+        self._fence, self._read_at = 0, -math.inf  # the largest fence read; when the record was read, by `clock`
+        self._unclaimed = ""  # digest of a reservation to release: it may be stored, but no client got its id
         self._loop = Loop(self._turn, "reservations", on_close=lambda: self._loop.answer(stopping(), *self._loop.asked))
         self._loop.start()
         self.close = self._loop.close  # it answers everyone who waits
 
     @property
     def known(self) -> Reservation | None:
-        """Without a look at the store."""
-        found, end = self._seen
+        """The current reservation as last read, without asking the store."""
+        found, end = self._parsed
         return found if self._clock() < end else None
 
     @property
     def seconds_left(self) -> float:
-        """Of what is known."""
-        return self._seen[1] - self._clock()
+        """Until that reservation ends; negative after its end."""
+        return self._parsed[1] - self._clock()
 
     def ask(self, change: _Change = lambda *_: None, wait: float | None = None) -> Any:
-        """A future of what the change stored, else of the reservation that there is. While it stores nothing it is
-        tried again for `wait` seconds, in the order of arrival; so long the future may be cancelled. Raises Unavailable
-        where too many wait."""
+        """A future of the reservation that the change stored, or of the current one. A change that stores nothing is
+        retried for `wait` seconds, in order of arrival, and may be cancelled. Raises Unavailable if too many wait."""
         now = self._clock()
         waiting = sum((one.deadline or now) > now for one in list(self._loop.asked.values()))
-        if wait and waiting >= self.WAITING:
-            raise Unavailable(f"{self.WAITING} others wait for the GPU: ask again later.", 5)
-        # What does not wait is carried out though its client leaves.
+        if wait and waiting >= self.MAX_WAITING:
+            raise Unavailable(f"{self.MAX_WAITING} others wait for the GPU: ask again later.", 5)
+        # A change that does not wait is made even if its client leaves.
         question = _Question(change, now, None if wait is None else now + wait)
         return self._loop.ask(question, cancellable=wait is not None)
 
     def _turn(self) -> float:
-        asked, is_due = list(self._loop.asked.items()), self._clock() - self._looked_at >= self.INTERVAL
+        asked, is_due = list(self._loop.asked.items()), self._clock() - self._read_at >= self.INTERVAL
         try:
-            if any(one.asked_at >= self._looked_at for _, one in asked) or (is_due and (asked or self._watches)):
-                self._look()
-            for future, one in sorted(asked, key=lambda one: one[1].deadline is not None):
+            if any(one.asked_at >= self._read_at for _, one in asked) or (is_due and (asked or self._watches)):
+                self._read()
+            for future, one in sorted(asked, key=lambda pair: pair[1].deadline is not None):
                 self._answer(future, one)
-        except Unavailable as fault:  # not of those who asked meanwhile
+        except Unavailable as fault:  # who asked meanwhile gets an answer in the next turn
             self._loop.answer(fault, *(future for future, _ in asked))
         waiting = list(self._loop.asked.values())
         if not (waiting or self._watches):
             return 3600.0
-        times = [self._looked_at + self.INTERVAL]
-        times += [self._seen[1], *(one.deadline or 0.0 for one in waiting)] if waiting else []
+        times = [self._read_at + self.INTERVAL]
+        times += [self._parsed[1], *(one.deadline or 0.0 for one in waiting)] if waiting else []
         return max(0.0, min(times) - self._clock())
 
     def _answer(self, future: Future[Any], one: _Question) -> None:
-        """Answer it, or let it wait on."""
+        """Try its change, and answer it unless it goes on waiting."""
         outcome: Any
         try:
             is_stored, outcome = self._apply(one.change)
@@ -3757,32 +3752,37 @@ class Reservations:
             return
         if not self._loop.answer(outcome, future) and is_stored:  # its client left meanwhile
             self._unclaimed = outcome.digest
-            self._look()
+            self._read()
 
-    def _look(self) -> None:
-        self._looked_at = self._clock()
+    def _read(self) -> None:
+        """Read the record, and release the reservation that nobody claimed, if there is one."""
+        self._read_at = self._clock()
         self._swap(None)
         with contextlib.suppress(NotFound):
             self._apply(functools.partial(renewed, self._unclaimed, 0))
 
     def _swap(self, after: bytes | None) -> None:
+        """Store `after` unless another instance changed the record (None: only read it). Parse what is stored then."""
         record = self._store.swap_reservation(self._host, self._record, after)
         if record != self._record:
             self._record, found = record, read_reservation(record)
-            self._seen = (found, self._clock() + found.seconds_left(self._wall())) if found else (None, 0.0)
+            self._parsed = (found, self._clock() + found.seconds_left(self._wall())) if found else (None, 0.0)
             self._fence = max(self._fence, found.fence if found else 0)
 
     def _apply(self, change: _Change) -> tuple[bool, Reservation | None]:
-        """Whether it stored something; and what, else what is known. Tried again when another instance was faster."""
-        while made := change(known := self.known, now := self._wall(), max(now, self._fence + 1)):
+        """True and what the change stored, or False and what is known. Tried again if another instance was faster."""
+        while True:
+            known, now = self.known, self._wall()
+            made = change(known, now, max(now, self._fence + 1))
+            if made is None:
+                return False, known
             record = to_json(dataclasses.asdict(made))
             if not known:
-                self._unclaimed = made.digest  # should the answer of the store be lost
+                self._unclaimed = made.digest  # in case the reply of the store is lost
             self._swap(record)
             self._unclaimed = ""
             if self._record == record:
                 return True, made
-        return False, known
 
 
 # ======================================================================================================

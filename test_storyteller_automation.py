@@ -2579,7 +2579,7 @@ def test_a_wrong_type_at_any_depth_is_named_with_its_place(document, fault):
 @pytest.mark.parametrize(
     "document, fault",
     [
-        pytest.param(None, "its key holds no text", id="a key of another type"),
+        pytest.param(None, "its key is not a string", id="a key of another type"),
         pytest.param(b"a text", "not JSON", id="not JSON"),
         pytest.param(b"\xff", "not UTF-8", id="not UTF-8"),
         pytest.param(b"[]", "it is an array, not an object", id="an array"),
@@ -2717,12 +2717,12 @@ def test_several_sessions_are_found_in_one_round_trip_and_none_is_parsed(redis_s
     assert (list(map(sessions.cached, found)), missing, parsed) == ([None, None, None], None, [])
     good, faulty, wrong = map(sessions.facts_of, found)
     assert good.progress.ready is True
-    assert (faulty.fault, wrong.fault) == ("not JSON (Expecting value at character 0)", "its key holds no text")
+    assert (faulty.fault, wrong.fault) == ("not JSON (Expecting value at character 0)", "its key is not a string")
     assert list(map(sessions.cached, found)) == [good, faulty, wrong]  # known by now
 
 
 def test_the_cache_of_facts_is_bounded_in_entries_and_in_bytes(store, monkeypatch):
-    monkeypatch.setattr(service.Sessions, "KEPT", 3)
+    monkeypatch.setattr(service.Sessions, "CACHE_SIZE", 3)
     sessions, parsed = service.Sessions(store), parse_count(monkeypatch)
     for number in range(5):
         title = "t" * (10_000 if number == 4 else 10)  # a title is part of the summary
