@@ -2723,8 +2723,8 @@ _TYPE_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "a bo
 # A shape is a type, {key: shape}, [shape of each element], or a tuple of alternatives. Any key may be missing or null.
 _PROMPT = (str, {"prompt": str})  # StorySwarm writes a plain string, StoryArt an object
 _BEAT = {"prompts": {"cinematic": _PROMPT, "vertical": _PROMPT}, "imageDecision": {"type": str}}
-_COUNTED = {"analyzedEpisode": {"scenes": [{"beats": [_BEAT]}]}}
-_LISTED: dict[str, Any] = {"analyzedEpisode": {"scenes": [{"beats": [{}]}]}}
+_PROGRESS_SHAPE = {"analyzedEpisode": {"scenes": [{"beats": [_BEAT]}]}}
+_SUMMARY_SHAPE: dict[str, Any] = {"analyzedEpisode": {"scenes": [{"beats": [{}]}]}}
 
 
 def _check_shape(value: Any, shape: Any, place: str = "") -> None:
@@ -2744,7 +2744,7 @@ def _check_shape(value: Any, shape: Any, place: str = "") -> None:
             _check_shape(element, fitting[0], f"{place}[{number}]")
 
 
-def read_session(document: bytes | None, shape: Any = _COUNTED) -> dict[str, Any]:
+def read_session(document: bytes | None, shape: Any = _PROGRESS_SHAPE) -> dict[str, Any]:
     """Parse a session's document. Raises ValueError with what is wrong with it."""
     if document is None:
         raise ValueError("its key is not a string")
@@ -2771,7 +2771,7 @@ class Progress:
 
 def progress(document: dict[str, Any]) -> Progress:
     """Count beats and prompts. Ready: there are beats, and each that needs a prompt has one. Raises ValueError."""
-    _check_shape(document, _COUNTED)
+    _check_shape(document, _PROGRESS_SHAPE)
     scenes = (document.get("analyzedEpisode") or {}).get("scenes")
     if scenes is None:
         raise ValueError("it has no analyzedEpisode.scenes")
@@ -2788,7 +2788,7 @@ def progress(document: dict[str, Any]) -> Progress:
 
 def summary(document: dict[str, Any]) -> dict[str, Any]:
     """The fields of a session's list entry, except its timestamp. Raises ValueError."""
-    _check_shape(document, _LISTED)
+    _check_shape(document, _SUMMARY_SHAPE)
     episode = document.get("analyzedEpisode") or {}
 
     def heading(part: dict[str, Any], number: str) -> dict[str, Any]:
@@ -3045,7 +3045,7 @@ class _LastRead(NamedTuple):
 
 
 class Bridge:
-    """Keeps the copies in step: a session that a request asks for in bring(), and all others in a thread. A lease lets
+    """Keeps the copies in step: a session that a request asks for in sync(), and all others in a thread. A lease lets
     the thread of only one service on a Redis work."""
 
     INTERVAL, LEASE = 2.0, 6000  # seconds between two looks; the lease's TTL in ms
@@ -3063,7 +3063,7 @@ class Bridge:
         self._loop = Loop(self._turn, "bridge", on_close=self._release_lease)
         self.start, self.close = self._loop.start, functools.partial(self._loop.close, 2.0)
 
-    def bring(self, stored: StoredSession, *, whole: bool = False) -> StoredSession | None:
+    def sync(self, stored: StoredSession, *, whole: bool = False) -> StoredSession | None:
         """The session with its copies in step, None if it is gone; unchanged if Redis does not take writes. `whole`:
         notice even a large copy that was replaced by one of the same length."""
         if stored.is_in_step and not (whole and (stored.storyart_size or 0) > self.LARGE):
@@ -3075,7 +3075,7 @@ class Bridge:
             self._report(f"session {stored.timestamp} is not in step", str(fault))
             return stored
 
-    def bring_latest(self, *, whole: bool = True) -> int:
+    def sync_latest(self, *, whole: bool = True) -> int:
         """Apply a changed session:latest to the session that its timestamp names. Returns that timestamp; 0 if there is
         nothing to apply, or if Redis does not take writes."""
         try:
@@ -3126,7 +3126,7 @@ class Bridge:
         latest_size, is_met, *parts = found
         newest = 0
         if latest_size != self._latest[0] or time.monotonic() >= self._latest[1]:
-            newest = self.bring_latest()
+            newest = self.sync_latest()
             self._latest = (latest_size, time.monotonic() + self.RECHECK_WAITING)
         sessions = {timestamp: sizes for timestamp, *sizes in zip(parts[::3], parts[1::3], parts[2::3])}
         self._last_reads = {timestamp: read for timestamp, read in reads.items() if any(sessions.get(timestamp, ()))}
@@ -3346,19 +3346,19 @@ _OWN_PENDING = re.compile(
     + rb'"type":"(\w+)","sessionTimestamp":(\d+),(?:"storyUuid":"[^"\\]*",)?(?:"episodeNumber":(\d+),)?'
 )
 
-Tell = Callable[[str, Any], None]  # takes an event's type and data
+Emit = Callable[[str, Any], None]  # takes an event's type and data
 
 
 class PendingChanges:
     """Tracks the pending notifications, and emits an event for each that is new and each that has ended. One thread
-    calls look(). While `is_new`, the owner ignores the events: what the first look finds is old."""
+    calls look(). While `is_initial`, the owner ignores the events: what the first look finds is old."""
 
     PAGE = 2000  # members per read
 
-    def __init__(self, store: Store, notifications: Notifications, emit: Tell, pause: Callable[[], None]) -> None:
+    def __init__(self, store: Store, notifications: Notifications, emit: Emit, pause: Callable[[], None]) -> None:
         """A look calls `pause` after each step, in which the owner handles what must not wait for 100,000 members."""
         self._store, self._notifications, self._emit, self._pause = store, notifications, emit, pause
-        self.is_new = True  # the owner resets it after a look, and sets it to start over
+        self.is_initial = True  # the owner resets it after a look, and sets it to start over
         # The key is the id if this service made it, else the member. None: it is invalid, or its end was emitted.
         self._known: dict[str | bytes, Notification | None] = {}
         self.unread: dict[int, str] = {}  # by session, the id of the newest prompts_ready made here that is pending
@@ -3372,7 +3372,7 @@ class PendingChanges:
         """Whether a notification was emitted and has not ended; True for any of another program."""
         return not re.fullmatch(OWN_ID, id) or bool(self._known.get(id))
 
-    def made(self, one: Notification) -> None:
+    def add(self, one: Notification) -> None:
         """Track one that was made here, before a look finds it."""
         if one.id not in self._known:
             self._keep(one.id, one._replace(since=now_ms()))
@@ -3400,14 +3400,14 @@ class PendingChanges:
             keys.append(key := own[1].decode() if own else member)
             if key in self._known:
                 continue
-            if own and self.is_new:  # parsing 100,000 would take 2 s
+            if own and self.is_initial:  # parsing 100,000 would take 2 s
                 id, kind = own[1].decode(), sys.intern(own[3].decode())
                 fresh[key] = Notification(id, kind, b"", True, session=int(own[4]), episode=int(own[5] or 0), since=at)
             else:
                 found = self._notifications.read(member, score)
                 fresh[key] = found and found._replace(since=at)
         marked = self._store.acknowledged([found.id for found in fresh.values() if found])
-        self._pause()  # the owner calls made() first for what was made here, even if it is acknowledged by now
+        self._pause()  # the owner calls add() first for what was made here, even if it is acknowledged by now
         for key, one in fresh.items():
             if key not in self._known:
                 self._keep(key, None if one and one.id in marked else one)
@@ -3648,7 +3648,7 @@ class Reservation:
     fence: int  # a fencing token: larger than that of each earlier reservation
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         return f"reserved by {self.holder} until {iso_time(self.expires)}"
 
     def seconds_left(self, now: float) -> float:
@@ -4816,7 +4816,7 @@ class Observer:
                 with contextlib.suppress(ApiError):  # reads may go on while writes are refused
                     self._pending.look()
                     self._find_waiting()
-                    self._found, self._pending.is_new = (self._pending.all(), list(self._waiting.values())), False
+                    self._found, self._pending.is_initial = (self._pending.all(), list(self._waiting.values())), False
                 self._took = self._clock() - began
             pending, waiting = self._found or (None, None)
         last, swarmui = self._gpu.last, self._swarmui
@@ -4852,7 +4852,7 @@ class Observer:
                 continue
             # What was there at the first look is as old as it says. A later one, or a new prompt, came just now.
             since = now
-            if self._pending.is_new:
+            if self._pending.is_initial:
                 since = min(now, max(stored.saved or 0, facts.updated or 0, stored.timestamp))
             elif before and done.total_prompts <= before.prompts:
                 since = before.since
@@ -5389,13 +5389,13 @@ class Services:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def carry_latest(self, *, whole: bool = False) -> None:
-        """Before sessions are read: carry over a session:latest that was changed, as Bridge.bring_latest() says."""
+        """Before sessions are read: carry over a session:latest that was changed, as Bridge.sync_latest() says."""
         if self.bridge:
-            self.bridge.bring_latest(whole=whole)
+            self.bridge.sync_latest(whole=whole)
 
     def in_step(self, stored: StoredSession | None, *, whole: bool = False) -> StoredSession | None:
-        """A session with its copies in step, as Bridge.bring() says; itself where there is no bridge."""
-        return self.bridge.bring(stored, whole=whole) if stored and self.bridge else stored
+        """A session with its copies in step, as Bridge.sync() says; itself where there is no bridge."""
+        return self.bridge.sync(stored, whole=whole) if stored and self.bridge else stored
 
     def submit(self, function: Callable[..., T], *arguments: Any, is_large: bool = False) -> Future[T]:
         """Call it in a thread of a pool, whether or not the client stays. Unavailable when none is free in time."""
@@ -5452,7 +5452,7 @@ def gpu_json(status: GpuStatus) -> dict[str, Any]:
 def gpu_status(services: Services, request: Request) -> Response | Future[Response]:
     def respond(status: GpuStatus) -> Response:
         if request.barred_by and not status.failed:
-            status = dataclasses.replace(status, available=False, error=request.barred_by.words)
+            status = dataclasses.replace(status, available=False, error=request.barred_by.description)
         return json_response(gpu_json(status), 500 if status.failed else 200)
 
     return then(services.gpu.ask(), respond)
@@ -5464,7 +5464,7 @@ def reservation_json(found: Reservation) -> dict[str, Any]:
 
 
 def refuse(services: Services, other: Reservation, **shape: Any) -> Response:
-    shown = {**shape, "error": f"The GPU is {other.words}: ask again then.", **reservation_json(other)}
+    shown = {**shape, "error": f"The GPU is {other.description}: ask again then.", **reservation_json(other)}
     del shown["fence"]
     return json_response(shown, 409, {"Retry-After": str(max(1, math.ceil(services.reservations.seconds_left)))})
 
@@ -5761,7 +5761,7 @@ def _save(services: Services, request: Request, timestamp: int, *, by_storyart: 
     services.carry_latest()
     if services.bridge:
         with contextlib.suppress(ValueError):  # what has broken beats is stored as it is
-            _check_shape(document, _COUNTED)
+            _check_shape(document, _PROGRESS_SHAPE)
             if to_storyart(document, timestamp, lambda: _read_storyarts(services, timestamp)):
                 storyart = to_json(document)
     if not services.store.save(timestamp, Change(text, storyart, by_storyart, draft), replace=replace):
@@ -6283,7 +6283,7 @@ class SessionChanges:
 
     NEWEST = 50
 
-    def __init__(self, services: Services, unread: Mapping[int, str], tell: Tell) -> None:
+    def __init__(self, services: Services, unread: Mapping[int, str], tell: Emit) -> None:
         self._services, self._unread, self._tell = services, unread, tell
         self._changed = ChangedSessions(services.store, self.NEWEST)
         self._late: set[int] = set()  # that announce their prompts once the store takes writes
@@ -6434,8 +6434,8 @@ class Live:
 
     def note(self, *done: Notification | str) -> None:
         """Notifications that were made here, or ids of those that were acknowledged here."""
-        for one in () if self._pending.is_new else done:
-            self._call_soon(self._pending.forget if isinstance(one, str) else self._pending.made, one)
+        for one in () if self._pending.is_initial else done:
+            self._call_soon(self._pending.forget if isinstance(one, str) else self._pending.add, one)
 
     def look_soon(self) -> None:
         """A session, or what it announces, was changed here."""
@@ -6498,7 +6498,7 @@ class Live:
         if self._listeners or asked:
             self._left_at = now
         if now - self._left_at > self.LINGER:
-            self._pending.is_new = True
+            self._pending.is_initial = True
             return 3600.0
         ready = [(joining, one) for joining, one in asked if isinstance(one, Listener) and one.is_ready(now)]
         is_whole = bool(ready) or now - self._looked_at >= self.INTERVAL
@@ -6533,8 +6533,8 @@ class Live:
         except Unavailable:
             return False
         self._sessions.tell()
-        if self._pending.is_new:  # nobody goes on from before that
-            self._pending.is_new, self._is_more_pending, self._number = False, True, self._number + 1
+        if self._pending.is_initial:  # nobody goes on from before that
+            self._pending.is_initial, self._is_more_pending, self._number = False, True, self._number + 1
             self._events.clear()
         return not self._services.store.writes.refusal
 
@@ -6554,7 +6554,7 @@ class Live:
                 self._publish(type, self._others[type])
 
     def _tell(self, type: str, data: Any) -> None:
-        if not self._pending.is_new:
+        if not self._pending.is_initial:
             self._publish(type, data)
         self._is_more_pending |= type == "notification"
 

@@ -7925,7 +7925,7 @@ def test_a_session_latest_that_was_read_before_a_put_does_not_replace_it(bridged
     read = bridged.store.newest_copy()
     by_put(bridged.app, other_program, story("put"))
     monkeypatch.setattr(bridged.store, "newest_copy", lambda **_: read)
-    bridged.bridge.bring_latest()
+    bridged.bridge.sync_latest()
     assert read_key(other_program) == story("put")
 
 
@@ -9350,9 +9350,9 @@ def test_one_that_is_made_and_acknowledged_during_a_look_is_told_of_twice(redis_
         redis_store, notifications, lambda *event: told.append(event[0]), lambda: [calls.pop(0)() for _ in tuple(calls)]
     )
     changes.look()
-    changes.is_new = False
+    changes.is_initial = False
     ((made, _),) = notifications.create([draft()])
-    calls.append(lambda: changes.made(made))
+    calls.append(lambda: changes.add(made))
     monkeypatch.setattr(redis_store, "acknowledged", acknowledge_first)
     changes.look()
     assert told == ["notification", "acknowledged"]
