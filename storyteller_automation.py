@@ -3235,7 +3235,7 @@ def newest_of_each(found: Iterable[Notification]) -> list[bytes]:
 class Notifications:
     """The pending notifications of a store."""
 
-    SMALLEST_SNAPSHOT, LARGEST_SNAPSHOT = 100, 1000  # members; a check's limit by default, and at most
+    SMALLEST_SNAPSHOT, LARGEST_SNAPSHOT = 100, 1000  # members: a check's default limit, and the largest
     CACHE_SIZE, MAX_SIZE = 2000, 2048  # members, and bytes of each: 4 MB at most, and as much again of JSON
     MAX_REPORTED = 1000  # invalid members that are logged
 
@@ -3291,7 +3291,7 @@ class Notifications:
         return self._store.acknowledge(dict.fromkeys(ids, ()))
 
     def remove(self, id: str) -> bool:
-        """Remove a pending notification; to acknowledge it later fails. False if it is not pending."""
+        """Remove a pending notification; acknowledging it later fails. False if it is not pending."""
         found = self._find_members([id])[id]
         return bool(found) and self._store.remove_pending(found)
 
@@ -3579,7 +3579,7 @@ def query_gpus(settings: Settings, running: set[Program]) -> GpuStatus:
 
 
 class GpuMonitor:
-    """Caches the status, good or bad, for `ttl` seconds. Callers during a run share its status, or one more run."""
+    """Caches the status, good or bad, for `ttl` seconds. Callers during a run share its result, or the next run's."""
 
     LOGGED = 100  # different remarks of nvidia-smi that are logged
     HISTORY_MS, STEP_MS = 900_000, 5_000  # the history's length, and its step: it has the last status of each
