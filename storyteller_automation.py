@@ -3204,14 +3204,14 @@ def read_member(member: bytes, time: float | None) -> Notification:
     if (ms := read_time(timestamp)) is None:
         if time is None:
             raise LookupError
-        ms, timestamp = int(time), None
+        ms = int(time)
     shown = {
         "id": id,
         "type": kind,
         "sessionTimestamp": session,
         **_story_fields(value.get("storyUuid"), episode),
         TOTALS[kind]: total,
-        "timestamp": timestamp if "T" in str(timestamp) else iso_time(ms),
+        "timestamp": iso_time(ms),  # always with a zone: JavaScript takes a time without one for local time
     }
     fault = "its episodeNumber is not a whole number" if episode is not None and read_count(episode) is None else ""
     if is_changed := _CHANGED_IN_PATH.search(id):

@@ -2787,6 +2787,12 @@ def without(name: str) -> dict[str, Any]:
         pytest.param(
             {**MEMBER, "timestamp": "2026-01-29T10:00:00Z"}, {"timestamp": "2026-01-29T10:00:00Z"}, id="its own time"
         ),
+        pytest.param(  # JavaScript reads one without a zone as local time
+            {**MEMBER, "timestamp": "2026-01-29T10:00:00"}, {"timestamp": "2026-01-29T10:00:00Z"}, id="without a zone"
+        ),
+        pytest.param(  # which JavaScript does not read at all
+            {**MEMBER, "timestamp": "2026-01-29T10:00+01:00:30"}, {"timestamp": "2026-01-29T08:59:30Z"}, id="odd zone"
+        ),
     ],
 )
 def test_a_valid_member_is_shown_with_exactly_the_agreed_keys(member, changed):
