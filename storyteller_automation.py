@@ -3792,34 +3792,34 @@ class Reservations:
 
 @dataclass(frozen=True)
 class Probe:
-    """What SwarmUI's URL answered. `occupied`: some program has the port, SwarmUI or another one."""
+    """The result of one probe of SwarmUI's URL. `occupied`: a program has the port, SwarmUI or another one."""
 
     ready: bool
     occupied: bool
     message: str
-    allow_origin: str | None = None  # whose pages SwarmUI answers
-    responded: bool = False  # over HTTP
-    # Where it is ready:
-    url: str = ""  # where it answered
-    session_id: str = dataclasses.field(default="", repr=False)  # its, for further calls
+    allow_origin: str | None = None  # the origin of the pages that SwarmUI answers, or *
+    responded: bool = False  # the program at the port sent an HTTP response
+    # Only if it is ready:
+    url: str = ""  # the one that answered: localhost has two addresses
+    session_id: str = dataclasses.field(default="", repr=False)  # SwarmUI's, for further calls
     version: str = ""
-    server_id: str = ""  # another one after each start
-    queue: Mapping[str, int] | None = None  # COUNTS, by our names; None where they are not known
+    server_id: str = ""  # changes with each start of SwarmUI
+    queue: Mapping[str, int] | None = None  # the numbers of COUNTS; None if not known
     backends: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # SwarmUI's backend_status
 
     @property
     def at_work(self) -> bool | None:
-        """Whether SwarmUI is; None where that is not known."""
+        """Whether SwarmUI has images to make; None if not known."""
         return None if self.queue is None else any(self.queue.values())
 
     @property
     def occupant(self) -> str:
-        return f"another program than SwarmUI has its port: {self.message}"
+        return f"the program at its port does not answer as SwarmUI does: {self.message}"
 
 
-NOBODY = Probe(False, False, "")
-BACKENDS = ("status", "message")  # what is shown of its backend_status
-# How many images wait, are being made, wait for their model, wait for a backend.
+NO_ANSWER = Probe(False, False, "")
+BACKENDS = ("status", "message")  # the fields of backend_status that status() shows
+# Images that wait, are being made, wait for their model, wait for a backend: our name and SwarmUI's.
 COUNTS = {"waiting": "waiting_gens", "live": "live_gens", "loading": "loading_models",
           "waitingBackends": "waiting_backends"}  # fmt: skip
 
@@ -3827,8 +3827,8 @@ COUNTS = {"waiting": "waiting_gens", "live": "live_gens", "loading": "loading_mo
 def fetch(
     url: str, seconds: float, *, data: bytes | None = None, headers: Mapping[str, str] = {}
 ) -> tuple[http.client.HTTPResponse, bytes]:
-    """One HTTP request that ends within `seconds` of connecting: its response, and 64 KiB of the body. It uses no proxy
-    and follows no redirect. Raises OSError (URLError when it did not connect), http.client.HTTPException."""
+    """Make an HTTP request that ends within `seconds` of connecting. Returns the response and up to 64 KiB of its body.
+    It uses no proxy and follows no redirect. Raises OSError (URLError if it cannot connect), HTTPException."""
     request = urllib.request.Request(url, data, {**headers, "Connection": "close"})
     kind = http.client.HTTPSConnection if request.type == "https" else http.client.HTTPConnection
     deadline = time.monotonic() + seconds
@@ -3837,13 +3837,13 @@ def fetch(
             connection.connect()
         except OSError as error:
             raise urllib.error.URLError(error) from error
-        connected = connection.sock
+        sock = connection.sock
 
-        def end() -> None:  # a socket's own time-out starts again with each byte
+        def shut_down() -> None:  # the socket's own timeout starts again with each byte
             with contextlib.suppress(OSError):  # it is closed already
-                connected.shutdown(socket.SHUT_RDWR)
+                sock.shutdown(socket.SHUT_RDWR)
 
-        watchdog = threading.Timer(seconds, end)
+        watchdog = threading.Timer(seconds, shut_down)
         watchdog.daemon = True
         watchdog.start()
         try:
@@ -3857,11 +3857,11 @@ def fetch(
                 raise
         finally:
             watchdog.cancel()
-    raise TimeoutError("timed out")  # what came before the deadline is incomplete
+    raise TimeoutError("timed out")  # what arrived before the deadline is incomplete
 
 
 def probe(settings: Settings) -> Probe:
-    """Ask SwarmUI for a session, as its other clients do first: it is ready when it answers 200 with a session_id."""
+    """Ask SwarmUI for a session, as its other clients do first. It is ready if it answers 200 with a session_id."""
     parts = urllib.parse.urlsplit(settings.swarmui_api_url)
     if parts.hostname != "localhost" or parts.scheme != "http":
         return _new_session(settings.swarmui_api_url, settings)
@@ -3877,18 +3877,18 @@ def _new_session(url: str, settings: Settings) -> Probe:
     found, answer = ask_swarmui(url, "GetNewSession", {}, settings)
     if not found.ready or not isinstance(answer.get("session_id"), str):
         return dataclasses.replace(found, ready=False)
-    known: dict[str, Any] = {name: str(answer.get(name, "")) for name in ("session_id", "version", "server_id")}
-    return dataclasses.replace(found, message="SwarmUI answers", url=url, **known)
+    fields: dict[str, Any] = {name: str(answer.get(name, "")) for name in ("session_id", "version", "server_id")}
+    return dataclasses.replace(found, message="SwarmUI answers", url=url, **fields)
 
 
 def probe_status(settings: Settings, before: Probe) -> Probe:
-    """Probe SwarmUI, and ask what it does, by the session of the probe `before` if that has one."""
+    """Probe SwarmUI and ask for its queue and backends, in the session of the probe `before` if that has one."""
     found = before if before.session_id else probe(settings)
-    for route in ("GetGlobalStatus", "GetCurrentStatus") if found.session_id else ():  # the second, of ours alone
+    for route in ("GetGlobalStatus", "GetCurrentStatus") if found.session_id else ():  # the second gives no queue
         asked, answer = ask_swarmui(found.url, route, {"session_id": found.session_id}, settings)
         error = answer.get("error_id")
         if error == "invalid_session_id" and found is before:
-            return probe_status(settings, NOBODY)
+            return probe_status(settings, NO_ANSWER)
         if error in ("bad_route", "bad_permissions"):
             continue
         if not asked.ready and not error:
@@ -3902,8 +3902,8 @@ def probe_status(settings: Settings, before: Probe) -> Probe:
 
 
 def ask_swarmui(url: str, route: str, body: Mapping[str, Any], settings: Settings) -> tuple[Probe, dict[str, Any]]:
-    """Call SwarmUI's API at `url`, which takes POST with JSON and nothing else. The probe is ready when the response is
-    200 with an object without `error`; that object."""
+    """POST to a route of SwarmUI's API at `url`. Returns a probe, which is ready if the response is 200 with a JSON
+    object without an error; and that object, {} if there is none."""
     where = settings.swarmui_api_url
     headers = {"Content-Type": "application/json", "Host": urllib.parse.urlsplit(where).netloc}
     if settings.swarmui_token:
@@ -3913,21 +3913,21 @@ def ask_swarmui(url: str, route: str, body: Mapping[str, Any], settings: Setting
         response, text = fetch(f"{url}/API/{route}", settings.health_timeout, data=data, headers=headers)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        # Nobody listens there. Windows retries a refused connection, so that one that times out counts there too.
+        # Nothing listens there. Windows retries a refused connection, which may then time out instead.
         refusals = (ConnectionRefusedError, TimeoutError) if REFUSAL_IS_SLOW else ConnectionRefusedError
         if isinstance(error, urllib.error.URLError) and isinstance(reason, refusals):
-            return Probe(False, False, f"nobody answers at {where}"), {}
+            return Probe(False, False, f"nothing listens at {where}"), {}
         if isinstance(reason, socket.gaierror) or getattr(reason, "errno", None) in _NO_ROUTE:
             return Probe(False, False, f"{where} cannot be reached ({reason})"), {}
         if isinstance(reason, TimeoutError):
             return Probe(False, True, f"{where} did not answer within {settings.health_timeout:g} s"), {}
-        return Probe(False, True, f"{where} broke the connection off ({type(reason).__name__})"), {}
+        return Probe(False, True, f"{where} sent no valid response ({type(reason).__name__})"), {}
     answer: Any = None
     with contextlib.suppress(ValueError, RecursionError):
         answer = json.loads(text)
     answer = answer if isinstance(answer, dict) else {}
-    words = answer.get("error") or answer.get("error_id") or text.decode("utf-8", "replace")
-    message = f"{where} answered {response.status}: {' '.join(str(words).split())[:200]}"
+    detail = answer.get("error") or answer.get("error_id") or text.decode("utf-8", "replace")
+    message = f"{where} answered {response.status}: {' '.join(str(detail).split())[:200]}"
     if "unauthorized" in message.lower() or response.status == 401:
         message += f" (SwarmUI has accounts on: {'check' if settings.swarmui_token else 'set'} SWARMUI_TOKEN)"
     is_good = response.status == 200 and bool(answer) and not answer.keys() & {"error", "error_id"}
@@ -3935,17 +3935,17 @@ def ask_swarmui(url: str, route: str, body: Mapping[str, Any], settings: Setting
 
 
 def allow_page(found: Probe, settings: Settings) -> Probe:
-    """Set the page of SWARMUI_ALLOW_ORIGIN in SwarmUI, which as installed answers no page."""
+    """Make SwarmUI answer the page of SWARMUI_ALLOW_ORIGIN: as installed, it answers no page."""
     wanted, before = settings.swarmui_allow_origin, found.allow_origin
     if wanted is None or before in ("*", wanted):
         return found
     body = {"session_id": found.session_id, "settings": {"Network.AccessControlAllowOrigin": wanted}}
     ask_swarmui(found.url, "ChangeServerSettings", body, settings)
-    after = probe(settings).allow_origin  # its own `success` proves nothing
+    after = probe(settings).allow_origin  # SwarmUI reports `success` also if it ignores the setting
     if after == wanted:
         change = f"it now answers pages of {wanted}" + (f" instead of {before}" if before else "")
     else:
-        change = f"but it still does not answer pages of {wanted}"
+        change = f"it still does not answer pages of {wanted}: set AccessControlAllowOrigin in its server settings"
     log.log(logging.INFO if after == wanted else logging.WARNING, "swarmui: %s", change)
     return dataclasses.replace(found, message=f"{found.message}; {change}", allow_origin=after)
 
@@ -3956,14 +3956,14 @@ def allow_page(found: Probe, settings: Settings) -> Probe:
 
 
 class LaunchError(Exception):
-    """Why SwarmUI did not start, to follow "SwarmUI failed to start: "."""
+    """Why SwarmUI cannot be launched. The text follows "SwarmUI failed to start: "."""
 
 
 SWARMUI_LOG = "swarmui.log"  # in the data folder
 
 
 def find_swarmui(settings: Settings) -> Path:
-    """The program to launch. Raises LaunchError, which names SWARMUI_PATH, when there is none."""
+    """The program to launch. Raises LaunchError when there is none, or SwarmUI is on another machine."""
     host = urllib.parse.urlsplit(settings.swarmui_api_url).hostname or ""
     if not _is_this_machine(host):
         raise LaunchError(f"SWARMUI_API_URL names another machine ({host}): start SwarmUI there")
@@ -3980,40 +3980,40 @@ def find_swarmui(settings: Settings) -> Path:
 
 
 def _is_this_machine(host: str) -> bool:
-    """Of addresses, only those of this machine can be bound."""
+    """Whether a host is this machine: a socket can be bound only to the addresses of its own machine."""
     if not address_of(host):
         return host == "localhost" or host in (socket.gethostname().lower(), socket.getfqdn().lower())
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as made:
-        made.bind((host, 0))
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.bind((host, 0))
         return True
     return is_loopback(host)
 
 
-class Launched:
-    """The SwarmUI that this service launched, in this run or an earlier one. The supervisor's thread alone uses it."""
+class LaunchedSwarmUI:
+    """The SwarmUI that this service launched, in this run or an earlier one. Only the supervisor's thread uses it."""
 
     def __init__(self, settings: Settings, on_exit: Callable[[], None]) -> None:
         self._settings, self._on_exit = settings, on_exit
         self._log, self._file = settings.data_dir / SWARMUI_LOG, settings.data_dir / "swarmui.json"
-        self._log_start = self._log_read = 0  # bytes: where its part of the log begins, and what was looked at
+        self._log_start = self._log_read = 0  # offsets in the log: where it begins, and what was checked
         self._record: dict[str, Any] = {}  # of the last launch: pid, identity, launchedAt (ms), serverId, isEnding
-        self.program: Program | None = None  # until bury()
-        self.has_exited = False  # the first process; SwarmUI may live on
-        self.is_orphan = False  # it does: it answered afterwards
-        self.was_ready = False
-        self._lone_id: str | None = None  # its server_id, where no process of it was found
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # there is none, or damaged
+        self.program: Program | None = None  # until clean_up()
+        self.has_exited = False  # the process that was launched; SwarmUI may run on
+        self.is_orphan = False  # SwarmUI answered after that process had exited
+        self.was_ready = False  # since its launch
+        self._server_id_only: str | None = None  # its server_id, if none of its processes was found
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # no valid record
             record = dict(json.loads(self._file.read_text(encoding="utf-8")))
             pid, identity, server_id = record["pid"], record["identity"], record.get("serverId", "")
             if type(pid) is int and 1 < pid < 1 << 31 and isinstance(identity, str) and isinstance(server_id, str):
                 self._record, program = record, Program(pid, identity)
                 self._log_read = self._log_size()
                 if not program.has_exited():
-                    self._take(program)
+                    self._adopt(program)
                     self.was_ready = bool(server_id)
 
-    def _take(self, program: Program) -> None:
+    def _adopt(self, program: Program) -> None:
         self.program, self.has_exited, self.is_orphan, self.was_ready = program, program.has_exited(), False, False
 
     @property
@@ -4022,8 +4022,8 @@ class Launched:
         return None if at is None or self.program is None else iso_time(at)
 
     def launch(self, found: Probe) -> None:
-        """Given who has its port. Raises LaunchError."""
-        self.was_ready = False  # one that cannot be launched has not died
+        """`found`: the last probe of its port. Raises LaunchError."""
+        self.was_ready = False  # a failed launch is not the death of the SwarmUI before it
         if found.occupied:
             raise LaunchError(found.occupant)
         program = find_swarmui(self._settings)
@@ -4036,10 +4036,10 @@ class Launched:
         except (OSError, ValueError) as error:
             raise LaunchError(f"{program} cannot be launched ({error}): check SWARMUI_PATH") from None
         log.info("swarmui: launched %s as process %d", program, launched.pid)
-        self._take(launched)
-        self._record, self._lone_id = {"launchedAt": now_ms()}, None
+        self._adopt(launched)
+        self._record, self._server_id_only = {"launchedAt": now_ms()}, None
         self.note(pid=launched.pid, identity=launched.identity)
-        with contextlib.suppress(RuntimeError):  # no further thread can be started: the next look sees its end
+        with contextlib.suppress(RuntimeError):  # no further thread can be started: the next look sees the exit
             threading.Thread(target=self._wait, args=[launched.process], name="swarmui-watch", daemon=True).start()
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
@@ -4047,8 +4047,8 @@ class Launched:
         self._on_exit()
 
     def note(self, **changed: Any) -> None:
-        """Keep it for a later run of the service: `serverId` of one that answers, `isEnding` of one told to end."""
-        if self.program is None:  # it is about another's
+        """Keep this for the service's next run: `serverId` once SwarmUI answers, `isEnding` while it is stopped."""
+        if self.program is None:  # SwarmUI is not ours
             return
         self._record |= changed
         try:
@@ -4057,53 +4057,53 @@ class Launched:
             log.warning("swarmui: %s cannot be written (%s)", self._file, error.strerror)
 
     def lives(self, server_id: str) -> bool:
-        """Whether a process of it does. One of which none was found is known by `server_id`, that of what answers."""
-        return self.program is not None and (self.program.is_alive() or server_id == self._lone_id)
+        """Whether any of its processes does. If none was found, the `server_id` of the SwarmUI that answers decides."""
+        return self.program is not None and (self.program.is_alive() or server_id == self._server_id_only)
 
     def note_ready(self, server_id: str) -> None:
-        """SwarmUI answers, with that id: by it one is known whose script is gone."""
+        """SwarmUI answers, and has that id. The id identifies ours even if the process that was launched has exited."""
         is_known = bool(server_id) and server_id == self._record.get("serverId")
         if self.program is None and is_known:
             program = Program(self._record["pid"], None)
-            self._take(program)
-            self._lone_id = None if program.is_alive() else server_id
+            self._adopt(program)
+            self._server_id_only = None if program.is_alive() else server_id
         if self.lives(server_id):
             self.was_ready, self.is_orphan = True, self.has_exited
             if not is_known:
                 self.note(serverId=server_id)
 
-    def notices_exit(self) -> bool:
-        """Whether the first process has exited since this was asked last."""
+    def poll_exit(self) -> bool:
+        """Whether the process that was launched has exited since the last call."""
         before, self.has_exited = self.has_exited, self.program is not None and self.program.has_exited()
         return self.has_exited and not before
 
     def is_over(self, server_id: str, *, is_open: bool, is_ending: bool) -> bool:
-        """Whether SwarmUI is gone. Its children may outlive it; and it its script, where a signal ended that."""
+        """Whether SwarmUI is gone. Its children may outlive it, and it may outlive its script if a signal ends that."""
         if self.program is None or not self.lives(server_id):
             return self.program is not None
         is_done = self.was_ready or (self.program.code or 0) > 0
         return self.has_exited and is_done and not (is_open or is_ending)
 
-    def bury(self) -> str:
-        """Forget one that is over, and end what it left behind. How it died; "" where that is no death."""
+    def clean_up(self) -> str:
+        """Forget a SwarmUI that is gone, and kill what it left. How it died; "" if it was stopped, or exited with 0."""
         if self.program is None:
             return ""
         self.program.end(force=True)
         code = None if self.is_orphan else self.program.code
         how = f"it exited with {'an unknown code' if code is None else f'code {code}'}: {self.last_lines()}"
-        log.info("swarmui: process %d is over: %s", self.program.pid, how)
-        is_wanted = code == 0 or self._record.get("isEnding")  # by this run of the service, or an earlier one
+        log.info("swarmui: process %d is gone: %s", self.program.pid, how)
+        is_wanted = code == 0 or self._record.get("isEnding")  # an earlier run of the service may have stopped it
         self.note(serverId="", isEnding=False)
         self.program = None
         return "" if is_wanted else how
 
     def took_another_port(self) -> bool:
-        """Whether its log says so since this was asked last. Who answers is another's then."""
+        """Whether its log has said so since the last call. What answers at the configured port is not ours then."""
         since, self._log_read = self._log_read, self._log_size()
         if self.program is None or since == self._log_read:
             return False
-        said = rf"(?m)\bPort {self._settings.swarmui_port} was taken, using [0-9]+ instead\.\s*$"
-        return bool(re.search(said, "\n".join(tail(self._log, 1 << 20, since))))
+        notice = rf"(?m)\bPort {self._settings.swarmui_port} was taken, using [0-9]+ instead\.\s*$"
+        return bool(re.search(notice, "\n".join(tail(self._log, 1 << 20, since))))
 
     def _log_size(self) -> int:
         return self._log.stat().st_size if self._log.exists() else 0
@@ -4118,69 +4118,69 @@ class Launched:
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What is known of SwarmUI, from which its state follows."""
+class SwarmUISnapshot:
+    """What is known of SwarmUI at one time. Its state follows from this. "Ours" is what this service launched."""
 
-    found: Probe = NOBODY  # by the last look
-    misses: int = 0  # probes in a row without an answer, while its port is open
+    found: Probe = NO_ANSWER  # the last one
+    misses: int = 0  # consecutive probes without an answer, while its port was open
     answered: bool = False  # since its port was last closed
-    lives: bool = False  # a process of ours
+    lives: bool = False  # ours
     was_ready: bool = False  # ours, since its launch
-    is_ending: bool = False  # it was told to end
+    is_ending: bool = False  # it is being stopped
     has_failed: bool = False  # ours died, or could not be launched
 
     @property
     def hangs(self) -> bool:
-        is_foreign = self.found.responded and not self.found.ready  # it is not SwarmUI that answers there
+        is_foreign = self.found.responded and not self.found.ready  # another program answers there
         was_ready = self.answered or (self.lives and self.was_ready)
-        return was_ready and self.misses >= UNRESPONSIVE and (self.lives or not is_foreign)
+        return was_ready and self.misses >= UNRESPONSIVE_AFTER and (self.lives or not is_foreign)
 
 
-UNRESPONSIVE, HOPELESS = 3, 60  # misses
+UNRESPONSIVE_AFTER, ENDED_AFTER = 3, 60  # misses; the second only with SWARMUI_RESTART=on-failure
 
-# The first row that applies is the state. The second column has the states that it never follows.
-_STATES: tuple[tuple[str, str, Callable[[Sight], bool]], ...] = (
-    ("stopping", "stopped failed", lambda seen: seen.is_ending),
-    ("ready", "", lambda seen: seen.answered and seen.misses < UNRESPONSIVE),
-    ("unresponsive", "stopped", lambda seen: seen.hangs),
-    ("starting", "", lambda seen: seen.lives),
-    ("failed", "", lambda seen: seen.has_failed or seen.found.occupied),
-    ("stopped", "", lambda seen: True),
+# The state is that of the first row whose condition is true. The second column: the states that cannot come before it.
+_STATES: tuple[tuple[str, str, Callable[[SwarmUISnapshot], bool]], ...] = (
+    ("stopping", "stopped failed", lambda now: now.is_ending),
+    ("ready", "", lambda now: now.answered and now.misses < UNRESPONSIVE_AFTER),
+    ("unresponsive", "stopped", lambda now: now.hangs),
+    ("starting", "", lambda now: now.lives),
+    ("failed", "", lambda now: now.has_failed or now.found.occupied),
+    ("stopped", "", lambda now: True),
 )
 
 
-def next_state(before: str, seen: Sight) -> str:
-    state, never = next((state, never) for state, never, applies in _STATES if applies(seen))
-    if before in never.split():
-        log.error("swarmui: %s cannot follow %s: please report %s", state, before, seen)
+def next_state(before: str, now: SwarmUISnapshot) -> str:
+    state, impossible = next((state, impossible) for state, impossible, applies in _STATES if applies(now))
+    if before in impossible.split():
+        log.error("swarmui: %s cannot follow %s: please report this with %s", state, before, now)
     return state
 
 
-ENDINGS = {"ShutdownServer": 10.0, "terminate": 3.0}  # seconds that each gets before the next one
-LAST_ENDING = 60.0  # and the last one: ShutdownServer takes 30 s beside an unfinished request, and 5 s for each backend
-RESTARTS = (1.0, 5.0, 25.0)  # seconds after which it is launched again; a further death within an hour gives it up
+STOP_TIMEOUTS = {"ShutdownServer": 10.0, "terminate": 3.0}  # seconds before the next step
+LAST_STOP_TIMEOUT = 60.0  # after the last: ShutdownServer takes 30 s beside an unfinished request, 5 s for each backend
+RESTART_DELAYS = (1.0, 5.0, 25.0)  # seconds before each restart; a further death within an hour causes none
 
 
 def end_swarmui(
-    steps: Sequence[str], session: Probe, ours: Launched, settings: Settings, clock: Clock
+    steps: Sequence[str], session: Probe, ours: LaunchedSwarmUI, settings: Settings, clock: Clock
 ) -> Iterator[str]:
-    """Take each step when the one before had its time, and yield "" until then. At last why it cannot be ended."""
+    """Take each step once the previous one has timed out; yield "" meanwhile, and at last why SwarmUI did not end."""
     refusal = ""
     for step in steps:
-        until = clock() + (LAST_ENDING if step == steps[-1] else ENDINGS[step])
+        deadline = clock() + (LAST_STOP_TIMEOUT if step == steps[-1] else STOP_TIMEOUTS[step])
         if step == "ShutdownServer":
             asked, answer = ask_swarmui(session.url, step, {"session_id": session.session_id}, settings)
             if asked.responded and not answer.get("success"):
-                refusal, until = asked.message, -math.inf
+                refusal, deadline = asked.message, -math.inf
         elif ours.program:
             ours.program.end(force=step == "kill")
-        while clock() < until:
+        while clock() < deadline:
             yield ""
-    yield refusal or "it goes on"
+    yield refusal or "it keeps running"
 
 
-def why_not_to_stop(state: str, found: Probe, *, is_ours: bool) -> str:
-    """Why it needs `force`; "" where it does not."""
+def why_force_is_needed(state: str, found: Probe, *, is_ours: bool) -> str:
+    """Why a stop needs `force`; "" if it does not."""
     if state not in ("ready", "unresponsive"):
         return ""
     if not is_ours:
@@ -4195,8 +4195,8 @@ def why_not_to_stop(state: str, found: Probe, *, is_ours: bool) -> str:
 
 
 class SwarmUISupervisor:
-    """Owns SwarmUI's state: its thread alone launches, probes and ends SwarmUI. Requests hand over what they want and
-    get a future of their own for the outcome, which they may cancel."""
+    """Owns SwarmUI's state: only its thread launches, probes and ends SwarmUI. Each start() and stop() gets a future of
+    its own for the outcome, which it may cancel. After close() they raise Unavailable."""
 
     def __init__(
         self, settings: Settings, clock: Clock = time.monotonic, is_reserved: Callable[[], bool] = lambda: False
@@ -4205,59 +4205,59 @@ class SwarmUISupervisor:
         self._restarts = settings.restart.lower() == "on-failure"
         self._log = settings.data_dir / SWARMUI_LOG
         self._has_looked = threading.Event()
-        self._state, self._since, self._began = "", 0, -math.inf  # when it became that: ms, and seconds of the clock
-        self._status: dict[str, Any] = {}  # what is shown; times that go on are seconds of the clock
-        self._loop = Loop(self._turn, "swarmui")  # asked for a start, a stop, one by force, or an end begun
+        self._state, self._since, self._entered_at = "", 0, -math.inf  # when it was entered: in ms, and by the clock
+        self._status: dict[str, Any] = {}  # what status() shows; startingFor and idleFor are starts, by the clock
+        self._loop = Loop(self._turn, "swarmui")  # its questions: "start", "stop", "force"; "end" for a stop under way
         self._log_loop = Loop(functools.partial(shorten_log, self._log), "swarmui-log")
-        # All else is the thread's alone.
-        self._ours = Launched(settings, self._loop.wake)
-        self._probe, self._misses = NOBODY, 0
-        self._session = NOBODY  # the last probe that was ready, as long as the port is open
-        self._looked_at = self._launched_at = self._used = self._put_off = -math.inf
-        self._error, self._has_failed, self._died_at = "", False, 0  # the last one in ms
-        self._deadline = self._restart_at = math.inf  # of the starts that wait; when it is launched again
-        self._is_launched = False  # as they waited, or before
-        self._is_restart = False  # the last launch
-        self._deaths: list[float] = []  # when it died in the last hour
-        self._ending: Iterator[str] | None = None  # takes its steps
-        self._death = ""  # why it has to end, where nobody asked for it
+        # The rest is used by the thread only.
+        self._ours = LaunchedSwarmUI(settings, self._loop.wake)
+        self._probe, self._misses = NO_ANSWER, 0
+        self._session = NO_ANSWER  # the last probe that was ready, until the port is closed
+        self._looked_at = self._launched_at = self._last_used = self._idle_from = -math.inf
+        self._error, self._has_failed, self._failure_ms = "", False, 0  # lastError; ours has failed, and when (ms)
+        self._deadline = self._restart_at = math.inf  # of the starts that wait; of the next restart
+        self._launched_for_starts = False  # launched while they waited, or already launched when they came
+        self._is_restart = False  # the last launch was one
+        self._deaths: list[float] = []  # their times within the last hour
+        self._ending: Iterator[str] | None = None  # takes the steps of a stop
+        self._end_reason = ""  # the failure for which SwarmUI is ended; "" if it was to be stopped
         self._warn_once = functools.cache(log.warning)
         self.launches = 0  # since the service started
         self._loop.start()
         self._log_loop.start()
 
     def start(self) -> Future[Probe]:
-        """Done once SwarmUI answers, else an ApiError; TooManyRequests between two launches. Raises Unavailable."""
+        """A future of the probe once SwarmUI is ready. ApiError if it fails, TooManyRequests between two launches."""
         return self._loop.ask("start")
 
     def stop(self, *, force: bool = False) -> Future[Any]:
-        """Done once SwarmUI is gone; Conflict where only `force` ends it, else an ApiError. Raises Unavailable."""
+        """A future of a message once SwarmUI is gone. ApiError if it does not end, Conflict if a stop needs `force`."""
         return self._loop.ask("force" if force else "stop")
 
     def status(self) -> dict[str, Any]:
-        """What is known, as /swarmui/status shows it; of one that has just begun, after its first look."""
+        """The response of /swarmui/status. It waits for the first look."""
         self._has_looked.wait(60.0)
         known, now = self._status, self.clock()
         spans = {name: None if known[name] is None else round(now - known[name]) for name in ("startingFor", "idleFor")}
         return {**known, **spans, "logTail": last_lines(self._log)}
 
     def close(self) -> None:
-        """End the threads, and answer everyone who waits at once. SwarmUI keeps running."""
+        """End the threads, and answer all requests that wait at once. SwarmUI keeps running."""
         self._loop.close()
         self._log_loop.close()
         self._loop.answer(stopping(), *self._loop.asked)
 
-    def _waiting(self, *wishes: str) -> list[Future[Any]]:
-        return [future for future, wish in list(self._loop.asked.items()) if wish in wishes]
+    def _waiting(self, *questions: str) -> list[Future[Any]]:
+        return [future for future, question in list(self._loop.asked.items()) if question in questions]
 
-    def _answer(self, wish: str, outcome: Any) -> None:
+    def _answer(self, question: str, outcome: Any) -> None:
         self._publish()
-        if wish == "start":
+        if question == "start":
             self._deadline = math.inf
-        self._loop.answer(outcome, *self._waiting(wish))
+        self._loop.answer(outcome, *self._waiting(question))
 
     def _turn(self) -> float:
-        """Look where that is due, and act. The seconds until the next turn."""
+        """Look if that is due, and act. Returns the seconds until the next turn."""
         try:
             self._act()
             self._publish()
@@ -4275,15 +4275,15 @@ class SwarmUISupervisor:
         if not (starts := self._waiting("start")):
             self._deadline = math.inf
         begins, stops = bool(starts) and self._deadline == math.inf, self._waiting("stop", "force")
-        now, exits = self.clock(), self._ours.notices_exit()
-        if exits:  # another one may answer from now on
+        now, exits = self.clock(), self._ours.poll_exit()
+        if exits:  # from now on another SwarmUI may answer
             self._session = dataclasses.replace(self._session, session_id="")
         if (is_due := now >= self._next_look()) or begins or stops or exits:
-            self._look(counts=is_due)
+            self._look(is_due=is_due)
         self._notice_end()
         if begins:
-            self._used, self._deadline = now, now + self._settings.start_timeout
-            self._is_launched = bool(self._ours.program and not self._ending)
+            self._last_used, self._deadline = now, now + self._settings.start_timeout
+            self._launched_for_starts = bool(self._ours.program and not self._ending)
         for future in stops:
             self._decide_stop(future)
         self._shut_down_idle()
@@ -4294,31 +4294,31 @@ class SwarmUISupervisor:
         if self._deadline < math.inf:
             self._advance_starts("SwarmUI is already running" if begins else "SwarmUI started successfully")
 
-    def _look(self, *, counts: bool = False) -> None:
-        """Probe SwarmUI, and note what follows from that alone. Only a probe that was due counts as missed."""
+    def _look(self, *, is_due: bool = False) -> None:
+        """Probe SwarmUI, and note what follows from the probe. Only one that was due can be a miss."""
         self._looked_at = self.clock()
         self._probe = found = probe_status(self._settings, self._session)
         if found.ready or not found.occupied:
             self._session, self._misses = found, 0
-        else:
-            self._misses += counts
+        elif is_due:
+            self._misses += 1
         if found.ready:
             self._restart_at = math.inf
             if found.at_work is None:
-                self._warn_once("swarmui: GetGlobalStatus does not tell whether SwarmUI is at work")
+                self._warn_once("swarmui: GetGlobalStatus does not say whether SwarmUI is at work: a stop needs force")
             if not self._ending:
                 self._ours.note_ready(found.server_id)
 
     def _notice_end(self) -> None:
-        """See whether it is gone, or has to end. The next turn sees what dies later: all steps of one see the same."""
+        """See whether SwarmUI is gone, or has to end. All of a turn acts on that; the next turn sees a later death."""
         ending, ours, is_open = self._ending, self._ours, self._probe.occupied
         is_over = ours.is_over(self._session.server_id, is_open=is_open, is_ending=ending is not None)
         if not ending and ours.took_another_port():
             self._end(f"its port {self._settings.swarmui_port} was taken by another program", ["kill"])
         elif is_over or (ending and not ours.program and not is_open):
-            died = ours.bury()
-            death = self._death if ending else died
-            self._ending, self._session = None, NOBODY  # who answers now is another one
+            how_it_died = ours.clean_up()
+            death = self._end_reason if ending else how_it_died
+            self._ending, self._session = None, NO_ANSWER  # what answers now is another SwarmUI
             if death:
                 self._fail(death)
             else:
@@ -4326,30 +4326,30 @@ class SwarmUISupervisor:
             self._look()
             if ending:
                 if self._waiting("start") and not death:
-                    self._launched_at = -math.inf  # it is launched at once
+                    self._launched_at = -math.inf  # launch it at once
                 self._answer("end", "SwarmUI is stopped")
-        elif self._misses >= HOPELESS and self._restarts and ours.was_ready and ours.program and not ending:
-            self._end(f"it did not answer {HOPELESS} probes in a row", ["terminate", "kill"])
+        elif self._misses >= ENDED_AFTER and self._restarts and ours.was_ready and ours.program and not ending:
+            self._end(f"it did not answer {ENDED_AFTER} probes in a row", ["terminate", "kill"])
 
     def _fail(self, reason: str) -> None:
-        """Note that it died, or could not be launched, and whether it is launched again."""
-        self._error, self._has_failed, self._died_at = reason, True, now_ms()
+        """Note that SwarmUI died, or could not be launched, and schedule its restart if it gets one."""
+        self._error, self._has_failed, self._failure_ms = reason, True, now_ms()
         log.error("swarmui: failed: %s", reason)
         if not self._restarts or not (self._ours.was_ready or self._is_restart):
             return
         now = self.clock()
         self._deaths = [at for at in self._deaths if now - at < 3600] + [now]
-        if len(self._deaths) <= len(RESTARTS):
-            self._restart_at = now + RESTARTS[len(self._deaths) - 1]
+        if len(self._deaths) <= len(RESTART_DELAYS):
+            self._restart_at = now + RESTART_DELAYS[len(self._deaths) - 1]
         else:
             self._error += f"; given up after {len(self._deaths)} deaths within an hour"
             self._deaths = []
-            log.error("swarmui: %s: it is not launched again until a start is asked for", self._error)
+            log.error("swarmui: %s: it is not launched again before the next start", self._error)
 
     def _decide_stop(self, future: Future[Any]) -> None:
         self._publish()
         state, found, is_ours = self._state, self._probe, self._ours.program is not None
-        if self._loop.asked.get(future) != "force" and (reason := why_not_to_stop(state, found, is_ours=is_ours)):
+        if self._loop.asked.get(future) != "force" and (reason := why_force_is_needed(state, found, is_ours=is_ours)):
             self._loop.answer(Conflict(f"{reason}: add ?force=true to stop it anyway."), future)
             return
         self._restart_at = math.inf
@@ -4361,53 +4361,53 @@ class SwarmUISupervisor:
             self._answer("end", "SwarmUI is not running")
         elif not self._ending:
             self._end("", ["ShutdownServer"] * (found.ready or not is_ours) + ["terminate", "kill"] * is_ours)
-        self._death = ""
+        self._end_reason = ""
 
     def _shut_down_idle(self) -> None:
         now, limit, at_work = self.clock(), self._settings.idle_shutdown, self._probe.at_work
         if at_work:
-            self._used = now
+            self._last_used = now
         is_idle = at_work is False and self._state == "ready" and not (self._ending or self._waiting("start"))
         if limit is None or not is_idle or not self._ours.program:
             return
         if self._probe.backends.get("any_loading") or self._is_reserved():
-            self._put_off = now
-        elif now - max(self._used, self._put_off) >= limit * 60:
+            self._idle_from = now
+        elif now - max(self._last_used, self._idle_from) >= limit * 60:
             log.info("swarmui: idle for %g min", limit)
             self._end("", ["ShutdownServer", "terminate", "kill"])
 
-    def _end(self, death: str, steps: list[str]) -> None:
-        log.info("swarmui: ending SwarmUI%s", death and f", since {death}")
-        self._death, self._ending = death, end_swarmui(steps, self._session, self._ours, self._settings, self.clock)
-        self._ours.note(isEnding=not death)
+    def _end(self, failure: str, steps: list[str]) -> None:
+        log.info("swarmui: ending SwarmUI%s", failure and f", because {failure}")
+        ending = end_swarmui(steps, self._session, self._ours, self._settings, self.clock)
+        self._ending, self._end_reason = ending, failure
+        self._ours.note(isEnding=not failure)
 
     def _advance_end(self, ending: Iterator[str]) -> None:
         if reason := next(ending):
             self._ending = None
-            self._misses = min(self._misses, UNRESPONSIVE)
+            self._misses = min(self._misses, UNRESPONSIVE_AFTER)
             self._ours.note(isEnding=False)
             self._error = f"SwarmUI cannot be ended ({reason}): end it by hand"
             log.error("swarmui: %s", self._error)
             self._answer("end", ApiError(f"{self._error}."))
 
     def _advance_starts(self, message: str) -> None:
-        """Launch it where nobody else does, and wait until it answers: `message` then."""
+        """Launch SwarmUI if that is needed, and answer the starts: once it is ready with `message`."""
         now, found = self.clock(), self._probe
         if self._ending or self._restart_at < math.inf:
-            self._deadline = now + self._settings.start_timeout  # it begins after that
-            self._is_launched = bool(self._ending and self._death)
+            self._deadline = now + self._settings.start_timeout  # it counts from the end or the restart
+            self._launched_for_starts = bool(self._ending and self._end_reason)
             return
         if found.ready:
             if found.backends.get("class") == "error":
                 message += f"; but it says: {_on_one_line(str(found.backends.get('message')))}"
             self._answer("start", allow_page(dataclasses.replace(found, message=message), self._settings))
             return
-        if not (self._ours.program or self._is_launched or found.occupied):
-            wait = self._launched_at + self._settings.start_interval - now
-            if wait > 0:
-                died = f" and died at {iso_time(self._died_at)} ({self._error})" if self._has_failed else ""
-                late = f"SwarmUI was launched a moment ago{died}: ask again in {math.ceil(wait)} s."
-                self._answer("start", TooManyRequests(late, wait))
+        if not (self._ours.program or self._launched_for_starts or found.occupied):
+            if (wait := self._launched_at + self._settings.start_interval - now) > 0:
+                died = f" and died at {iso_time(self._failure_ms)} ({self._error})" if self._has_failed else ""
+                refusal = f"SwarmUI was launched a moment ago{died}: ask again in {math.ceil(wait)} s."
+                self._answer("start", TooManyRequests(refusal, wait))
                 return
             self._launch()
         if reason := self._why_not_started():
@@ -4416,20 +4416,20 @@ class SwarmUISupervisor:
             self._answer("start", ApiError(f"SwarmUI failed to start: {reason}"))
 
     def _why_not_started(self) -> str:
-        """ "" while that is not known."""
+        """Why the starts that wait have failed; "" while they wait on."""
         lives = self._ours.program is not None
-        if not lives and self._is_launched and self._has_failed:
+        if not lives and self._launched_for_starts and self._has_failed:
             return self._error
         if not lives and self._probe.occupied:
             return self._probe.occupant
         if self._looked_at < self._deadline:
             return ""
         late = f"no answer within {self._settings.start_timeout:g} s (last: {self._probe.message})"
-        left = f"it keeps running, so ask again, or look into {self._log}"
-        return f"{late}; {left if lives else f'it exited with code 0: {self._ours.last_lines()}'}"
+        advice = f"it keeps running, so ask again, or see {self._log}"
+        return f"{late}; {advice if lives else f'it exited with code 0: {self._ours.last_lines()}'}"
 
     def _launch(self, *, is_restart: bool = False) -> None:
-        self._is_launched, self._is_restart, self._restart_at = True, is_restart, math.inf
+        self._launched_for_starts, self._is_restart, self._restart_at = True, is_restart, math.inf
         try:
             self._ours.launch(self._probe)
         except LaunchError as error:
@@ -4440,24 +4440,24 @@ class SwarmUISupervisor:
         self._deadline = self._launched_at + self._settings.start_timeout
 
     def _publish(self) -> None:
-        """Make the state what was seen. A change of it is logged."""
+        """Derive the state from what is known, log it if it changed, and update what status() shows."""
         ours, lives, before, settings = self._ours, self._ours.program is not None, self._state, self._settings
         known = self._probe, self._misses, self._session.ready, lives, ours.was_ready, self._ending is not None
-        state = self._state = next_state(before, Sight(*known, self._has_failed))
+        state = self._state = next_state(before, SwarmUISnapshot(*known, self._has_failed))
         if state != before:
             log.info("swarmui: %s%s", state, before and f", after {before}")
-            self._since, self._began = now_ms(), self.clock()
+            self._since, self._entered_at = now_ms(), self.clock()
         if state == "ready":
             self._error, self._has_failed = "", False
-            self._used = max(self._used, self._began)
-        shown = self._session if state == "ready" else NOBODY
+            self._last_used = max(self._last_used, self._entered_at)
+        shown = self._session if state == "ready" else NO_ANSWER
         error = self._probe.occupant if state == "failed" and not self._has_failed else self._error
         self._status = {
             "state": state, "since": iso_time(self._since), "ours": None if state in ("stopped", "failed") else lives,
             "pid": ours.program and ours.program.pid, "port": settings.swarmui_port, "apiUrl": settings.swarmui_api_url,
             "version": shown.version or None, "startedAt": ours.started_at,
-            "startingFor": self._began if state == "starting" else None, "lastError": error or None,
-            "idleFor": None if shown.queue is None else self._used, "queue": shown.queue,
+            "startingFor": self._entered_at if state == "starting" else None, "lastError": error or None,
+            "idleFor": None if shown.queue is None else self._last_used, "queue": shown.queue,
             "backends": {name: str(shown.backends.get(name, "")) for name in BACKENDS} if shown.backends else None,
         }  # fmt: skip
         self._has_looked.set()
@@ -4475,21 +4475,21 @@ _ALL_BUT_ADMIN = tuple(one for one in PERMISSIONS if one != "admin")
 SUBJECT_PATTERN = r"[A-Za-z0-9._-]{1,64}"
 TOKEN_TTL = 12 * 3600  # seconds, by default
 TOKEN_TTL_RANGE = (60, 366 * 24 * 3600)
-ENDS_SOON = 3 * 24 * 3_600_000  # ms before its end from which on people are warned of a token's
+ENDS_SOON = 3 * 24 * 3_600_000  # ms: with less time left, a warning names the token's subject
 LOCAL_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
 TOKEN_FILE, REFUSED_ORIGINS = "api_token", "refused_origins.json"  # in the data folder
-RENEW_ADVICE = f"{START_SCRIPT} token --renew NAME --ttl 90d gives those of a name a new end"
+RENEW_ADVICE = f"{START_SCRIPT} token --renew NAME --ttl 90d renews the tokens of NAME"
 TRUST_ADVICE = "to trust its pages without a token, add it to STORYTELLER_TRUSTED_ORIGINS"
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who calls, and what for. `expires` in ms; None for the API token and for a trusted page."""
+    """Who sent a request, and what it may do."""
 
     subject: str
     permissions: tuple[str, ...]
-    expires: int | None = None
-    digest: str | None = None  # of the session token, where one was sent
+    expires: int | None = None  # ms; None if the caller has no session token
+    digest: str | None = None  # SHA-256 of the session token
 
     def may(self, permission: str) -> bool:
         if permission == "swarmui:read" and "swarmui:control" in self.permissions:
@@ -4502,19 +4502,19 @@ SCRAPER = Caller("scraper", ("metrics:read",))  # without a token, where STORYTE
 
 
 def digest_of(token: str) -> str:
-    """What is kept of a session token; it has 256 random bits, so a plain SHA-256 is enough."""
+    """What the store has of a session token. The token is 256 random bits, so a plain SHA-256 is enough."""
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def issue_token(store: Store, subject: str, permissions: Iterable[str], ttl: int, now: int) -> tuple[str, Caller]:
-    """Make a session token for `ttl` seconds. The token itself is kept nowhere."""
+    """Make a session token that is valid for `ttl` seconds. The token itself is not stored."""
     token, given = secrets.token_urlsafe(32), set(permissions)
     caller = Caller(subject, tuple(one for one in PERMISSIONS if one in given), digest=digest_of(token))
     return token, keep_caller(store, caller, ttl, now)
 
 
 def keep_caller(store: Store, caller: Caller, ttl: int, now: int, *, renews: bool = False) -> Caller:
-    """Store whose a token is, for `ttl` seconds from now. Raises NotFound where one that it `renews` was revoked."""
+    """Store the caller under its token's digest for `ttl` seconds. `renews`: raises NotFound if it is not there."""
     caller = dataclasses.replace(caller, expires=now + ttl * 1000)
     record = {"subject": caller.subject, "permissions": caller.permissions, "expiresAt": caller.expires}
     if not store.keep_token(caller.digest or "", json.dumps(record).encode("ascii"), ttl * 1000, renews=renews):
@@ -4523,12 +4523,12 @@ def keep_caller(store: Store, caller: Caller, ttl: int, now: int, *, renews: boo
 
 
 def page_token(api_token: str) -> str:
-    """The token of the page. It follows from the API token, so it stays the same, and is kept nowhere."""
+    """The token of the page. It is derived from the API token, so it stays the same, and is not stored."""
     return hmac.new(api_token.encode("ascii"), b"page", hashlib.sha256).hexdigest()
 
 
 def read_token(digest: str, record: bytes) -> Caller | None:
-    """What the store holds under a token's digest; None for what cannot be read."""
+    """The caller that the store has under a token's digest; None if the record is not valid."""
     with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
         value = parse_json(record)
         subject, permissions, expires = value["subject"], value["permissions"], value["expiresAt"]
@@ -4540,13 +4540,13 @@ def read_token(digest: str, record: bytes) -> Caller | None:
 
 
 def session_tokens(store: Store) -> list[Caller]:
-    """Whose tokens there are, by subject, those first that end first. Raises Unavailable."""
+    """The callers of all session tokens, by subject, then by expiry. Raises Unavailable."""
     found = [caller for digest, record in store.tokens() if (caller := read_token(digest, record))]
     return sorted(found, key=lambda one: (one.subject, one.expires))
 
 
 def ending_tokens(store: Store, now: int) -> str:
-    """The subjects whose tokens end soon, each with the first end; "" for none. Raises Unavailable."""
+    """The subjects whose tokens expire soon, each with its first expiry; "" for none. Raises Unavailable."""
     ends: dict[str, str] = {}
     for one in session_tokens(store):
         if (one.expires or 0) - now < ENDS_SOON:
@@ -4555,53 +4555,53 @@ def ending_tokens(store: Store, now: int) -> str:
 
 
 class Authenticator:
-    """Identifies callers by their token, or by the trusted page that they are."""
+    """Identifies callers by their token, or as a page of a trusted origin."""
 
-    # Seconds that a session token is good for after the store confirmed it: without asking again; while that is away.
+    # Seconds for which the cache has a session token after the store confirmed it: normally; while the store is away.
     TTL, TTL_WITHOUT_STORE = 5.0, 60.0
     ENTRIES = 1000  # of each dictionary; an entry takes less than 1 KB
 
     def __init__(self, settings: Settings, store: Store, clock: Clock = time.monotonic, wall: Clock = now_ms) -> None:
         self._settings, self._store, self._clock, self._wall_clock = settings, store, clock, wall
         api_token = settings.api_token or ""
-        self._own = {  # digests of which the store knows nothing
+        self._own = {  # by digest; these tokens are not in the store
             digest_of(api_token): Caller("api-token", PERMISSIONS),
             digest_of(page_token(api_token)): Caller("page", _ALL_BUT_ADMIN),
         }
         self._lock = threading.Lock()
-        # digest -> when the store was asked, math.inf for what was revoked here; None is revoked
+        # By digest: when the store was asked, math.inf if this instance revoked the token; None if it is not valid.
         self._cache: dict[str, tuple[float, Caller | None]] = {}
-        self._failures: dict[str, list[float]] = {}  # address -> when it sent wrong tokens
-        self._noted: dict[str, None] = {}  # origins that _note() was given in this run
+        self._failures: dict[str, list[float]] = {}  # by address: when it sent wrong tokens
+        self._reported: dict[str, None] = {}  # refused origins, in this run
 
     def known(self, environ: Mapping[str, Any], *, may_wait: bool = False) -> Caller | None:
-        """Who sent this request; None when only identify() can tell, as it may wait for the store and for files. Raises
-        Unauthorized when there is neither a token nor a trusted page, BadRequest."""
+        """The caller; None if only identify() can find it, which may wait for the store and for files. Raises
+        Unauthorized if there is neither a token nor a trusted page, BadRequest."""
         token = self._token_of(environ)
         if token is not None:
             digest = digest_of(token)
             owners = (owner for own, owner in self._own.items() if hmac.compare_digest(digest, own))
             return next(owners, None) or self._cached(digest)
-        if caller := self._by_origin(environ):
+        if caller := self._trusted_page(environ):
             return caller
         origin = str(environ.get("HTTP_ORIGIN"))
         advice = "A token is needed: send the header Authorization: Bearer <token>."
-        # Only an origin that the settings could trust is repeated, here and in _note().
+        # Only an origin that the settings could trust is repeated, here and in _report().
         if re.fullmatch(LOCAL_ORIGIN, origin) and is_from_this_pc(environ):
-            if origin not in self._noted:
+            if origin not in self._reported:
                 if not may_wait:
                     return None
-                self._note(origin)
+                self._report(origin)
             advice += f" {origin} is not trusted: {TRUST_ADVICE}."
         raise Unauthorized(advice)
 
     def identify(self, environ: Mapping[str, Any]) -> Caller:
-        """The same, asking the store where it must. Raises Unauthorized, TooManyRequests, Unavailable, BadRequest."""
-        caller, page = self.known(environ, may_wait=True), self._by_origin(environ)
+        """The caller, from the store if need be. Raises Unauthorized, TooManyRequests, Unavailable, BadRequest."""
+        caller, page = self.known(environ, may_wait=True), self._trusted_page(environ)
         try:
             caller = caller or self._look_up(digest_of(self._token_of(environ) or "")) or page
         except Unavailable:
-            caller = page  # which needs no store, whatever token it sends
+            caller = page  # a trusted page needs no token, so a token that cannot be looked up does not matter
             if caller is None:
                 raise
         if caller is None:
@@ -4610,27 +4610,27 @@ class Authenticator:
         return caller
 
     def is_still_good(self, caller: Caller) -> bool:
-        """Whether the token of a caller who stays is good, as the store said within TTL seconds, else says now."""
+        """Whether the token of a caller that stays connected is valid, by an answer of the store at most TTL old."""
         with contextlib.suppress(Unavailable):
             return caller.digest is None or bool(self._cached(caller.digest) or self._look_up(caller.digest))
         return False
 
     def revoke(self, digest: str) -> None:
-        """At once for this instance; within TTL seconds for others on the same store."""
+        """Takes effect at once in this instance, and within TTL seconds in others on the same store."""
         with self._lock:
             self._cache.pop(digest, None)
-            self._cache[digest] = (math.inf, None)  # also against a look-up in progress
+            self._cache[digest] = (math.inf, None)  # overrides a look-up in progress
             bound(self._cache, self.ENTRIES)
         try:
             self._store.revoke_token(digest)
         except Unavailable:
             with self._lock:
-                self._cache.pop(digest, None)  # it is not revoked: the caller asks again
+                self._cache.pop(digest, None)  # it is not revoked: the caller has to repeat the request
             raise
 
     @staticmethod
     def _token_of(environ: Mapping[str, Any]) -> str | None:
-        header = environ.get("HTTP_AUTHORIZATION")  # not request.headers, which raises for what is no latin-1 text
+        header = environ.get("HTTP_AUTHORIZATION")  # request.headers raises if a header is not latin-1
         if header is not None and "," in header:
             raise BadRequest("Authorization: expected one header.")  # two of them arrive as one
         found = re.fullmatch(r"[Bb][Ee][Aa][Rr][Ee][Rr] +(\S+)", (header or "").strip(" \t"))
@@ -4638,9 +4638,9 @@ class Authenticator:
 
     def _cached(self, digest: str) -> Caller | None:
         at, caller = self._cache.get(digest, (-math.inf, None))
-        return self._unless_ended(caller) if self._clock() - at < self.TTL else None
+        return self._unless_expired(caller) if self._clock() - at < self.TTL else None
 
-    def _unless_ended(self, caller: Caller | None) -> Caller | None:
+    def _unless_expired(self, caller: Caller | None) -> Caller | None:
         return caller if caller and (caller.expires or 0) > self._wall_clock() else None
 
     def _look_up(self, digest: str) -> Caller | None:
@@ -4660,46 +4660,46 @@ class Authenticator:
             if kept or caller:
                 self._cache[digest] = (at, caller)
             bound(self._cache, self.ENTRIES)
-        return self._unless_ended(caller)
+        return self._unless_expired(caller)
 
-    def _by_origin(self, environ: Mapping[str, Any]) -> Caller | None:
-        """A trusted page on this PC."""
+    def _trusted_page(self, environ: Mapping[str, Any]) -> Caller | None:
+        """The caller, if it is a page of a trusted origin on this PC."""
         origin = environ.get("HTTP_ORIGIN")
         if origin not in self._settings.trusted_origins or not is_from_this_pc(environ):
             return None
         return Caller(f"origin:{origin}", _ALL_BUT_ADMIN)
 
-    def _note(self, origin: str) -> None:
-        """Once a run, name a refused origin on the console, and keep it for `check` with the 19 before it."""
-        with self._lock:  # until it is written, as of two writes at once one would be lost
-            if origin not in self._noted:
-                self._noted[origin] = None
-                bound(self._noted, self.ENTRIES)
+    def _report(self, origin: str) -> None:
+        """Once per run, name a refused origin on the console, and store it for `check` with the 19 before it."""
+        with self._lock:  # also for the file: of two writes at the same time one would be lost
+            if origin not in self._reported:
+                self._reported[origin] = None
+                bound(self._reported, self.ENTRIES)
                 log.warning("http: %s sent no token and is not trusted: %s", origin, TRUST_ADVICE)
                 kept = [one for one in refused_origins(self._settings) if one != origin][-19:]
                 with contextlib.suppress(OSError):  # the console has named it
                     write_private(self._settings.data_dir / REFUSED_ORIGINS, json.dumps([*kept, origin]), replace=True)
 
     def _count_failure(self, address: str) -> None:
-        """Raises TooManyRequests past so many wrong tokens a minute; a missing one does not count."""
+        """Raises TooManyRequests after `token_failures` wrong tokens within a minute; a missing one does not count."""
         now = self._clock()
         with self._lock:
             recent = [at for at in self._failures.pop(address, ()) if now - at < 60]
-            full = len(recent) >= self._settings.token_failures
-            self._failures[address] = recent if full else [*recent, now]
+            is_full = len(recent) >= self._settings.token_failures
+            self._failures[address] = recent if is_full else [*recent, now]
             bound(self._failures, self.ENTRIES)
-        if full:
+        if is_full:
             raise TooManyRequests("Too many wrong tokens from this address: ask again later.", recent[0] + 60 - now)
 
 
 def is_from_this_pc(environ: Mapping[str, Any]) -> bool:
-    """Behind a proxy on this machine every client would have a loopback address."""
+    """Whether the client is on this PC. If a proxy forwarded the request, its loopback address does not prove that."""
     forwarded = any(name in ("HTTP_FORWARDED", "HTTP_VIA") or name.startswith("HTTP_X_FORWARDED_") for name in environ)
     return not forwarded and is_loopback(str(environ.get("REMOTE_ADDR", "")))
 
 
 def is_own_host(host: str | None, settings: Settings) -> bool:
-    """Whether a Host header names this PC: by an IP address, which no page can rebind, or by a name that is known."""
+    """Whether a Host header has a known name of this PC, or any IP address, for which DNS rebinding is impossible."""
     found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?", host or "")
     if not found:
         return False
@@ -4708,30 +4708,30 @@ def is_own_host(host: str | None, settings: Settings) -> bool:
 
 
 def own_token(settings: Settings) -> str:
-    """The token that is set, else the one kept in the data folder, made at first start. Raises StartError."""
+    """The API token: of the settings, else of the data folder, where the first start makes it. Raises StartError."""
     if settings.api_token:
         return settings.api_token
     path = settings.data_dir / TOKEN_FILE
     try:
-        with contextlib.suppress(FileExistsError):  # another start made it meanwhile
+        with contextlib.suppress(FileExistsError):  # another process made it meanwhile
             if not path.exists():
                 write_private(path, secrets.token_urlsafe(32) + "\n")
         return _token(path.read_text(encoding="utf-8").strip())
     except OSError as error:
         raise StartError(f"{path} cannot be made or read ({error.strerror}): set STORYTELLER_API_TOKEN.") from None
     except ValueError:
-        raise StartError(f"{path} holds no token: remove it, and a new one is made.") from None
+        raise StartError(f"{path} contains no valid token: remove it, and the next start makes a new one.") from None
 
 
 def kept_token(settings: Settings) -> str:
-    """The same, but none is made: "" where it cannot be read."""
+    """The API token, without making one; "" if it cannot be read."""
     with contextlib.suppress(OSError):
         return settings.api_token or (settings.data_dir / TOKEN_FILE).read_text(encoding="utf-8").strip()
     return ""
 
 
 def refused_origins(settings: Settings) -> list[str]:
-    """What was kept of refused origins, without those that are trusted now; nothing when the file is damaged."""
+    """The stored refused origins, without those that are trusted now; [] if there is no valid file."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         found = list(parse_json((settings.data_dir / REFUSED_ORIGINS).read_bytes()))[-20:]
         return [one for one in found if re.fullmatch(LOCAL_ORIGIN, str(one)) and one not in settings.trusted_origins]
@@ -4743,12 +4743,12 @@ def refused_origins(settings: Settings) -> list[str]:
 # ======================================================================================================
 
 DAY_MS = 86_400_000
-# What a caller needs to be told of an alert, by its kind.
+# The kinds of alerts, and the permission that a caller needs to receive each.
 ALERTS: Mapping[str, str] = {
     "gpu_hot": "gpu:read", "gpu_failing": "gpu:read", "store": "any", "swarmui": "swarmui:read", "disk": "any",
     "unacknowledged": "notifications:read", "stuck": "sessions:read",
 }  # fmt: skip
-LASTING = ("gpu_hot", "gpu_failing", "store")  # these may pass by themselves: STORYTELLER_ALERT_AFTER
+TRANSIENT = ("gpu_hot", "gpu_failing", "store")  # raised, and ended, only after STORYTELLER_ALERT_AFTER
 WEBHOOK_TIMEOUT = 5.0  # seconds
 
 
@@ -4757,51 +4757,51 @@ class WaitingSession(NamedTuple):
 
     timestamp: int
     prompts: int
-    since: int  # ms, when it got its last prompt, as far as that is known
+    since: int  # ms, when it got its last prompt, or the best estimate
     title: str
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What is seen of all parts. None is what is not known."""
+    """A snapshot of all parts of the service. None means not known."""
 
     gpu: GpuStatus | None = None
     swarmui: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # its status
     launches: int = 0
     store: str = ""
-    fault: str = ""  # of the store
+    fault: str = ""  # why the store does not answer or refuses writes
     pending: Sequence[Notification] | None = None
     waiting: Sequence[WaitingSession] | None = None
-    free: int | None = None  # bytes, where the data folder is
+    free: int | None = None  # bytes on the disk of the data folder
     listeners: int = 0
 
 
 class Observer:
-    """Looks at all parts, and has nvidia-smi run as often as somebody needs it."""
+    """Takes snapshots of all parts, and runs nvidia-smi more often while somebody watches the GPU."""
 
-    WATCHED, UNWATCHED, SCRAPE_LASTS = 5.0, 60.0, 30.0  # seconds between two runs; for which a scrape is a watcher
-    GPU_WAIT = 1.0  # seconds that a scrape waits for nvidia-smi
-    SESSIONS = 1000  # the newest, of which it knows those that wait
+    WATCHED, UNWATCHED = 5.0, 60.0  # seconds between two runs of nvidia-smi
+    SCRAPE_LASTS, GPU_WAIT = 30.0, 1.0  # seconds for which a scrape counts as watching; that it waits for nvidia-smi
+    SESSIONS = 1000  # the newest, among which it finds those that wait
 
     def __init__(
         self, settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUISupervisor, sessions: Sessions,
         notifications: Notifications, count_listeners: Callable[[str | None], int], clock: Clock = time.monotonic,
         wall: Callable[[], int] = now_ms,
     ) -> None:  # fmt: skip
-        """`count_listeners` to that type of events, or to any."""
+        """`count_listeners`: how many clients listen to that type of events; None: to any."""
         self._settings, self._store, self._gpu, self._swarmui, self._sessions = settings, store, gpu, swarmui, sessions
         self._count_listeners, self._clock, self.wall = count_listeners, clock, wall
-        self._lock = threading.Lock()  # over these
+        self._lock = threading.Lock()  # for what look() finds in the store
         self._pending = PendingChanges(store, notifications, lambda type, data: None, lambda: None)
         self._changed = ChangedSessions(store, self.SESSIONS)
         self._waiting: dict[int, WaitingSession] = {}
-        self._found: tuple[Sequence[Notification], Sequence[WaitingSession]] | None = None  # by the last look
-        self._looked_at, self._took = -math.inf, 0.0  # when, and how long it took
+        self._found: tuple[Sequence[Notification], Sequence[WaitingSession]] | None = None  # None: it failed
+        self._looked_at, self._took = -math.inf, 0.0  # when the last look began, and how long it took
         self._scraped_at = -math.inf
 
     def look(self, age: float) -> Situation:
-        """What is known now; of the store what was known at most `age` seconds ago, or so long that looks take a
-        hundredth of the time. It waits for the store."""
+        """Take a snapshot; this waits for the store. `pending` and `waiting` may be `age` seconds old, or 100 times as
+        old as the last look took, so that looks take at most 1 % of the time."""
         fault, free = "", None
         try:
             self._store.ping()
@@ -4811,9 +4811,10 @@ class Observer:
             free = shutil.disk_usage(self._settings.data_dir).free
         with self._lock:
             began = self._clock()
-            if began - self._looked_at >= (age and max(age, 100 * self._took)) or not self._found:
+            oldest = max(age, 100 * self._took) if age else 0.0
+            if began - self._looked_at >= oldest or not self._found:
                 self._looked_at, self._found = began, None
-                with contextlib.suppress(ApiError):  # reads may go on while writes are refused
+                with contextlib.suppress(ApiError):  # after a failed ping() too: reads may still succeed
                     self._pending.look()
                     self._find_waiting()
                     self._found, self._pending.is_initial = (self._pending.all(), list(self._waiting.values())), False
@@ -4826,16 +4827,15 @@ class Observer:
         )  # fmt: skip
 
     def scrape(self) -> Situation:
-        """The same for a scrape, with the GPU's present status if that comes in time."""
+        """A new snapshot for a scrape, also of the GPU if its status comes in time."""
         self._scraped_at = self._clock()
-        asked = self._gpu.ask()
-        if isinstance(asked, Future):
+        if isinstance(asked := self._gpu.ask(), Future):
             concurrent.futures.wait([asked], timeout=self.GPU_WAIT)
         return self.look(0.0)
 
     def watch_gpu(self, *, is_bad: bool) -> float:
-        """Run nvidia-smi if that is due, which is often while its status is bad, without waiting for it. The seconds
-        until it is, if it is not."""
+        """Start a run of nvidia-smi if one is due, which is more often while somebody watches or the status `is_bad`.
+        Returns the seconds until it is due; inf if it was started."""
         last, now = self._gpu.last, self._clock()
         is_watched = is_bad or self._count_listeners("gpu") > 0 or now - self._scraped_at < self.SCRAPE_LASTS
         if last and (left := last[1] + (self.WATCHED if is_watched else self.UNWATCHED) - now) > 0:
@@ -4850,7 +4850,7 @@ class Observer:
             done = facts.progress
             if not facts.waits or isinstance(done, str) or done.ready or not done.total_beats:
                 continue
-            # What was there at the first look is as old as it says. A later one, or a new prompt, came just now.
+            # A session of the first look has the age that it says. Later, a new session or prompt has just come.
             since = now
             if self._pending.is_initial:
                 since = min(now, max(stored.saved or 0, facts.updated or 0, stored.timestamp))
@@ -4867,21 +4867,21 @@ class Observer:
 
 
 def find_conditions(seen: Situation, settings: Settings, now: int) -> dict[str, str | None]:
-    """By kind of alert what is wrong: "" where nothing is, None where that is not known. `now` in ms."""
+    """What is wrong, by kind of alert: "" for nothing, None for not known. `now` in ms."""
 
-    def overdue(rows: Iterable[tuple[int, str]], minutes: float, what: str, words: str) -> str:
+    def overdue(rows: Iterable[tuple[int, str]], minutes: float, noun: str, words: str) -> str:
         late = [name for since, name in rows if 0 < minutes * 60_000 <= now - since <= DAY_MS]
-        many = f"{len(late)} {what}{'s' * (len(late) > 1)}"
-        return f"{many} {words} for {minutes:g} min: {name_some(late)}." if late else ""
+        subject = f"{len(late)} {noun}{'s' if len(late) > 1 else ''}"
+        return f"{subject} {words} for {minutes:g} min: {name_some(late)}." if late else ""
 
     found: dict[str, str | None] = dict.fromkeys(ALERTS)
     found["store"] = seen.fault
     found["swarmui"] = f"SwarmUI failed: {seen.swarmui['lastError']}" if seen.swarmui.get("state") == "failed" else ""
     if gpu := seen.gpu:
-        hottest, fails = settings.alert_gpu_temperature, gpu.failed and not gpu.is_missing
+        limit, fails = settings.alert_gpu_temperature, gpu.failed and not gpu.is_missing
         found["gpu_failing"] = f"The GPU cannot be read: {gpu.error}" if fails else ""
-        is_hot = gpu.available and 0 < hottest < gpu.temperature
-        hot = f"The GPU is at {gpu.temperature} °C, above {hottest:g} °C." if is_hot else ""
+        is_hot = gpu.available and 0 < limit < gpu.temperature
+        hot = f"The GPU is at {gpu.temperature} °C, above {limit:g} °C." if is_hot else ""
         found["gpu_hot"] = None if fails else hot
     if seen.free is not None:
         low = f"{seen.free / 10**9:.2f} GB are free for {settings.data_dir}: free space on that disk."
@@ -4901,8 +4901,8 @@ class Alert:
     kind: str
     state: str  # raised or ended
     text: str
-    since: int  # ms, when what is wrong began
-    until: int | None = None  # and ended
+    since: int  # ms, when its cause began
+    until: int | None = None  # ms, when its cause ended
 
 
 def alert_json(alert: Alert) -> dict[str, Any]:
@@ -4916,14 +4916,14 @@ def ended(alert: Alert, now: int) -> Alert:
 
 
 def format_of(url: str, given: str | None) -> str:
-    """How an alert is shaped for that URL."""
+    """The format of alerts for a URL: the `given` one, else that of a known host, else json."""
     host = urllib.parse.urlsplit(url).hostname or ""
     hosts = {"ntfy": r"(.+\.)?ntfy(\..+)?", "discord": r"(.+\.)?discord(app)?\.com", "slack": r"(.+\.)?slack\.com"}
-    return (given or next((name for name, known in hosts.items() if re.fullmatch(known, host)), "json")).lower()
+    return (given or next((name for name, pattern in hosts.items() if re.fullmatch(pattern, host)), "json")).lower()
 
 
 def shape_alert(alert: Alert, format: str) -> tuple[bytes, dict[str, str]]:
-    """The body of the POST and its headers."""
+    """The body and the headers of the POST."""
     if format == "ntfy":
         priority, tags = ("high", "warning") if alert.state == "raised" else ("default", "white_check_mark")
         headers = {"Title": f"StoryTeller: {alert.kind} {alert.state}", "Priority": priority, "Tags": tags}
@@ -4931,50 +4931,51 @@ def shape_alert(alert: Alert, format: str) -> tuple[bytes, dict[str, str]]:
     body = alert_json(alert)
     if format == "discord":
         body = {"content": alert.text[:2000], "allowed_mentions": {"parse": []}}
-    elif format == "slack":  # else <!channel> would notify everybody
+    elif format == "slack":  # unescaped, <!channel> would notify everybody
         body = {"text": alert.text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")}
     return to_json(body), {"Content-Type": "application/json"}
 
 
 def call_webhook(url: str, data: bytes | None = None, headers: Mapping[str, str] = {}) -> tuple[bool, str]:
-    """Whether it answers 2xx; and its status, or why there is none. The URL is a secret, and so are the words of an
-    error, which may contain a part of it."""
+    """Whether the URL answered 2xx; and its status, or why there is none. The URL is a secret, so this text contains
+    neither the URL nor the message of an error, which may quote it."""
     try:
         agent = {"User-Agent": f"StoryTeller/{__version__}"}  # Discord refuses Python's own
         status = fetch(url, WEBHOOK_TIMEOUT, data=data, headers={**agent, **headers})[0].status
         return 200 <= status < 300, f"{status} {http.client.responses.get(status, '')}".rstrip()
     except (OSError, http.client.HTTPException, ValueError) as error:
-        cause = error.reason if isinstance(error, urllib.error.URLError) else error
-        names = {"TimeoutError": f"not within {WEBHOOK_TIMEOUT:g} s", "ConnectionRefusedError": "nobody listens there",
-                 "gaierror": "its host's name is not known"}  # fmt: skip
-        return False, f"no answer ({names.get(type(cause).__name__, type(cause).__name__)})"
+        cause = type(error.reason if isinstance(error, urllib.error.URLError) else error).__name__
+        known = {"TimeoutError": f"not within {WEBHOOK_TIMEOUT:g} s", "ConnectionRefusedError": "nothing listens there",
+                 "gaierror": "its host name is not known"}  # fmt: skip
+        return False, f"no answer ({known.get(cause, cause)})"
 
 
 def deliver(settings: Settings, alert: Alert) -> tuple[bool, str]:
-    """POST it, as call_webhook() does."""
+    """POST an alert. Returns what call_webhook() does."""
     url = settings.alert_url or ""
     return call_webhook(url, *shape_alert(alert, format_of(url, settings.alert_format)))
 
 
 class Alerts:
-    """Raises and ends the alerts of this instance in one of its loops; the others POST them, and send the heartbeat.
-    `publish` gets each as an event, and the permission that it needs."""
+    """Raises and ends the alerts of this instance in one loop; two more POST them and send the heartbeat. `publish`
+    gets the type and the data of an event, and the permission to receive it."""
 
-    INTERVAL, KEPT, UNSENT, TRIES, RETRY, HEARTBEAT = 1.0, 3, 100, 3, 2.0, 60.0
+    INTERVAL, RETRY, HEARTBEAT = 1.0, 2.0, 60.0  # seconds between two looks, two tries of a POST, two heartbeats
+    KEPT, UNSENT, TRIES = 3, 100, 3  # ended alerts that are shown; alerts that wait for their POST; tries of one
 
     def __init__(
         self, settings: Settings, observer: Observer, publish: Callable[[str, dict[str, Any], str], None],
         clock: Clock = time.monotonic,
     ) -> None:  # fmt: skip
         self._settings, self._observer, self._publish, self._clock = settings, observer, publish, clock
-        # Both are replaced and never changed, so any thread may read them.
-        self.raised: Mapping[str, Alert] = {}
-        self.ended: tuple[Alert, ...] = ()  # the last ones
-        self._changed: dict[str, float] = {}  # since when a kind is otherwise than its alert says
+        # Both are replaced, never changed in place, so any thread may read them.
+        self.raised: Mapping[str, Alert] = {}  # by kind
+        self.ended: tuple[Alert, ...] = ()  # the newest first
+        self._changed: dict[str, float] = {}  # by kind: since when the condition differs from `raised`, by the clock
         self._unsent: collections.deque[Alert] = collections.deque()
-        self._tries = 0  # of the first one
-        self._is_heard = True
-        self._posts = Loop(self._post, "webhooks")  # what is not sent when it is closed is dropped
+        self._tries = 0  # of the oldest one
+        self._is_beating = True  # the last heartbeat was answered with 2xx
+        self._posts = Loop(self._post, "webhooks")  # closing it drops the alerts that are not sent
         self.loops = [Loop(self.look, "alerts")]
         if settings.alert_url:
             self.loops.append(self._posts)
@@ -4982,11 +4983,11 @@ class Alerts:
             self.loops.append(Loop(self._beat, "heartbeat"))
 
     def shown(self) -> list[dict[str, Any]]:
-        """Those that are raised, and the last ones that ended."""
+        """The raised alerts, and the last ones that ended."""
         return [alert_json(one) for one in (*self.raised.values(), *self.ended)]
 
     def look(self) -> float:
-        """Raise what is wrong, end what is over. The seconds until the next look."""
+        """Raise and end alerts by a new snapshot. Returns the seconds until the next look."""
         limits = self._settings.alert_unacknowledged, self._settings.alert_stuck
         age = 1.0 if self.raised else min([5.0, *(minutes * 6 for minutes in limits if minutes)])
         found = find_conditions(self._observer.look(age), self._settings, self._observer.wall())
@@ -5004,7 +5005,7 @@ class Alerts:
                 self.raised = {**self.raised, kind: dataclasses.replace(alert, text=text)}
             return
         lasts = now - self._changed.setdefault(kind, now)
-        if lasts < self._settings.alert_after and kind in LASTING:
+        if lasts < self._settings.alert_after and kind in TRANSIENT:
             return
         del self._changed[kind]
         began = self._observer.wall() - int(lasts * 1000)
@@ -5016,29 +5017,29 @@ class Alerts:
             self.raised, self.ended = others, (alert, *self.ended)[: self.KEPT]
         log.warning("alerts: %s %s: %s", kind, alert.state, alert.text)
         self._publish("alert", alert_json(alert), ALERTS[kind])
-        if self._settings.alert_url and len(self._unsent) < self.UNSENT:  # else nothing took them for half an hour
+        if self._settings.alert_url and len(self._unsent) < self.UNSENT:  # full after half an hour of failed POSTs
             self._unsent.append(alert)
             self._posts.wake()
 
     def _post(self) -> float:
-        """POST the oldest one. The seconds until there may be another one."""
+        """POST the oldest alert. Returns the seconds until the next turn."""
         if not self._unsent:
             return 3600.0
-        is_taken, answer = deliver(self._settings, self._unsent[0])
+        is_delivered, answer = deliver(self._settings, self._unsent[0])
         self._tries += 1
-        if not is_taken and self._tries < self.TRIES:
+        if not is_delivered and self._tries < self.TRIES:
             return self.RETRY
         alert, self._tries = self._unsent.popleft(), 0
-        if not is_taken:
+        if not is_delivered:
             log.warning("alerts: %s was not delivered to STORYTELLER_ALERT_URL: %s", alert.kind, answer)
         return 0.0
 
     def _beat(self) -> float:
         began = self._clock()
-        is_heard, answer = call_webhook(self._settings.heartbeat_url or "")
-        if is_heard != self._is_heard:
-            log.warning("alerts: the heartbeat to STORYTELLER_HEARTBEAT_URL: %s", answer)
-        self._is_heard = is_heard
+        is_beating, answer = call_webhook(self._settings.heartbeat_url or "")
+        if is_beating != self._is_beating:
+            log.warning("alerts: the heartbeat to STORYTELLER_HEARTBEAT_URL now gets: %s", answer)
+        self._is_beating = is_beating
         return began + self.HEARTBEAT - self._clock()
 
 
@@ -5048,7 +5049,7 @@ class Alerts:
 
 
 class RequestCounts:
-    """Counts responses by method, route and status, in any thread."""
+    """Counts responses by method, route and status. Any thread may call it."""
 
     METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
 
@@ -5069,12 +5070,12 @@ class RequestCounts:
 
 
 def labels(**given: str) -> str:
-    """No value has a character to escape."""
+    """Labels in the text format. The values must not need escaping, and none of this service's do."""
     return "{" + ",".join(f'{name}="{value}"' for name, value in given.items()) + "}"
 
 
 def metrics_text(seen: Situation, raised: Container[str], counts: RequestCounts, started_at: int) -> bytes:
-    """In the text format of Prometheus. A metric of which nothing is known is absent."""
+    """The metrics in the text format of Prometheus. One whose value is not known is left out."""
     gpu, (requests, seconds) = seen.gpu, counts.read()
     units = {"utilization": 0.01, "memory_used": 1 << 20, "memory_total": 1 << 20, "temperature": 1}
     use, used, total, warmest = (
@@ -5082,7 +5083,7 @@ def metrics_text(seen: Situation, raised: Container[str], counts: RequestCounts,
         for name, unit in units.items()
     )
     pending = collections.Counter(one.type for one in seen.pending or ())
-    # Name, type, help, and the samples: what follows the name (a suffix, labels), and the value; None where not known.
+    # Name, type, help, and the samples: each has a suffix of the name or labels, and a value, None if not known.
     metrics: tuple[tuple[str, str, str, Mapping[str, float | None]], ...] = (
         ("nvidia_smi_utilization_gpu_ratio", "gauge", "Use of the GPUs, on average.", use),
         ("nvidia_smi_memory_used_bytes", "gauge", "Used memory of all GPUs.", used),
@@ -5115,7 +5116,7 @@ def metrics_text(seen: Situation, raised: Container[str], counts: RequestCounts,
     )  # fmt: skip
     lines = []
     for name, type, help, samples in metrics:
-        known = [f"{name}{rest} {value + 0!r}" for rest, value in samples.items() if value is not None]
+        known = [f"{name}{suffix} {value + 0!r}" for suffix, value in samples.items() if value is not None]
         lines += [f"# HELP {name} {help}", f"# TYPE {name} {type}", *known] if known else []
     return "".join(f"{line}\n" for line in lines).encode()
 

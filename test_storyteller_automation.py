@@ -4286,7 +4286,7 @@ def test_a_start_that_takes_too_long_goes_on_and_the_next_one_waits_for_it(make_
     supervisor = make_supervisor(swarmui_path=swarmui_folder(delay=3600), start_timeout=0.2)
     message = failure(supervisor)
     assert "no answer within 0.2 s" in message
-    assert "nobody answers" in message
+    assert "nothing listens" in message
     held = leash.next()
     assert "no answer within 0.2 s" in failure(supervisor)
     assert held.is_alive()
@@ -4302,9 +4302,9 @@ def test_a_start_that_takes_too_long_goes_on_and_the_next_one_waits_for_it(make_
         pytest.param(response(200, '{"session_id": 7}'), "answered 200", id="a session_id that is none"),
         pytest.param(response(200, "[1]"), "answered 200", id="no object"),
         pytest.param(response(200, '{"error": "Invalid or unauthorized."}'), "set SWARMUI_TOKEN", id="accounts"),
-        pytest.param(b"220 mail.example ESMTP\r\n", "broke the connection off", id="no HTTP"),
-        pytest.param(b"", "broke the connection off", id="closed"),
-        pytest.param(RESET, "broke the connection off", id="reset"),
+        pytest.param(b"220 mail.example ESMTP\r\n", "sent no valid response", id="no HTTP"),
+        pytest.param(b"", "sent no valid response", id="closed"),
+        pytest.param(RESET, "sent no valid response", id="reset"),
         pytest.param(None, "did not answer within 0.3 s", id="silent"),
     ],
 )
@@ -4313,14 +4313,14 @@ def test_a_port_held_by_something_else_is_told_and_nothing_is_launched(
 ):
     answering(answer)
     message = failure(make_supervisor(swarmui_path=swarmui_folder(), health_timeout=0.3))
-    assert "another program than SwarmUI has its port" in message
+    assert "the program at its port does not answer as SwarmUI does" in message
     assert words in message
     assert leash.count_further() == 0
 
 
 def test_nobody_at_the_port_is_told_from_somebody(settings):
     assert service.probe(settings) == service.Probe(
-        ready=False, occupied=False, message=f"nobody answers at {settings.swarmui_api_url}"
+        ready=False, occupied=False, message=f"nothing listens at {settings.swarmui_api_url}"
     )
 
 
@@ -4421,7 +4421,7 @@ OPEN_BEFORE = {"found": SILENT, "answered": True}
     ],
 )
 def test_the_state_follows_from_what_is_seen(seen, state):
-    assert service.next_state("", service.Sight(**seen)) == state
+    assert service.next_state("", service.SwarmUISnapshot(**seen)) == state
 
 
 class Looked:
@@ -4587,7 +4587,7 @@ def test_another_program_at_the_port_is_a_failure_as_long_as_it_is_there(make_lo
     with socket.create_server(("127.0.0.1", settings.swarmui_port)) as listener:
         looked = make_looked(health_timeout=0.1)
         status = looked.wait_for("failed")
-        assert "another program than SwarmUI has its port" in status["lastError"]
+        assert "the program at its port does not answer as SwarmUI does" in status["lastError"]
         listener.close()
         assert looked.wait_for("stopped")["lastError"] is None
 
@@ -4617,11 +4617,11 @@ def test_a_start_in_the_turn_in_which_an_end_is_over_launches_it_anew(make_looke
     looked("POST", "start")
     held, look = leash.next(), service.SwarmUISupervisor._look
 
-    def die_then_look(supervisor, *, counts=False):
+    def die_then_look(supervisor, *, is_due=False):
         if supervisor._ending and supervisor._waiting("start") and held.is_alive():
             kill(held)
             wait_until(lambda: not supervisor._ours.program.is_alive())
-        look(supervisor, counts=counts)
+        look(supervisor, is_due=is_due)
 
     monkeypatch.setattr(service.SwarmUISupervisor, "_look", die_then_look)
     with ThreadPoolExecutor(1) as pool:
@@ -4695,7 +4695,7 @@ def stops(**plan: Any) -> Any:
 )
 def test_a_stop_ends_what_was_launched(make_looked, swarmui_folder, leash, monkeypatch, plan):
     """Also one that is starting, and one that will not: by its processes."""
-    monkeypatch.setattr(service, "ENDINGS", {"ShutdownServer": 0.5, "terminate": 0.2, "kill": PATIENCE})
+    monkeypatch.setattr(service, "STOP_TIMEOUTS", {"ShutdownServer": 0.5, "terminate": 0.2, "kill": PATIENCE})
     looked = make_looked(swarmui_path=swarmui_folder(**plan), start_timeout=0.2 if plan.get("delay") else PATIENCE)
     looked("POST", "start", 500 if plan.get("delay") else 200)
     held = leash.next()
@@ -4762,7 +4762,7 @@ def test_stops_that_are_refused_count_as_no_missed_probe(make_looked, swarmui_fo
         wait_until(lambda: looked("POST", "start")["success"])
         assert started.result(PATIENCE)["success"]
     (tmp_path / "hang").touch()
-    for _ in range(service.UNRESPONSIVE + 1):
+    for _ in range(service.UNRESPONSIVE_AFTER + 1):
         assert "not known" in looked("POST", "stop", 409)["error"]
     assert held.is_alive()
 
@@ -4904,8 +4904,8 @@ def test_a_count_that_cannot_be_read_is_unknown_work(make_looked, swarmui_folder
 
 
 def test_a_process_that_has_its_number_now_is_not_ended(make_looked, settings, run_another, monkeypatch):
-    monkeypatch.setattr(service, "ENDINGS", dict.fromkeys(service.ENDINGS, 0.1))
-    monkeypatch.setattr(service, "LAST_ENDING", 0.1)
+    monkeypatch.setattr(service, "STOP_TIMEOUTS", dict.fromkeys(service.STOP_TIMEOUTS, 0.1))
+    monkeypatch.setattr(service, "LAST_STOP_TIMEOUT", 0.1)
     run_another(deaf=True)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True) as other:
         record = {"pid": other.pid, "identity": "an earlier one's", "serverId": service.probe(settings).server_id}
@@ -5029,8 +5029,8 @@ RESTARTS = {"restart": "on-failure", "start_interval": 3600.0}
 
 @pytest.fixture
 def quick_restarts(monkeypatch):
-    monkeypatch.setattr(service, "RESTARTS", (0.05, 0.2, 0.4))
-    monkeypatch.setattr(service, "HOPELESS", 6)
+    monkeypatch.setattr(service, "RESTART_DELAYS", (0.05, 0.2, 0.4))
+    monkeypatch.setattr(service, "ENDED_AFTER", 6)
 
 
 def test_one_that_was_launched_again_is_not_idle_since_before(make_supervisor, swarmui_folder, leash):
@@ -5113,7 +5113,7 @@ def test_a_first_launch_that_fails_is_not_tried_again(make_looked, swarmui_folde
     looked("POST", "start", 500)
     leash.next()
     began = time.monotonic()
-    wait_until(lambda: time.monotonic() - began > 10 * service.RESTARTS[0])
+    wait_until(lambda: time.monotonic() - began > 10 * service.RESTART_DELAYS[0])
     assert leash.count_further() == 0
 
 
@@ -5147,14 +5147,14 @@ def test_a_restart_that_was_due_is_off_after_a_stop(make_looked, swarmui_folder,
     status = looked.status
     assert (status["state"], status["lastError"]) == ("stopped", None)
     began = time.monotonic()
-    wait_until(lambda: time.monotonic() - began > 1.2 * service.RESTARTS[0])
+    wait_until(lambda: time.monotonic() - began > 1.2 * service.RESTART_DELAYS[0])
     assert leash.count_further() == 0
 
 
 def test_starts_stops_and_deaths_in_any_order_leave_one_swarmui_and_a_true_state(
     make_looked, swarmui_folder, settings, leash, monkeypatch, caplog
 ):
-    monkeypatch.setattr(service, "ENDINGS", {"ShutdownServer": 1.0, "terminate": 0.5, "kill": PATIENCE})
+    monkeypatch.setattr(service, "STOP_TIMEOUTS", {"ShutdownServer": 1.0, "terminate": 0.5, "kill": PATIENCE})
     looked = make_looked(swarmui_path=swarmui_folder(delay=0.05))
     chance, alive = random.Random(7), []
 
@@ -7131,7 +7131,7 @@ def test_a_test_alert_prints_the_status(run_module, make_receiver, status, code,
 
 def test_a_test_alert_that_nobody_takes_or_that_has_no_address(run_module):
     done = run_module("alert", STORYTELLER_ALERT_URL=f"http://127.0.0.1:{free_port()}/secret")
-    assert (done.returncode, done.stdout.strip()) == (1, "no answer (nobody listens there)")
+    assert (done.returncode, done.stdout.strip()) == (1, "no answer (nothing listens there)")
     done = run_module("alert")
     assert (done.returncode, done.stdout) == (2, "")
     assert "set STORYTELLER_ALERT_URL" in done.stderr
@@ -11062,7 +11062,7 @@ HEAD = "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"
     [
         pytest.param({"answer": [200, {}, "<html>hello</html>"]}, "answered 200: <html>hello</html>", id="HTML"),
         pytest.param({"raw": [HEAD + '{"session_id"', "the end"]}, 'answered 200: {"session_id"', id="half a body"),
-        pytest.param({"raw": [HEAD[:10], "the end"]}, "broke the connection off", id="half a head"),
+        pytest.param({"raw": [HEAD[:10], "the end"]}, "sent no valid response", id="half a head"),
         pytest.param({"raw": [HEAD, "silence"]}, "did not answer within 0.3 s", id="half, then silence"),
         pytest.param({"raw": ["", "silence"]}, "did not answer within 0.3 s", id="silence"),
         pytest.param(
@@ -11071,17 +11071,17 @@ HEAD = "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"
         pytest.param(
             {"raw": ["HTTP/1.1 200 OK\r\n\r\n{", "the last letter for ever"]}, "within 0.3 s", id="an endless body"
         ),
-        pytest.param({"delay": 3600}, "nobody answers", id="never listens"),
+        pytest.param({"delay": 3600}, "nothing listens", id="never listens"),
     ],
 )
 def test_a_swarmui_that_answers_nonsense_is_told_in_time_and_not_launched_again(
     make_supervisor, swarmui_folder, settings, leash, nothing_left, plan, words
 ):
     supervisor = make_supervisor(swarmui_path=swarmui_folder(**plan), health_timeout=0.3, start_timeout=0.2)
-    wait_until(lambda: words in fail_in_time(supervisor))  # until it listens at all, nobody answers
+    wait_until(lambda: words in fail_in_time(supervisor))  # before it listens, the words are others
     message = fail_in_time(supervisor)
     assert "no answer within 0.2 s (last: " in message
-    assert message.endswith(f"it keeps running, so ask again, or look into {settings.data_dir / 'swarmui.log'}")
+    assert message.endswith(f"it keeps running, so ask again, or see {settings.data_dir / 'swarmui.log'}")
     nothing_left()
     assert leash.next().is_alive()
     assert leash.count_further() == 0
@@ -12278,8 +12278,8 @@ def wrong(tmp_path: Path, module_copy: Path, other_program_port: int) -> dict[st
         pytest.param("GPU_CACHE_SECONDS", "five", "^GPU_CACHE_SECONDS is 'five': expected", id="bad setting"),
         pytest.param("STORYTELLER_HOST", "192.0.2.1", "^Cannot listen on 192.0.2.1", id="host"),
         pytest.param("STORYTELLER_DATA_DIR", "a file", "^The data folder .* cannot be written", id="data folder"),
-        pytest.param("STORYTELLER_DATA_DIR", "token is short", "api_token holds no token", id="token too short"),
-        pytest.param("STORYTELLER_DATA_DIR", "token is no text", "api_token holds no token", id="token no text"),
+        pytest.param("STORYTELLER_DATA_DIR", "token is short", "api_token contains no valid token", id="short token"),
+        pytest.param("STORYTELLER_DATA_DIR", "token is no text", "api_token contains no valid token", id="no text"),
         pytest.param("STORYTELLER_DATA_DIR", "store is no database", "^The store .* cannot be used", id="store"),
         pytest.param("STORYTELLER_DATA_DIR", "log-is-a-folder", "log .*cannot be written", id="log"),
     ],
