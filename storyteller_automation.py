@@ -3831,13 +3831,12 @@ def fetch(
     It uses no proxy and follows no redirect. Raises OSError (URLError if it cannot connect), HTTPException."""
     request = urllib.request.Request(url, data, {**headers, "Connection": "close"})
     kind = http.client.HTTPSConnection if request.type == "https" else http.client.HTTPConnection
-    deadline = time.monotonic() + seconds
     with contextlib.closing(kind(request.host, timeout=seconds)) as connection:
         try:
-            connection.connect()
+            connection.connect()  # of a host's addresses, the first may use up `seconds` before the second answers
         except OSError as error:
             raise urllib.error.URLError(error) from error
-        sock = connection.sock
+        sock, deadline = connection.sock, time.monotonic() + seconds
 
         def shut_down() -> None:  # the socket's own timeout starts again with each byte
             with contextlib.suppress(OSError):  # it is closed already

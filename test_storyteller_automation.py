@@ -4324,6 +4324,21 @@ def test_nobody_at_the_port_is_told_from_somebody(settings):
     )
 
 
+def test_an_address_that_uses_up_the_time_to_connect_leaves_the_next_one_time_to_answer(
+    settings, answering, monkeypatch
+):
+    """As on Windows, which refuses a host name's IPv6 address after 2 s."""
+    answering(response(200, '{"session_id": "x"}'))
+    connect = socket.create_connection
+
+    def connect_late(*given: Any, **options: Any) -> socket.socket:
+        time.sleep(0.5)
+        return connect(*given, **options)
+
+    monkeypatch.setattr(socket, "create_connection", connect_late)
+    assert service.probe(dataclasses.replace(settings, health_timeout=0.5)).ready
+
+
 def test_the_token_is_sent_as_a_cookie(make_supervisor, swarmui_folder, leash):
     supervisor = make_supervisor(swarmui_path=swarmui_folder(token="t0k3n"), swarmui_token="t0k3n")
     assert ready(supervisor).message == "SwarmUI started successfully"
