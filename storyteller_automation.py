@@ -4724,7 +4724,7 @@ def own_token(settings: Settings) -> str:
 
 def kept_token(settings: Settings) -> str:
     """The API token, without making one; "" if it cannot be read."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         return settings.api_token or (settings.data_dir / TOKEN_FILE).read_text(encoding="utf-8").strip()
     return ""
 

@@ -13593,6 +13593,12 @@ def test_status_of_a_service_that_it_may_not_ask(start_service, run_module, toke
     assert not (module_copy.parent / "data" / "api_token").exists()
 
 
+def test_status_beside_a_file_of_the_token_that_is_no_text(start_service, run_module, module_copy):
+    start_service()
+    (module_copy.parent / "data" / "api_token").write_text("A token in UTF-16, as PowerShell writes it", "utf-16")
+    assert "refuses: A token is needed" in run_module("status", STORYTELLER_API_TOKEN="").stderr
+
+
 def test_status_does_not_say_that_no_token_ends_where_the_store_was_never_read(start_service, run_module):
     start_service(REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")
     assert re.search(r"\n  tokens +not known\n", run_module("status", STORYTELLER_API_TOKEN=TOKEN).stdout)
