@@ -4881,7 +4881,7 @@ def find_conditions(seen: Situation, settings: Settings, now: int) -> dict[str, 
         found["gpu_failing"] = f"The GPU cannot be read: {gpu.error}" if fails else ""
         is_hot = gpu.available and 0 < limit < gpu.temperature
         hot = f"The GPU is at {gpu.temperature} °C, above {limit:g} °C." if is_hot else ""
-        found["gpu_hot"] = None if fails else hot
+        found["gpu_hot"] = None if fails or "temperature" in gpu.unknown else hot
     if seen.free is not None:
         low = f"{seen.free / 10**9:.2f} GB are free for {settings.data_dir}: free space on that disk."
         found["disk"] = low if seen.free < settings.alert_disk * 10**9 else ""

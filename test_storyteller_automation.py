@@ -6843,6 +6843,9 @@ def waiting_since(*minutes: float) -> list[service.WaitingSession]:
         ),
         pytest.param({"gpu": service.GpuStatus(failed=True)}, {}, "gpu_hot", None, id="who knows how hot"),
         pytest.param(
+            {"gpu": service.GpuStatus(True, unknown=("temperature",))}, {}, "gpu_hot", None, id="not readable"
+        ),
+        pytest.param(
             {"gpu": service.GpuStatus(failed=True, error="GPU is lost")}, {}, "gpu_failing", "GPU is lost", id="failing"
         ),
         pytest.param(
