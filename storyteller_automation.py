@@ -39,8 +39,8 @@ The sections, each under a banner, each depending only on those above it:
     HTTP: handlers of sessions and tokens   the same
     HTTP: routes                            one table, from which OpenAPI is generated
     HTTP: application                       the one path of every request
-    Live: what changes                      the newest sessions, the GPU, SwarmUI
-    Live: who is told                       the stream of events, and checks that wait
+    Live: sessions                          which events the newest sessions cause
+    Live: listeners and waiting checks      the stream of events, and checks that wait
     Page                                    the page as text
     Server: settings and sockets            waitress's settings with their reasons
     Server: below waitress's documentation  its undocumented API: connections and the event loop
@@ -5127,71 +5127,71 @@ def metrics_text(seen: Situation, raised: Container[str], counts: RequestCounts,
 MAX_BODY = 50 * 1024 * 1024  # bytes; as much as StoryArt's own server takes
 
 # A subset of JSON Schema: type, const, enum, minimum, maximum, minLength, maxLength, pattern with ^ and $, items,
-# minItems, maxItems, properties, required, additionalProperties: False, anyOf whose `title` says in words what is
-# expected.
+# minItems, maxItems, properties, required, additionalProperties: False, anyOf. Error messages describe a schema by its
+# `title`, which each schema in an anyOf needs.
 Schema = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request whose input was checked against its route: path parameters and query by name, and the body."""
+    """A request whose path parameters, query and body have passed the validation of its route."""
 
     caller: Caller
-    origin: str | None  # of the page that sent it, when it is an allowed or a trusted one
+    origin: str | None  # the Origin header, if it is an allowed or trusted one
     path: Mapping[str, Any]
     query: Mapping[str, Any]
-    barred_by: Reservation | None = None  # of which it does not carry the id
-    last_event: str = ""  # the id of the last one that its client has
+    blocked_by: Reservation | None = None  # the reservation that blocks it, see Route.gated
+    last_event_id: str = ""  # the Last-Event-ID header
     body: Any = None
     raw_body: bytes = b""
 
 
 class Stream:
-    """The body of a response in parts, which any thread sends and the server takes."""
+    """A response body of unknown length: any thread sends parts, and the event loop takes them."""
 
-    LIMIT, SEND_BUFFER = 256 * 1024, 64 * 1024  # bytes: a client for whom more wait is cut off; the system's own buffer
+    LIMIT, SEND_BUFFER = 256 * 1024, 64 * 1024  # bytes: more unsent disconnects the client; the socket's own buffer
 
     def __init__(self) -> None:
         self._parts: collections.deque[bytes] = collections.deque()
-        self._tell: Callable[[], None] = lambda: None
+        self._notify: Callable[[], None] = lambda: None
         self._is_chunked = False
-        self.is_closed = False  # by either side
+        self.is_closed = False  # by the sender or by the client
 
-    def open(self, tell: Callable[[], None], *, is_chunked: bool) -> None:
-        """`tell` is called now, and when there is more to take. `is_chunked`: in HTTP/1.1's coding of that."""
-        self._tell, self._is_chunked = tell, is_chunked
-        tell()
+    def open(self, notify: Callable[[], None], *, is_chunked: bool) -> None:
+        """Call `notify` now, and whenever take() has more. `is_chunked`: use HTTP/1.1's chunked transfer coding."""
+        self._notify, self._is_chunked = notify, is_chunked
+        notify()
 
     def send(self, part: bytes) -> None:
         self._parts.append(part)
-        self._tell()
+        self._notify()
 
     def close(self) -> None:
-        """End it after what was sent. May be called again."""
+        """End the body after the parts sent so far. May be called again."""
         self.is_closed = True
-        self._tell()
+        self._notify()
 
     def take(self) -> tuple[bytes, bool]:
-        """What was sent since the last call, and whether that is all."""
+        """The bytes sent since the last call, and whether they are the last."""
         is_last = self.is_closed
-        found = b"".join([self._parts.popleft() for _ in range(len(self._parts))])
+        data = b"".join([self._parts.popleft() for _ in range(len(self._parts))])
         if self._is_chunked:
-            found = (b"%x\r\n%b\r\n" % (len(found), found) if found else b"") + b"0\r\n\r\n" * is_last
+            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + b"0\r\n\r\n" * is_last
             self._is_chunked = not is_last
-        return found, is_last
+        return data, is_last
 
 
 @dataclass(frozen=True)
 class Response:
-    """Status, body, and the headers beside those that every response has."""
+    """Status, body, and the headers that add to COMMON_HEADERS or replace them."""
 
     body: bytes
     status: int = 200
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    stream: Stream | None = None  # instead of the body
+    stream: Stream | None = None  # replaces the body
 
     def whole(self) -> Response:
-        """With what was sent of a stream by now, which it closes."""
+        """Close the stream, if any, and use the parts sent so far as the body."""
         if not self.stream:
             return self
         self.stream.close()
@@ -5203,7 +5203,7 @@ def json_response(body: Mapping[str, Any], status: int = 200, headers: Mapping[s
 
 
 def _expected(schema: Schema) -> str:
-    """A schema in words."""
+    """Describe a schema in words, for an error message."""
     if "title" in schema:
         return str(schema["title"])
     kind = schema.get("type")
@@ -5217,14 +5217,14 @@ def _expected(schema: Schema) -> str:
     if "minItems" in schema:
         most = schema.get("maxItems")
         return f"an array of {schema['minItems']} to {most}" if most else f"an array of at least {schema['minItems']}"
-    return {"string": "a string", "object": "a JSON object", "array": "an array"}.get(str(kind), "it otherwise")
+    return {"string": "a string", "object": "a JSON object", "array": "an array"}.get(str(kind), "another value")
 
 
 _TYPES = {"string": str, "object": dict, "array": list, "boolean": bool, "null": type(None)}
 
 
-def _fits(value: Any, schema: Schema) -> bool:
-    """Whether a value fits, but for what it holds."""
+def _is_valid(value: Any, schema: Schema) -> bool:
+    """Whether a value fits the schema. Does not check elements and properties, nor anyOf."""
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(is_whole(value) if kind == "integer" else isinstance(value, _TYPES[kind]) for kind in kinds):
@@ -5232,16 +5232,16 @@ def _fits(value: Any, schema: Schema) -> bool:
     if value not in schema.get("enum", [value]) or value != schema.get("const", value):
         return False
     if isinstance(value, str):
-        short, long = schema.get("minLength", 0), schema.get("maxLength", len(value))
-        return bool(short <= len(value) <= long and re.fullmatch(schema.get("pattern", "(?s:.*)"), value))
+        shortest, longest = schema.get("minLength", 0), schema.get("maxLength", len(value))
+        return bool(shortest <= len(value) <= longest and re.fullmatch(schema.get("pattern", "(?s:.*)"), value))
     if isinstance(value, list):
         return bool(schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)))
     return not is_whole(value) or bool(schema.get("minimum", value) <= value <= schema.get("maximum", value))
 
 
-def find_misfit(value: Any, schema: Schema, name: str) -> str | None:
-    """Which part of a value does not fit, and what was expected there; None when all does."""
-    if not _fits(value, schema):
+def validation_error(value: Any, schema: Schema, name: str) -> str | None:
+    """Name the first part of a value that violates the schema, and what was expected; None if the value is valid."""
+    if not _is_valid(value, schema):
         return f"{name}: expected {_expected(schema)}."
     parts: list[tuple[Any, Schema, str]] = []
     if isinstance(value, list):
@@ -5255,29 +5255,29 @@ def find_misfit(value: Any, schema: Schema, name: str) -> str | None:
             return f"{min(unknown)} is not known: expected {', '.join(properties)}."
         parts = [(value[key], part, key) for key, part in properties.items() if key in value]
     for part in parts:
-        if found := find_misfit(*part):
-            return found
-    if "anyOf" in schema and all(find_misfit(value, part, name) for part in schema["anyOf"]):
-        return f"{name}: expected {' or '.join(part['title'] for part in schema['anyOf'])}."
+        if fault := validation_error(*part):
+            return fault
+    if "anyOf" in schema and all(validation_error(value, option, name) for option in schema["anyOf"]):
+        return f"{name}: expected {' or '.join(option['title'] for option in schema['anyOf'])}."
     return None
 
 
-def check_text(name: str, text: str, schema: Schema) -> Any:
-    """A parameter of a path or a query. Raises BadRequest."""
+def parse_parameter(name: str, text: str, schema: Schema) -> Any:
+    """Convert a path or query parameter to its schema's type: int or str. Raises BadRequest."""
     value: Any = text
     if schema["type"] == "integer":
         value = int(text) if re.fullmatch(rf"[0-9]{{1,{len(str(schema['maximum']))}}}", text) else None
-    if found := find_misfit(value, schema, name):
-        raise BadRequest(found)
+    if fault := validation_error(value, schema, name):
+        raise BadRequest(fault)
     return value
 
 
-def read_path(environ: Mapping[str, Any], found: Mapping[str, str]) -> dict[str, Any]:
-    try:  # Bottle drops bytes that are no UTF-8, and would answer for another path
+def read_path(environ: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
+    try:  # Bottle drops bytes that are not UTF-8, and so would match another path
         environ.get("bottle.raw_path", "").encode("latin-1").decode("utf-8")
     except UnicodeError:
         raise BadRequest("The path: expected UTF-8.") from None
-    return {name: check_text(name, text, PATH_PARAMETERS[name]) for name, text in found.items()}
+    return {name: parse_parameter(name, text, PATH_PARAMETERS[name]) for name, text in given.items()}
 
 
 def read_query(environ: Mapping[str, Any], declared: Mapping[str, Schema]) -> dict[str, Any]:
@@ -5290,16 +5290,16 @@ def read_query(environ: Mapping[str, Any], declared: Mapping[str, Schema]) -> di
     for name, text in pairs:
         if name in given or not text:
             raise BadRequest(f"{name}: expected one value.")
-        given[name] = check_text(name, text, declared[name]) if name in declared else text
+        given[name] = parse_parameter(name, text, declared[name]) if name in declared else text
     return {name: given.get(name, schema["default"]) for name, schema in declared.items()}
 
 
 SMALL_BODY = 64 * 1024  # bytes; a larger one is read in the thread pool
-LARGE_BODY = 4 * 1024 * 1024  # parsing one delays every other thread, so they are read one at a time
+LARGE_BODY = 4 * 1024 * 1024  # bytes; larger ones are read one at a time: parsing one delays every other thread
 
 
 def read_body(environ: Mapping[str, Any], size: int, schema: Schema) -> tuple[dict[str, Any], bytes]:
-    """The body as an object that fits (null at its top level counts as absent), and its bytes. Raises ApiError."""
+    """The body as a dict, and as bytes. A top-level property that is null counts as absent. Raises ApiError."""
     if str(environ.get("CONTENT_TYPE") or "").partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaType("The body: expected Content-Type application/json.")
     if size > MAX_BODY:
@@ -5307,68 +5307,67 @@ def read_body(environ: Mapping[str, Any], size: int, schema: Schema) -> tuple[di
     raw: bytes = environ["wsgi.input"].read(size)
     try:
         value = parse_json(raw, from_request=True)
-    except ValueError as fault:
-        raise BadRequest(f"The body: expected a JSON object ({fault}).") from None
+    except ValueError as error:
+        raise BadRequest(f"The body: expected a JSON object ({error}).") from None
     given = {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else value
-    if found := find_misfit(given, schema, "The body"):
-        raise BadRequest(found)
+    if fault := validation_error(given, schema, "The body"):
+        raise BadRequest(fault)
     return value, raw
 
 
-POOL_THREADS = 24  # the bulkhead: at most so many requests use the store at once, beside the batchers
-POOL_TIMEOUT = 2.0  # seconds that a request may wait for one of them
-LARGE_BODY_TIMEOUT = 30.0  # the same for the thread that reads large bodies
+POOL_THREADS = 24  # the bulkhead: at most this many requests use the store at once, besides the batchers
+POOL_TIMEOUT = 2.0  # seconds that a request may wait for a thread of the pool
+LARGE_BODY_TIMEOUT = 30.0  # seconds that it may wait for the thread that reads large bodies
 
-Check = tuple[tuple[str, ...], int, bool]  # types, limit, whether they are batched
-Outcome = Response | ApiError | Future[Any]  # of a question to a batcher; a future's result is an outcome again
+Check = tuple[tuple[str, ...], int, bool]  # the types, limit and batch of a request to /notifications/check
+Outcome = Response | ApiError | Future[Any]  # what a batcher answers; the result of the Future is an Outcome again
 
 
 class Services:
-    """What the handlers work with."""
+    """The parts of the service, as every handler gets them. Owns the batchers, thread pools and background loops."""
 
-    WATCH_INTERVAL = 5.0  # seconds between two looks at a store
+    WATCH_INTERVAL = 5.0  # seconds between two probes of the store
 
     def __init__(
         self, settings: Settings, store: Store, gpu: GpuMonitor, swarmui: SwarmUISupervisor, reservations: Reservations
     ) -> None:
         self.settings, self.store, self.gpu, self.swarmui = settings, store, gpu, swarmui
-        self.reservations = reservations
+        self.reservations, self.authenticator = reservations, Authenticator(settings, store)
         self.sessions, self.notifications = Sessions(store), Notifications(store)
-        self.authenticator = Authenticator(settings, store)
         self.bridge = Bridge(store, self.sessions) if isinstance(store, BridgedStore) else None
         self.live = Live(self)
-        known = settings, store, gpu, swarmui, self.sessions, self.notifications
-        self.observer = Observer(*known, self.live.count_listeners)
+        observed = settings, store, gpu, swarmui, self.sessions, self.notifications
+        self.observer = Observer(*observed, self.live.count_listeners)
         self.alerts = Alerts(settings, self.observer, self.live.publish)
         self.counts, self.started_at = RequestCounts(), now_ms()
-        self.pool = ThreadPoolExecutor(POOL_THREADS, "pool")  # for what works
+        self.pool = ThreadPoolExecutor(POOL_THREADS, "pool")
         self.large_bodies = ThreadPoolExecutor(1, "large-bodies")
-        # Questions: types, limit and whether they are batched; the session's timestamp; what to create; the id.
+        # The questions to `progress` are timestamps of sessions, those to `acknowledgements` ids of notifications.
         self.checks = Batcher[Check, Outcome](functools.partial(answer_checks, self), "checks")
         self.progress = Batcher[int, Outcome](functools.partial(answer_progress, self), "progress")
         self.creations = Batcher[Draft, Outcome](functools.partial(answer_creations, self), "creations")
         self.acknowledgements = Batcher[str, Outcome](functools.partial(answer_acknowledgements, self), "acknowledge")
         self.scrapes = Batcher[None, Outcome](functools.partial(answer_scrapes, self), "scrapes")
-        loops = Loop(self._watch, "store-watch"), Loop(self._look_at_tokens, "tokens"), *self.alerts.loops
-        self._working: list[Loop | Bridge] = [*loops, *filter(None, [self.bridge])]
-        self.ending_tokens: str | None = None  # None: not known
-        self._warned_at = -math.inf  # of them, by time.perf_counter()
+        loops = Loop(self._watch, "store-watch"), Loop(self._check_tokens, "tokens"), *self.alerts.loops
+        self._background: list[Loop | Bridge] = [*loops, *filter(None, [self.bridge])]
+        self.ending_tokens: str | None = None  # from ending_tokens(); None while unknown
+        self._warned_at = -math.inf  # when the log last warned of them, by time.perf_counter()
 
     def start(self) -> None:
-        """Begin with what is done without a request."""
-        for one in self._working:
-            one.start()
+        """Start the background loops."""
+        for loop in self._background:
+            loop.start()
 
     def _watch(self) -> float:
-        """Try a write until the store answers, and again while it refuses them; report old notifications."""
-        with contextlib.suppress(Unavailable):  # its callers get the reason
+        """Try a write, unless the last one succeeded; report expired notifications."""
+        with contextlib.suppress(Unavailable):  # each request reports the reason itself
             if self.store.writes.refusal != "":
                 self.store.try_write()
             self.notifications.report_expired()
         return self.WATCH_INTERVAL
 
-    def _look_at_tokens(self) -> float:
-        """Once a day warn of those that end soon. A Redis with many keys takes long to find them."""
+    def _check_tokens(self) -> float:
+        """Find the tokens that end soon, and warn once a day. A slow search, as in a large Redis, is repeated less."""
         began, found = time.perf_counter(), None  # time.monotonic() has ticks of 16 ms on Windows
         with contextlib.suppress(Unavailable):
             found = ending_tokens(self.store, now_ms())
@@ -5379,26 +5378,26 @@ class Services:
         return self.WATCH_INTERVAL if found is None else max(self.WATCH_INTERVAL, 500 * took)
 
     def close(self) -> None:
-        """End the threads: what waits for one is dropped, what is at work ends within the store's own timeouts."""
+        """End the threads. Queued work is dropped; running work ends within the timeouts of the store."""
         self.live.close(timeout=0.5)
-        for one in self._working:
-            one.close()
+        for loop in self._background:
+            loop.close()
         for batcher in (self.checks, self.progress, self.creations, self.acknowledgements, self.scrapes):
             batcher.close(timeout=0.5)
         for pool in (self.pool, self.large_bodies):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def carry_latest(self, *, whole: bool = False) -> None:
-        """Before sessions are read: carry over a session:latest that was changed, as Bridge.sync_latest() says."""
+        """Call Bridge.sync_latest(), if there is a bridge. Do so before you read sessions."""
         if self.bridge:
             self.bridge.sync_latest(whole=whole)
 
     def in_step(self, stored: StoredSession | None, *, whole: bool = False) -> StoredSession | None:
-        """A session with its copies in step, as Bridge.sync() says; itself where there is no bridge."""
+        """Bring the session's copies in step by Bridge.sync(); without a bridge, return the session unchanged."""
         return self.bridge.sync(stored, whole=whole) if stored and self.bridge else stored
 
     def submit(self, function: Callable[..., T], *arguments: Any, is_large: bool = False) -> Future[T]:
-        """Call it in a thread of a pool, whether or not the client stays. Unavailable when none is free in time."""
+        """Call `function` in a thread pool, even if the client leaves. Unavailable when no thread is free in time."""
         deadline = time.monotonic() + (LARGE_BODY_TIMEOUT if is_large else POOL_TIMEOUT)
         result: Future[T] = Future()
         result.set_running_or_notify_cancel()
@@ -5439,34 +5438,35 @@ def metrics(services: Services, request: Request) -> Future[Any]:
 
 
 def answer_scrapes(services: Services, _: Sequence[None]) -> list[Outcome]:
-    """A batcher's step: scrapes that arrive together share one."""
+    """A batcher's step: all waiting scrapes share one response."""
     text = metrics_text(services.observer.scrape(), services.alerts.raised, services.counts, services.started_at)
     return [Response(text, 200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})]
 
 
 def gpu_json(status: GpuStatus) -> dict[str, Any]:
     keys = ["available", "gpuCount", "utilization", "memoryUsed", "memoryTotal", "temperature", "processCount", "error"]
-    return dict(zip(keys, vars(status).values()))  # in the order of its fields
+    return dict(zip(keys, vars(status).values()))  # the first fields of GpuStatus, in their order
 
 
 def gpu_status(services: Services, request: Request) -> Response | Future[Response]:
     def respond(status: GpuStatus) -> Response:
-        if request.barred_by and not status.failed:
-            status = dataclasses.replace(status, available=False, error=request.barred_by.description)
+        if request.blocked_by and not status.failed:
+            status = dataclasses.replace(status, available=False, error=request.blocked_by.description)
         return json_response(gpu_json(status), 500 if status.failed else 200)
 
     return then(services.gpu.ask(), respond)
 
 
-def reservation_json(found: Reservation) -> dict[str, Any]:
-    times = {"since": iso_time(found.since), "expiresAt": iso_time(found.expires)}
-    return {"fence": found.fence, "holder": found.holder, "purpose": found.purpose, **times}
+def reservation_json(reservation: Reservation) -> dict[str, Any]:
+    times = {"since": iso_time(reservation.since), "expiresAt": iso_time(reservation.expires)}
+    return {"fence": reservation.fence, "holder": reservation.holder, "purpose": reservation.purpose, **times}
 
 
 def refuse(services: Services, other: Reservation, **shape: Any) -> Response:
-    shown = {**shape, "error": f"The GPU is {other.description}: ask again then.", **reservation_json(other)}
-    del shown["fence"]
-    return json_response(shown, 409, {"Retry-After": str(max(1, math.ceil(services.reservations.seconds_left)))})
+    """409 for a request that `other` blocks."""
+    body = {**shape, "error": f"The GPU is {other.description}: ask again then.", **reservation_json(other)}
+    del body["fence"]
+    return json_response(body, 409, {"Retry-After": str(max(1, math.ceil(services.reservations.seconds_left)))})
 
 
 def reservation_create(services: Services, request: Request) -> Any:
@@ -5477,10 +5477,10 @@ def reservation_create(services: Services, request: Request) -> Any:
         given = (digest, body["holder"], body.get("purpose"), ttl)
         return None if known else Reservation(*given, now, now + ttl * 1000, fence)
 
-    def respond(found: Reservation) -> Response:
-        if found.digest != digest:
-            return refuse(services, found)
-        return json_response({"reservationId": id, **reservation_json(found)}, 201)
+    def respond(stored: Reservation) -> Response:
+        if stored.digest != digest:
+            return refuse(services, stored)
+        return json_response({"reservationId": id, **reservation_json(stored)}, 201)
 
     return then(services.reservations.ask(take, wait), respond)
 
@@ -5491,11 +5491,11 @@ def reservation_show(services: Services, request: Request) -> Any:
 
 def reservation_renew(services: Services, request: Request) -> Any:
     change = functools.partial(renewed, digest_of(request.path["reservation_id"]), None)
-    return then(services.reservations.ask(change), lambda found: json_response(reservation_json(found)))
+    return then(services.reservations.ask(change), lambda stored: json_response(reservation_json(stored)))
 
 
 def reservation_end(services: Services, request: Request) -> Any:
-    id = request.path.get("reservation_id")  # None: whoever's
+    id = request.path.get("reservation_id")  # None: any reservation
     change = functools.partial(renewed, None if id is None else digest_of(id), 0)
     return then(services.reservations.ask(change), lambda _: Response(b"", 204))
 
@@ -5505,16 +5505,16 @@ def reservation_end_any(services: Services, request: Request) -> Any:
 
 
 def swarmui_start(services: Services, request: Request) -> Response | Future[Response]:
-    """Nothing of the request is used: nothing in it can reach a command line."""
+    """Security: no part of the request may reach the command line of SwarmUI."""
     settings = services.settings
-    if request.barred_by:
-        return refuse(services, request.barred_by, success=False)
+    if request.blocked_by:
+        return refuse(services, request.blocked_by, success=False)
 
     def respond(started: Probe) -> Response:
         text, port, url = started.message, settings.swarmui_port, settings.swarmui_api_url
         if request.origin and not {"*", request.origin} & {settings.swarmui_allow_origin, started.allow_origin}:
             who = started.allow_origin or "no page"
-            text += f"; but pages of {request.origin} cannot see it, since it answers {who}: set SWARMUI_ALLOW_ORIGIN"
+            text += f"; but pages of {request.origin} cannot use it, as it allows {who}: set SWARMUI_ALLOW_ORIGIN"
         return json_response({"success": True, "message": text, "port": port, "apiUrl": url})
 
     return then(services.swarmui.start(), respond)
@@ -5534,11 +5534,11 @@ def swarmui_logs(services: Services, request: Request) -> Response:
     return Response("".join(f"{line}\n" for line in lines).encode(), 200, {"Content-Type": "text/plain; charset=utf-8"})
 
 
-NOTHING = b'{"notifications":[]}'
+NO_NOTIFICATIONS = b'{"notifications":[]}'
 
 
-def is_nothing(outcome: Any) -> bool:
-    return isinstance(outcome, Response) and outcome.body == NOTHING
+def is_empty(outcome: Any) -> bool:
+    return isinstance(outcome, Response) and outcome.body == NO_NOTIFICATIONS
 
 
 def notifications_check(services: Services, request: Request) -> Any:
@@ -5560,11 +5560,11 @@ def notification_ack(services: Services, request: Request) -> Future[Any]:
 
 def notification_ack_all(services: Services, request: Request) -> Response:
     wanted = list(dict.fromkeys(request.body["ids"]))
-    found = services.notifications.acknowledge([id for id in wanted if re.fullmatch(r"[^\ud800-\udfff]+", id)])
-    services.live.note(*found)
-    done = set(found)
+    valid = [id for id in wanted if re.fullmatch(r"[^\ud800-\udfff]+", id)]  # UTF-8 has no half surrogate pairs
+    done = dict.fromkeys(services.notifications.acknowledge(valid))
+    services.live.note(*done)
     missing = [id for id in wanted if id not in done]
-    return json_response({"success": True, "acknowledged": found, "notFound": missing})
+    return json_response({"success": True, "acknowledged": list(done), "notFound": missing})
 
 
 def notification_delete(services: Services, request: Request) -> Response:
@@ -5575,7 +5575,7 @@ def notification_delete(services: Services, request: Request) -> Response:
     return json_response({"success": True, "notificationId": id})
 
 
-# Each event that may be asked for, and the permission that it needs.
+# Each type of event, and the permission that a client needs to get it.
 EVENTS: Mapping[str, str] = {
     "state": "events:read", "notification": "notifications:read", "acknowledged": "notifications:read",
     "session": "sessions:read", "gpu": "gpu:read", "reservation": "gpu:read", "swarmui": "swarmui:read",
@@ -5584,38 +5584,38 @@ EVENTS: Mapping[str, str] = {
 
 
 def events(services: Services, request: Request) -> Future[Response]:
-    given = request.query["types"].split(",") if request.query["types"] else []
+    wanted = request.query["types"].split(",") if request.query["types"] else []
     allowed = [name for name in EVENTS if request.caller.may(EVENTS[name])]
-    if lacking := [EVENTS[name] for name in given if name not in allowed]:
+    if lacking := [EVENTS[name] for name in wanted if name not in allowed]:
         raise Forbidden(f"This token lacks the permission {lacking[0]}.")
-    return services.live.join(request.caller, frozenset(given or allowed), request.last_event)
+    return services.live.join(request.caller, frozenset(wanted or allowed), request.last_event_id)
 
 
 def prompts_status(services: Services, request: Request) -> Future[Any]:
     return services.progress.ask(request.path["timestamp"])
 
 
-def answer_checks(services: Services, questions: list[Check]) -> list[Outcome]:
-    """A batcher's step: one snapshot of the store for all. A check that needs more than that runs in the pool."""
+def answer_checks(services: Services, checks: list[Check]) -> list[Outcome]:
+    """A batcher's step: all checks share one snapshot of the store. A check that needs more reads runs in the pool."""
 
-    def respond(question: Check, found: Sequence[Notification]) -> Response:
-        shown = newest_of_each(found)[: question[1]] if question[2] else [one.text for one in found]
-        return Response(b'{"notifications":[%b]}' % b",".join(shown))
+    def respond(check: Check, found: Sequence[Notification]) -> Response:
+        _, limit, is_batched = check
+        texts = newest_of_each(found)[:limit] if is_batched else [one.text for one in found]
+        return Response(b'{"notifications":[%b]}' % b",".join(texts))
 
-    def read_on(question: Check, query: tuple[Sequence[str], int]) -> Response:
-        return respond(question, services.notifications.check(*query))
+    def read_more(check: Check, query: tuple[Sequence[str], int]) -> Response:
+        return respond(check, services.notifications.check(*query))
 
-    queries = [(types, LARGEST if is_batched else limit) for types, limit, is_batched in questions]
-    answers = zip(questions, queries, services.notifications.check_many(queries))
+    queries = [(types, LARGEST if is_batched else limit) for types, limit, is_batched in checks]
     return [
-        services.submit(read_on, question, query) if found is None else respond(question, found)
-        for question, query, found in answers
+        services.submit(read_more, check, query) if found is None else respond(check, found)
+        for check, query, found in zip(checks, queries, services.notifications.check_many(queries))
     ]
 
 
 def answer_progress(services: Services, timestamps: list[int]) -> list[Outcome]:
-    """A batcher's step: each session is read once for all. What takes longer than its SHA-256 (an
-    announcement, a document that is not in the cache) runs in the pool."""
+    """A batcher's step: all questions about one session share one read. Work that takes longer than a SHA-256 runs in
+    the pool: an announcement, copies that are not in step, a document that is not in the cache."""
 
     def respond(stored: StoredSession | ApiError | None) -> Outcome:
         if not isinstance(stored, StoredSession):
@@ -5630,9 +5630,9 @@ def answer_progress(services: Services, timestamps: list[int]) -> list[Outcome]:
 
 
 def is_announcement_due(stored: StoredSession, facts: Facts) -> bool:
-    """StorySwarm may have completed the prompts without a call of this service."""
-    found = facts.progress
-    return facts.waits and isinstance(found, Progress) and found.ready and stored.announced != "prompts_ready"
+    """Whether the prompts are complete but not announced: StorySwarm may write them straight to Redis."""
+    done = facts.progress
+    return facts.waits and isinstance(done, Progress) and done.ready and stored.announced != "prompts_ready"
 
 
 def announce_progress(services: Services, asked: StoredSession) -> Outcome:
@@ -5646,32 +5646,32 @@ def announce_progress(services: Services, asked: StoredSession) -> Outcome:
                 services.store.announce(draft)
                 services.live.look_soon()
         except Unavailable as error:
-            log.warning("notifications: session %d announces its prompts at a later poll: %s", stored.timestamp, error)
+            log.warning("notifications: session %d is announced by a later poll: %s", stored.timestamp, error)
     return progress_response(stored, facts)
 
 
 def last_update(stored: StoredSession, facts: Facts) -> str:
-    times = [time for time in (stored.saved, facts.updated) if time is not None]
+    times = [ms for ms in (stored.saved, facts.updated) if ms is not None]
     return iso_time(max(times, default=stored.timestamp))
 
 
 def progress_response(stored: StoredSession, facts: Facts) -> Outcome:
-    found = facts.progress
-    if not isinstance(found, Progress):
-        return ApiError(f"Session {stored.timestamp} is not a session: {found}.")
-    shown = {"promptsReady": found.ready, "sessionTimestamp": stored.timestamp, "totalBeats": found.total_beats}
-    return json_response({**shown, "totalPrompts": found.total_prompts, "lastUpdated": last_update(stored, facts)})
+    done = facts.progress
+    if not isinstance(done, Progress):
+        return ApiError(f"Session {stored.timestamp} cannot be read ({done}): save it again.")
+    shown = {"promptsReady": done.ready, "sessionTimestamp": stored.timestamp, "totalBeats": done.total_beats}
+    return json_response({**shown, "totalPrompts": done.total_prompts, "lastUpdated": last_update(stored, facts)})
 
 
 def answer_creations(services: Services, drafts: list[Draft]) -> Sequence[Outcome]:
-    """A batcher's step: one step of the store for all."""
-    made = services.notifications.create(drafts)
-    services.live.note(*(one[0] for one in made if not isinstance(one, ApiError) and one[1]))
-    return map_results(lambda one: Response(one[0].text, 201 if one[1] else 200), made)
+    """A batcher's step: the store creates all notifications in one step."""
+    results = services.notifications.create(drafts)  # of each the notification and whether it is new, or an error
+    services.live.note(*(result[0] for result in results if not isinstance(result, ApiError) and result[1]))
+    return map_results(lambda result: Response(result[0].text, 201 if result[1] else 200), results)
 
 
 def answer_acknowledgements(services: Services, ids: list[str]) -> list[Outcome]:
-    """The same. The search for an id that was not made here runs in the pool."""
+    """A batcher's step. The search for an id that another program made runs in the pool."""
 
     def search(id: str) -> Outcome:
         return end(id) if services.notifications.acknowledge([id]) else NotFound("Notification not found")
@@ -5694,15 +5694,15 @@ def answer_acknowledgements(services: Services, ids: list[str]) -> list[Outcome]
 
 
 def _session_response(services: Services, request: Request, found: StoredSession | None, missing: str) -> Response:
-    """The document as it is stored: to serialize it costs as much as to read it. A page gets StoryArt's dialect."""
+    """Send the bytes of the document as they are stored, which saves parsing it. A page gets StoryArt's dialect."""
     stored = services.in_step(found, whole=True)
     if stored is None:
         raise NotFound(missing)
     if fault := services.sessions.facts_of(stored).fault:
-        raise ApiError(f"Session {stored.timestamp} is not a session: {fault}.")
+        raise ApiError(f"Session {stored.timestamp} cannot be read ({fault}): save it again.")
     document, name = stored.document or b"", services.store.name.encode()
     for copy in (services.store.storyarts_copy(stored.timestamp), document) if request.origin else ():
-        with contextlib.suppress(ValueError):  # it is no session
+        with contextlib.suppress(ValueError):  # the copy is not a session
             value = read_session(copy)
             document = to_json(value) if to_storyart(value, stored.timestamp, lambda: None) else copy or b""
             break
@@ -5721,19 +5721,19 @@ def session_latest(services: Services, request: Request) -> Response:
 
 def session_list(services: Services, request: Request) -> Response:
     listed = itertools.islice(services.sessions.listed(), request.query["limit"])
-    found = [{"timestamp": timestamp, **shown} for timestamp, shown in listed]
-    return json_response({"success": True, "count": len(found), "sessions": found})
+    sessions = [{"timestamp": timestamp, **shown} for timestamp, shown in listed]
+    return json_response({"success": True, "count": len(sessions), "sessions": sessions})
 
 
 def session_save(services: Services, request: Request) -> Response:
-    """Without a timestamp it gets the next free one from now: two saves at one moment are two sessions."""
+    """A session without a timestamp gets the first free one from now on: two saves in one ms are two sessions."""
     if request.body.get("timestamp") is not None:
         return _save(services, request, int(request.body["timestamp"]), by_storyart=True)
     now = now_ms()
     for timestamp in range(now, now + 1000):
         with contextlib.suppress(Conflict):
             return _save(services, request, timestamp, by_storyart=True, replace=False)
-    raise Unavailable("Every timestamp of this second is taken: ask again.", 1)
+    raise Unavailable("Every timestamp of the next second is taken: save again.", 1)
 
 
 def session_put(services: Services, request: Request) -> Response:
@@ -5752,7 +5752,7 @@ def session_delete(services: Services, request: Request) -> Response:
 
 
 def _save(services: Services, request: Request, timestamp: int, *, by_storyart: bool, replace: bool = True) -> Response:
-    """Raises Conflict when the timestamp is taken and must not be replaced."""
+    """Raises Conflict if the session exists and `replace` is False."""
     document, text = request.body, request.raw_body
     if document.get("timestamp") is None:
         document = {**document, "timestamp": timestamp}
@@ -5760,19 +5760,19 @@ def _save(services: Services, request: Request, timestamp: int, *, by_storyart: 
     storyart, draft = text, due_notification(timestamp, document)
     services.carry_latest()
     if services.bridge:
-        with contextlib.suppress(ValueError):  # what has broken beats is stored as it is
+        with contextlib.suppress(ValueError):  # a document with invalid beats is stored unchanged
             _check_shape(document, _PROGRESS_SHAPE)
-            if to_storyart(document, timestamp, lambda: _read_storyarts(services, timestamp)):
+            if to_storyart(document, timestamp, lambda: _read_storyarts_copy(services, timestamp)):
                 storyart = to_json(document)
     if not services.store.save(timestamp, Change(text, storyart, by_storyart, draft), replace=replace):
         raise Conflict(f"Session {timestamp} exists.")
     services.live.look_soon()
-    saved = {"success": True, "message": "Session saved", "sessionKey": f"session:{timestamp}"}
-    return json_response({**saved, "storage": services.store.name})
+    body = {"success": True, "message": "Session saved", "sessionKey": f"session:{timestamp}"}
+    return json_response({**body, "storage": services.store.name})
 
 
-def _read_storyarts(services: Services, timestamp: int) -> dict[str, Any] | None:
-    with contextlib.suppress(ValueError):  # there is none, or it is no session: it is replaced
+def _read_storyarts_copy(services: Services, timestamp: int) -> dict[str, Any] | None:
+    with contextlib.suppress(ValueError):  # there is no copy, or it is not a session: it will be replaced
         return read_session(services.store.storyarts_copy(timestamp))
     return None
 
@@ -5785,7 +5785,7 @@ def caller_json(caller: Caller) -> dict[str, Any]:
 def token_create(services: Services, request: Request) -> Response:
     body, ttl = request.body, int(request.body.get("ttlSeconds") or TOKEN_TTL)
     token, caller = issue_token(services.store, body["subject"], body["permissions"], ttl, now_ms())
-    log.info("authentication: %s gave %s a token for %d s", request.caller.subject, caller.subject, ttl)
+    log.info("authentication: %s issued a token for %s, valid for %d s", request.caller.subject, caller.subject, ttl)
     return json_response({"token": token, **caller_json(caller)}, 201)
 
 
@@ -5808,21 +5808,21 @@ def token_revoke(services: Services, request: Request) -> Response:
 
 @dataclass(frozen=True)
 class Route:
-    """One endpoint. All that is checked, and all that /openapi.json says, is made from this."""
+    """One endpoint: the source of the validation of its requests and of its part of /openapi.json."""
 
     method: str
     path: str
     handler: Callable[[Services, Request], Response | Future[Response]]
-    permission: str  # one of PERMISSIONS; `any` is any good token, `open` is everybody
+    permission: str  # one of PERMISSIONS; or "any" for every identified caller, "open" for everybody
     summary: str
-    responses: Mapping[int, Schema | None]  # by status; None is no body
-    error_shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what errors hold beside `error`
-    errors: tuple[int, ...] = ()  # beside those that every route of its kind has
+    responses: Mapping[int, Schema | None]  # by status; None: no body
+    error_shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # properties of errors besides `error`
+    errors: tuple[int, ...] = ()  # statuses in addition to those in error_statuses()
     query: Mapping[str, Schema] = dataclasses.field(default_factory=dict)
     body: Schema | None = None
-    gated: bool = False  # a reservation may bar who does not send its id
-    in_pool: bool = False  # its handler computes or waits for the store, so it runs in the thread pool
-    waits: bool = False  # where its future can be withdrawn, it waits: that time is no duration of a request
+    gated: bool = False  # with STORYTELLER_RESERVATION_GATES, a reservation blocks requests that do not send its id
+    in_pool: bool = False  # the handler blocks or computes, so it runs in the thread pool
+    waits: bool = False  # its future can be cancelled while it waits; metrics do not count that time
 
     @property
     def template(self) -> str:
@@ -5835,14 +5835,14 @@ def _schema(kind: str | list[str], example: Any, **limits: Any) -> Schema:
 
 
 def _object(**properties: Schema) -> dict[str, Any]:
-    """Exactly these keys."""
+    """An object with exactly these properties, all of them required."""
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
 def _body(required: Sequence[str], either: Sequence[Schema] = (), **properties: Schema) -> dict[str, Any]:
-    """These keys, of which some are required. One of `either` must fit as well; its `title` says what is expected."""
-    must = {"required": list(required)} if required else {}
-    return {"type": "object", **must, "properties": properties, **({"anyOf": list(either)} if either else {})}
+    """An object that may have other properties too. It must also fit one of `either`, each of which has a `title`."""
+    needed = {"required": list(required)} if required else {}
+    return {"type": "object", **needed, "properties": properties, **({"anyOf": list(either)} if either else {})}
 
 
 def _array(items: Schema, **limits: Any) -> Schema:
@@ -5884,7 +5884,7 @@ _PROMPTS = _object(
     promptsReady=_FLAG, sessionTimestamp=_TIMESTAMP, totalBeats=_COUNT, totalPrompts=_COUNT, lastUpdated=_TIME
 )
 
-# Each type needs its own total.
+# Each type requires its own total.
 _NEW_NOTIFICATION = _body(
     ["type", "sessionTimestamp", "storyUuid", "episodeNumber"],
     [{"title": f"{total} with {kind}", "properties": {"type": {"const": kind}, total: {"type": "integer"}},
@@ -5954,11 +5954,11 @@ _FAILED = {"success": False}
 _API = "/api/v1"
 
 ROUTES: tuple[Route, ...] = (
-    Route("GET", "/health", health, "open", "Does the service answer, and its store?",
+    Route("GET", "/health", health, "open", "Do the service and its store answer?",
           {200: _HEALTH, 503: _HEALTH}, in_pool=True),
     Route("GET", "/openapi.json", openapi, "open", "This description.", {200: _OBJECT}),
-    Route("GET", "/", page, "open", "A page to look at.", {200: {**_TEXT, "contentMediaType": "text/html"}}),
-    Route("GET", "/metrics", metrics, "metrics:read", "Figures for Prometheus.",
+    Route("GET", "/", page, "open", "The status page.", {200: {**_TEXT, "contentMediaType": "text/html"}}),
+    Route("GET", "/metrics", metrics, "metrics:read", "Metrics for Prometheus.",
           {200: {**_TEXT, "contentMediaType": "text/plain"}}, in_pool=True),
     Route("GET", f"{_API}/gpu/status", gpu_status, "gpu:read", "Is the GPU free?", {200: _GPU}, gpu_json(GpuStatus()),
           gated=True),
@@ -5967,42 +5967,42 @@ ROUTES: tuple[Route, ...] = (
           body=_NEW_RESERVATION, waits=True),
     Route("GET", f"{_API}/gpu/reservation", reservation_show, "gpu:read", "Who has reserved the GPU?",
           {200: _object(reservation={**_RESERVATION, "type": ["object", "null"]})}),
-    Route("DELETE", f"{_API}/gpu/reservation", reservation_end_any, "admin", "End whoever's reservation.",
+    Route("DELETE", f"{_API}/gpu/reservation", reservation_end_any, "admin", "End any reservation.",
           {204: None}, errors=(404,)),
-    Route("PUT", f"{_API}/gpu/reservation/<reservation_id>", reservation_renew, "gpu:reserve", "Put its end off.",
+    Route("PUT", f"{_API}/gpu/reservation/<reservation_id>", reservation_renew, "gpu:reserve", "Renew a reservation.",
           {200: _RESERVATION}, errors=(404,)),
-    Route("DELETE", f"{_API}/gpu/reservation/<reservation_id>", reservation_end, "gpu:reserve", "Give the GPU back.",
+    Route("DELETE", f"{_API}/gpu/reservation/<reservation_id>", reservation_end, "gpu:reserve", "End a reservation.",
           {204: None}, errors=(404,)),
-    Route("POST", f"{_API}/swarmui/start", swarmui_start, "swarmui:control", "Make SwarmUI ready.",
+    Route("POST", f"{_API}/swarmui/start", swarmui_start, "swarmui:control", "Start SwarmUI.",
           {200: _STARTED, 409: _object(success={"const": False}, error=_TEXT, **_HOLDER)}, _FAILED, gated=True,
           waits=True),
-    Route("GET", f"{_API}/swarmui/status", swarmui_status, "swarmui:read", "What does SwarmUI do?",
+    Route("GET", f"{_API}/swarmui/status", swarmui_status, "swarmui:read", "The state of SwarmUI.",
           {200: _SWARMUI}, in_pool=True),
     Route("POST", f"{_API}/swarmui/stop", swarmui_stop, "swarmui:control", "Stop SwarmUI.",
           {200: _object(success=_FLAG, message=_TEXT)}, _FAILED, (409,), query=_STOP_QUERY, waits=True),
     Route("GET", f"{_API}/swarmui/logs", swarmui_logs, "swarmui:read", "The last lines of SwarmUI's log.",
           {200: {**_TEXT, "contentMediaType": "text/plain"}}, query=_LOGS_QUERY, in_pool=True),
     Route("GET", f"{_API}/notifications/check", notifications_check, "notifications:read",
-          "What is not acknowledged, oldest first.", {200: _object(notifications=_array(_NOTIFICATION))},
+          "Pending notifications, oldest first.", {200: _object(notifications=_array(_NOTIFICATION))},
           query=_CHECK_QUERY, waits=True),
     Route("POST", f"{_API}/notifications/ack", notification_ack_all, "notifications:read", "Acknowledge notifications.",
           {200: _object(success=_FLAG, acknowledged=_array(_ID), notFound=_array(_TEXT))}, _FAILED,
           body=_ACKNOWLEDGED, in_pool=True),
-    Route("GET", f"{_API}/events", events, "events:read", "What happens, as server-sent events.",
+    Route("GET", f"{_API}/events", events, "events:read", "Changes, as server-sent events.",
           {200: {**_TEXT, "contentMediaType": "text/event-stream"}}, query=_EVENTS_QUERY),
-    Route("POST", f"{_API}/notifications", notification_create, "notifications:write", "Make a notification.",
+    Route("POST", f"{_API}/notifications", notification_create, "notifications:write", "Create a notification.",
           {201: _NOTIFICATION, 200: _NOTIFICATION}, body=_NEW_NOTIFICATION),
     Route("POST", f"{_API}/notifications/<notification_id>/ack", notification_ack, "notifications:read",
           "Acknowledge a notification.", {200: _object(success=_FLAG, notificationId=_ID)}, _FAILED, (404,)),
     Route("DELETE", f"{_API}/notifications/<notification_id>", notification_delete, "notifications:write",
           "Remove a notification.", {200: _object(success=_FLAG, notificationId=_ID)}, _FAILED, (404,), in_pool=True),
     Route("GET", f"{_API}/session/<timestamp>/prompts-status", prompts_status, "sessions:read",
-          "Are its prompts complete?", {200: _PROMPTS}, {"promptsReady": False}, (404,)),
-    Route("POST", f"{_API}/session/save", session_save, "sessions:write", "Store a session.",
+          "Are the prompts of a session complete?", {200: _PROMPTS}, {"promptsReady": False}, (404,)),
+    Route("POST", f"{_API}/session/save", session_save, "sessions:write", "Save a session.",
           {200: _SAVED}, _FAILED, body=_SESSION, in_pool=True),
     Route("GET", f"{_API}/session/latest", session_latest, "sessions:read", "The newest session.",
           {200: _WHOLE_SESSION}, _FAILED, (404,), in_pool=True),
-    Route("GET", f"{_API}/session/list", session_list, "sessions:read", "Summaries, newest first.",
+    Route("GET", f"{_API}/session/list", session_list, "sessions:read", "Summaries of sessions, newest first.",
           {200: _object(success=_FLAG, count=_COUNT, sessions=_array(_SUMMARY))}, _FAILED, query=_LIST_QUERY,
           in_pool=True),
     Route("GET", f"{_API}/session/<timestamp>", session_get, "sessions:read", "A whole session.",
@@ -6011,7 +6011,7 @@ ROUTES: tuple[Route, ...] = (
           {200: _SAVED}, _FAILED, body=_SESSION, in_pool=True),
     Route("DELETE", f"{_API}/session/<timestamp>", session_delete, "sessions:write", "Remove a session.",
           {200: _object(success=_FLAG, sessionTimestamp=_TIMESTAMP)}, _FAILED, (404,), in_pool=True),
-    Route("POST", f"{_API}/auth/session", token_create, "admin", "Make a session token.",
+    Route("POST", f"{_API}/auth/session", token_create, "admin", "Create a session token.",
           {201: _object(token=_TEXT, **_CALLER["properties"])}, body=_NEW_TOKEN, in_pool=True),
     Route("GET", f"{_API}/auth/session", token_show, "any", "Who am I?", {200: _CALLER}),
     Route("DELETE", f"{_API}/auth/session", token_revoke, "any", "Revoke the token sent.",
@@ -6020,17 +6020,17 @@ ROUTES: tuple[Route, ...] = (
 
 
 def error_statuses(route: Route) -> list[int]:
-    """Each status beside `responses` that a route may give."""
-    found = {400, 421, 500, 503, *route.errors}
-    found |= set() if route.permission == "open" else {401, 403, 429}
-    found |= {413, 415} if route.body else set()
-    return sorted(found - route.responses.keys())
+    """The statuses that a route may respond besides those in `responses`."""
+    statuses = {400, 421, 500, 503, *route.errors}
+    statuses |= set() if route.permission == "open" else {401, 403, 429}
+    statuses |= {413, 415} if route.body else set()
+    return sorted(statuses - route.responses.keys())
 
 
 def example_of(schema: Schema) -> Any:
-    given = [*schema.get("examples", ()), *(schema[name] for name in ("default", "const") if name in schema)]
-    if given or "enum" in schema:
-        return [*given, *schema.get("enum", ())][0]
+    preset = (schema[name] for name in ("default", "const") if name in schema)
+    if candidates := [*schema.get("examples", ()), *preset, *schema.get("enum", ())]:
+        return candidates[0]
     if schema.get("type") == "array":
         return [example_of(schema["items"])]
     return {name: example_of(part) for name, part in schema.get("properties", {}).items()}
@@ -6046,7 +6046,7 @@ def _describe(route: Route) -> dict[str, Any]:
     path = [(name, PATH_PARAMETERS[name]) for name in re.findall(r"<(\w+)>", route.path)]
     shape = {name: {"const": value} for name, value in route.error_shape.items()}
     error = _object(**{**shape, "error": _schema("string", "What happened, and what to do next.")})
-    outputs = {**route.responses, **dict.fromkeys(error_statuses(route), error)}
+    responses = {**route.responses, **dict.fromkeys(error_statuses(route), error)}
     operation: dict[str, Any] = {
         "summary": route.summary,
         "operationId": route.handler.__name__,
@@ -6057,7 +6057,7 @@ def _describe(route: Route) -> dict[str, Any]:
         ],
         "responses": {
             str(status): {"description": http.client.responses[status], **content(schema)}
-            for status, schema in outputs.items()
+            for status, schema in responses.items()
         },
         "x-permission": route.permission,
         "security": [] if route.permission == "open" else [{"token": []}],
@@ -6072,7 +6072,7 @@ def _describe(route: Route) -> dict[str, Any]:
 
 @functools.cache
 def describe_api() -> dict[str, Any]:
-    """OpenAPI 3.1 of all routes."""
+    """The OpenAPI 3.1 description of all routes."""
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
         paths.setdefault(route.template, {})[route.method.lower()] = _describe(route)
@@ -6090,42 +6090,42 @@ COMMON_HEADERS: Mapping[str, str] = {
     "Referrer-Policy": "no-referrer", "Vary": "Origin",
 }  # fmt: skip
 
-# The one path of a request, as a generator: it yields each future that it waits for, and returns the response.
+# The processing of a request, as a generator: it yields each future to wait for, and returns the response.
 Steps = Generator[Future[Any], None, Response]
 
 
 def awaited(outcome: T | Future[Any], waits: list[float] | None = None) -> Generator[Future[Any], None, T]:
-    """For `yield from`: an outcome, or that of a future. `waits` gets the seconds of waits that can be withdrawn."""
+    """For `yield from`: the outcome, or the future's result. `waits` gets the seconds that a cancellable wait took."""
     while isinstance(outcome, Future):
-        began, is_wait = time.monotonic(), not outcome.running()
+        began, is_cancellable = time.monotonic(), not outcome.running()
         if not outcome.done():
             yield outcome
-        if waits is not None and is_wait:
+        if waits is not None and is_cancellable:
             waits.append(time.monotonic() - began)
         outcome = outcome.result()
     return outcome
 
 
 class Exchange:
-    """Runs the steps in the event loop, to which `call_soon` returns when one is done. `done` gets the response."""
+    """Runs the steps of a request in the event loop: `call_soon` resumes them there. `finish` gets the response."""
 
-    def __init__(self, steps: Steps, call_soon: Callable[[Any], None], done: Callable[[Response], None]) -> None:
-        self._steps, self._call_soon, self._done = steps, call_soon, done
+    def __init__(self, steps: Steps, call_soon: Callable[[Any], None], finish: Callable[[Response], None]) -> None:
+        self._steps, self._call_soon, self._finish = steps, call_soon, finish
         self._future: Future[Any] | None = None
-        self.is_cancellable = False  # whether it waits for what can be withdrawn; all else outlives its client
+        self.is_cancellable = False  # whether the future is; if not, its work goes on after the client has left
 
     def advance(self) -> None:
         try:
             self._future = next(self._steps)
         except StopIteration as end:
-            if end.value is not None:
-                self._done(end.value)
+            if end.value is not None:  # None: cancel() has closed the steps
+                self._finish(end.value)
             return
-        self.is_cancellable = not self._future.running()  # noted here, as the loop looks at it in each turn
+        self.is_cancellable = not self._future.running()  # kept, because the event loop reads it in each turn
         self._future.add_done_callback(lambda _: self._call_soon(self.advance))
 
     def cancel(self) -> bool:
-        """Withdraw it if that is possible."""
+        """Cancel the request if its future can be cancelled. Returns whether it was."""
         if is_cancelled := bool(self._future and self._future.cancel()):
             self._steps.close()
         return is_cancelled
@@ -6133,10 +6133,10 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What Bottle calls for a path: its routes by method; none for a path that does not exist."""
+    """The routes of one path by method, as a callback for Bottle; without any for a path that does not exist."""
 
     services: Services
-    template: str  # the path as metrics name it
+    template: str  # the label of the path in metrics
     routes: Mapping[str, Route]
 
     def __call__(self, **path: str) -> bottle.HTTPResponse:
@@ -6149,11 +6149,11 @@ class Endpoint:
                 return bottle.HTTPResponse(whole.body, whole.status, whole.headers)
 
     def respond(self, environ: Mapping[str, Any], path: Mapping[str, str], *, refused: ApiError | None = None) -> Steps:
-        """The one path of every request. `refused`: the server could not read it, or is stopping."""
+        """The steps of every request. `refused`: why the server cannot serve it: unreadable, or stopping."""
         began, services, settings = time.monotonic(), self.services, self.services.settings
         method, origin = environ["REQUEST_METHOD"], environ.get("HTTP_ORIGIN")
         if origin not in (*settings.cors_origins, *settings.trusted_origins):
-            origin = None  # its page may not read the response
+            origin = None  # a page of this origin may not read the response
         request_id = str(environ.get("HTTP_X_REQUEST_ID", ""))
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request_id):
             request_id = secrets.token_hex(8)
@@ -6164,7 +6164,7 @@ class Endpoint:
             if refused and not is_open:
                 raise refused
             if not is_own_host(environ.get("HTTP_HOST"), settings):
-                fault = "The Host header is no known name of this PC: add it to STORYTELLER_ALLOWED_HOSTS."
+                fault = "The Host header is not a known name of this PC: add it to STORYTELLER_ALLOWED_HOSTS."
                 raise MisdirectedRequest(fault)
             if method != "OPTIONS" and not is_open:
                 known = self._scraper(route, environ) or services.authenticator.known(environ)
@@ -6172,9 +6172,8 @@ class Endpoint:
             if route:
                 if not caller.may(route.permission):
                     raise Forbidden(f"This token lacks the permission {route.permission}.")
-                last = environ.get("HTTP_LAST_EVENT_ID", "")
-                query = read_query(environ, route.query)
-                request = Request(caller, origin, read_path(environ, path), query, last_event=last)
+                last_id, query = environ.get("HTTP_LAST_EVENT_ID", ""), read_query(environ, route.query)
+                request = Request(caller, origin, read_path(environ, path), query, last_event_id=last_id)
                 response = yield from self._handle(route, request, environ, waits)
             elif method == "OPTIONS":
                 response = Response(b"", 204, self._preflight(origin, environ))
@@ -6190,17 +6189,17 @@ class Endpoint:
         except Exception:
             log.exception("http: %s %s failed, request %s", method, route.path if route else "", request_id)
             response = json_response({**shape, "error": "Internal server error"}, 500)
-        # Polls are many, so they are logged at DEBUG.
+        # Polls would fill the log, so they are logged at DEBUG.
         level = logging.DEBUG if response.status < 400 and method in ("GET", "HEAD", "OPTIONS") else logging.INFO
         seconds = time.monotonic() - began
         services.counts.count(method, self.template, response.status, seconds - sum(waits))
         if log.isEnabledFor(level):
-            # The id of a reservation is a secret, also in a misspelt path.
-            raw = re.sub(r"(?is)(?<=/reservation/).+|[\w-]{43,}", "...", environ.get("bottle.raw_path", ""))
-            said = method, raw, response.status, caller.subject, seconds * 1000, request_id
-            log.log(level, "http: %s %s %d %s %.1f ms %s", *said)
+            # The id of a reservation is a secret: it is masked, also in a misspelt path.
+            masked = re.sub(r"(?is)(?<=/reservation/).+|[\w-]{43,}", "...", environ.get("bottle.raw_path", ""))
+            values = method, masked, response.status, caller.subject, seconds * 1000, request_id
+            log.log(level, "http: %s %s %d %s %.1f ms %s", *values)
         headers = {**COMMON_HEADERS, **response.headers, "X-Request-Id": request_id}
-        if origin:  # without these the page sees a network failure, whatever the status is
+        if origin:  # without these headers the page sees a network error, whatever the status is
             headers["Access-Control-Allow-Origin"] = origin
             headers["Access-Control-Expose-Headers"] = "Retry-After, WWW-Authenticate"
         if not response.body and "Content-Type" not in response.headers:
@@ -6208,7 +6207,7 @@ class Endpoint:
         return dataclasses.replace(response, headers=headers)
 
     def _scraper(self, route: Route | None, environ: Mapping[str, Any]) -> Caller | None:
-        """Who may read the metrics without a token."""
+        """The caller of a request for metrics that needs no token; None for any other request."""
         is_open = route and route.permission == "metrics:read" and self.services.settings.metrics.lower() == "open"
         return SCRAPER if is_open and "HTTP_AUTHORIZATION" not in environ and is_from_this_pc(environ) else None
 
@@ -6221,13 +6220,13 @@ class Endpoint:
             request = dataclasses.replace(request, body=value, raw_body=raw)
         other = self.services.reservations.known if route.gated and self.services.settings.gates else None
         if other and other.digest != digest_of(environ.get("HTTP_X_RESERVATION_ID", "")):
-            request = dataclasses.replace(request, barred_by=other)
+            request = dataclasses.replace(request, blocked_by=other)
         handle = functools.partial(route.handler, self.services, request)
         outcome = self.services.submit(handle) if route.in_pool else handle()
         return (yield from awaited(outcome, waits if route.waits else None))
 
     def _preflight(self, origin: str | None, environ: Mapping[str, Any]) -> dict[str, str]:
-        """Also for a path that does not exist: otherwise the page would never see the 404."""
+        """The headers, also for a path that does not exist: without them the page could not read the 404."""
         headers = {"Allow": ", ".join(sorted(self.routes or {"GET", "POST", "PUT", "DELETE"}))}
         if origin:
             headers |= {"Access-Control-Allow-Methods": headers["Allow"], "Access-Control-Max-Age": "600"}
@@ -6237,14 +6236,14 @@ class Endpoint:
         return headers
 
 
-def unreadable(headers: Mapping[str, str]) -> dict[str, Any]:
-    """The environment of a request that the server cannot read."""
+def unreadable_environ(headers: Mapping[str, str]) -> dict[str, Any]:
+    """The WSGI environ of a request that the server cannot read."""
     return {f"HTTP_{name}": value for name, value in headers.items()} | {"REQUEST_METHOD": "-", "PATH_INFO": "-"}
 
 
 def create_app(services: Services) -> bottle.Bottle:
-    """The service as a WSGI application; a server that need not wait in a thread calls respond() instead. Raises
-    ValueError for an empty `settings.api_token` and for a route that names no permission."""
+    """The service as a WSGI application, whose calls block; the event loop calls respond() instead. Raises ValueError
+    for an empty `settings.api_token` and for a route without a permission."""
     if not services.settings.api_token:
         raise ValueError("an API token is needed")
     by_path: dict[tuple[str, str], dict[str, Route]] = {}
@@ -6254,17 +6253,17 @@ def create_app(services: Services) -> bottle.Bottle:
         by_path.setdefault((route.path, route.template), {})[route.method] = route
     app = bottle.Bottle()
     for (path, template), routes in by_path.items():
-        # One callback for every method: so a fixed path wins over one with a parameter whatever the method is.
+        # One callback for all methods: a fixed path then wins over one with a parameter, whatever the method is.
         app.route(path, "ANY", Endpoint(services, template, routes))
     app.route("<path:re:(?s:.*)>", "ANY", Endpoint(services, "other", {}))
     return app
 
 
 def respond(app: bottle.Bottle, environ: dict[str, Any], *, error: Any = None, is_late: bool = False) -> Steps:
-    """The steps to the response, found by the application's own routes. `error`: why waitress cannot read the request;
-    `is_late`: the service is stopping."""
+    """The steps of a request, whose endpoint is looked up in the application. `error`: why waitress cannot read the
+    request; `is_late`: it began after the service was told to stop."""
     refused = stopping() if is_late else None
-    if error:  # only the text before what it quotes, which is a header, perhaps the token's
+    if error:  # omit what the error quotes: it is a header, which may contain the token
         refused = ApiError(f"{error.reason}: " + error.body.partition('"')[0].rstrip())
         refused.status = error.code
     path = environ["bottle.raw_path"] = environ["PATH_INFO"]
@@ -6274,40 +6273,41 @@ def respond(app: bottle.Bottle, environ: dict[str, Any], *, error: Any = None, i
 
 
 # ======================================================================================================
-# Live: what changes
+# Live: sessions
 # ======================================================================================================
 
 
 class SessionChanges:
-    """Tells of the newest sessions, once for each change of one. One thread looks."""
+    """Publishes an event for each change of the newest sessions. `unread` is PendingChanges.unread. Not thread-safe."""
 
     NEWEST = 50
 
-    def __init__(self, services: Services, unread: Mapping[int, str], tell: Emit) -> None:
-        self._services, self._unread, self._tell = services, unread, tell
+    def __init__(self, services: Services, unread: Mapping[int, str], publish: Emit) -> None:
+        self._services, self._unread, self._publish = services, unread, publish
         self._changed = ChangedSessions(services.store, self.NEWEST)
-        self._late: set[int] = set()  # that announce their prompts once the store takes writes
-        self._found: dict[int, tuple[str, bool, dict[str, Any]]] = {}  # mark, whether it announced its prompts, data
-        self._told: dict[int, tuple[str, dict[str, Any]]] = {}  # mark, data
+        self._unannounced: set[int] = set()  # complete sessions, to be announced once the store takes writes
+        # timestamp -> mark, are the prompts announced, data; timestamp -> mark and data of the newest event
+        self._current: dict[int, tuple[str, bool, dict[str, Any]]] = {}
+        self._published: dict[int, tuple[str, dict[str, Any]]] = {}
 
     def look(self) -> None:
-        """Read what was changed, and announce what is complete, as prompts-status does. Raises Unavailable."""
+        """Read the sessions that changed, and announce those that are complete. Raises Unavailable."""
         services, before = self._services, self._changed.versions
         services.carry_latest()
         oldest = min(before) if len(before) >= self.NEWEST else 0
-        for asked in self._changed.look(() if services.store.writes.refusal else self._late):
-            if stored := services.in_step(asked):
-                with contextlib.suppress(OverflowError):  # a time past the year 9999
+        for changed in self._changed.look(() if services.store.writes.refusal else self._unannounced):
+            if stored := services.in_step(changed):
+                with contextlib.suppress(OverflowError):  # a time after the year 9999
                     self._read(stored)
-            if asked.timestamp < oldest and asked.timestamp in self._found:  # it is no news: a newer one is gone
-                self._told.setdefault(asked.timestamp, self._data(asked.timestamp))
+            if changed.timestamp < oldest and changed.timestamp in self._current:  # only moved up: a newer one is gone
+                self._published.setdefault(changed.timestamp, self._data(changed.timestamp))
         newest = self._changed.versions.keys()
-        self._late &= newest
-        lowest = min(newest) if len(newest) >= self.NEWEST else 0  # older ones are not looked at any more
-        for gone in sorted(one for one in self._told if one > lowest and one not in newest):
-            self._tell("session", {"sessionTimestamp": gone, "step": "deleted"})
-        self._found = {one: found for one, found in self._found.items() if one in newest}
-        self._told = {one: told for one, told in self._told.items() if one in newest}
+        self._unannounced &= newest
+        lowest = min(newest) if len(newest) >= self.NEWEST else 0  # below it a session may exist without being read
+        for deleted in sorted(one for one in self._published if one > lowest and one not in newest):
+            self._publish("session", {"sessionTimestamp": deleted, "step": "deleted"})
+        self._current = {one: current for one, current in self._current.items() if one in newest}
+        self._published = {one: published for one, published in self._published.items() if one in newest}
 
     def _read(self, stored: StoredSession) -> None:
         services, timestamp = self._services, stored.timestamp
@@ -6315,50 +6315,50 @@ class SessionChanges:
         if is_announcement_due(stored, facts):
             if not services.store.writes.refusal:
                 announce_progress(services, stored)
-            (self._late.add if services.store.writes.refusal else self._late.discard)(timestamp)
-        if isinstance(facts.summary, str):  # it is no session
-            self._found.pop(timestamp, None)
+            (self._unannounced.add if services.store.writes.refusal else self._unannounced.discard)(timestamp)
+        if isinstance(facts.summary, str):  # the document is not a session
+            self._current.pop(timestamp, None)
             return
-        found = facts.progress if isinstance(facts.progress, Progress) else Progress(0, 0, False)
-        steps = [("ready", found.ready), ("prompts", found.total_prompts), ("beats_ready", found.total_beats)]
+        done = facts.progress if isinstance(facts.progress, Progress) else Progress(0, 0, False)
+        steps = [("ready", done.ready), ("prompts", done.total_prompts), ("beats_ready", done.total_beats)]
         episode = facts.summary["analyzedEpisode"]
-        shown = {
+        data = {
             "sessionTimestamp": timestamp,
             "step": next((step for step, is_reached in steps if is_reached), "saved"),
-            "totalBeats": found.total_beats,
-            "totalPrompts": found.total_prompts,
-            "promptsNeeded": found.needed,
+            "totalBeats": done.total_beats,
+            "totalPrompts": done.total_prompts,
+            "promptsNeeded": done.needed,
             "title": episode["title"],
             "episodeNumber": episode["episodeNumber"],
             "storyUuid": facts.summary["storyUuid"],
             "lastUpdated": last_update(stored, facts),
         }
-        self._found[timestamp] = stored.mark, stored.announced == "prompts_ready", shown
+        self._current[timestamp] = stored.mark, stored.announced == "prompts_ready", data
 
     def _data(self, timestamp: int) -> tuple[str, dict[str, Any]]:
-        mark, is_announced, shown = self._found[timestamp]
-        is_over = is_announced and shown["step"] == "ready" and not self._unread.get(timestamp)
-        return mark, {**shown, "step": "acknowledged"} if is_over else shown
+        mark, is_announced, data = self._current[timestamp]
+        is_over = is_announced and data["step"] == "ready" and not self._unread.get(timestamp)
+        return mark, {**data, "step": "acknowledged"} if is_over else data
 
-    def tell(self) -> None:
-        """After a look at what is pending: a session that has announced its prompts then has them there, or had."""
-        for timestamp in sorted(self._found):
-            if (data := self._data(timestamp)) != self._told.get(timestamp):
-                self._told[timestamp] = data
-                self._tell("session", data[1])
+    def publish_changes(self) -> None:
+        """Call after PendingChanges.look(): an announced session without an unread notification is acknowledged."""
+        for timestamp in sorted(self._current):
+            if (data := self._data(timestamp)) != self._published.get(timestamp):
+                self._published[timestamp] = data
+                self._publish("session", data[1])
 
     def shown(self) -> list[dict[str, Any]]:
-        """Newest first, as they were told."""
-        return [self._told[one][1] for one in sorted(self._told, reverse=True)]
+        """The data of the newest event of each session, newest session first."""
+        return [self._published[timestamp][1] for timestamp in sorted(self._published, reverse=True)]
 
 
 # ======================================================================================================
-# Live: who is told
+# Live: listeners and waiting checks
 # ======================================================================================================
 
-LISTENERS = min(350, descriptor_limit() - 200)  # and checks that wait, together
-STREAM_HEADERS = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}  # the second one for nginx
-# The parts of `state` whose name is not that of the events that change them, with the type of these.
+LISTENERS = min(350, descriptor_limit() - 200)  # places for listeners and waiting checks together
+STREAM_HEADERS = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}  # nginx would buffer the events
+# The type of the events that update a part of `state`, where it differs from the part's name.
 STATE_PARTS = {"gpuHistory": "gpu", "notifications": "notification", "sessions": "session", "alerts": "alert"}
 
 
@@ -6366,79 +6366,78 @@ class Event(NamedTuple):
     number: int
     type: str
     permission: str
-    text: bytes
+    text: bytes  # as it is sent
 
 
 @dataclass(eq=False)
 class Listener:
-    """Who listens. A client that has left closes the stream."""
+    """A client of the event stream. The stream is closed when the client leaves."""
 
     caller: Caller
     types: frozenset[str]
-    last: str  # the id of the last event that it has
-    asked: Sequence[Future[Any]]  # what its state needs,
-    deadline: float  # and until when it waits for that, in monotonic seconds
+    last_id: str  # of the last event that the client has received, "" for none
+    needs: Sequence[Future[Any]]  # what its `state` waits for,
+    deadline: float  # and until when, in monotonic seconds
     stream: Stream = dataclasses.field(default_factory=Stream)
-    told_at: float = -math.inf  # monotonic seconds
-    lacks_store: bool = False  # its state was made while the store was away
+    sent_at: float = -math.inf  # monotonic seconds
+    lacks_store: bool = False  # its `state` was sent while the store was unavailable
 
     def is_ready(self, now: float) -> bool:
-        return now >= self.deadline or all(one.done() for one in self.asked)
+        return now >= self.deadline or all(need.done() for need in self.needs)
 
     def wants(self, event: Event) -> bool:
         return event.type in self.types and self.caller.may(event.permission)
 
     def send(self, text: bytes) -> None:
-        self.told_at = time.monotonic()
+        self.sent_at = time.monotonic()
         self.stream.send(text)
 
 
 class WaitingCheck(NamedTuple):
     check: Check
-    deadline: float  # in monotonic seconds
+    deadline: float  # monotonic seconds
 
 
 class Live:
-    """Tells listeners what changes, and checks that wait when they may be answered. While somebody is here, and for a
-    while afterwards, a thread compares the store with what is known; what is done here wakes it. That thread alone
-    tells, so events and states are in order."""
+    """Sends changes to listeners, and answers checks that wait. While there are any, and for LINGER seconds afterwards,
+    a thread polls the store and compares it with what it knew; a change by this service itself wakes the thread. Only
+    this thread sends, so events and states are in order."""
 
-    # Seconds between two looks at what others may change; between two at how many notifications are pending.
-    INTERVAL, PENDING_INTERVAL = 0.75, 0.25
-    KEPT = 1000  # events after which a client may go on
-    SILENCE, LINGER = 15.0, 60.0  # seconds
+    INTERVAL, PENDING_INTERVAL = 0.75, 0.25  # seconds between two polls of everything, and of the pending notifications
+    KEPT = 1000  # events that are kept for clients that reconnect
+    KEEPALIVE, LINGER = 15.0, 60.0  # seconds of silence before a comment; of polling after the last client has left
     NOTIFICATIONS = 100  # in `state`
-    STATE_WAIT = 1.0  # seconds that `state` waits for nvidia-smi, and for the reservation
+    STATE_WAIT = 1.0  # seconds that `state` waits for nvidia-smi and the reservation
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        self.addresses: Sequence[str] = ()
+        self.addresses: Sequence[str] = ()  # the URLs of the service
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # to be made in the thread
         self._loop = Loop(self._turn, "live")
-        self.publish = functools.partial(self._call_soon, self._publish)  # an event, to who wants it and may see it
-        # The thread's alone; others read it.
-        self._listeners: Sequence[Listener] = ()  # replaced, and never changed
-        self._run, self._states = secrets.token_hex(4), itertools.count(1)
+        self.publish = functools.partial(self._call_soon, self._publish)  # from any thread
+        # Only the thread writes these; others may read them.
+        self._listeners: Sequence[Listener] = ()  # replaced, never modified
+        self._run_id, self._states = secrets.token_hex(4), itertools.count(1)
         self._number = 0  # of the newest event
         self._events: collections.deque[Event] = collections.deque(maxlen=self.KEPT)
-        self._pending = PendingChanges(services.store, services.notifications, self._tell, self._call)
-        self._sessions = SessionChanges(services, self._pending.unread, self._tell)
-        # The parts of `state` that the store does not tell, and what of them is compared.
+        self._pending = PendingChanges(services.store, services.notifications, self._publish_change, self._run_calls)
+        self._sessions = SessionChanges(services, self._pending.unread, self._publish_change)
+        # The parts of `state` that are not from the store; and of these the values whose change is an event.
         self._others, self._compared = dict[str, Any](), dict[str, Any]()
-        self._is_more_pending = False  # so checks that wait may have an answer
-        self._left_at = self._looked_at = -math.inf
+        self._is_more_pending = False  # waiting checks may have an answer
+        self._used_at = self._looked_at = -math.inf  # when there were clients, when everything was polled
         self._store_up = True
         self._loop.start()
 
     # ---- from any thread ----
 
-    def note(self, *done: Notification | str) -> None:
-        """Notifications that were made here, or ids of those that were acknowledged here."""
-        for one in () if self._pending.is_initial else done:
-            self._call_soon(self._pending.forget if isinstance(one, str) else self._pending.add, one)
+    def note(self, *changes: Notification | str) -> None:
+        """This service has made these notifications, or has acknowledged or removed those with these ids."""
+        for change in () if self._pending.is_initial else changes:
+            self._call_soon(self._pending.forget if isinstance(change, str) else self._pending.add, change)
 
     def look_soon(self) -> None:
-        """A session, or what it announces, was changed here."""
+        """Poll everything at once: this service has changed a session, or announced one."""
         self._looked_at = -math.inf
         self._loop.wake()
 
@@ -6447,43 +6446,41 @@ class Live:
         self._loop.wake()
 
     def count_listeners(self, type: str | None) -> int:
-        """Those to that type of events, or to any."""
+        """Count the listeners to that type of event; all of them for None."""
         return sum(not one.stream.is_closed and type in (None, *one.types) for one in self._listeners)
 
-    def join(self, caller: Caller, types: frozenset[str], last: str) -> Future[Response]:
-        """A stream of these events, after that one. Raises Unavailable when there are too many."""
+    def join(self, caller: Caller, types: frozenset[str], last_id: str) -> Future[Response]:
+        """The stream of these events, from after `last_id` or with `state` first. Unavailable: no place."""
         asks = {"gpu": self._services.gpu.ask, "reservation": self._services.reservations.ask}
-        asked = [one for type in types & asks.keys() if isinstance(one := asks[type](), Future)]
-        deadline = time.monotonic() + self.STATE_WAIT
-        joining = self._enter(Listener(caller, types, last, asked, deadline))
-        for one in asked:
-            one.add_done_callback(lambda _: self._loop.wake())
+        needs = [need for type in types & asks.keys() if isinstance(need := asks[type](), Future)]
+        joining = self._register(Listener(caller, types, last_id, needs, time.monotonic() + self.STATE_WAIT))
+        for need in needs:
+            need.add_done_callback(lambda _: self._loop.wake())
         return joining
 
     def wait(self, check: Check, seconds: float) -> Future[Any]:
-        """The response to a check once something matches; an empty one after so many seconds, and at the service's end.
-        Raises the same."""
+        """The response once something matches; an empty list after `seconds` or at the end. Unavailable: no place."""
         ask = functools.partial(self._services.checks.ask, check)
         if self._loop.is_closing:
             return ask()
         try:
-            waiting = self._enter(WaitingCheck(check, time.monotonic() + seconds))
-        except Unavailable as full:  # what need not wait needs no place
-            refusal = full
-            return then(ask(), lambda outcome: result_of(refusal if is_nothing(outcome) else outcome))
-        self._decide(waiting, ask())  # after it has its place: so nothing that is made meanwhile is missed
+            waiting = self._register(WaitingCheck(check, time.monotonic() + seconds))
+        except Unavailable as error:  # a check that has an answer already does not have to wait
+            refusal = error
+            return then(ask(), lambda outcome: result_of(refusal if is_empty(outcome) else outcome))
+        self._answer_check(waiting, ask())  # only once it is registered, or it could miss a new notification
         return waiting
 
-    def _enter(self, one: Listener | WaitingCheck) -> Future[Any]:  # called by the event loop alone
+    def _register(self, client: Listener | WaitingCheck) -> Future[Any]:  # only in the event loop: so the limit holds
         if self.count_listeners(None) + len(self._loop.asked) >= LISTENERS:
-            raise Unavailable(f"{LISTENERS} others listen or wait already: ask again later.", 5)
-        return self._loop.ask(one)
+            raise Unavailable(f"{LISTENERS} clients listen or wait already: ask again later.", 5)
+        return self._loop.ask(client)
 
     def close(self, timeout: float = 0.0) -> None:
-        """End the events, answer who waits with an empty list, and end the thread. May be called again."""
+        """End the streams, answer waiting checks with an empty list, and end the thread. May be called again."""
         self._loop.close()
-        for future, one in list(self._loop.asked.items()):
-            self._loop.answer(stopping() if isinstance(one, Listener) else Response(NOTHING), future)
+        for future, client in list(self._loop.asked.items()):
+            self._loop.answer(stopping() if isinstance(client, Listener) else Response(NO_NOTIFICATIONS), future)
         for listener in self._listeners:
             listener.stream.close()
         self._loop.close(timeout)
@@ -6491,13 +6488,13 @@ class Live:
     # ---- in the thread ----
 
     def _turn(self) -> float:
-        self._call()
+        self._run_calls()
         now = time.monotonic()
         self._listeners = [one for one in self._listeners if not one.stream.is_closed]
         asked = list(self._loop.asked.items())
         if self._listeners or asked:
-            self._left_at = now
-        if now - self._left_at > self.LINGER:
+            self._used_at = now
+        if now - self._used_at > self.LINGER:
             self._pending.is_initial = True
             return 3600.0
         ready = [(joining, one) for joining, one in asked if isinstance(one, Listener) and one.is_ready(now)]
@@ -6513,18 +6510,18 @@ class Live:
         self._ask_again()
         now = time.monotonic()
         for listener in self._listeners:
-            if now - listener.told_at >= self.SILENCE:
+            if now - listener.sent_at >= self.KEEPALIVE:
                 listener.send(self._comment())
-        ends = [now + self.PENDING_INTERVAL, self._looked_at + self.INTERVAL]
-        ends += [one.deadline for one in list(self._loop.asked.values())]
-        return max(0.0, min(ends) - now)
+        due = [now + self.PENDING_INTERVAL, self._looked_at + self.INTERVAL]
+        due += [client.deadline for client in list(self._loop.asked.values())]
+        return max(0.0, min(due) - now)
 
-    def _call(self) -> None:
+    def _run_calls(self) -> None:
         while not self._calls.empty():
             self._calls.get()()
 
     def _look(self, *, is_whole: bool) -> bool:
-        """At the store; whether it answers, and takes writes."""
+        """Poll the store. Whether it answers and takes writes."""
         try:
             if is_whole:
                 self._looked_at = time.monotonic()
@@ -6532,8 +6529,8 @@ class Live:
             self._pending.look()
         except Unavailable:
             return False
-        self._sessions.tell()
-        if self._pending.is_initial:  # nobody goes on from before that
+        self._sessions.publish_changes()
+        if self._pending.is_initial:  # who reconnects from before it gets `state`
             self._pending.is_initial, self._is_more_pending, self._number = False, True, self._number + 1
             self._events.clear()
         return not self._services.store.writes.refusal
@@ -6541,19 +6538,19 @@ class Live:
     def _look_at_others(self) -> None:
         services, before = self._services, self._compared
         with contextlib.suppress(Unavailable):
-            services.reservations.ask()  # so that it is known at the next look
+            services.reservations.ask()  # not waited for: the next poll finds the result in `known`
         history = [{**gpu_json(status), "at": at} for at, status in services.gpu.history(now_ms())]
-        gpu, held, swarmui = history[-1] if history else None, services.reservations.known, services.swarmui.status()
-        reservation = held and reservation_json(held)
+        gpu, known, swarmui = history[-1] if history else None, services.reservations.known, services.swarmui.status()
+        reservation = known and reservation_json(known)
         self._others = {"gpu": gpu, "gpuHistory": history, "reservation": reservation, "swarmui": swarmui}
-        clocks = ("startingFor", "idleFor", "logTail")  # they change by themselves, which is no news
-        steady = {name: value for name, value in swarmui.items() if name not in clocks}
+        volatile = ("startingFor", "idleFor", "logTail")  # they change all the time: not worth an event
+        steady = {name: value for name, value in swarmui.items() if name not in volatile}
         self._compared = {"gpu": gpu, "reservation": reservation, "swarmui": steady}
         for type, part in self._compared.items() if before else ():
             if part != before[type]:
                 self._publish(type, self._others[type])
 
-    def _tell(self, type: str, data: Any) -> None:
+    def _publish_change(self, type: str, data: Any) -> None:
         if not self._pending.is_initial:
             self._publish(type, data)
         self._is_more_pending |= type == "notification"
@@ -6563,28 +6560,28 @@ class Live:
         text = self._frame(type, data if isinstance(data, bytes) else to_json(data), f"{self._number}")
         event = Event(self._number, type, permission or EVENTS[type], text)
         self._events.append(event)
-        for one in self._listeners:
-            if one.wants(event):
-                one.send(event.text)
+        for listener in self._listeners:
+            if listener.wants(event):
+                listener.send(event.text)
 
     def _admit(self, ready: Sequence[tuple[Future[Any], Listener]]) -> None:
-        """Send those who join what they lack, and the state to who got one without the store."""
+        """Send those that join `state` or what they missed; send `state` again where the first one lacked the store."""
         lacking = [one for one in self._listeners if one.lacks_store and self._store_up]
         parts = self._state_parts() if ready or lacking else {}
-        for one in lacking:
-            one.send(self._state(one, parts))
-        for joining, one in ready:
-            found = re.fullmatch(rf"{self._run}-([0-9]{{1,15}})(\.[0-9]+)?", one.last)
-            after = int(found[1]) if found else -1
-            if self._number - min(len(self._events), self.KEPT - 1) <= after <= self._number:
-                missed = [event.text for event in self._events if event.number > after and one.wants(event)]
-                one.send(b"".join(missed) or self._comment())
+        for listener in lacking:
+            listener.send(self._state(listener, parts))
+        for joining, listener in ready:
+            found = re.fullmatch(rf"{self._run_id}-([0-9]{{1,15}})(\.[0-9]+)?", listener.last_id)
+            last = int(found[1]) if found else -1
+            if self._number - min(len(self._events), self.KEPT - 1) <= last <= self._number:
+                missed = [event.text for event in self._events if event.number > last and listener.wants(event)]
+                listener.send(b"".join(missed) or self._comment())
             else:
-                one.send(self._state(one, parts))
-            self._listeners = [*self._listeners, one]
-            admitted = Response(b"", 200, STREAM_HEADERS, one.stream)
-            if not self._loop.answer(admitted, joining) or self._loop.is_closing:
-                one.stream.close()
+                listener.send(self._state(listener, parts))
+            self._listeners = [*self._listeners, listener]
+            response = Response(b"", 200, STREAM_HEADERS, listener.stream)
+            if not self._loop.answer(response, joining) or self._loop.is_closing:
+                listener.stream.close()
 
     def _state_parts(self) -> dict[str, Any]:
         services, pending = self._services, list[Any]()
@@ -6608,26 +6605,26 @@ class Live:
         return self._frame("state", to_json(shown), f"{self._number}.{next(self._states)}")
 
     def _frame(self, type: str, text: bytes, number: str) -> bytes:
-        return b"id: %b-%b\nevent: %b\ndata: %b\n\n" % (self._run.encode(), number.encode(), type.encode(), text)
+        return b"id: %b-%b\nevent: %b\ndata: %b\n\n" % (self._run_id.encode(), number.encode(), type.encode(), text)
 
     def _comment(self) -> bytes:
-        """With the newest id, which its client takes for that of the last event that it has."""
-        return f": {self._run}-{self._number}\nid: {self._run}-{self._number}\n\n".encode()
+        """A comment whose id field moves the client's last event id on to the newest event."""
+        return f": {self._run_id}-{self._number}\nid: {self._run_id}-{self._number}\n\n".encode()
 
     def _ask_again(self) -> None:
-        """Ask the checks that may have an answer, and answer those whose time is over."""
+        """Repeat the waiting checks if they may have an answer; otherwise answer those whose deadline has passed."""
         is_due, self._is_more_pending = self._is_more_pending, False
-        for future, one in list(self._loop.asked.items()):
-            if isinstance(one, WaitingCheck) and is_due:
-                self._decide(future, self._services.checks.ask(one.check))
-            elif isinstance(one, WaitingCheck) and time.monotonic() >= one.deadline:
-                self._loop.answer(Response(NOTHING), future)
+        for waiting, client in list(self._loop.asked.items()):
+            if isinstance(client, WaitingCheck) and is_due:
+                self._answer_check(waiting, self._services.checks.ask(client.check))
+            elif isinstance(client, WaitingCheck) and time.monotonic() >= client.deadline:
+                self._loop.answer(Response(NO_NOTIFICATIONS), waiting)
 
-    def _decide(self, waiting: Future[Any], outcome: Any) -> None:
-        """It waits on where the outcome is empty. A future of an outcome decides later."""
+    def _answer_check(self, waiting: Future[Any], outcome: Any) -> None:
+        """Answer a waiting check, once the outcome is there. With an empty outcome it waits on."""
         if isinstance(outcome, Future):
-            outcome.add_done_callback(lambda done: self._decide(waiting, done.exception() or done.result()))
-        elif not is_nothing(outcome):
+            outcome.add_done_callback(lambda done: self._answer_check(waiting, done.exception() or done.result()))
+        elif not is_empty(outcome):
             self._loop.answer(outcome, waiting)
 
 
@@ -7306,7 +7303,7 @@ class Channel(waitress.channel.HTTPChannel):
         request, dispatcher = self.requests[0], self.server.task_dispatcher
         task = waitress.task.WSGITask(self, request)
         task.start()
-        environ = unreadable(request.headers) if request.error else task.get_environment()
+        environ = unreadable_environ(request.headers) if request.error else task.get_environment()
         is_late = self.activity.begun > dispatcher.stopped_at
         steps = respond(self.server.application, environ, error=request.error, is_late=is_late)
         finish = functools.partial(self._finish, task, environ["REQUEST_METHOD"])

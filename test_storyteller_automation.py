@@ -6356,7 +6356,7 @@ def test_every_example_fits_its_own_schema():
     contents = [next(iter(response["content"].values())) for response in responses if "content" in response]
     examples = [(service.example_of(schema), schema) for schema in inputs]
     for example, schema in examples + [(content["example"], content["schema"]) for content in contents]:
-        assert service.find_misfit(example, schema, "example") is None
+        assert service.validation_error(example, schema, "example") is None
 
 
 @pytest.fixture
@@ -6380,7 +6380,7 @@ def recorded(make_app, store, nvidia_smi):
         content = operation["responses"][str(answer.status_int)].get("content")
         assert list(content or [""]) == [answer.content_type or ""]
         if content and answer.content_type == "application/json":
-            assert service.find_misfit(answer.json, content["application/json"]["schema"], "answer") is None
+            assert service.validation_error(answer.json, content["application/json"]["schema"], "answer") is None
             return answer.json
         return None
 
@@ -9327,7 +9327,7 @@ def test_an_older_session_is_no_news_when_a_newer_one_is_gone(
     other_program.zrem("storyteller:sessions", f"session:{T + 3}")  # first: by its key alone it makes no room
     other_program.delete(f"session:{T + 3}")
     assert heard.next() == {"sessionTimestamp": T + 3, "step": "deleted"}
-    wait_until(lambda: T in polled.services.live._sessions._told)
+    wait_until(lambda: T in polled.services.live._sessions._published)
     polled.ask("PUT", f"/api/v1/session/{T + 2}", SESSION)
     assert heard.next()["sessionTimestamp"] == T + 2
 
@@ -9412,10 +9412,10 @@ def test_who_cannot_go_on_gets_the_state_again(poll_service, listen, monkeypatch
     live = polled.services.live
     for _ in range(service.Live.KEPT):
         live.publish("alert", {})
-    last = last.replace("{run}", live._run).encode("utf-8").decode("latin-1")
+    last = last.replace("{run}", live._run_id).encode("utf-8").decode("latin-1")
     assert "notifications" in listen(polled, "?types=notification", last).next()
     number = live._number - service.Live.KEPT + 1
-    assert "event" not in listen(polled, "?types=notification", f"{live._run}-{number}").next_block()
+    assert "event" not in listen(polled, "?types=notification", f"{live._run_id}-{number}").next_block()
 
 
 def test_silence_is_broken_by_a_comment_with_the_newest_id(poll_service, listen, monkeypatch):
@@ -9424,10 +9424,10 @@ def test_silence_is_broken_by_a_comment_with_the_newest_id(poll_service, listen,
     heard.next()
     make_one(polled)
     wait_until(lambda: polled.services.live._events)
-    monkeypatch.setattr(service.Live, "SILENCE", 0.0)
+    monkeypatch.setattr(service.Live, "KEEPALIVE", 0.0)
     polled.services.live.look_soon()
     found = heard.next_block()
-    newest = f"{polled.services.live._run}-{polled.services.live._number}"
+    newest = f"{polled.services.live._run_id}-{polled.services.live._number}"
     assert found == {"": newest, "id": newest}
 
 
@@ -9598,7 +9598,7 @@ def test_what_is_made_while_a_wait_begins_answers_it(polled, twin, listen, monke
     def ask_first(check: Any) -> Any:
         asked = ask(check)
         if not is_made.is_set():
-            assert asked.result(PATIENCE).body == service.NOTHING
+            assert asked.result(PATIENCE).body == service.NO_NOTIFICATIONS
             add(twin, draft())
             is_made.set()
             if not is_first:  # it is told of, and those who waited then were asked
@@ -9718,7 +9718,7 @@ def test_a_check_that_takes_long_delays_no_event(polled, listen, monkeypatch):
     heard = listen(polled, "?types=notification")
     heard.next()
     slow: Future[Any] = Future()
-    outcomes = iter([service.Response(service.NOTHING)])
+    outcomes = iter([service.Response(service.NO_NOTIFICATIONS)])
     monkeypatch.setattr(polled.services.checks, "ask", lambda check: next(outcomes, slow))
     with send_request(polled.port, request_of("GET", f"{CHECK}?wait=60&batch=true")) as client:
         wait_until(lambda: waiting_checks(polled))
@@ -11298,7 +11298,7 @@ class Stopping:
         wait_until(runs.exists)
 
     def tell(self) -> None:
-        """Tell it to stop; return once it takes no connection any more."""
+        """Emit it to stop; return once it takes no connection any more."""
         self.running.press_ctrl_c()
         wait_until(lambda: not can_connect(self.running.port))
 
@@ -14083,7 +14083,7 @@ def test_the_log_warns_of_such_tokens_once_a_day(make_services, sqlite_store, ca
     times = Clock(time.perf_counter())
     monkeypatch.setattr(service.time, "perf_counter", times)
     for _ in range(50):  # two days and an hour
-        services._look_at_tokens()
+        services._check_tokens()
         service.issue_token(sqlite_store, "storyart", ["gpu:read"], 3600, service.now_ms())
         times.now += 3600
     assert caplog.text.count("tokens end soon: storyart") == 3
