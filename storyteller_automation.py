@@ -6530,10 +6530,11 @@ class Live:
         except Unavailable:
             return False
         self._sessions.publish_changes()
-        if self._pending.is_initial:  # who reconnects from before it gets `state`
+        is_up = not self._services.store.writes.refusal
+        if self._pending.is_initial or (is_up and not self._store_up):  # who reconnects from before it gets `state`
             self._pending.is_initial, self._is_more_pending, self._number = False, True, self._number + 1
             self._events.clear()
-        return not self._services.store.writes.refusal
+        return is_up
 
     def _look_at_others(self) -> None:
         services, before = self._services, self._compared
@@ -6585,9 +6586,11 @@ class Live:
 
     def _state_parts(self) -> dict[str, Any]:
         services, pending = self._services, list[Any]()
-        with contextlib.suppress(Unavailable):
+        try:
             found = services.notifications.check(tuple(TOTALS), self.NOTIFICATIONS)
             pending = [json.loads(one.text) for one in found if self._pending.knows(one.id)]
+        except Unavailable:  # since _look()
+            self._store_up = False
         service = {
             "version": __version__, "store": services.store.name, "storeUp": self._store_up,
             "startedAt": iso_time(services.started_at), "addresses": list(self.addresses), "now": now_ms(),

@@ -9658,10 +9658,25 @@ def test_a_store_that_takes_no_writes_is_not_up_and_the_state_comes_again(poll_s
     monkeypatch.setattr(service.Live, "INTERVAL", 0.05)
     polled = poll_service(store)
     store.writes.note("it is a replica")
-    heard = listen(polled, "?types=alert")
-    assert heard.next()["service"]["storeUp"] is False
+    heard, left = listen(polled, "?types=alert"), listen(polled, "?types=alert")
+    assert [one.next()["service"]["storeUp"] for one in (heard, left)] == [False, False]
+    left.close()
     store.writes.note()
     assert heard.next("state")["service"]["storeUp"] is True
+    assert listen(polled, "?types=alert", left.last).next()["service"]["storeUp"] is True  # who reconnects gets it too
+
+
+def test_a_store_that_fails_while_a_state_is_made_gives_the_state_again(polled, listen, monkeypatch):
+    made, check = make_one(polled), polled.services.notifications.check
+
+    def fail_first(*given: Any) -> Any:
+        monkeypatch.setattr(polled.services.notifications, "check", check)
+        raise service.Unavailable("away")
+
+    monkeypatch.setattr(polled.services.notifications, "check", fail_first)
+    heard = listen(polled, "?types=notification")
+    states = [heard.next("state") for _ in range(2)]
+    assert [(one["service"]["storeUp"], one["notifications"]) for one in states] == [(False, []), (True, [made])]
 
 
 @pytest.mark.usefixtures("quick_looks")
