@@ -5959,7 +5959,7 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/openapi.json", openapi, "open", "This description.", {200: _OBJECT}),
     Route("GET", "/", page, "open", "The status page.", {200: {**_TEXT, "contentMediaType": "text/html"}}),
     Route("GET", "/metrics", metrics, "metrics:read", "Metrics for Prometheus.",
-          {200: {**_TEXT, "contentMediaType": "text/plain"}}, in_pool=True),
+          {200: {**_TEXT, "contentMediaType": "text/plain"}}),
     Route("GET", f"{_API}/gpu/status", gpu_status, "gpu:read", "Is the GPU free?", {200: _GPU}, gpu_json(GpuStatus()),
           gated=True),
     Route("POST", f"{_API}/gpu/reservation", reservation_create, "gpu:reserve", "Reserve the GPU.",
@@ -6303,7 +6303,7 @@ class SessionChanges:
                 self._published.setdefault(changed.timestamp, self._data(changed.timestamp))
         newest = self._changed.versions.keys()
         self._unannounced &= newest
-        lowest = min(newest) if len(newest) >= self.NEWEST else 0  # below it a session may exist without being read
+        lowest = min(newest) if len(newest) >= self.NEWEST else -1  # below it a session may exist without being read
         for deleted in sorted(one for one in self._published if one > lowest and one not in newest):
             self._publish("session", {"sessionTimestamp": deleted, "step": "deleted"})
         self._current = {one: current for one, current in self._current.items() if one in newest}

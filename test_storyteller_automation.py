@@ -9203,14 +9203,15 @@ def test_a_sessions_steps_are_told_once_each_and_in_order(polled, listen):
 @pytest.mark.usefixtures("quick_looks")
 def test_who_listens_is_told_what_was_deleted(polled, listen):
     made = make_one(polled, T)
-    for timestamp in (T, T + 1):
+    for timestamp in (T, T + 1, 0):
         polled.ask("PUT", f"/api/v1/session/{timestamp}", SESSION)
     heard = listen(polled)
     heard.next()
     polled.ask("DELETE", f"/api/v1/notifications/{made['id']}")
     assert heard.next("acknowledged")["id"] == made["id"]
-    polled.ask("DELETE", f"/api/v1/session/{T}")
-    assert heard.next("session") == {"sessionTimestamp": T, "step": "deleted"}
+    for timestamp in (T, 0):
+        polled.ask("DELETE", f"/api/v1/session/{timestamp}")
+        assert heard.next("session") == {"sessionTimestamp": timestamp, "step": "deleted"}
     assert [one["sessionTimestamp"] for one in listen(polled).next()["sessions"]] == [T + 1]
 
 
