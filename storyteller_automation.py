@@ -5163,8 +5163,9 @@ class Stream:
         notify()
 
     def send(self, part: bytes) -> None:
-        self._parts.append(part)
-        self._notify()
+        if not self.is_closed:
+            self._parts.append(part)
+            self._notify()
 
     def close(self) -> None:
         """End the body after the parts sent so far. May be called again."""
@@ -5495,13 +5496,12 @@ def reservation_renew(services: Services, request: Request) -> Any:
 
 
 def reservation_end(services: Services, request: Request) -> Any:
-    id = request.path.get("reservation_id")  # None: any reservation
-    change = functools.partial(renewed, None if id is None else digest_of(id), 0)
+    change = functools.partial(renewed, digest_of(request.path["reservation_id"]), 0)
     return then(services.reservations.ask(change), lambda _: Response(b"", 204))
 
 
 def reservation_end_any(services: Services, request: Request) -> Any:
-    return reservation_end(services, request)
+    return then(services.reservations.ask(functools.partial(renewed, None, 0)), lambda _: Response(b"", 204))
 
 
 def swarmui_start(services: Services, request: Request) -> Response | Future[Response]:

@@ -9514,6 +9514,18 @@ def test_a_listener_that_takes_nothing_is_cut_off_and_others_get_everything(poll
     slow.close()
 
 
+@pytest.mark.parametrize("is_chunked", [True, False])
+def test_a_stream_sends_nothing_after_its_end(is_chunked):
+    stream = service.Stream()
+    stream.open(lambda: None, is_chunked=is_chunked)
+    stream.send(b"x")
+    stream.close()
+    stream.send(b"y")
+    assert stream.take() == (b"1\r\nx\r\n0\r\n\r\n" if is_chunked else b"x", True)
+    stream.send(b"z")
+    assert stream.take() == (b"", True)
+
+
 @pytest.mark.parametrize("path", [EVENTS, f"{CHECK}?wait=60"])
 def test_who_left_frees_a_place_and_past_the_limit_others_are_told_when_to_come_back(
     poll_service, listen, monkeypatch, path
