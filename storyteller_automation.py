@@ -1318,14 +1318,14 @@ class Loop:
 # Stores: the interface
 # ======================================================================================================
 
-AHEAD_MS = 3_600_000  # a kept time further ahead of the clock was made when that was wrong, and is not followed
-TTL_MS = 7 * 24 * 3600 * 1000  # of sessions, pending notifications and marks of acknowledgement: 7 days
-OWN_MEMBER = b'{"id":"%b",'  # how a member begins that this service wrote
-OWN_ID = "notif_([0-9]{1,14})_[0-9a-f]{16}"  # its id, which holds its time
+AHEAD_MS = 3_600_000  # a stored time further ahead of the clock was written while the clock was wrong: it is ignored
+TTL_MS = 7 * 24 * 3600 * 1000  # of sessions, pending notifications and acknowledgement markers: 7 days
+OWN_MEMBER = b'{"id":"%b",'  # the first bytes of a member that this service wrote
+OWN_ID = "notif_([0-9]{1,14})_[0-9a-f]{16}"  # the id in such a member; the digits are its time in ms
 
 
 def own_member(id: str) -> tuple[int, bytes]:
-    """The time of the member that this service wrote for an id, and how it begins; (-1, b"") for any other id."""
+    """The time (ms) and the first bytes of the member with an id that this service made; (-1, b"") for any other id."""
     found = re.fullmatch(OWN_ID, id)
     return (int(found[1]), OWN_MEMBER % id.encode()) if found else (-1, b"")
 
@@ -1334,39 +1334,39 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def next_time(kept: int, now: int) -> int:
-    """Now, or the ms after a kept time that is not past; unless that was kept while the clock was wrong."""
-    return now if kept > now + AHEAD_MS else max(now, kept + 1)
+def next_time(stored: int, now: int) -> int:
+    """`now`, or the ms after a stored time if that is later. A stored time over AHEAD_MS ahead is ignored."""
+    return now if stored > now + AHEAD_MS else max(now, stored + 1)
 
 
-def warn_of_clock(kept: int, now: int, place: str) -> None:
-    """Log a kept time that next_time() does not follow."""
-    if kept > now + AHEAD_MS:
-        ahead = "store: a time in %s is %.1f h ahead of this PC's clock, and is not followed: check the clock"
-        log.warning(ahead, place, (kept - now) / 3_600_000)
+def warn_of_clock(stored: int, now: int, place: str) -> None:
+    """Log a stored time that next_time() ignores."""
+    if stored > now + AHEAD_MS:
+        ahead = "store: a time in %s is %.1f h ahead of this PC's clock, and is ignored: check the clock"
+        log.warning(ahead, place, (stored - now) / 3_600_000)
 
 
 def find_fault(faults: Iterable[tuple[str, str, str]], text: str) -> tuple[str, str]:
-    """What is wrong, and what to do: of the first row whose pattern begins a word (a host may be named SERVERROOM)."""
+    """What is wrong and what to do, of the first row whose pattern starts a word (a host may be named SERVERROOM)."""
     return next((wrong, advice) for pattern, wrong, advice in faults if re.search(rf"(?<!\w)(?:{pattern})", text))
 
 
 class WriteStatus:
-    """Whether a store takes writes, as the last one showed: reads may go on where they are refused."""
+    """Whether the store accepts writes, by the outcome of the last one. Reads may work while writes are refused."""
 
     def __init__(self, place: str) -> None:
-        self.refusal: str | None = None  # why the last write was refused; "" if it was not, None before the first
+        self.refusal: str | None = None  # why the last write was refused; "" if it succeeded; None before the first
         self._place = place
         self._lock = threading.Lock()
 
     def note(self, refusal: str = "") -> None:
-        """The outcome of a write, "" for a good one. A change is logged once."""
+        """Record the outcome of a write: why it was refused, "" if it was not. Each change is logged once."""
         with self._lock:
             before, self.refusal = self.refusal, refusal
         if refusal and not before:
-            log.warning("store: %s refuses writes (%s): they get 503 until it takes them again", self._place, refusal)
+            log.warning("store: %s refuses writes (%s): they get 503. `check` says what to do", self._place, refusal)
         elif before and not refusal:
-            log.warning("store: %s takes writes again", self._place)
+            log.warning("store: %s accepts writes again", self._place)
 
     def check(self) -> None:
         """Raise Unavailable while writes are refused."""
@@ -1376,14 +1376,14 @@ class WriteStatus:
 
 @dataclass(frozen=True)
 class StoredSession:
-    """A session as the store has it."""
+    """A session as it is stored."""
 
     timestamp: int
-    document: bytes | None  # None: its key is of another type than text
-    saved: int | None = None  # ms, when this service saved it last; a later save has a later time
-    announced: str | None = None  # the type of the notification that it announced last
-    marks: tuple[str, str] | None = None  # see Copies; None where there is no second copy
-    storyart_size: int | None = None  # bytes of StoryArt's copy; None where the document is that one
+    document: bytes | None  # None: its key in Redis is not a string
+    saved: int | None = None  # when this service last saved it, in ms; each save gets a later time
+    announced: str | None = None  # the type of its last notification
+    marks: tuple[str, str] | None = None  # as in Copies; None in a store with one copy
+    storyart_size: int | None = None  # bytes of StoryArt's copy; None if `document` is that copy
 
     @functools.cached_property
     def mark(self) -> str:
@@ -1391,41 +1391,41 @@ class StoredSession:
 
     @property
     def is_in_step(self) -> bool:
-        """Whether both copies are as they were when they were last in step; StoryArt's by its length alone."""
+        """Whether neither copy has changed since they were last in step. Of StoryArt's only the length is compared."""
         if not self.marks or self.storyart_size is None:
             return self.marks in (None, ("0", self.mark))
         return (self.marks[0], self.marks[1].partition(" ")[0]) == (self.mark, str(self.storyart_size))
 
 
 def mark_of(document: bytes | None) -> str:
-    """By which a copy is known: its length and its SHA-256; "0" for none."""
+    """Identifies the contents of a copy: its length and its SHA-256; "0" for no copy."""
     return f"{len(document)} {hashlib.sha256(document).hexdigest()}" if document is not None else "0"
 
 
 @dataclass(frozen=True)
 class Copies:
-    """The two copies of a session, and what is known of them."""
+    """The two copies of a session, and their state when they were last in step."""
 
     timestamp: int
     storyswarm: bytes | None
     storyart: bytes | None
-    marks: tuple[str, str] = ("", "")  # of these two when they were last in step; "" before that
+    marks: tuple[str, str] = ("", "")  # of both copies when they were last in step; "" if they never were
     by_storyart: bool = False  # whether StoryArt has written this session
-    latest: bytes | None = None  # a second copy of StorySwarm's, where that was changed, too
+    latest: bytes | None = None  # session:latest, if both it and StorySwarm's copy were changed
 
     @functools.cached_property
     def found(self) -> tuple[str, str]:
-        """The marks as they are now."""
+        """The marks of both copies now."""
         return mark_of(self.storyswarm), mark_of(self.storyart)
 
     def is_changed(self, copy: int) -> bool:
-        """Whether the first (0) or the second (1) of them is there, and was written since they were in step."""
+        """Whether StorySwarm's (0) or StoryArt's copy (1) exists, and has changed since they were last in step."""
         return self.found[copy] not in ("0", self.marks[copy])
 
 
 @dataclass(frozen=True)
 class Change:
-    """What to write of a session: the documents, None for one that stays."""
+    """What to write for a session. A document that is None is not written."""
 
     storyswarm: bytes | None = None
     storyart: bytes | None = None
@@ -1433,160 +1433,160 @@ class Change:
     draft: Draft | None = None
 
 
-@dataclass(frozen=True, eq=False)  # a Batcher hashes what it is asked
+@dataclass(frozen=True, eq=False)  # a Batcher hashes its questions
 class Draft:
     """A notification without its time. The store sets the time, in the step that adds the notification."""
 
     type: str
     session: int
-    fields: Mapping[str, Any]  # what else it says
-    chance: str = dataclasses.field(default_factory=functools.partial(secrets.token_hex, 8))
+    fields: Mapping[str, Any]  # its other JSON keys
+    suffix: str = dataclasses.field(default_factory=functools.partial(secrets.token_hex, 8))
 
     def member(self, time: int) -> bytes:
-        """The JSON to store. Its id carries its time (ms), so that acknowledging finds it without a search."""
-        value = {"id": f"notif_{time}_{self.chance}", "type": self.type, "sessionTimestamp": self.session}
+        """The JSON to store. Its id contains its time (ms): acknowledge() finds the member by it, without a search."""
+        value = {"id": f"notif_{time}_{self.suffix}", "type": self.type, "sessionTimestamp": self.session}
         return to_json({**value, **self.fields, "timestamp": iso_time(time), "acknowledged": False})
 
 
 class Store(Protocol):
-    """What both stores do. Times are ms since 1970. Each verb is one atomic step, safe from any thread and beside other
-    instances on the same store. It raises Unavailable when the store does not answer. A verb that takes several
-    questions is a step for each of them, and returns in place of an outcome the error of that question alone."""
+    """What both stores do. Times are in ms since 1970. Each write is one atomic step, also beside other threads and
+    other instances on the same store. A method raises Unavailable if the store does not answer. A method that takes
+    several items does one step for each, and if that step fails returns its error in place of its result."""
 
     name: str
-    place: str  # for people; without a password
+    place: str  # where the data is, for messages; without a password
     writes: WriteStatus
 
     def ping(self) -> None:
-        """Read something. Raises Unavailable also while writes are refused."""
+        """Raise Unavailable unless the store answers and accepts writes, as far as is known."""
         self.token("")
         self.writes.check()
 
     def try_write(self) -> None:
-        """Write as a save does, and leave nothing; `writes` has the outcome, too."""
+        """Write what a save writes, and remove it again. `writes` records the outcome."""
 
     def close(self) -> None:
-        """End every connection and thread. The store is not used afterwards."""
+        """Close all connections and end all threads. The store must not be used afterwards."""
 
     def session(self, timestamp: int) -> StoredSession | None:
         return result_of(next(self.read_sessions([timestamp])))
 
     def read_sessions(self, timestamps: Sequence[int]) -> Iterator[StoredSession | ApiError | None]:
-        """None where there is none. At most 8 of their documents are in memory at once."""
+        """Each session in turn; None if it does not exist. At most 8 documents are in memory at once."""
 
     def sessions(self) -> Iterator[StoredSession]:
-        """All of them, newest first, each read when the caller asks for it."""
+        """All sessions, newest first. Each is read when the caller asks for it."""
 
     def newest_copy(self) -> bytes | None:
-        """The copy of the newest session that StorySwarm's tools write; None where no other program writes."""
+        """The copy of the newest session that StorySwarm's tools write; None in a store that only this service uses."""
         return None
 
     def save(self, timestamp: int, change: Change, *, replace: bool = True) -> bool:
-        """Store a session with its TTL, and announce what it has to. With replace=False: False, and no change, where
-        one is. A store with one copy needs no other document than StorySwarm's."""
+        """Store a session with its TTL, and add its notification. With replace=False an existing session is not
+        changed, and the result is False. A store with one copy writes StorySwarm's document only."""
 
     def storyarts_copy(self, timestamp: int) -> bytes | None:
-        """None where there is no second copy."""
+        """None if it does not exist, and in a store with one copy."""
         return None
 
     def newest_sessions(self, count: int) -> list[tuple[int, Any]]:
-        """Their timestamps, newest first, each with what is another value once the session was changed. It reads no
-        document, so of another program's change only that of a length counts, and what the bridge notes of it."""
+        """Timestamps, newest first, each with a value that changes with its session. No document is read: a change by
+        another program shows if it changed the length, or once the bridge has recorded it."""
 
     def remove_session(self, timestamp: int) -> bool:
-        """Remove a session, its copies and what was noted of it; its notifications stay. False when there was none."""
+        """Remove a session, its copies and its metadata, but not its notifications. False if there was no session."""
 
     def announce(self, draft: Draft) -> bool:
-        """Note the draft's type at its session and add its notification, unless that type was noted last (False)."""
+        """Add a notification, and record its type as its session's last. False if that is the last type already."""
 
     def add(self, drafts: Sequence[Draft]) -> list[tuple[bytes, int, bool] | ApiError]:
-        """Add each: (member, time, True); or the pending one that was made here for its type and session, and False."""
+        """Add each: (member, time, True). If this service has one of its type and session pending: that, and False."""
 
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
-        """Members within their TTL with their times, oldest first, read about `page` at a time. Another program may
-        have scored its own in seconds: these come before all others, since their scores are lower."""
+        """Members within their TTL with their times, oldest first, read about `page` at a time. Those that another
+        program scored in seconds come before all others, since their scores are lower."""
 
     def pending_since(self, time: float) -> tuple[int, list[tuple[bytes, float]]]:
-        """How many there are; and those of a later time, 1000 at most, without what is scored in seconds."""
+        """How many members are pending, and those after a time: at most 1000, and none that is scored in seconds."""
 
     def snapshot(self, count: int, ids: Sequence[str]) -> tuple[list[bytes], bool]:
-        """The oldest `count` of them, and whether one of `ids` is marked, in one round trip."""
+        """The oldest `count` members, and whether any of `ids` is acknowledged, in one round trip."""
 
     def expired(self, count: int) -> list[bytes]:
-        """Members of other programs past their TTL, which stay: of the oldest `count` in each unit of time."""
+        """Members of other programs past their TTL: among the oldest `count` scored in seconds, and in ms."""
         return []
 
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
-        """Those of `ids` that are marked; none where no other program writes, since what is marked is not pending."""
+        """Which of `ids` are acknowledged. None in a store that only this service uses: they are no longer pending."""
         return set()
 
     def remove_pending(self, members: Sequence[bytes]) -> bool:
-        """Remove pending members, and mark nothing. False when none was there."""
+        """Remove pending members, without acknowledging them. False if none was pending."""
 
     def acknowledge(self, ids: Mapping[str, Sequence[bytes]]) -> list[bool | ApiError]:
-        """Remove the members of each id, also its own_member(), and mark it. False when there was none, and no mark."""
+        """Remove the members of each id and its own_member(), and mark it. False if it had no member and no marker."""
 
     def keep_token(self, digest: str, record: bytes, ttl: int, *, renews: bool = False) -> bool:
-        """Store a token's record under its SHA-256, with a TTL in ms. `renews`: only where there is one, else False."""
+        """Store a token's record under its SHA-256, with a TTL in ms. `renews`: only if it is stored, else False."""
 
     def token(self, digest: str) -> bytes | None:
-        """None when it is unknown, has expired, or was revoked."""
+        """The record of a token; None if it is unknown, expired or revoked."""
 
     def tokens(self) -> list[tuple[str, bytes]]:
-        """Each token's SHA-256 and record."""
+        """The SHA-256 and the record of each token."""
 
     def revoke_token(self, digest: str) -> bool:
-        """False when there was none."""
+        """False if there was no such token."""
 
     def swap_reservation(self, host: str, before: bytes | None, after: bytes | None) -> bytes | None:
-        """Replace the record of that host's GPU, if it is `before`, by `after` (None: only read it). The record that is
-        there then. It has no TTL, so that the store's clock does not matter."""
+        """Compare and swap: replace the record of a host's GPU by `after` (None: only read it) if it equals `before`.
+        Returns the record that is stored then. It has no TTL, because the store's clock may differ from this PC's."""
 
 
 # ======================================================================================================
 # Redis: connections
 # ======================================================================================================
 
-_Command = Sequence[bytes | str | int] | bytes  # bytes: packed
+_Command = Sequence[bytes | str | int] | bytes  # bytes: already packed
 
-# What is wrong with a Redis, by its words, redis-py's or the system's; and what to do. Those words are not repeated, as
-# they may contain the command and with it a session.
+# What is wrong and what to do, by the text of an error of Redis, redis-py or the system. That text is never shown: it
+# may contain the command, and with it a session.
 _START_REDIS = "start it, or correct REDIS_URL, or REDIS_HOST and REDIS_PORT"
 _REDIS_FAULTS = (
     (r"WRONGPASS|AUTH <password> called without", "it refuses the password", "correct user and password in REDIS_URL"),
-    ("NOAUTH", "NOAUTH, it wants a password", "add it: REDIS_URL=redis://:PASSWORD@HOST:PORT/0"),
-    ("DB index is out of range|invalid DB index", "it has no database of that number", "let REDIS_URL end in /0"),
+    ("NOAUTH", "NOAUTH, it requires a password", "add it: REDIS_URL=redis://:PASSWORD@HOST:PORT/0"),
+    ("DB index is out of range|invalid DB index", "it has no database with that number", "end REDIS_URL with /0"),
     ("CERTIFICATE_VERIFY", "its TLS certificate is not trusted", "add ?ssl_ca_certs=FILE to REDIS_URL"),
-    ("CERTIFICATE_REQUIRED", "it wants a certificate of its client", "add ssl_certfile and ssl_keyfile to REDIS_URL"),
+    ("CERTIFICATE_REQUIRED", "it requires a client certificate", "add ssl_certfile and ssl_keyfile to REDIS_URL"),
     (r"\[SSL|handshake", "it does not answer in TLS", "begin REDIS_URL with redis:// if it has no TLS"),
-    ("DENIED|protected mode", "it takes clients of its own PC alone", "set a password there, and in REDIS_URL"),
-    ("max number of clients", "it has as many clients as it takes", "end some, or raise its maxclients"),
-    ("READONLY", "READONLY, it is a replica", "name the Redis that it follows in REDIS_URL"),
-    ("MASTERDOWN", "MASTERDOWN, it is a replica", "name the Redis that it follows in REDIS_URL"),
+    ("DENIED|protected mode", "it accepts clients from its own PC only", "set a password there and in REDIS_URL"),
+    ("max number of clients", "it has reached its limit of clients", "end some, or raise its maxclients"),
+    ("READONLY", "READONLY, it is a replica", "set REDIS_URL to its primary"),
+    ("MASTERDOWN", "MASTERDOWN, it is a replica without its primary", "set REDIS_URL to its primary"),
     ("OOM", "OOM, its memory is full", "free its memory, or raise its maxmemory"),
     ("MISCONF", "MISCONF, it cannot save to its disk", "free space there, and see its own log"),
     ("NOREPLICAS", "NOREPLICAS, it has too few replicas", "start them, or set its min-replicas-to-write to 0"),
-    ("NOPERM|The user executing", "NOPERM, its user may not do that", "allow it all keys and commands in its ACL"),
+    ("NOPERM|The user executing", "NOPERM, its ACL forbids that", "allow this user all keys and commands"),
     ("CROSSSLOT|MOVED|CLUSTERDOWN", "it is a cluster", "use a Redis that is not a cluster"),
-    ("LOADING", "LOADING, it is reading its data", "wait until it has loaded it"),
-    ("BUSY", "BUSY, it is running a script", "wait, or end that by SCRIPT KILL"),
-    ("WRONGTYPE", "WRONGTYPE, a key is of another type", "remove that key"),
+    ("LOADING", "LOADING, it is loading its data", "wait until it has finished"),
+    ("BUSY", "BUSY, it is running a script", "wait, or end the script with SCRIPT KILL"),
+    ("WRONGTYPE", "WRONGTYPE, a key has the wrong type", "remove that key"),
     ("ERR", "ERR, it refuses the command", "use Redis 5 or later, and see its own log"),
     ("[Tt]imeout|took too long", "no response in time", "start it, or restart it"),
-    (r"Error (-\d+|1100\d) connecting", "its name is not known", "correct it in REDIS_URL"),
-    (r"Error (61|111|10061) connecting", "nobody listens there", _START_REDIS),
+    (r"Error (-\d+|1100\d) connecting", "its host name is unknown", "correct it in REDIS_URL"),
+    (r"Error (61|111|10061) connecting", "nothing listens there", _START_REDIS),
     ("Error 2 connecting", "a file that REDIS_URL names is missing", "correct REDIS_URL"),
     ("", "the connection failed", f"{_START_REDIS}; a Redis with TLS needs rediss://"),
 )  # fmt: skip
 
 
-def is_of_another_type(reply: Any) -> bool:
-    """Whether it is the error of a key of another type."""
+def is_wrong_type(reply: Any) -> bool:
+    """Whether a reply is Redis's WRONGTYPE error."""
     return isinstance(reply, ApiError) and "WRONGTYPE" in reply.refusal
 
 
-class _Unchecked(redis.connection.AbstractConnection):
-    """A new connection needs no health check, whose PING Redis refuses where it refuses writes alone."""
+class _SkipsFirstPing(redis.connection.AbstractConnection):
+    """A new connection needs no health check. Redis refuses its PING (MISCONF) while it refuses writes only."""
 
     def connect(self) -> None:
         if not self.is_connected:
@@ -1594,32 +1594,32 @@ class _Unchecked(redis.connection.AbstractConnection):
             super().connect()
 
 
-class _TcpConnection(_Unchecked, redis.Connection):
-    """Tries each address of a name for its share of the time, since some may be silent."""
+class _TcpConnection(_SkipsFirstPing, redis.Connection):
+    """Splits the connect timeout among the addresses of a host name, because some of them may not respond."""
 
     def _connect(self) -> socket.socket:
-        """For connect(), which has no public way to choose an address. SSLConnection wraps its result."""
-        deadline, first = time.monotonic() + self.socket_connect_timeout, None
+        """Overridden because redis-py has no public way to choose an address. SSLConnection wraps its result."""
+        deadline, first_error = time.monotonic() + self.socket_connect_timeout, None
         addresses = [self.host] if address_of(self.host) else self._look_up()
         for left, address in zip(range(len(addresses), 0, -1), addresses):
             try:
                 made = socket.create_connection((address, self.port), max(0.01, deadline - time.monotonic()) / left)
-            except OSError as fault:
-                first = first or fault
+            except OSError as error:
+                first_error = first_error or error
                 continue
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             made.settimeout(self.socket_timeout)
             return made
-        raise first or OSError("its name has no address")
+        raise first_error or OSError("its name has no address")
 
     def _look_up(self) -> list[str]:
-        """127.0.0.1 first: where nothing listens on ::1, Windows takes 2 s to refuse. A lookup has no timeout of its
-        own: it runs in a thread, which is not waited for if it is late."""
-        found: Future[list[Any]] = Future()
-        arguments = (found, socket.getaddrinfo, self.host, self.port, 0, socket.SOCK_STREAM)
+        """The addresses of the host, 127.0.0.1 first: Windows takes 2 s to refuse ::1 if nothing listens there.
+        getaddrinfo() has no timeout, so it runs in a thread, which is abandoned if it takes too long."""
+        lookup: Future[list[Any]] = Future()
+        arguments = (lookup, socket.getaddrinfo, self.host, self.port, 0, socket.SOCK_STREAM)
         threading.Thread(target=settle_by, args=arguments, name="redis-lookup", daemon=True).start()
         try:
-            rows = found.result(self.socket_connect_timeout * 0.8)
+            rows = lookup.result(self.socket_connect_timeout * 0.8)
         except concurrent.futures.TimeoutError:
             raise TimeoutError("the lookup of its name took too long") from None
         return sorted({str(row[4][0]): None for row in rows}, key=lambda address: address != "127.0.0.1")
@@ -1628,27 +1628,26 @@ class _TcpConnection(_Unchecked, redis.Connection):
 class _TlsConnection(redis.SSLConnection, _TcpConnection): ...
 
 
-class _UnixConnection(_Unchecked, redis.UnixDomainSocketConnection): ...
+class _UnixConnection(_SkipsFirstPing, redis.UnixDomainSocketConnection): ...
 
 
 class RedisClient:
-    """Connections of redis-py, which take 20 us for a command where its client takes 150, behind a circuit breaker."""
+    """redis-py's connections behind a circuit breaker: they take 20 us per command, redis-py's own client 150."""
 
-    # Seconds. A call ends within 3 s, also where an idle connection is dead and the next one is silent.
-    CONNECT_TIMEOUT, ANSWER_TIMEOUT = 0.6, 1.15
-    CHECK_INTERVAL = 10  # an idle connection is checked before its next use; one that a poll uses every 5 s is not
-    PROBE_INTERVAL = 1.0  # between two probes while the circuit is open
+    CONNECT_TIMEOUT, ANSWER_TIMEOUT = 0.6, 1.15  # seconds: a call that meets two dead connections ends within 3 s
+    CHECK_INTERVAL = 10  # s: a connection idle for longer is checked before use; polls every 5 s need no check
+    PROBE_INTERVAL = 1.0  # s between two probes while the circuit is open
 
     def __init__(self, url: str) -> None:
         given = redis.connection.parse_url(url)
         kinds = {redis.SSLConnection: _TlsConnection, redis.UnixDomainSocketConnection: _UnixConnection}
-        # The URL says where Redis is and who we are. How it is called is for us to say.
+        # From the URL come address, credentials and TLS. Timeouts and the protocol are set here.
         where = {name: value for name, value in given.items() if re.match("(host|port|path|db|user|pass|ssl)", name)}
         place = where.get("path") or f"{where.get('host', 'localhost')}:{where.get('port', 6379)}"
         self.place = f"{place}, database {where.get('db', 0)}"
         self._pool = redis.ConnectionPool(
             connection_class=kinds.get(given.get("connection_class"), _TcpConnection),
-            max_connections=1000,  # the callers' threads are the limit
+            max_connections=1000,  # the number of threads is the limit
             protocol=2,  # Redis 5 refuses HELLO 3
             driver_info=None,  # CLIENT SETINFO costs two round trips
             socket_timeout=self.ANSWER_TIMEOUT,
@@ -1666,19 +1665,19 @@ class RedisClient:
         self._pool.disconnect()
 
     def exchange(self, commands: Sequence[_Command]) -> list[Any]:
-        """Send the commands, packed ones last, in one round trip. The reply to each: bytes, int, None, a list of these,
-        or Unavailable in place of an error. Raises Unavailable when none comes, at once while the circuit is open."""
+        """Send commands, packed ones last, in one round trip. Returns the reply to each: bytes, int, None, a list of
+        these, or Unavailable for an error. Raises Unavailable if no reply comes, and while the circuit is open."""
         return self._call(lambda connection: self._send(connection, commands))
 
     def ask(self, *commands: _Command) -> list[Any]:
-        """The same, but it raises the first error."""
+        """As exchange(), but raises the first error."""
         return [result_of(reply) for reply in self.exchange(commands)]
 
     def transact(
         self, keys: Sequence[str], reads: Sequence[_Command], write: Callable[[list[Any]], Sequence[_Command]]
     ) -> list[Any]:
-        """Send what `write` makes of the replies to the reads, in one atomic step, again where one of the keys was
-        changed meanwhile: the replies to that, none when there is nothing to write. Raises what `write` raises."""
+        """Pass the replies to the reads to `write`, and send its commands in one transaction; again if one of the keys
+        was changed meanwhile. Returns the replies to the commands, [] if there are none. Raises what `write` raises."""
 
         def run(connection: Any) -> Any:
             for _ in range(10):
@@ -1686,17 +1685,17 @@ class RedisClient:
                 outcome: Any = []
                 try:
                     commands = write(replies)
-                except Exception as fault:
-                    commands, outcome = [], fault
+                except Exception as error:
+                    commands, outcome = [], error
                 if not commands:
                     self._send(connection, [("UNWATCH",)])
                     return outcome
                 replies = self._send(connection, [("MULTI",), *commands, ("EXEC",)])
-                if refused := [one for one in replies if isinstance(one, ApiError)]:
-                    return refused
+                if errors := [reply for reply in replies if isinstance(reply, ApiError)]:
+                    return errors
                 if (done := replies[-1]) is not None:
-                    return [self.unavailable(one) if isinstance(one, Exception) else one for one in done]
-            return Unavailable(f"{keys[0]} at {self.place} is written all the time: ask again.", 1)
+                    return [self.unavailable(reply) if isinstance(reply, Exception) else reply for reply in done]
+            return Unavailable(f"{keys[0]} at {self.place} is changed all the time: try again.", 1)
 
         return result_of(self._call(run))
 
@@ -1707,7 +1706,7 @@ class RedisClient:
             raise self.unavailable(self._fault)
         try:
             return self._call_now(run)
-        except (redis.RedisError, OSError, ValueError) as error:  # ValueError: what answers is no Redis
+        except (redis.RedisError, OSError, ValueError) as error:  # ValueError: the server is no Redis
             if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
                 self._open_circuit(error)
             raise self.unavailable(error) from None
@@ -1718,19 +1717,19 @@ class RedisClient:
             try:
                 connection.check_health()
             except redis.ResponseError:
-                pass  # an answer as well: Redis refuses PING with MISCONF where it refuses writes alone
+                pass  # Redis is alive: it refuses PING (MISCONF) while it refuses writes only
             except (redis.ConnectionError, redis.TimeoutError):
-                self._pool.disconnect(inuse_connections=False)  # the other idle ones died with it
+                self._pool.disconnect(inuse_connections=False)  # the other idle connections are dead as well
                 connection.connect()
             return run(connection)
         except BaseException:
-            connection.disconnect()  # a reply that was not read would be taken for the next one
+            connection.disconnect()  # a reply that was not read would become the reply to the next command
             raise
         finally:
             self._pool.release(connection)
 
     def _send(self, connection: Any, commands: Sequence[_Command]) -> list[Any]:
-        last = [command for command in commands if isinstance(command, bytes)]  # joined: each part would wake Redis
+        last = [command for command in commands if isinstance(command, bytes)]  # joined: each send() would wake Redis
         packed = connection.pack_commands([command for command in commands if not isinstance(command, bytes)])
         connection.send_packed_command([b"".join([*packed, *last])] if last else packed, check_health=False)
         return [self._read_reply(connection) for _ in commands]
@@ -1748,7 +1747,7 @@ class RedisClient:
         return Unavailable(message, 1, refusal=wrong if isinstance(error, redis.ResponseError) else "", advice=advice)
 
     def _open_circuit(self, fault: Exception) -> None:
-        """Let calls fail at once until a probe is answered, or close() was called."""
+        """Make calls fail at once until a probe succeeds."""
         with self._lock:
             if self._fault or self._probes.is_closing:
                 return
@@ -1758,9 +1757,9 @@ class RedisClient:
         self._pool.disconnect(inuse_connections=False)
 
     def _probe(self) -> float:
-        with contextlib.suppress(Exception):  # whatever it is, the next probe may succeed
+        """Close the circuit once Redis replies, even with an error. Not PING, which it refuses with MISCONF."""
+        with contextlib.suppress(Exception):  # the next probe may succeed
             if self._fault:
-                # An error reply is an answer: each call gets its own. Redis refuses PING where it refuses writes alone.
                 self._call_now(lambda connection: self._send(connection, [("EXISTS", "storyteller:newest")]))
                 self._fault = None
                 log.warning("store: Redis at %s answers again", self.place)
@@ -1772,26 +1771,26 @@ class RedisClient:
 # ======================================================================================================
 
 
-def evaluation(script: str, keys: Sequence[str], *arguments: Any) -> tuple[Any, ...]:
+def eval_command(script: str, keys: Sequence[str], *arguments: Any) -> tuple[Any, ...]:
     return ("EVAL", script, len(keys), *keys, *arguments)
 
 
-# Each script is one atomic step. This one adds a notification; with KEYS[4] announces it at a session, unless that was
-# done last; with ARGV[5] saves the session before.
+# Each script is one atomic step. This one adds a notification. With KEYS[4] it adds it for a session, unless that
+# session's last notification was of this type. With ARGV[5] it also saves the session.
 # KEYS: 1 pending, 2 newest, 3 made; 4 session, 5 StoryArt's key for it, 6 meta; 7 index, 8 StoryArt's index, 9 latest,
-# 10 its meta; 11 the document, with the bridge also 12 StoryArt's copy and 13 that for latest, each under a key of its
-# own since a script needs 1 ms to take or to copy 850 KB.
+# 10 its meta; 11 the document, with the bridge also 12 StoryArt's copy and 13 the copy for latest. These have temporary
+# keys, because a script needs 1 ms to take 850 KB as an argument, or to copy them.
 # ARGV: 1 member, 2 its time, 3 now; 4 type, "" for no notification; 5 timestamp, 6 "1" to replace; 7 and 8 the marks of
 # both copies, 9 "1" if StoryArt wrote it, 10 the length of a latest that is no session.
-# It returns first a kept time that it did not follow, or 0. Then "late" and the newest time, if ARGV[2] is not later:
-# the caller asks again with a later one, since the member's JSON contains its time and only the caller can write that.
+# Returns a stored time that was ignored, or 0; then the outcome: "late" and the newest time, if ARGV[2] is not later.
+# The caller retries with a later time, because the script cannot write it into the member's JSON.
 _LUA_CHANGE = """
 local week, ahead, own = 604800000, 0, '^{"id":"notif_[0-9]+_' .. string.rep('[0-9a-f]', 16) .. '",'
 local function reply(...) return {ahead, ...} end
-local function after(kept)  -- the next time after one that was kept, unless the clock was wrong then
-  kept = math.floor(tonumber(kept) or 0)
-  if kept <= ARGV[3] + 3600000 then return kept + 1 end
-  ahead = kept
+local function after(stored)  -- the first time after a stored one; 0 if that was written while the clock was wrong
+  stored = math.floor(tonumber(stored) or 0)
+  if stored <= ARGV[3] + 3600000 then return stored + 1 end
+  ahead = stored
   return 0
 end
 local function add()
@@ -1808,7 +1807,7 @@ local function add()
   redis.call('SET', KEYS[2], ARGV[2], 'PX', week)
   redis.call('SET', KEYS[3], ARGV[1], 'PX', week)
   redis.call('ZADD', KEYS[1], ARGV[2], ARGV[1])
-  -- Of what is past its TTL only what this service made is removed. The clock picks a page: there may be many others.
+  -- Remove expired members, but only those of this service. The clock selects a page: there may be many others.
   local low, high = 100000000000, ARGV[3] - week
   local page = ARGV[3] % math.max(1, math.ceil(redis.call('ZCOUNT', KEYS[1], low, high) / 1000))
   for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], low, high, 'LIMIT', page * 1000, 1000)) do
@@ -1849,7 +1848,7 @@ if ARGV[5] and KEYS[12] then
     local top = redis.pcall('ZREVRANGE', KEYS[at], 0, 0, 'WITHSCORES')
     is_newest = is_newest and math.floor(tonumber(top[2]) or 0) <= tonumber(ARGV[5])
   end
-  -- One that was changed after the caller carried it over is carried over first.
+  -- A latest that another program has changed since the caller looked stays: the bridge reads it first.
   local mark, size = redis.call('HGET', KEYS[10], 'storyswarm') or '', redis.pcall('STRLEN', KEYS[9])
   local is_known = size == 0 or size == tonumber(string.match(mark, '^[0-9]+')) or size == tonumber(ARGV[10])
   if is_newest and (is_known or type(size) ~= 'number') then
@@ -1861,14 +1860,14 @@ if ARGV[5] and KEYS[12] then
     redis.call('DEL', KEYS[13])
   end
 end
--- The meta key lives as long as the longer of the copies, which another program may have written without an end.
+-- The meta key gets the longer TTL of the copies, and none if one has none, as another program may write it.
 local left, other = redis.call('PTTL', KEYS[4]), redis.call('PTTL', KEYS[5])
 if left == -1 or other == -1 then left = -1 else left = math.max(left, other) end
 if left == -1 then redis.call('PERSIST', KEYS[6]) else redis.call('PEXPIRE', KEYS[6], left) end
 return result
 """
 
-# KEYS: 1 pending, 2 marker. ARGV: 1 the oldest score; 2 and 3 own_member(); members.
+# KEYS: 1 pending, 2 marker. ARGV: 1 the lowest score that has not expired; 2 and 3 own_member(); 4 ... members.
 _LUA_ACKNOWLEDGE = """
 local removed = 0
 local function remove(member) removed = removed + redis.call('ZREM', KEYS[1], member) end
@@ -1883,7 +1882,7 @@ return 1
 """
 
 # KEYS: 1 session, 2 StoryArt's key for it, 3 meta, 4 index, 5 StoryArt's index, 6 latest, 7 its meta. ARGV: timestamp;
-# without it only what is left of a session that is gone. A save may have come between.
+# without it, only the leftovers of a session that is gone are removed: it may have been saved again meanwhile.
 _LUA_REMOVE = """
 if not ARGV[1] and redis.call('EXISTS', KEYS[1], KEYS[2]) > 0 then return 0 end
 local is_read, latest = false
@@ -1898,10 +1897,10 @@ redis.pcall('ZREM', KEYS[5], KEYS[2])
 return removed
 """
 
-# The commands and the keys of a save, which Redis may refuse each by itself; nothing is left. KEYS: 1 incoming, 2
-# session, 3 StoryArt's key for it, 4 meta; sorted sets.
+# Every command and every kind of key that a save uses, since an ACL may forbid any of them. Leaves nothing. KEYS:
+# 1 incoming, 2 session, 3 StoryArt's key for it, 4 meta, 5 ... sorted sets.
 _LUA_TRY = """
-redis.call('SET', KEYS[1], 'x', 'PX', 1000)  -- the first: a script that has written is not refused for want of memory
+redis.call('SET', KEYS[1], 'x', 'PX', 1000)  -- first: after its first write a script is not refused for memory
 redis.call('RENAME', KEYS[1], KEYS[2])
 for at = 5, #KEYS do
   redis.call('ZREM', KEYS[at], 'storyteller:try')
@@ -1913,8 +1912,8 @@ redis.call('PEXPIRE', KEYS[4], 1000)
 return redis.call('DEL', KEYS[2], KEYS[3], KEYS[4])
 """
 
-# Run the commands in ARGV, each after the number of its words, unless KEYS[2] was noted or one of KEYS[2] ... is there;
-# note it. The first command that is refused ends the script. KEYS: 1 the set of what is noted.
+# Run the commands in ARGV, each preceded by the number of its words, unless the set KEYS[1] contains KEYS[2] or one of
+# the keys KEYS[2] ... exists; then add KEYS[2] to the set. The first error ends the script.
 _LUA_TAKE = """
 local is_new = redis.call('SISMEMBER', KEYS[1], KEYS[2]) + redis.call('EXISTS', unpack(KEYS, 2)) == 0
 local at = 1
@@ -1923,20 +1922,20 @@ while is_new and ARGV[at] do
   at = at + ARGV[at] + 1
 end
 redis.call('SADD', KEYS[1], KEYS[2])
-redis.call('PEXPIRE', KEYS[1], 31622400000)  -- 366 days: no token lives for longer
+redis.call('PEXPIRE', KEYS[1], 31622400000)  -- 366 days, the longest TTL of a token
 return is_new
 """
 
-# KEYS: 1 record. ARGV: 1 before, "" for none; 2 after, "" to read it.
+# Compare and swap. KEYS: 1 record. ARGV: 1 the expected record, "" for none; 2 the new one, "" to read only.
 _LUA_SWAP = """
 local is_same = (redis.call('GET', KEYS[1]) or '') == ARGV[1]
 if is_same and ARGV[2] ~= '' then redis.call('SET', KEYS[1], ARGV[2]) end
 return redis.call('GET', KEYS[1])
 """
 
-# Take or extend the lease; then the length of session:latest, whether this Redis was met, and the lengths of the copies
-# of the newest sessions (-1 for a key of another type), in one text: redis-py needs 1.5 us for each part of a reply.
-# KEYS: 1 index, 2 StoryArt's index, 3 latest, 4 lease, 5 met. ARGV: 1 owner, 2 its TTL, 3 how many, 4 ... timestamps.
+# Take or extend the lease. Returns "" if another owner has it, else what look() returns, as one text: redis-py needs
+# 1.5 us per item. KEYS: 1 index, 2 StoryArt's index, 3 latest, 4 lease, 5 met. ARGV: 1 owner, 2 the lease's TTL, 3 how
+# many sessions of each index, 4 ... timestamps of further sessions.
 _LUA_LOOK = """
 local holder = redis.call('GET', KEYS[4])
 if holder and holder ~= ARGV[1] then return '' end
@@ -1969,35 +1968,35 @@ return table.concat(found, ' ')
 
 
 class RedisStore(Store):
-    """Redis 5 or later. Our own keys begin with `storyteller:`; the others are those that were agreed on."""
+    """Redis 5 or later. Keys that only this service uses begin with `storyteller:`; other programs share the rest."""
 
     name = "redis"
     INDEXES = ("storyteller:sessions", "storyart:sessions:index")
     LATEST, META_OF_LATEST = "session:latest", "storyteller:session:latest"
-    PENDING, MARK, TOKEN = "notifications:pending", "notifications:ack:", "auth:session:"
-    NEWEST = "storyteller:newest"  # the newest time that a notification was given
+    PENDING, ACK, TOKEN = "notifications:pending", "notifications:ack:", "auth:session:"
+    NEWEST = "storyteller:newest"  # the time of the newest notification
 
-    has_both_copies = False  # BridgedStore has StoryArt's copy as well
-    unreadable_latest = 0  # the length of a session:latest that is no session: a save replaces it
+    has_both_copies = False  # whether save() writes StoryArt's copy and session:latest as well
+    unreadable_latest = 0  # the length of a session:latest that is no session, which a save may replace
 
     def __init__(self, url: str, clock: Callable[[], int] = now_ms) -> None:
         self._redis = RedisClient(url)
         self.place = self._redis.place
         self.writes = WriteStatus(f"Redis at {self.place}")
         self._clock = clock
-        self._newest_given = 0  # ms; others may have given later ones
-        self._pack = redis.Connection(driver_info=None).pack_command  # by default it takes 0.3 ms to make one
-        # To pack 100 words takes 0.1 ms, and the ids of two polls are mostly the same.
-        self._are_marked = functools.lru_cache(maxsize=2)(self._pack_are_marked)
-        self._oldest = functools.lru_cache(maxsize=2)(self._pack_oldest)
+        self._newest_time = 0  # ms, of the newest notification of this instance; other instances may have later ones
+        self._pack = redis.Connection(driver_info=None).pack_command  # driver_info would take 0.3 ms
+        # Packing 100 words takes 0.1 ms, and the ids of two polls are mostly the same.
+        self._exists_command = functools.lru_cache(maxsize=2)(self._pack_exists_command)
+        self._oldest_commands = functools.lru_cache(maxsize=2)(self._pack_oldest_commands)
 
-    def _pack_oldest(self, count: int, now: int) -> tuple[bytes, ...]:
+    def _pack_oldest_commands(self, count: int, now: int) -> tuple[bytes, ...]:
         """The commands that read the oldest members within their TTL."""
-        words = [("ZRANGEBYSCORE", self.PENDING, *scores, "LIMIT", 0, count) for scores in self._scores(now)]
-        return tuple(b"".join(self._pack(*one)) for one in words)
+        commands = [("ZRANGEBYSCORE", self.PENDING, *scores, "LIMIT", 0, count) for scores in self._scores(now)]
+        return tuple(b"".join(self._pack(*command)) for command in commands)
 
-    def _pack_are_marked(self, ids: tuple[str, ...]) -> bytes:
-        return b"".join(self._pack("EXISTS", *[self.MARK + id for id in ids]))
+    def _pack_exists_command(self, ids: tuple[str, ...]) -> bytes:
+        return b"".join(self._pack("EXISTS", *[self.ACK + id for id in ids]))
 
     def try_write(self) -> None:
         self._run(_LUA_TRY, ["storyteller:incoming:try", *self._session_keys("try"), self.PENDING, *self.INDEXES])
@@ -2008,57 +2007,57 @@ class RedisStore(Store):
 
     @staticmethod
     def _session_keys(timestamp: int | str) -> tuple[str, str, str]:
-        """The key of a session, StoryArt's key for it, and the key of what we note of it."""
+        """The key of a session, StoryArt's key for it, and the key of its metadata."""
         return f"session:{timestamp}", f"storyart:session:{timestamp}", f"storyteller:session:{timestamp}"
 
     def _keys_of(self, timestamp: int) -> tuple[str, ...]:
-        """All keys that a change of a session may change."""
+        """All keys that a change of a session may write."""
         return (*self._session_keys(timestamp), *self.INDEXES, self.LATEST, self.META_OF_LATEST)
 
     def _read_parts(self, timestamps: Sequence[int], verb: str) -> list[list[Any]]:
-        """Of each: timestamp, what we note of it, the reply of its key to the verb, the length of StoryArt's copy."""
+        """Of each session: timestamp, metadata, its key's reply to GET or STRLEN, and the length of StoryArt's copy."""
         commands: list[_Command] = []
-        for ours, storyarts, meta in map(self._session_keys, timestamps):
-            # The meta key first: a document newer than what was announced is announced again, which changes nothing.
-            # MGET would hide a key of another type.
+        for key, storyart_key, meta in map(self._session_keys, timestamps):
+            # Metadata first: if a save comes in between, the document is announced again, which changes nothing.
+            # GET and not MGET, which does not report a key of the wrong type.
             commands.append(("HMGET", meta, "saved", "announced", "storyswarm", "storyart"))
-            commands += [(verb, ours), ("STRLEN", storyarts)]
+            commands += [(verb, key), ("STRLEN", storyart_key)]
         replies = iter(self._redis.exchange(commands))
         return [list(parts) for parts in zip(timestamps, replies, replies, replies)]
 
     def read_sessions(self, timestamps: Sequence[int]) -> Iterator[StoredSession | ApiError | None]:
         for at in range(0, len(timestamps), 8):
-            yield from self._read_some(timestamps[at : at + 8])
+            yield from self._read_batch(timestamps[at : at + 8])
 
-    def _read_some(self, timestamps: Sequence[int]) -> Iterator[StoredSession | ApiError | None]:
-        """StorySwarm's copies, or StoryArt's where there is no other."""
-        found = self._read_parts(timestamps, "GET")
-        if lone := [parts for parts in found if parts[2] is None and parts[3] != 0]:
-            reads = [("GET", self._session_keys(parts[0])[1]) for parts in lone]
-            for parts, document in zip(lone, self._redis.exchange(reads)):
+    def _read_batch(self, timestamps: Sequence[int]) -> Iterator[StoredSession | ApiError | None]:
+        """StorySwarm's copies, or StoryArt's for sessions without one."""
+        sessions = self._read_parts(timestamps, "GET")
+        if storyarts := [parts for parts in sessions if parts[2] is None and parts[3] != 0]:
+            reads = [("GET", self._session_keys(parts[0])[1]) for parts in storyarts]
+            for parts, document in zip(storyarts, self._redis.exchange(reads)):
                 parts[2:] = document, None
-        return itertools.starmap(self._read_session, found)
+        return itertools.starmap(self._read_session, sessions)
 
     def _read_session(self, timestamp: int, meta: Any, document: Any, size: Any) -> StoredSession | ApiError | None:
-        if is_of_another_type(document):
+        if is_wrong_type(document):
             document = None
         elif document is None or isinstance(document, ApiError):
             return document
-        noted = [None] * 4 if isinstance(meta, ApiError) else [one and one.decode("utf-8", "replace") for one in meta]
-        saved = int(noted[0]) if noted[0] and noted[0].isdigit() else None
-        marks = (noted[2] or "", noted[3] or "") if self.has_both_copies else None
-        return StoredSession(timestamp, document, saved, noted[1], marks, -1 if isinstance(size, ApiError) else size)
+        fields = [None] * 4 if isinstance(meta, ApiError) else [one and one.decode("utf-8", "replace") for one in meta]
+        saved = int(fields[0]) if fields[0] and fields[0].isdigit() else None
+        marks = (fields[2] or "", fields[3] or "") if self.has_both_copies else None
+        return StoredSession(timestamp, document, saved, fields[1], marks, -1 if isinstance(size, ApiError) else size)
 
     def sessions(self) -> Iterator[StoredSession]:
         for timestamp in self._timestamps():
             if session := self.session(timestamp):
                 yield session
                 continue
-            with contextlib.suppress(Unavailable):  # a replica takes no writes: read on
+            with contextlib.suppress(Unavailable):  # a replica refuses writes: read on
                 self.trim(timestamp)
 
     def _timestamps(self) -> Iterator[int]:
-        """Those of both indexes, newest first, each once, also where its scores have other fractions of a ms."""
+        """All timestamps in the indexes, newest first, each once even if its scores differ by fractions of a ms."""
         merged = heapq.merge(*map(self._read_index, self.INDEXES), reverse=True)
         return (timestamp for timestamp, _ in itertools.groupby(merged))
 
@@ -2067,78 +2066,78 @@ class RedisStore(Store):
         while scores:
             read = ("ZREVRANGEBYSCORE", key, f"({scores[-1]!r}", "(-inf", "WITHSCORES", "LIMIT", 0, page)
             (reply,) = self._redis.exchange([read])
-            scores = [] if is_of_another_type(reply) else [float(score) for score in result_of(reply)[1::2]]
+            scores = [] if is_wrong_type(reply) else [float(score) for score in result_of(reply)[1::2]]
             yield from map(int, scores)
             if len(scores) < page:
                 return
 
     def newest_sessions(self, count: int) -> list[tuple[int, Any]]:
         replies = self._redis.exchange([("ZREVRANGE", key, 0, count - 1, "WITHSCORES") for key in self.INDEXES])
-        indexes = [result_of(reply)[1::2] for reply in replies if not is_of_another_type(reply)]
+        indexes = [result_of(reply)[1::2] for reply in replies if not is_wrong_type(reply)]
         scores = {float(score) for index in indexes for score in index}
         newest = sorted({int(score) for score in scores if math.isfinite(score)}, reverse=True)[:count]
         found = self._read_parts(newest, "STRLEN")
         return [(timestamp, str(version)) for timestamp, *version in found if version[1:] != [0, 0]]
 
     def trim(self, timestamp: int) -> None:
-        """Remove a session from the indexes, if it is gone."""
+        """Remove the index entries and the metadata of a session that is gone."""
         self._run(_LUA_REMOVE, self._keys_of(timestamp))
 
     def newest_copy(self) -> bytes | None:
         return self._get(self.LATEST)
 
     def _get(self, key: str) -> bytes | None:
-        """None also for a key of another type."""
+        """None if the key does not exist, or is not a string."""
         return cast("bytes | None", self._redis.ask(("MGET", key))[0][0])
 
     def _run(self, script: str, keys: Sequence[str], *arguments: Any) -> Any:
-        return self._write(evaluation(script, keys, *arguments))
+        return self._write(eval_command(script, keys, *arguments))
 
     def _write(self, *commands: _Command) -> Any:
-        """The reply to the last of the commands; it raises the first error."""
-        return list(map(result_of, self._noted(self._redis.exchange(commands))))[-1]
+        """The reply to the last command. Raises the first error."""
+        return list(map(result_of, self._note_refusals(self._redis.exchange(commands))))[-1]
 
-    def _noted(self, outcomes: list[Any]) -> list[Any]:
-        """Note it where one of these writes was refused. A key of another type is the fault of that key alone."""
-        for outcome in outcomes:
-            if isinstance(outcome, ApiError) and outcome.refusal and not is_of_another_type(outcome):
-                self.writes.note(outcome.refusal)
-        return outcomes
+    def _note_refusals(self, replies: list[Any]) -> list[Any]:
+        """Record refused writes in `writes`, and return the replies. WRONGTYPE concerns one key, not all writes."""
+        for reply in replies:
+            if isinstance(reply, ApiError) and reply.refusal and not is_wrong_type(reply):
+                self.writes.note(reply.refusal)
+        return replies
 
     def _change_command(self, draft: Draft | None, at: int, keys: Sequence[str], *further: Any) -> tuple[Any, ...]:
         kind, member = (draft.type, draft.member(at)) if draft else ("", b"")
         made = f"storyteller:made:{kind}:{draft.session if draft else ''}"
         keys = (self.PENDING, self.NEWEST, made, *keys)
-        return evaluation(_LUA_CHANGE, keys, member, at, self._clock(), kind, *further)
+        return eval_command(_LUA_CHANGE, keys, member, at, self._clock(), kind, *further)
 
     def _change(self, drafts: Sequence[Draft | None], keys: Sequence[str] = (), *further: Any) -> list[Any]:
-        """Run _LUA_CHANGE for each draft, with a time past the newest one so far; the outcome of each."""
-        first = next_time(self._newest_given, self._clock())
+        """Run _LUA_CHANGE for each draft, with a time after the newest so far. Returns the outcome of each."""
+        first = next_time(self._newest_time, self._clock())
         commands = [self._change_command(draft, at, keys, *further) for at, draft in enumerate(drafts, first)]
-        outcomes = self._noted(self._redis.exchange(commands))
+        outcomes = self._note_refusals(self._redis.exchange(commands))
         ahead = max(0 if isinstance(outcome, ApiError) else outcome.pop(0) for outcome in outcomes)
         warn_of_clock(ahead, self._clock(), self.place)
         states = [None if isinstance(outcome, ApiError) else outcome[0] for outcome in outcomes]
-        given = [int(float(outcome[-1])) for outcome, state in zip(outcomes, states) if state in (b"late", b"added")]
-        self._newest_given = max([first - 1, *given])
+        times = [int(float(outcome[-1])) for outcome, state in zip(outcomes, states) if state in (b"late", b"added")]
+        self._newest_time = max([first - 1, *times])
         if b"added" in states:
             self.writes.note()
         if late := [draft for draft, state in zip(drafts, states) if state == b"late"]:  # another instance was faster
-            again = iter(self._change(late, keys, *further))
-            outcomes = [next(again) if state == b"late" else outcome for outcome, state in zip(outcomes, states)]
+            retried = iter(self._change(late, keys, *further))
+            outcomes = [next(retried) if state == b"late" else outcome for outcome, state in zip(outcomes, states)]
         return outcomes
 
     def save(self, timestamp: int, change: Change, *, replace: bool = True) -> bool:
-        name, ours, storyarts = f"storyteller:incoming:{secrets.token_hex(8)}", change.storyswarm, change.storyart
-        mark = mark_of(ours) if self.has_both_copies else ""
-        marks = (mark, mark if storyarts == ours else mark_of(storyarts))
-        documents = [ours, storyarts, ours] if self.has_both_copies else [ours]
-        incoming = {f"{name}:{number}": one or b"" for number, one in enumerate(documents)}
-        self._write(*[("SET", key, one, "PX", 60_000) for key, one in incoming.items()])
+        name, storyswarm, storyart = f"storyteller:incoming:{secrets.token_hex(8)}", change.storyswarm, change.storyart
+        mark = mark_of(storyswarm) if self.has_both_copies else ""
+        marks = (mark, mark if storyart == storyswarm else mark_of(storyart))
+        documents = [storyswarm, storyart, storyswarm] if self.has_both_copies else [storyswarm]
+        incoming = {f"{name}:{number}": document or b"" for number, document in enumerate(documents)}
+        self._write(*[("SET", key, document, "PX", 60_000) for key, document in incoming.items()])
         further = (timestamp, int(replace), *marks, int(change.by_storyart), self.unreadable_latest)
         state = result_of(self._change([change.draft], [*self._keys_of(timestamp), *incoming], *further)[0])[0]
         if state == b"gone":
-            raise Unavailable("Redis took a minute for this session: ask again.", 1)
+            raise Unavailable("Redis took over a minute to store this session: try again.", 1)
         self.writes.note()
         return bool(state != b"taken")
 
@@ -2150,7 +2149,7 @@ class RedisStore(Store):
         return bool(result_of(outcome)[0] != b"known")
 
     def add(self, drafts: Sequence[Draft]) -> list[tuple[bytes, int, bool] | ApiError]:
-        return map_results(lambda one: (one[1], int(float(one[2])), one[0] == b"added"), self._change(drafts))
+        return map_results(lambda reply: (reply[1], int(float(reply[2])), reply[0] == b"added"), self._change(drafts))
 
     def pending(self, page: int) -> Iterator[tuple[bytes, float]]:
         for lowest, highest in self._scores(self._clock()):
@@ -2159,14 +2158,14 @@ class RedisStore(Store):
                 rows = self._select(lowest, highest, page)
                 if is_full := len(rows) == page:
                     last = rows[-1][1]
-                    # There may be more of the last score: read at once, since each page of them would begin anew.
+                    # There may be more with the last score. Read them all: a page can only begin after a score.
                     rows = [row for row in rows if row[1] < last] + self._select(repr(last), repr(last), -1)
                     lowest = f"({last!r}"
                 yield from ((member, to_ms(score)) for member, score in rows)
 
     @staticmethod
     def _scores(now: int) -> list[tuple[str, str]]:
-        """Within the TTL, in seconds, then in ms: so Redis itself leaves out the others."""
+        """The ranges of scores within the TTL: first those in seconds, then those in ms."""
         ms = now - TTL_MS
         return [(f"({ms / 1000}", f"({SECONDS_BELOW}"), (f"({ms}", "+inf")]
 
@@ -2182,20 +2181,20 @@ class RedisStore(Store):
         return sum(counted), list(zip(values[::2], map(float, values[1::2])))
 
     def snapshot(self, count: int, ids: Sequence[str]) -> tuple[list[bytes], bool]:
-        # By the second, and so packed once a second: to pack them costs more than Redis's answer.
-        commands = self._oldest(count, self._clock() // 1000 * 1000)
-        in_seconds, others, *marked = self._redis.ask(*commands, *([self._are_marked(tuple(ids))] if ids else []))
-        return (in_seconds + others)[:count], any(marked)
+        # Whole seconds, so that the commands are packed once a second: packing costs more than Redis's reply.
+        commands = self._oldest_commands(count, self._clock() // 1000 * 1000)
+        by_seconds, by_ms, *markers = self._redis.ask(*commands, *([self._exists_command(tuple(ids))] if ids else []))
+        return (by_seconds + by_ms)[:count], any(markers)
 
     def expired(self, count: int) -> list[bytes]:
         ms = self._clock() - TTL_MS
-        found = self._select("-inf", f"{ms / 1000}", count) + self._select(f"{SECONDS_BELOW}", f"{ms}", count)
-        return [member for member, _ in found if not re.match(OWN_MEMBER % OWN_ID.encode(), member)]
+        rows = self._select("-inf", f"{ms / 1000}", count) + self._select(f"{SECONDS_BELOW}", f"{ms}", count)
+        return [member for member, _ in rows if not re.match(OWN_MEMBER % OWN_ID.encode(), member)]
 
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
-        if not ids or self._redis.ask(self._are_marked(tuple(ids))) == [0]:
+        if not ids or self._redis.ask(self._exists_command(tuple(ids))) == [0]:
             return set()
-        return {id for id, found in zip(ids, self._redis.ask(*[("EXISTS", self.MARK + id) for id in ids])) if found}
+        return {id for id, exists in zip(ids, self._redis.ask(*[("EXISTS", self.ACK + id) for id in ids])) if exists}
 
     def remove_pending(self, members: Sequence[bytes]) -> bool:
         return bool(self._write(("ZREM", self.PENDING, *members)))
@@ -2203,10 +2202,10 @@ class RedisStore(Store):
     def acknowledge(self, ids: Mapping[str, Sequence[bytes]]) -> list[bool | ApiError]:
         oldest = self._clock() - TTL_MS + 1
         commands = [
-            evaluation(_LUA_ACKNOWLEDGE, (self.PENDING, self.MARK + id), oldest, *own_member(id), *members)
+            eval_command(_LUA_ACKNOWLEDGE, (self.PENDING, self.ACK + id), oldest, *own_member(id), *members)
             for id, members in ids.items()
         ]
-        return map_results(bool, self._noted(self._redis.exchange(commands)))
+        return map_results(bool, self._note_refusals(self._redis.exchange(commands)))
 
     def keep_token(self, digest: str, record: bytes, ttl: int, *, renews: bool = False) -> bool:
         command = ("SET", self.TOKEN + digest, record, "PX", ttl, *(("XX",) if renews else ()))
@@ -2217,7 +2216,7 @@ class RedisStore(Store):
 
     def tokens(self) -> list[tuple[str, bytes]]:
         records, cursor = dict[str, "bytes | None"](), b""
-        while cursor != b"0":  # SCAN: who asks often spaces it by how long it takes
+        while cursor != b"0":  # SCAN walks over all keys of the database
             ((cursor, keys),) = self._redis.ask(("SCAN", cursor or 0, "MATCH", f"{self.TOKEN}*", "COUNT", 1000))
             digests = [key.decode("utf-8", "replace").removeprefix(self.TOKEN) for key in keys]
             records.update(zip(digests, self._redis.ask(("MGET", *keys))[0] if keys else ()))
@@ -2227,30 +2226,29 @@ class RedisStore(Store):
         return bool(self._write(("DEL", self.TOKEN + digest)))
 
     def swap_reservation(self, host: str, before: bytes | None, after: bytes | None) -> bytes | None:
-        record: bytes | None = self._run(_LUA_SWAP, [f"storyteller:gpu:{host}"], before or b"", after or b"")
-        return record
+        return cast("bytes | None", self._run(_LUA_SWAP, [f"storyteller:gpu:{host}"], before or b"", after or b""))
 
-    TAKEN = "storyteller:taken"  # the keys that take() was asked for: what was removed since does not come back
+    TAKEN = "storyteller:taken"  # what take() has stored once: what was removed since is not stored again
 
     def take(self, table: str, row: sqlite3.Row) -> bool:
-        """Store a row of SqliteStore.rows() until its end. False when it is there, or was taken before."""
+        """Copy a row of SqliteStore.rows() with its TTL. False if it exists already, or was copied before."""
         life, commands = ("PX", max(1, row["end"] - self._clock())), list[_Command]()
         if table == "session":
             (*keys, meta), value = self._session_keys(row["timestamp"]), row["document"]
-            # As StoryArt's: so the bridge makes StoryArt's copy, and a later one of StorySwarm's leaves its words.
+            # As written by StoryArt: the bridge then makes StoryArt's copy, and StorySwarm's changes keep its texts.
             announced = ("announced", row["announced"]) if row["announced"] else ()
-            about = ("saved", row["saved"], "byStoryArt", 1, *announced)
-            commands = [("ZADD", self.INDEXES[0], row["timestamp"], keys[0]), ("DEL", meta), ("HSET", meta, *about)]
+            fields = ("saved", row["saved"], "byStoryArt", 1, *announced)
+            commands = [("ZADD", self.INDEXES[0], row["timestamp"], keys[0]), ("DEL", meta), ("HSET", meta, *fields)]
             commands.append(("PEXPIRE", meta, life[1]))
         elif table == "pending":
             keys, value = [f"storyteller:made:{row['made']}"], row["member"]
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # it is no notification
-                keys.append(self.MARK + str(parse_json(value)["id"]))
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # not a notification
+                keys.append(self.ACK + str(parse_json(value)["id"]))
             commands = [("ZADD", self.PENDING, row["time"], value)]
         elif table == "token":
             keys, value = [self.TOKEN + row["digest"]], row["record"]
         else:
-            keys, value = [self.MARK + row["id"]], "1"
+            keys, value = [self.ACK + row["id"]], "1"
         commands.append(("SET", keys[0], value, *life))
         words = [word for command in commands for word in (len(command), *command)]
         return bool(self._run(_LUA_TAKE, [self.TAKEN, *keys], *words))
@@ -2262,25 +2260,25 @@ class RedisStore(Store):
 
 
 class BridgedStore(RedisStore):
-    """For Bridge: StoryArt's copy beside StorySwarm's, and session:latest, which is one of StorySwarm's."""
+    """For Bridge: StorySwarm's and StoryArt's copy of each session, and session:latest, StorySwarm's of the newest."""
 
     has_both_copies = True
     LEASE, MET = "storyteller:bridge", "storyteller:bridge:met"
 
     def newest_copy(self, *, whole: bool = True) -> bytes | None:
-        """Only one that was changed since it was in step; without `whole` only one whose length was."""
+        """session:latest, if it changed since it was last in step; if not `whole`, only if its length changed."""
         size, mark = self._redis.exchange([("STRLEN", self.LATEST), ("HGET", self.META_OF_LATEST, "storyswarm")])
-        known = (result_of(mark) or b"").decode()
-        copy = None if not whole and str(size) == known.partition(" ")[0] else self._get(self.LATEST)
-        return None if mark_of(copy) == known else copy
+        before = (result_of(mark) or b"").decode()
+        copy = None if not whole and str(size) == before.partition(" ")[0] else self._get(self.LATEST)
+        return None if mark_of(copy) == before else copy
 
     def storyarts_copy(self, timestamp: int) -> bytes | None:
         return self._get(self._session_keys(timestamp)[1])
 
     def look(self, owner: str, ttl: int, count: int, further: Iterable[int]) -> list[int]:
-        """Take the lease, or extend it, for `ttl` ms; nothing while another has it. The length of session:latest,
-        whether note_met() was called, then for the newest `count` sessions of each index, and for `further` ones, the
-        timestamp and the lengths of both copies; -1 for the length of what is no text."""
+        """Take or extend the lease for `ttl` ms. Returns [] if another owner has it. Otherwise: the length of
+        session:latest; 1 if note_met() was called, else 0; then timestamp and lengths of both copies of the newest
+        `count` sessions of each index and of the `further` ones. The length of a key that is not a string is -1."""
         keys = (*self.INDEXES, self.LATEST, self.LEASE, self.MET)
         return list(map(int, self._run(_LUA_LOOK, keys, owner, ttl, count, *further).split()))
 
@@ -2288,10 +2286,10 @@ class BridgedStore(RedisStore):
         self, timestamp: int, decide: Callable[[Copies], Change | None], latest: bytes | None = None, *,
         merges: bool = False,
     ) -> Copies:  # fmt: skip
-        """Write what decide() makes of both copies, in one atomic step while no other program writes them: the copies
-        that it got. `latest`: a changed session:latest, in place of StorySwarm's unless it `merges` with that. What is
-        written lives as long as what it is made from (7 days where that has no end), and never shorter than before.
-        Raises ValueError of decide, and for a copy that is no text."""
+        """Write what decide() returns for the two copies, as transact() does, and return the copies that it was given.
+        `latest` is a changed session:latest; it replaces StorySwarm's copy unless it `merges` with it. A copy gets the
+        TTL of the one that it is made from (7 days if that has none), but never a shorter one than it has. Raises the
+        ValueError of decide(), and ValueError for a key that is not a string."""
         keys = self._session_keys(timestamp)
         reads: list[_Command] = [("HMGET", keys[2], "storyswarm", "storyart", "byStoryArt"), ("EXISTS", self.MET)]
         reads += [("PTTL", keys[2]), *((verb, key) for key in keys[:2] for verb in ("PTTL", "GET"))]
@@ -2304,30 +2302,30 @@ class BridgedStore(RedisStore):
 
         def write(replies: list[Any]) -> list[_Command]:
             nonlocal copies, draft
-            draft = None  # of an earlier attempt
-            if any(map(is_of_another_type, replies)):
-                raise ValueError("its key is of another type")
-            noted, is_met, kept, ttl, document, storyart_ttl, storyart, *of_latest = map(result_of, replies)
+            draft = None  # this may be a retry
+            if any(map(is_wrong_type, replies)):
+                raise ValueError("its key is not a string")
+            meta, is_met, meta_ttl, ttl, document, storyart_ttl, storyart, *of_latest = map(result_of, replies)
             if of_latest and (of_latest[0] != latest or of_latest[2] == mark_of(latest).encode()):
-                return []  # somebody else wrote it, or carried it over
-            marks = [(one or b"").decode("utf-8", "replace") for one in noted]
-            given, second = (document, latest) if merges or latest is None else (latest, None)
-            copies = Copies(timestamp, given, storyart, (marks[0], marks[1]), marks[2] == "1", second)
+                return []  # it was written again meanwhile, or is in step already
+            marks = [(field or b"").decode("utf-8", "replace") for field in meta]
+            storyswarm, second = (document, latest) if merges or latest is None else (latest, None)
+            copies = Copies(timestamp, storyswarm, storyart, (marks[0], marks[1]), marks[2] == "1", second)
             try:
                 change = decide(copies)
-            except RecursionError:  # it was read, and cannot be written
+            except RecursionError:  # json reads deeper nesting than it can write
                 raise ValueError("nested too deeply") from None
-            # A copy that was written again as it was lives longer than the marks, by more than two PTTL may differ.
-            is_kept = kept == -1 or (-1 not in (ttl, storyart_ttl) and kept + 60_000 > max(ttl, storyart_ttl))
+            # A copy that was saved again unchanged outlives the metadata. Below a minute that does not matter.
+            is_kept = meta_ttl == -1 or (-1 not in (ttl, storyart_ttl) and meta_ttl + 60_000 > max(ttl, storyart_ttl))
             if change is None and latest is None and is_kept:
                 return []
             change = change or Change(by_storyart=copies.by_storyart)
-            written = (change.storyswarm or (given if given != document else None), change.storyart)
+            written = (change.storyswarm or (storyswarm if storyswarm != document else None), change.storyart)
             marks = [mark if new is None else mark_of(new) for new, mark in zip(written, copies.found)]
-            noted = ("storyswarm", marks[0], "storyart", marks[1], "byStoryArt", int(change.by_storyart))
-            commands: list[_Command] = [("HSET", keys[2], *noted)]
-            lives = (ttl, storyart_ttl), (storyart_ttl, ttl)
-            for key, index, new, old, (own, other) in zip(keys, self.INDEXES, written, (document, storyart), lives):
+            fields = ("storyswarm", marks[0], "storyart", marks[1], "byStoryArt", int(change.by_storyart))
+            commands: list[_Command] = [("HSET", keys[2], *fields)]
+            ttls = (ttl, storyart_ttl), (storyart_ttl, ttl)
+            for key, index, new, old, (own, other) in zip(keys, self.INDEXES, written, (document, storyart), ttls):
                 source = of_latest[1] if of_latest else other
                 life = max(own, source if source > 0 else TTL_MS)
                 if new is not None:
@@ -2336,10 +2334,10 @@ class BridgedStore(RedisStore):
                     commands.append(("ZADD", index, timestamp, key))
             if latest is not None:
                 commands.append(("HSET", self.META_OF_LATEST, "storyswarm", mark_of(latest)))
-            # When the bridge first meets a Redis, all is old news but the newest session.
+            # In a Redis that the bridge sees for the first time, only the newest session is announced.
             if is_met or timestamp >= next(self._timestamps(), 0):
                 draft = change.draft
-            at = next_time(self._newest_given, self._clock())
+            at = next_time(self._newest_time, self._clock())
             return [*commands, self._change_command(draft, at, keys)]
 
         if replies := self._transact(watched, reads, write):
@@ -2350,21 +2348,21 @@ class BridgedStore(RedisStore):
         return copies
 
     def renew_latest(self, newest: int) -> None:
-        """Let session:latest be StorySwarm's copy of the newest session, unless another program changed it."""
-        session, _, meta = self._session_keys(newest)
-        marks = self._redis.ask(("HGET", meta, "storyswarm"), ("HGET", self.META_OF_LATEST, "storyswarm"))
+        """Write StorySwarm's copy of the newest session to session:latest, unless another program has changed that."""
+        session, _, meta_key = self._session_keys(newest)
+        marks = self._redis.ask(("HGET", meta_key, "storyswarm"), ("HGET", self.META_OF_LATEST, "storyswarm"))
         if marks[0] in (None, b"0", marks[1]):
             return
 
         def write(replies: list[Any]) -> list[_Command]:
-            if any(isinstance(one, ApiError) for one in replies):  # one is of another type
+            if any(isinstance(reply, ApiError) for reply in replies):  # such as WRONGTYPE
                 return []
             latest, ttl, document, document_ttl = replies
             if (latest is not None and mark_of(latest).encode() != marks[1]) or mark_of(document).encode() != marks[0]:
                 return []
             life = () if ttl == -1 else ("PX", max(ttl, document_ttl if document_ttl > 0 else TTL_MS))
-            mark = ("HSET", self.META_OF_LATEST, "storyswarm", marks[0])
-            return [("SET", self.LATEST, document, *life), mark]
+            meta = ("HSET", self.META_OF_LATEST, "storyswarm", marks[0])
+            return [("SET", self.LATEST, document, *life), meta]
 
         reads = [(verb, key) for key in (self.LATEST, session) for verb in ("GET", "PTTL")]
         self._transact((self.LATEST, self.META_OF_LATEST, session), reads, write)
@@ -2373,7 +2371,7 @@ class BridgedStore(RedisStore):
         self._redis.ask(("SET", self.MET, "1"))
 
     def _transact(self, *call: Any) -> list[Any]:
-        return list(map(result_of, self._noted(self._redis.transact(*call))))
+        return list(map(result_of, self._note_refusals(self._redis.transact(*call))))
 
 
 # ======================================================================================================
@@ -2382,7 +2380,7 @@ class BridgedStore(RedisStore):
 
 STORE_FILES = ("storyteller.sqlite3", "storyteller.sqlite3-wal", "storyteller.sqlite3-shm")  # in the data folder
 
-# Each made the next version of the file out of the one before; a file's own version is how many it has had.
+# Each step upgrades the file by one version. PRAGMA user_version is the number of steps that a file has had.
 _SCHEMA_STEPS = (
     """
 CREATE TABLE session (timestamp INTEGER PRIMARY KEY, document BLOB NOT NULL, saved INTEGER NOT NULL,
@@ -2402,13 +2400,13 @@ CREATE INDEX token_expires ON token (expires);
     "CREATE TABLE reservation (host TEXT PRIMARY KEY, record BLOB NOT NULL);",
 )
 
-# What is wrong with the file, by SQLite's words, and what to do.
+# What is wrong with the file and what to do, by the text of SQLite's error.
 _SQLITE_FAULTS = (
-    ("locked", "it is locked by another program", "end what uses it, like a backup or a virus scan"),
+    ("locked", "it is locked by another program", "end the program that uses it, like a backup or a virus scan"),
     ("is full", "the disk is full", "free space on it"),
     ("malformed|not a database", "it is damaged", "stop the service, then move storyteller.sqlite3* away"),
     ("already exists", "it is another program's", "set STORYTELLER_DATA_DIR to another folder"),
-    ("", "", "see that this user may read and write it"),
+    ("", "", "check that this user may read and write it"),
 )
 
 
@@ -2418,32 +2416,32 @@ _SQLITE_FAULTS = (
 
 
 class SqliteStore(Store):
-    """One file in WAL mode: reads go on during a write, and what was committed survives a killed process."""
+    """One file in WAL mode: a write blocks no read, and committed data survives a killed process."""
 
     name = "sqlite"
-    WAIT = 3.0  # seconds that a write waits for others, threads and processes
+    WAIT = 3.0  # seconds that a write waits for other threads and processes together
 
-    def __init__(self, path: Path, clock: Callable[[], int] = now_ms, patience: float | None = None) -> None:
-        """A file that another program locks is tried for `patience` seconds, by default WAIT. Raises StartError."""
+    def __init__(self, path: Path, clock: Callable[[], int] = now_ms, lock_timeout: float | None = None) -> None:
+        """Waits `lock_timeout` seconds (default: WAIT) for a file that another program locks. Raises StartError."""
         self.place = str(path)
         self.writes = WriteStatus(str(path))
         self._clock = clock
-        self._damaged = False  # seen at run time: the file is "malformed"
-        self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()  # as many as threads that read at once
+        self._damaged = False  # whether SQLite has called the file malformed
+        self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()  # idle; as many as threads read at once
         self._closed = False
-        self._open(self.WAIT if patience is None else patience)
-        self._writes = Batcher(self._commit, "sqlite-writes")  # from here on its thread alone uses the writer
+        self._open(self.WAIT if lock_timeout is None else lock_timeout)
+        self._writes = Batcher(self._commit, "sqlite-writes")  # from now on only its thread uses the writer
 
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(self.place, timeout=self.WAIT, isolation_level=None, check_same_thread=False)
 
-    def _open(self, patience: float) -> None:
-        deadline = time.monotonic() + patience
+    def _open(self, lock_timeout: float) -> None:
+        deadline = time.monotonic() + lock_timeout
         for attempt in itertools.count():
             try:
                 self._writer = self._connect()
                 with contextlib.ExitStack() as on_failure:
-                    on_failure.callback(self._writer.close)  # on Windows nobody could move the file away meanwhile
+                    on_failure.callback(self._writer.close)  # Windows does not move a file that is open
                     self._prepare()
                     on_failure.pop_all()
                 return
@@ -2452,7 +2450,7 @@ class SqliteStore(Store):
                 if "locked" not in wrong or time.monotonic() > deadline:
                     raise StartError(f"The store {self.place} cannot be used ({wrong}): {advice}.") from None
                 if attempt == 0:
-                    log.warning("store: %s cannot be used yet (%s): trying for %g s", self.place, wrong, patience)
+                    log.warning("store: %s cannot be used yet (%s): trying for %g s", self.place, wrong, lock_timeout)
             time.sleep(0.1)
 
     def _prepare(self) -> None:
@@ -2460,7 +2458,7 @@ class SqliteStore(Store):
         self._writer.execute("PRAGMA synchronous = FULL")
         damage = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
         code = re.search(r"error code=(\d+)", damage)
-        if code and int(code[1]) & 255 == 10:  # SQLITE_IOERR: it may be locked
+        if code and int(code[1]) & 255 == 10:  # SQLITE_IOERR: the file may be locked
             raise sqlite3.OperationalError("disk I/O error")
         if damage != "ok":
             raise StartError(f"The store {self.place} is damaged ({damage}): move storyteller.sqlite3* away.")
@@ -2468,15 +2466,15 @@ class SqliteStore(Store):
             self._writer.execute("BEGIN IMMEDIATE")
             version = self._writer.execute("PRAGMA user_version").fetchone()[0]
             if version > len(_SCHEMA_STEPS):
-                raise StartError(f"The store {self.place} was made by a newer version: start that one.")
+                raise StartError(f"The store {self.place} was made by a newer version: start that version.")
             for statement in ";".join(_SCHEMA_STEPS[version:]).split(";"):
                 self._writer.execute(statement)
             if version < len(_SCHEMA_STEPS):
                 self._writer.execute(f"PRAGMA user_version = {len(_SCHEMA_STEPS)}")
-        self._writer.execute("PRAGMA journal_mode = WAL")  # writes to the file: not before it is known to be ours
+        self._writer.execute("PRAGMA journal_mode = WAL")  # last, since it writes to the file
 
     def _fault_of(self, error: sqlite3.Error) -> tuple[str, str]:
-        """What is wrong, and what to do."""
+        """What is wrong and what to do. On Windows any error may mean that another program locks the file."""
         text = f"{error}{' locked' * is_locked(Path(self.place))}"
         wrong, advice = find_fault(_SQLITE_FAULTS, text)
         return wrong or text, advice
@@ -2492,7 +2490,7 @@ class SqliteStore(Store):
             raise Unavailable(message, 1, refusal=wrong, advice=advice) from None
 
     def _read(self, query: str, *values: object) -> list[Any]:
-        """The rows, read by a connection that no other thread uses meanwhile."""
+        """All rows of the result, read on a connection that no other thread uses at the same time."""
         if self._closed:
             raise stopping()
         with self._errors():
@@ -2504,27 +2502,27 @@ class SqliteStore(Store):
                 return connection.execute(query, values).fetchall()
             finally:
                 self._readers.put(connection)
-                if self._closed:  # while this one was out
+                if self._closed:  # by another thread meanwhile
                     self._close_readers()
 
     def _write(self, change: Callable[[], T]) -> T:
-        """What the change returns, once it is durable."""
+        """Run a change, and return its result once it is durable."""
         return cast(T, result_of(self._write_each([change])[0]))
 
     def _write_each(self, changes: Sequence[Callable[[], Any]]) -> list[Any]:
-        """What each change returns or raises, once all are durable."""
+        """Run changes, and return the result or the exception of each once all are durable."""
         outcomes = self._writes.ask((time.monotonic() + self.WAIT, tuple(changes)), cancellable=True)
         for wait in (self.WAIT, 2 * self.WAIT):
             with contextlib.suppress(concurrent.futures.TimeoutError):
                 return outcomes.result(wait)
-            if outcomes.cancel():
+            if outcomes.cancel():  # else the commit is under way: wait for its outcome
                 break
-        raise Unavailable(f"The store {self.place} is busy: ask again.", 1)
+        raise Unavailable(f"The store {self.place} is busy: try again.", 1)
 
-    def _commit(self, asked: Sequence[tuple[float, Sequence[Callable[[], Any]]]]) -> list[list[Any]]:
-        """One transaction, and so one fsync, for all changes that wait. It also deletes what has expired."""
-        before, wait = self._writer.total_changes, min(deadline for deadline, _ in asked) - time.monotonic()
-        is_alone = sum(len(changes) for _, changes in asked) == 1  # then it needs no savepoint
+    def _commit(self, batch: Sequence[tuple[float, Sequence[Callable[[], Any]]]]) -> list[list[Any]]:
+        """Run all changes of a batch in one transaction, and so with one fsync. It also deletes what has expired."""
+        before, wait = self._writer.total_changes, min(deadline for deadline, _ in batch) - time.monotonic()
+        is_alone = sum(len(changes) for _, changes in batch) == 1  # then it needs no savepoint
         try:
             with self._errors(), self._writer:
                 self._writer.execute(f"PRAGMA busy_timeout = {max(0.0, wait) * 1000:.0f}")
@@ -2533,22 +2531,22 @@ class SqliteStore(Store):
                 for table in ("session", "marker", "token"):
                     self._writer.execute(f"DELETE FROM {table} WHERE expires <= ?", (now,))
                 self._writer.execute("DELETE FROM pending WHERE time <= ?", (now - TTL_MS,))
-                found = [[one() if is_alone else self._try(one) for one in changes] for _, changes in asked]
+                outcomes = [[one() if is_alone else self._in_savepoint(one) for one in changes] for _, changes in batch]
         except Unavailable as fault:
             self.writes.note(fault.refusal)
             raise
         if self._writer.total_changes > before:
             self.writes.note()
-        return found
+        return outcomes
 
-    def _try(self, change: Callable[[], Any]) -> Any:
-        """What the change returns; or what it raises, and then nothing of it is left."""
+    def _in_savepoint(self, change: Callable[[], Any]) -> Any:
+        """The result of a change; or its exception, after what it wrote was rolled back."""
         self._writer.execute("SAVEPOINT change")
         try:
             with self._errors():
                 result = change()
         except Exception as error:
-            if not self._writer.in_transaction:  # it is gone as a whole, as on a full disk
+            if not self._writer.in_transaction:  # SQLite has rolled back the transaction, as on a full disk
                 raise
             self._writer.execute("ROLLBACK TO change")
             result = error
@@ -2563,7 +2561,7 @@ class SqliteStore(Store):
     def try_write(self) -> None:
         row = "INSERT OR REPLACE INTO session (timestamp, document, saved, expires) VALUES (-1, zeroblob(900000), 0, 0)"
         self._write(lambda: self._writer.execute(row))
-        self._write(lambda: None)  # which deletes it, since it has expired
+        self._write(lambda: None)  # any commit deletes the row, which has expired
 
     def close(self) -> None:
         self._closed = True
@@ -2579,8 +2577,8 @@ class SqliteStore(Store):
     _SESSION = "SELECT timestamp, document, saved, announced FROM session WHERE expires > ?"
 
     def read_sessions(self, timestamps: Sequence[int]) -> Iterator[StoredSession | ApiError | None]:
-        for one in timestamps:
-            rows = self._read(f"{self._SESSION} AND timestamp = ?", self._clock(), one)
+        for timestamp in timestamps:
+            rows = self._read(f"{self._SESSION} AND timestamp = ?", self._clock(), timestamp)
             yield StoredSession(*rows[0]) if rows else None
 
     def sessions(self) -> Iterator[StoredSession]:
@@ -2602,9 +2600,9 @@ class SqliteStore(Store):
     def save(self, timestamp: int, change: Change, *, replace: bool = True) -> bool:
         def save() -> bool:
             now, before = self._clock(), "SELECT saved FROM session WHERE timestamp = ?"
-            (kept,) = self._writer.execute(before, (timestamp,)).fetchone() or (0,)
-            warn_of_clock(kept, now, self.place)
-            row = (timestamp, change.storyswarm, next_time(kept, now), now + TTL_MS, replace)
+            (saved,) = self._writer.execute(before, (timestamp,)).fetchone() or (0,)
+            warn_of_clock(saved, now, self.place)
+            row = (timestamp, change.storyswarm, next_time(saved, now), now + TTL_MS, replace)
             is_saved = self._writer.execute(self._SAVE, row).rowcount > 0
             if is_saved and change.draft:
                 self._announce(change.draft)
@@ -2690,7 +2688,7 @@ class SqliteStore(Store):
         return self._write(lambda: self._writer.execute("DELETE FROM token WHERE digest = ?", (digest,)).rowcount > 0)
 
     def rows(self, table: str) -> Iterator[sqlite3.Row]:
-        """All of a table that have not ended, for a copy of the store; sessions by timestamp, the newest last."""
+        """All rows of a table that have not expired, for a copy of the store; sessions with the newest last."""
         end = f"time + {TTL_MS}" if table == "pending" else "expires"
         query = f"SELECT *, {end} AS end FROM {table} WHERE {end} > ? ORDER BY rowid"
         with self._errors(), contextlib.closing(self._connect()) as database:
@@ -2705,11 +2703,11 @@ class SqliteStore(Store):
         return next((row[0] for row in self._read(record, host)), None)
 
 
-def open_store(settings: Settings, patience: float | None = None) -> Store:
-    """The store that the settings name. Redis is not asked yet; SQLite raises StartError, as SqliteStore says."""
+def open_store(settings: Settings, lock_timeout: float | None = None) -> Store:
+    """The store that the settings name. Does not connect to Redis yet. Raises StartError as SqliteStore does."""
     if settings.redis_address:
         return (BridgedStore if settings.bridge else RedisStore)(settings.redis_address)
-    return SqliteStore(settings.data_dir / STORE_FILES[0], patience=patience)
+    return SqliteStore(settings.data_dir / STORE_FILES[0], lock_timeout=lock_timeout)
 
 
 # ======================================================================================================

@@ -2120,10 +2120,10 @@ def test_tls_checks_the_certificate_against_the_name(own_redis, certificate, nam
 @pytest.mark.parametrize(
     ("scheme", "given", "path", "wrong", "advice"),
     [
-        ("redis", "", "/0", "it wants a password", "redis://:PASSWORD@"),
+        ("redis", "", "/0", "it requires a password", "redis://:PASSWORD@"),
         ("redis", ":pass-word@", "/0", "it refuses the password", "correct user and password"),
         ("redis", "me:pass-word@", "/0", "it refuses the password", "correct user and password"),
-        ("redis", ":right@", "/99", "no database of that number", "end in /0"),
+        ("redis", ":right@", "/99", "no database with that number", "with /0"),
         ("rediss", ":right@", "/0", "does not answer in TLS", "begin REDIS_URL with redis://"),
     ],
 )
@@ -2272,7 +2272,7 @@ def test_a_store_that_another_program_locks_is_waited_for(tmp_path, lock_store, 
     path = tmp_path / "store.sqlite3"
     unlock = lock_store(path)
     with ThreadPoolExecutor(1) as pool:
-        opening = pool.submit(service.SqliteStore, path, patience=PATIENCE)
+        opening = pool.submit(service.SqliteStore, path, lock_timeout=PATIENCE)
         wait_until(lambda: "locked by another program" in caplog.text)
         assert not opening.done()
         unlock()
@@ -2284,7 +2284,7 @@ def test_a_store_that_stays_locked_stops_the_start_and_is_not_called_damaged(tmp
     path = tmp_path / "store.sqlite3"
     lock_store(path)
     with pytest.raises(service.StartError, match="is locked by another program") as raised:
-        service.SqliteStore(path, patience=0.01)
+        service.SqliteStore(path, lock_timeout=0.01)
     assert not re.search("damaged|move", str(raised.value))
 
 
@@ -2294,7 +2294,7 @@ def test_a_file_that_a_program_opened_for_itself_alone_is_called_locked(tmp_path
     service.SqliteStore(path).close()
     handle = service._checked("kernel32.CreateFileW", "PSNNPNNP", str(path), 0x8000_0000, 0, None, 3, 0x80, None)
     with pytest.raises(service.StartError, match="is locked by another program"):
-        service.SqliteStore(path, patience=0.01)
+        service.SqliteStore(path, lock_timeout=0.01)
     service._win32("kernel32.CloseHandle", "NP", handle)
 
 
@@ -10407,7 +10407,7 @@ def test_that_writes_are_refused_is_told_once_with_the_reason_and_once_when_it_i
         wait_until(lambda: len(caplog.records) >= 3)
         assert own.tell("KEYS", "*") == [b"notifications:pending"]
     told = [record.getMessage() for record in caplog.records]
-    words = [fault.split()[0], "takes writes again", "older than 7 days"]
+    words = [fault.split()[0], "accepts writes again", "older than 7 days"]
     assert [word in text for word, text in zip(words, told)] == [True] * len(told) == [True] * 3
 
 
@@ -13798,7 +13798,7 @@ def test_a_command_that_needs_the_store_alone_is_refused_while_the_service_runs(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [(["--to", "http://a"], "--to cannot be used: expected redis://"), ([], "The Redis to copy to is not known"),
-     (["--to", "redis://127.0.0.1:1/0"], "nobody listens there")],
+     (["--to", "redis://127.0.0.1:1/0"], "nothing listens there")],
 )  # fmt: skip
 def test_a_move_that_cannot_be_is_refused_in_one_sentence(run_module, filled, arguments, words):
     done = run_module("move", *arguments)
