@@ -1573,7 +1573,7 @@ _REDIS_FAULTS = (
     ("WRONGTYPE", "WRONGTYPE, a key has the wrong type", "remove that key"),
     ("ERR", "ERR, it refuses the command", "use Redis 5 or later, and see its own log"),
     ("[Tt]imeout|took too long", "no response in time", "start it, or restart it"),
-    (r"Error (-\d+|1100\d) connecting", "its host name is unknown", "correct it in REDIS_URL"),
+    (r"Error (-\d+|1100\d|8) connecting", "its host name is unknown", "correct it in REDIS_URL"),
     (r"Error (61|111|10061) connecting", "nothing listens there", _START_REDIS),
     ("Error 2 connecting", "a file that REDIS_URL names is missing", "correct REDIS_URL"),
     ("", "the connection failed", f"{_START_REDIS}; a Redis with TLS needs rediss://"),
@@ -1681,10 +1681,10 @@ class RedisClient:
 
         def run(connection: Any) -> Any:
             for _ in range(10):
-                _, *replies = self._send(connection, [("WATCH", *keys), *reads])
+                watching, *replies = self._send(connection, [("WATCH", *keys), *reads])
                 outcome: Any = []
                 try:
-                    commands = write(replies)
+                    commands = write(replies) if result_of(watching) else []
                 except Exception as error:
                     commands, outcome = [], error
                 if not commands:
@@ -1758,11 +1758,13 @@ class RedisClient:
 
     def _probe(self) -> float:
         """Close the circuit once Redis replies, even with an error. Not PING, which it refuses with MISCONF."""
-        with contextlib.suppress(Exception):  # the next probe may succeed
-            if self._fault:
+        if self._fault:
+            try:
                 self._call_now(lambda connection: self._send(connection, [("EXISTS", "storyteller:newest")]))
                 self._fault = None
                 log.warning("store: Redis at %s answers again", self.place)
+            except Exception as error:
+                self._fault = error  # the reason may have changed
         return self.PROBE_INTERVAL
 
 

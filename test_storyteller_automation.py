@@ -2148,6 +2148,22 @@ def test_a_pending_key_of_another_type_is_unavailable_and_nothing_is_saved(redis
     assert not other_program.exists(f"storyteller:session:{T}", "notifications:ack:an-id")
 
 
+@pytest.mark.parametrize("number", [-2, 8, 11001], ids=["Linux", "macOS", "Windows"])
+def test_an_unknown_host_name_is_told_as_such_on_each_system(number):
+    error = redis.ConnectionError(f"Error {number} connecting to no-such-pc:6379. It is not known.")
+    with contextlib.closing(service.RedisClient("redis://no-such-pc")) as client:
+        assert "its host name is unknown" in str(client.unavailable(error))
+
+
+def test_a_transaction_whose_keys_redis_does_not_watch_writes_nothing(own_redis):
+    own = own_redis("--save", "")
+    own.tell("ACL", "SETUSER", "default", "-watch")
+    with contextlib.closing(service.RedisClient(own.url)) as client:
+        with pytest.raises(service.Unavailable, match="NOPERM"):
+            client.transact(["a key"], [("GET", "a key")], lambda replies: [("SET", "a key", "anew")])
+        assert client.ask(("EXISTS", "a key")) == [0]
+
+
 # The words of Redis and of redis-py name the command and what was given to it.
 @pytest.mark.parametrize(
     "key, verb, words",
@@ -10477,6 +10493,22 @@ def test_outages_use_up_no_connection(forwarder, pass_time, monkeypatch):
                 store.ping()
             forwarder.restore()
         wait_until(lambda: answers(store))
+
+
+def test_while_redis_is_away_calls_get_the_reason_of_the_last_probe(own_redis, monkeypatch):
+    monkeypatch.setattr(service.RedisClient, "PROBE_INTERVAL", 0.02)
+    own = own_redis("--save", "")
+
+    def reason(store: service.Store) -> str:
+        with pytest.raises(service.Unavailable) as raised:
+            store.ping()
+        return str(raised.value)
+
+    with contextlib.closing(service.RedisStore(own.url)) as store:
+        own.kill()
+        assert "nothing listens there" in reason(store)
+        own.start("--requirepass", "pass-word", wait=False)
+        wait_until(lambda: "it requires a password" in reason(store))
 
 
 @pytest.mark.parametrize(
