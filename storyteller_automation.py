@@ -1382,23 +1382,23 @@ class StoredSession:
     document: bytes | None  # None: its key in Redis is not a string
     saved: int | None = None  # when this service last saved it, in ms; each save gets a later time
     announced: str | None = None  # the type of its last notification
-    marks: tuple[str, str] | None = None  # as in Copies; None in a store with one copy
+    synced: tuple[str, str] | None = None  # as in Copies; None in a store with one copy
     storyart_size: int | None = None  # bytes of StoryArt's copy; None if `document` is that copy
 
     @functools.cached_property
-    def mark(self) -> str:
-        return mark_of(self.document)
+    def fingerprint(self) -> str:
+        return fingerprint_of(self.document)
 
     @property
     def is_in_step(self) -> bool:
         """Whether neither copy has changed since they were last in step. Of StoryArt's only the length is compared."""
-        if not self.marks or self.storyart_size is None:
-            return self.marks in (None, ("0", self.mark))
-        return (self.marks[0], self.marks[1].partition(" ")[0]) == (self.mark, str(self.storyart_size))
+        if not self.synced or self.storyart_size is None:
+            return self.synced in (None, ("0", self.fingerprint))
+        return (self.synced[0], self.synced[1].partition(" ")[0]) == (self.fingerprint, str(self.storyart_size))
 
 
-def mark_of(document: bytes | None) -> str:
-    """Identifies the contents of a copy: its length and its SHA-256; "0" for no copy."""
+def fingerprint_of(document: bytes | None) -> str:
+    """The length and the SHA-256 of a copy; "0" for no copy."""
     return f"{len(document)} {hashlib.sha256(document).hexdigest()}" if document is not None else "0"
 
 
@@ -1409,18 +1409,18 @@ class Copies:
     timestamp: int
     storyswarm: bytes | None
     storyart: bytes | None
-    marks: tuple[str, str] = ("", "")  # of both copies when they were last in step; "" if they never were
+    synced: tuple[str, str] = ("", "")  # both fingerprints when they were last in step; "" if they never were
     by_storyart: bool = False  # whether StoryArt has written this session
     latest: bytes | None = None  # session:latest, if both it and StorySwarm's copy were changed
 
     @functools.cached_property
-    def found(self) -> tuple[str, str]:
-        """The marks of both copies now."""
-        return mark_of(self.storyswarm), mark_of(self.storyart)
+    def current(self) -> tuple[str, str]:
+        """The fingerprints of both copies now."""
+        return fingerprint_of(self.storyswarm), fingerprint_of(self.storyart)
 
     def is_changed(self, copy: int) -> bool:
         """Whether StorySwarm's (0) or StoryArt's copy (1) exists, and has changed since they were last in step."""
-        return self.found[copy] not in ("0", self.marks[copy])
+        return self.current[copy] not in ("0", self.synced[copy])
 
 
 @dataclass(frozen=True)
@@ -1782,8 +1782,8 @@ def eval_command(script: str, keys: Sequence[str], *arguments: Any) -> tuple[Any
 # KEYS: 1 pending, 2 newest, 3 made; 4 session, 5 StoryArt's key for it, 6 meta; 7 index, 8 StoryArt's index, 9 latest,
 # 10 its meta; 11 the document, with the bridge also 12 StoryArt's copy and 13 the copy for latest. These have temporary
 # keys, because a script needs 1 ms to take 850 KB as an argument, or to copy them.
-# ARGV: 1 member, 2 its time, 3 now; 4 type, "" for no notification; 5 timestamp, 6 "1" to replace; 7 and 8 the marks of
-# both copies, 9 "1" if StoryArt wrote it, 10 the length of a latest that is no session.
+# ARGV: 1 member, 2 its time, 3 now; 4 type, "" for no notification; 5 timestamp, 6 "1" to replace; 7 and 8
+# both fingerprints, 9 "1" if StoryArt wrote it, 10 the length of a latest that is no session.
 # Returns a stored time that was ignored, or 0; then the outcome: "late" and the newest time, if ARGV[2] is not later.
 # The caller retries with a later time, because the script cannot write it into the member's JSON.
 _LUA_CHANGE = """
@@ -1851,8 +1851,8 @@ if ARGV[5] and KEYS[12] then
     is_newest = is_newest and math.floor(tonumber(top[2]) or 0) <= tonumber(ARGV[5])
   end
   -- A latest that another program has changed since the caller looked stays: the bridge reads it first.
-  local mark, size = redis.call('HGET', KEYS[10], 'storyswarm') or '', redis.pcall('STRLEN', KEYS[9])
-  local is_known = size == 0 or size == tonumber(string.match(mark, '^[0-9]+')) or size == tonumber(ARGV[10])
+  local synced, size = redis.call('HGET', KEYS[10], 'storyswarm') or '', redis.pcall('STRLEN', KEYS[9])
+  local is_known = size == 0 or size == tonumber(string.match(synced, '^[0-9]+')) or size == tonumber(ARGV[10])
   if is_newest and (is_known or type(size) ~= 'number') then
     local left = redis.call('PTTL', KEYS[9])
     redis.call('RENAME', KEYS[13], KEYS[9])
@@ -2047,8 +2047,8 @@ class RedisStore(Store):
             return document
         fields = [None] * 4 if isinstance(meta, ApiError) else [one and one.decode("utf-8", "replace") for one in meta]
         saved = int(fields[0]) if fields[0] and fields[0].isdigit() else None
-        marks = (fields[2] or "", fields[3] or "") if self.has_both_copies else None
-        return StoredSession(timestamp, document, saved, fields[1], marks, -1 if isinstance(size, ApiError) else size)
+        synced = (fields[2] or "", fields[3] or "") if self.has_both_copies else None
+        return StoredSession(timestamp, document, saved, fields[1], synced, -1 if isinstance(size, ApiError) else size)
 
     def sessions(self) -> Iterator[StoredSession]:
         for timestamp in self._timestamps():
@@ -2131,12 +2131,12 @@ class RedisStore(Store):
 
     def save(self, timestamp: int, change: Change, *, replace: bool = True) -> bool:
         name, storyswarm, storyart = f"storyteller:incoming:{secrets.token_hex(8)}", change.storyswarm, change.storyart
-        mark = mark_of(storyswarm) if self.has_both_copies else ""
-        marks = (mark, mark if storyart == storyswarm else mark_of(storyart))
+        fingerprint = fingerprint_of(storyswarm) if self.has_both_copies else ""
+        synced = (fingerprint, fingerprint if storyart == storyswarm else fingerprint_of(storyart))
         documents = [storyswarm, storyart, storyswarm] if self.has_both_copies else [storyswarm]
         incoming = {f"{name}:{number}": document or b"" for number, document in enumerate(documents)}
         self._write(*[("SET", key, document, "PX", 60_000) for key, document in incoming.items()])
-        further = (timestamp, int(replace), *marks, int(change.by_storyart), self.unreadable_latest)
+        further = (timestamp, int(replace), *synced, int(change.by_storyart), self.unreadable_latest)
         state = result_of(self._change([change.draft], [*self._keys_of(timestamp), *incoming], *further)[0])[0]
         if state == b"gone":
             raise Unavailable("Redis took over a minute to store this session: try again.", 1)
@@ -2269,10 +2269,10 @@ class BridgedStore(RedisStore):
 
     def newest_copy(self, *, whole: bool = True) -> bytes | None:
         """session:latest, if it changed since it was last in step; if not `whole`, only if its length changed."""
-        size, mark = self._redis.exchange([("STRLEN", self.LATEST), ("HGET", self.META_OF_LATEST, "storyswarm")])
-        before = (result_of(mark) or b"").decode()
+        size, synced = self._redis.exchange([("STRLEN", self.LATEST), ("HGET", self.META_OF_LATEST, "storyswarm")])
+        before = (result_of(synced) or b"").decode()
         copy = None if not whole and str(size) == before.partition(" ")[0] else self._get(self.LATEST)
-        return None if mark_of(copy) == before else copy
+        return None if fingerprint_of(copy) == before else copy
 
     def storyarts_copy(self, timestamp: int) -> bytes | None:
         return self._get(self._session_keys(timestamp)[1])
@@ -2308,11 +2308,11 @@ class BridgedStore(RedisStore):
             if any(map(is_wrong_type, replies)):
                 raise ValueError("its key is not a string")
             meta, is_met, meta_ttl, ttl, document, storyart_ttl, storyart, *of_latest = map(result_of, replies)
-            if of_latest and (of_latest[0] != latest or of_latest[2] == mark_of(latest).encode()):
+            if of_latest and (of_latest[0] != latest or of_latest[2] == fingerprint_of(latest).encode()):
                 return []  # it was written again meanwhile, or is in step already
-            marks = [(field or b"").decode("utf-8", "replace") for field in meta]
+            *synced, by_storyart = [(field or b"").decode("utf-8", "replace") for field in meta]
             storyswarm, second = (document, latest) if merges or latest is None else (latest, None)
-            copies = Copies(timestamp, storyswarm, storyart, (marks[0], marks[1]), marks[2] == "1", second)
+            copies = Copies(timestamp, storyswarm, storyart, (synced[0], synced[1]), by_storyart == "1", second)
             try:
                 change = decide(copies)
             except RecursionError:  # json reads deeper nesting than it can write
@@ -2323,8 +2323,8 @@ class BridgedStore(RedisStore):
                 return []
             change = change or Change(by_storyart=copies.by_storyart)
             written = (change.storyswarm or (storyswarm if storyswarm != document else None), change.storyart)
-            marks = [mark if new is None else mark_of(new) for new, mark in zip(written, copies.found)]
-            fields = ("storyswarm", marks[0], "storyart", marks[1], "byStoryArt", int(change.by_storyart))
+            synced = [old if new is None else fingerprint_of(new) for new, old in zip(written, copies.current)]
+            fields = ("storyswarm", synced[0], "storyart", synced[1], "byStoryArt", int(change.by_storyart))
             commands: list[_Command] = [("HSET", keys[2], *fields)]
             ttls = (ttl, storyart_ttl), (storyart_ttl, ttl)
             for key, index, new, old, (own, other) in zip(keys, self.INDEXES, written, (document, storyart), ttls):
@@ -2335,7 +2335,7 @@ class BridgedStore(RedisStore):
                 if new is not None or old is not None:
                     commands.append(("ZADD", index, timestamp, key))
             if latest is not None:
-                commands.append(("HSET", self.META_OF_LATEST, "storyswarm", mark_of(latest)))
+                commands.append(("HSET", self.META_OF_LATEST, "storyswarm", fingerprint_of(latest)))
             # In a Redis that the bridge sees for the first time, only the newest session is announced.
             if is_met or timestamp >= next(self._timestamps(), 0):
                 draft = change.draft
@@ -2351,20 +2351,20 @@ class BridgedStore(RedisStore):
 
     def renew_latest(self, newest: int) -> None:
         """Write StorySwarm's copy of the newest session to session:latest, unless another program has changed that."""
-        session, _, meta_key = self._session_keys(newest)
-        marks = self._redis.ask(("HGET", meta_key, "storyswarm"), ("HGET", self.META_OF_LATEST, "storyswarm"))
-        if marks[0] in (None, b"0", marks[1]):
+        session, _, meta = self._session_keys(newest)
+        synced, of_latest = self._redis.ask(("HGET", meta, "storyswarm"), ("HGET", self.META_OF_LATEST, "storyswarm"))
+        if synced in (None, b"0", of_latest):
             return
 
         def write(replies: list[Any]) -> list[_Command]:
             if any(isinstance(reply, ApiError) for reply in replies):  # such as WRONGTYPE
                 return []
             latest, ttl, document, document_ttl = replies
-            if (latest is not None and mark_of(latest).encode() != marks[1]) or mark_of(document).encode() != marks[0]:
+            found = [fingerprint_of(copy).encode() for copy in (latest, document)]
+            if found[0] not in (b"0", of_latest) or found[1] != synced:
                 return []
             life = () if ttl == -1 else ("PX", max(ttl, document_ttl if document_ttl > 0 else TTL_MS))
-            meta = ("HSET", self.META_OF_LATEST, "storyswarm", marks[0])
-            return [("SET", self.LATEST, document, *life), meta]
+            return [("SET", self.LATEST, document, *life), ("HSET", self.META_OF_LATEST, "storyswarm", synced)]
 
         reads = [(verb, key) for key in (self.LATEST, session) for verb in ("GET", "PTTL")]
         self._transact((self.LATEST, self.META_OF_LATEST, session), reads, write)
@@ -2866,12 +2866,12 @@ class Sessions:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._facts: dict[str, Facts] = {}  # by the document's mark
+        self._facts: dict[str, Facts] = {}  # by the fingerprint of the document
         self._report = functools.lru_cache(1000)(functools.partial(log.warning, "sessions: %s is left out: %s"))  # once
         self._parse_lock = threading.Lock()
 
     def cached(self, stored: StoredSession) -> Facts | None:
-        return self._facts.get(stored.mark)
+        return self._facts.get(stored.fingerprint)
 
     def facts_of(self, stored: StoredSession) -> Facts:
         """From the cache, or parsed. Documents are parsed one at a time, so equal ones are parsed once."""
@@ -2880,7 +2880,7 @@ class Sessions:
             with self._parse_lock:
                 facts = self.cached(stored) or find_facts(stored)
                 if len(json.dumps(facts.summary)) <= self.MAX_SUMMARY:
-                    self._facts[stored.mark] = facts
+                    self._facts[stored.fingerprint] = facts
                     bound(self._facts, self.CACHE_SIZE)
         return facts
 
@@ -3006,7 +3006,7 @@ def decide(copies: Copies) -> Change | None:
     swarm_changed, art_changed = copies.is_changed(0) or latest not in (None, swarm), copies.is_changed(1)
     by_storyart = copies.by_storyart or art_changed
     if not swarm_changed and not art_changed:  # a copy that is gone stays so until the other one is written
-        return None if copies.found == copies.marks or not any(copies.marks) else Change(by_storyart=by_storyart)
+        return None if copies.current == copies.synced or not any(copies.synced) else Change(by_storyart=by_storyart)
     theirs, own = (None if document is None else read_session(document) for document in (latest or swarm, art))
     carries_over = own is None or (theirs is not None and swarm_changed and not by_storyart and not latest)
     outcome, base = cast(tuple[dict[str, Any], bytes], (theirs, latest or swarm) if carries_over else (own, art))
@@ -6286,7 +6286,7 @@ class SessionChanges:
         self._services, self._unread, self._publish = services, unread, publish
         self._changed = ChangedSessions(services.store, self.NEWEST)
         self._unannounced: set[int] = set()  # complete sessions, to be announced once the store takes writes
-        # timestamp -> mark, are the prompts announced, data; timestamp -> mark and data of the newest event
+        # timestamp -> fingerprint, are the prompts announced, data; timestamp -> both of the newest event
         self._current: dict[int, tuple[str, bool, dict[str, Any]]] = {}
         self._published: dict[int, tuple[str, dict[str, Any]]] = {}
 
@@ -6333,12 +6333,12 @@ class SessionChanges:
             "storyUuid": facts.summary["storyUuid"],
             "lastUpdated": last_update(stored, facts),
         }
-        self._current[timestamp] = stored.mark, stored.announced == "prompts_ready", data
+        self._current[timestamp] = stored.fingerprint, stored.announced == "prompts_ready", data
 
     def _data(self, timestamp: int) -> tuple[str, dict[str, Any]]:
-        mark, is_announced, data = self._current[timestamp]
+        fingerprint, is_announced, data = self._current[timestamp]
         is_over = is_announced and data["step"] == "ready" and not self._unread.get(timestamp)
-        return mark, {**data, "step": "acknowledged"} if is_over else data
+        return fingerprint, {**data, "step": "acknowledged"} if is_over else data
 
     def publish_changes(self) -> None:
         """Call after PendingChanges.look(): an announced session without an unread notification is acknowledged."""

@@ -7216,7 +7216,7 @@ def to_bytes(document: Any) -> bytes | None:
 
 def copies_of(now: Any, before: Any = None, *, by_storyart: bool = False) -> service.Copies:
     """StorySwarm's copy and StoryArt's; `before`: as they were when they were last in step, None for never."""
-    marks = [service.mark_of(to_bytes(one)) for one in before] if before else ["", ""]
+    marks = [service.fingerprint_of(to_bytes(one)) for one in before] if before else ["", ""]
     swarm, art = map(to_bytes, now)
     return service.Copies(T, swarm, art, (marks[0], marks[1]), by_storyart)
 
