@@ -1370,8 +1370,8 @@ class WriteStatus:
 
     def check(self) -> None:
         """Raise Unavailable while writes are refused."""
-        if self.refusal:
-            raise Unavailable(f"{self._place} refuses writes ({self.refusal}).", 5)
+        if refusal := self.refusal:  # read once: another thread may reset it
+            raise Unavailable(f"{self._place} refuses writes ({refusal}).", 5)
 
 
 @dataclass(frozen=True)
@@ -1702,8 +1702,8 @@ class RedisClient:
     def _call(self, run: Callable[[Any], T]) -> T:
         if self._probes.is_closing:
             raise stopping()
-        if self._fault:
-            raise self.unavailable(self._fault)
+        if fault := self._fault:  # read once: the probe's thread may reset it
+            raise self.unavailable(fault)
         try:
             return self._call_now(run)
         except (redis.RedisError, OSError, ValueError) as error:  # ValueError: the server is no Redis

@@ -2164,6 +2164,27 @@ def test_a_transaction_whose_keys_redis_does_not_watch_writes_nothing(own_redis)
         assert client.ask(("EXISTS", "a key")) == [0]
 
 
+def first_read(value: Any) -> property:
+    """An attribute that another thread resets as soon as the test has read it."""
+    values = iter([value])
+    return property(lambda _: next(values, None) if threading.current_thread() is threading.main_thread() else None)
+
+
+def test_a_call_at_the_moment_when_redis_returns_is_unavailable(redis_url, monkeypatch):
+    with contextlib.closing(service.RedisClient(redis_url)) as client:
+        monkeypatch.setattr(service.RedisClient, "_fault", first_read(redis.ConnectionError("away")), raising=False)
+        with pytest.raises(service.Unavailable, match="the connection failed"):
+            client.ask(("PING",))
+        assert client.ask(("PING",)) == [b"PONG"]
+
+
+def test_a_check_at_the_moment_when_writes_are_accepted_again_says_why_they_were_not(monkeypatch):
+    status = service.WriteStatus("Redis")
+    monkeypatch.setattr(service.WriteStatus, "refusal", first_read("OOM"), raising=False)
+    with pytest.raises(service.Unavailable, match="OOM"):
+        status.check()
+
+
 # The words of Redis and of redis-py name the command and what was given to it.
 @pytest.mark.parametrize(
     "key, verb, words",
