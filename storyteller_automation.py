@@ -3355,9 +3355,11 @@ class PendingChanges:
 
     PAGE = 2000  # members per read
 
-    def __init__(self, store: Store, notifications: Notifications, emit: Emit, pause: Callable[[], None]) -> None:
-        """A look calls `pause` after each step, in which the owner handles what must not wait for 100,000 members."""
-        self._store, self._notifications, self._emit, self._pause = store, notifications, emit, pause
+    def __init__(
+        self, store: Store, notifications: Notifications, emit: Emit, add_own: Callable[[], None] = lambda: None
+    ) -> None:
+        """`add_own` calls add() and forget() for what was made and acknowledged here since it was called last."""
+        self._store, self._notifications, self._emit, self._add_own = store, notifications, emit, add_own
         self.is_initial = True  # the owner resets it after a look, and sets it to start over
         # The key is the id if this service made it, else the member. None: it is invalid, or its end was emitted.
         self._known: dict[str | bytes, Notification | None] = {}
@@ -3377,15 +3379,20 @@ class PendingChanges:
         if one.id not in self._known:
             self._keep(one.id, one._replace(since=now_ms()))
 
-    def look(self) -> None:
-        """Compare the store with what is known, and emit the differences. Raises Unavailable."""
+    def add_newer(self) -> tuple[int, bool]:
+        """Track and emit the newest members. How many are pending, and whether no newer ones are left to read."""
         count, newer = self._store.pending_since(self._newest)
         self._add_new(newer)
+        return count, len(newer) < 1000
+
+    def look(self) -> Iterator[None]:
+        """Compare the store with what is known, in steps, and emit the differences. Raises Unavailable."""
+        count, _ = self.add_newer()
         # Another instance marks what it removes, so most ends are found without a scan of the pending set.
         if (is_gone := count < self._count()) or time.monotonic() >= self._marks_at:
-            self._find_marked(is_gone=is_gone)
+            yield from self._find_marked(is_gone=is_gone)
         if count != self._count() or time.monotonic() >= self._scan_at:
-            self._scan()
+            yield from self._scan()
 
     def _count(self) -> int:
         return len(self._known) + self._duplicates
@@ -3407,7 +3414,7 @@ class PendingChanges:
                 found = self._notifications.read(member, score)
                 fresh[key] = found and found._replace(since=at)
         marked = self._store.acknowledged([found.id for found in fresh.values() if found])
-        self._pause()  # the owner calls add() first for what was made here, even if it is acknowledged by now
+        self._add_own()  # first: its events are emitted even if it is acknowledged by now
         for key, one in fresh.items():
             if key not in self._known:
                 self._keep(key, None if one and one.id in marked else one)
@@ -3429,7 +3436,7 @@ class PendingChanges:
                 del self.unread[known.session]
             self._emit("acknowledged", {"id": known.id, "type": known.type, "sessionTimestamp": known.session})
 
-    def _find_marked(self, *, is_gone: bool) -> None:
+    def _find_marked(self, *, is_gone: bool) -> Iterator[None]:
         """End the notifications that are marked as acknowledged. Another program may mark one without removing it."""
         began = time.monotonic()
         keys = {known.id: key for key, known in self._known.items() if known}
@@ -3438,18 +3445,18 @@ class PendingChanges:
             marked = self._store.acknowledged(part)
             for id in [one for one in part if one in marked]:
                 self.forget(keys[id], is_gone=is_gone)
-            self._pause()
+            yield
         ended = time.monotonic()
         self._marks_at = ended + max(1.0, 5 * (ended - began))
 
-    def _scan(self) -> None:
+    def _scan(self) -> Iterator[None]:
         """Compare the whole pending set with what is known."""
         began, before, seen, count = time.monotonic(), list(self._known), set[str | bytes](), 0
         rows = self._store.pending(page=self.PAGE)
         while page := list(itertools.islice(rows, self.PAGE)):
             count += len(page)
             seen.update(self._add_new(page))
-            self._pause()
+            yield
         for key in before:
             if key not in seen:
                 self.forget(key)
@@ -3461,14 +3468,20 @@ class ChangedSessions:
     """The newest sessions of a store. A look reads only those that were changed since the last one."""
 
     def __init__(self, store: Store, count: int) -> None:
-        self._store, self._count = store, count
+        self._store, self._count, self._turns = store, count, itertools.count()
         self.versions: dict[int, Any] = {}  # by timestamp, from Store.newest_sessions(); also of unreadable documents
 
     def look(self, again: Container[int] = ()) -> Iterator[StoredSession]:
-        """The changed sessions, and those in `again`. A session counts as read once the caller takes the next one."""
+        """The changed sessions, those in `again`, and one of the others in turn, which may have been replaced by one of
+        the same length. A session counts as read once the caller takes the next one."""
         newest = dict(self._store.newest_sessions(self._count))
         self.versions = {one: version for one, version in self.versions.items() if one in newest}
-        changed = [one for one, version in newest.items() if self.versions.get(one) != version or one in again]
+        turn = next(self._turns) % max(1, len(newest))
+        changed = [
+            one
+            for place, (one, version) in enumerate(newest.items())
+            if self.versions.get(one) != version or one in again or place == turn
+        ]
         for timestamp, outcome in zip(changed, self._store.read_sessions(changed)):
             if stored := result_of(outcome):
                 yield stored
@@ -4791,7 +4804,7 @@ class Observer:
         self._settings, self._store, self._gpu, self._swarmui, self._sessions = settings, store, gpu, swarmui, sessions
         self._count_listeners, self._clock, self.wall = count_listeners, clock, wall
         self._lock = threading.Lock()  # for what look() finds in the store
-        self._pending = PendingChanges(store, notifications, lambda type, data: None, lambda: None)
+        self._pending = PendingChanges(store, notifications, lambda type, data: None)
         self._changed = ChangedSessions(store, self.SESSIONS)
         self._waiting: dict[int, WaitingSession] = {}
         self._found: tuple[Sequence[Notification], Sequence[WaitingSession]] | None = None  # None: it failed
@@ -4814,7 +4827,8 @@ class Observer:
             if began - self._looked_at >= oldest or not self._found:
                 self._looked_at, self._found = began, None
                 with contextlib.suppress(ApiError):  # after a failed ping() too: reads may still succeed
-                    self._pending.look()
+                    for _ in self._pending.look():
+                        pass
                     self._find_waiting()
                     self._found, self._pending.is_initial = (self._pending.all(), list(self._waiting.values())), False
                 self._took = self._clock() - began
@@ -6520,13 +6534,22 @@ class Live:
         while not self._calls.empty():
             self._calls.get()()
 
+    def _look_at_sessions(self) -> None:
+        self._looked_at = time.monotonic()
+        self._sessions.look()
+        _, is_complete = self._pending.add_newer()
+        if is_complete:  # else one whose notification is not read yet would count as acknowledged
+            self._sessions.publish_changes()
+
     def _look(self, *, is_whole: bool) -> bool:
         """Poll the store. Whether it answers and takes writes."""
         try:
             if is_whole:
-                self._looked_at = time.monotonic()
-                self._sessions.look()
-            self._pending.look()
+                self._look_at_sessions()
+            for _ in self._pending.look():  # what is changed here does not wait for 100,000 notifications
+                self._run_calls()
+                if self._looked_at == -math.inf:
+                    self._look_at_sessions()
         except Unavailable:
             return False
         self._sessions.publish_changes()

@@ -9411,12 +9411,12 @@ def test_one_that_is_made_and_acknowledged_during_a_look_is_told_of_twice(redis_
     changes = service.PendingChanges(
         redis_store, notifications, lambda *event: told.append(event[0]), lambda: [calls.pop(0)() for _ in tuple(calls)]
     )
-    changes.look()
+    list(changes.look())
     changes.is_initial = False
     ((made, _),) = notifications.create([draft()])
     calls.append(lambda: changes.add(made))
     monkeypatch.setattr(redis_store, "acknowledged", acknowledge_first)
-    changes.look()
+    list(changes.look())
     assert told == ["notification", "acknowledged"]
 
 
@@ -9777,6 +9777,39 @@ def look_again(polled: Polled) -> None:
     pending._marks_at = pending._scan_at = -math.inf
     polled.services.live.look_soon()
     wait_until(lambda: min(pending._marks_at, pending._scan_at) > 0)
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_a_session_that_is_replaced_by_one_of_the_same_length_is_told_without_a_bridge(
+    poll_service, redis_store, other_program, listen
+):
+    for number in range(3):
+        redis_store.save(T + number, service.Change(b'{"analyzedEpisode": {"title": "old"}}'))
+    heard = listen(poll_service(redis_store), "?types=session")
+    heard.next("state")
+    other_program.set(f"session:{T}", b'{"analyzedEpisode": {"title": "new"}}')
+    assert heard.next("session")["title"] == "new"
+
+
+def test_a_session_that_is_saved_during_a_scan_is_told_before_the_scan_ends(polled, listen, monkeypatch):
+    for number in range(2):
+        make_one(polled, T + number)
+    heard, read, ends = listen(polled, "?types=session"), polled.services.store.pending, []
+    heard.next("state")
+
+    def scan(page: int) -> Any:
+        first, second = read(page)
+        yield first
+        if not ends:
+            polled.ask("PUT", f"/api/v1/session/{T}", SESSION)
+        yield second
+        ends.append(polled.services.live._number)
+
+    monkeypatch.setattr(service.PendingChanges, "PAGE", 1)
+    monkeypatch.setattr(polled.services.store, "pending", scan)
+    look_again(polled)
+    event = heard.next_event("session")
+    assert int(event["id"].partition("-")[2]) <= ends[0]
 
 
 def test_a_check_that_takes_long_delays_no_event(polled, listen, monkeypatch):
