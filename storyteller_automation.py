@@ -1040,16 +1040,22 @@ LOGS_KEPT = 3  # older files beside it
 
 
 class LogFormatter(logging.Formatter):
-    """One line of JSON per record, or of text with any traceback below it. Escapes control characters in messages."""
+    """One line of JSON per record, or of text with any traceback below it. Escapes control characters."""
 
     def __init__(self, *, as_json: bool) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
         self._as_json = as_json
 
+    @staticmethod
+    def _escape(text: str) -> str:
+        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text)
+
     def formatMessage(self, record: logging.LogRecord) -> str:
-        control = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
-        record.message = re.sub(control, lambda found: ascii(found[0])[1:-1], record.message)
+        record.message = self._escape(record.message)
         return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(map(self._escape, super().formatException(ei).split("\n")))
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -4118,7 +4124,9 @@ class LaunchedSwarmUI:
         return bool(re.search(notice, "\n".join(tail(self._log, 1 << 20, since))))
 
     def _log_size(self) -> int:
-        return self._log.stat().st_size if self._log.exists() else 0
+        with contextlib.suppress(OSError):  # there is none
+            return self._log.stat().st_size
+        return 0
 
     def last_lines(self) -> str:
         return " | ".join(last_lines(self._log, self._log_start)) or "its log is empty"
@@ -4923,7 +4931,7 @@ def alert_json(alert: Alert) -> dict[str, Any]:
 
 
 def ended(alert: Alert, now: int) -> Alert:
-    seconds = (now - alert.since) / 1000
+    seconds = max(0, now - alert.since) / 1000  # the clock may have been set back
     lasted = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
     return dataclasses.replace(alert, state="ended", text=f"Over after {lasted}: {alert.text}", until=now)
 
@@ -6318,10 +6326,11 @@ class SessionChanges:
         newest = self._changed.versions.keys()
         self._unannounced &= newest
         lowest = min(newest) if len(newest) >= self.NEWEST else -1  # below it a session may exist without being read
-        for deleted in sorted(one for one in self._published if one > lowest and one not in newest):
-            self._publish("session", {"sessionTimestamp": deleted, "step": "deleted"})
         self._current = {one: current for one, current in self._current.items() if one in newest}
-        self._published = {one: published for one, published in self._published.items() if one in newest}
+        gone = sorted(one for one in self._published if one not in self._current)  # or its document is no session now
+        for deleted in [one for one in gone if one > lowest or one in newest]:
+            self._publish("session", {"sessionTimestamp": deleted, "step": "deleted"})
+        self._published = {one: published for one, published in self._published.items() if one in self._current}
 
     def _read(self, stored: StoredSession) -> None:
         services, timestamp = self._services, stored.timestamp

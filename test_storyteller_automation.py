@@ -6960,6 +6960,10 @@ def shown(settings: service.Settings) -> Shown:
 HOT, WARM = {"gpu": service.GpuStatus(True, temperature=95)}, {"gpu": service.GpuStatus(True, temperature=60)}
 
 
+def test_an_alert_that_ends_by_a_clock_that_was_set_back_lasted_no_time():
+    assert service.ended(service.Alert("disk", "raised", "full", T), T - 1).text == "Over after 0 s: full"
+
+
 @pytest.mark.parametrize(
     ("kind", "bad", "good"),
     [
@@ -9250,6 +9254,17 @@ def test_who_listens_is_told_what_was_deleted(polled, listen):
         polled.ask("DELETE", f"/api/v1/session/{timestamp}")
         assert heard.next("session") == {"sessionTimestamp": timestamp, "step": "deleted"}
     assert [one["sessionTimestamp"] for one in listen(polled).next()["sessions"]] == [T + 1]
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_a_session_whose_document_breaks_is_gone_for_who_listens(poll_service, redis_store, other_program, listen):
+    redis_store.save(T, service.Change(b'{"scriptText": "x"}'))
+    polled = poll_service(redis_store)
+    heard = listen(polled, "?types=session")
+    assert [one["sessionTimestamp"] for one in heard.next()["sessions"]] == [T]
+    other_program.set(f"session:{T}", "no JSON")
+    assert heard.next("session") == {"sessionTimestamp": T, "step": "deleted"}
+    assert listen(polled, "?types=session").next()["sessions"] == []
 
 
 @pytest.mark.usefixtures("quick_looks")
@@ -11672,14 +11687,24 @@ def test_the_log_is_lines_of_text_or_of_json(start_service):
     assert [one["level"] for one in found if "PUT /api/v1/session/5 200" in one["message"]] == ["INFO"]
 
 
-def test_a_traceback_is_part_of_its_json_line():
+@pytest.fixture
+def failure() -> logging.LogRecord:
     try:
-        raise RuntimeError("unforeseen\nin two lines")
+        raise RuntimeError("unforeseen\nin \x1b[2J two lines")
     except RuntimeError:
-        record = logging.LogRecord("storyteller", logging.ERROR, __file__, 1, "http: failed", (), sys.exc_info())
-    line = service.LogFormatter(as_json=True).format(record)
+        return logging.LogRecord("storyteller", logging.ERROR, __file__, 1, "http: failed", (), sys.exc_info())
+
+
+def test_a_traceback_is_part_of_its_json_line(failure):
+    line = service.LogFormatter(as_json=True).format(failure)
     assert "\n" not in line
     assert "RuntimeError: unforeseen" in json.loads(line)["traceback"]
+
+
+def test_a_traceback_in_a_log_of_text_has_its_lines_without_control_characters(failure):
+    lines = service.LogFormatter(as_json=False).format(failure).split("\n")
+    assert lines[-2:] == ["RuntimeError: unforeseen", r"in \x1b[2J two lines"]
+    assert all(line.isprintable() for line in lines)
 
 
 @pytest.mark.parametrize("kind", ["text", "json"])
