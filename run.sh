@@ -1,8 +1,8 @@
 #!/bin/sh
-# Sets up .venv when that is needed, then starts the service. Linux and macOS; run.bat is its twin for Windows.
+# Sets up .venv if needed, then starts the service on Linux and macOS. On Windows use run.bat.
 #
 #   ./run.sh                  start the service
-#   ./run.sh help             the other commands, which go to the service
+#   ./run.sh help             list the service's other commands
 #   ./run.sh test [...]       run the developers' tests (further arguments go to pytest)
 set -eu
 
@@ -20,15 +20,15 @@ fail() {
     exit 1
 }
 
-# All that a set-up writes is on the disk of .venv, pip's temporary files too.
+# A setup writes to the disk of .venv only, including pip's temporary files.
 stop_if_full() {
     case $output in *"[Errno 28]"* | *"No space left"* | *"quota exceeded"* | *"No usable temporary directory"*)
         fail "The disk is full: make room on the disk that holds $venv, then try again." ;;
     esac
 }
 
-# The stamp is written last of all, once the packages were imported: the length of each file that this took, as its wheel
-# had it; for which Python and which requirements.txt. Each start compares it with what is there, and imports nothing.
+# The stamp is written last, once the packages could be imported. It names the Python and requirements.txt, and the size
+# of each imported file according to its wheel. Each start compares it with the files in place, without an import.
 stamp_code='
 import hashlib, os, sys
 command, requirements, stamp = sys.argv[1:]
@@ -53,32 +53,32 @@ else:
         file.write(end)
 '
 
-# By its word, not its exit code: sh takes an empty file for a script that succeeds.
+# By the output, not the exit code: sh runs an empty bin/python as a script that succeeds.
 is_ready() {
     [ "$("$venv/bin/python" -I -c "$stamp_code" read "$here/requirements.txt" "$stamp" 2>/dev/null)" = ready ]
 }
 
 find_python() {
-    found=
+    is_old=
     for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do
         command -v "$name" >/dev/null 2>&1 || continue
         "$name" -I -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && return
-        found=yes
+        is_old=yes
     done
-    [ -z "$found" ] || fail "Python is older than 3.10: install a newer one (on Debian and Ubuntu: sudo apt install python3)."
+    [ -z "$is_old" ] || fail "Python is older than 3.10: install a newer one (on Debian and Ubuntu: sudo apt install python3)."
     fail "Python is missing: install Python 3.10 or newer (on Debian and Ubuntu: sudo apt install python3 python3-venv)."
 }
 
-# One set-up at a time. The lock on the folder is that of file 9, so it ends with this shell and what it started.
+# One setup at a time. The lock on the folder belongs to descriptor 9: it ends with this shell and its children.
 take_lock() {
-    [ -w "$here" ] || fail "The folder $here cannot be written: move the files to one that can."
+    [ -w "$here" ] || fail "The folder $here cannot be written: move the files to another one."
     "$name" -I -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null && return
     echo "Another start is setting up: waiting for it." >&2
     "$name" -I -c 'import fcntl, signal; signal.alarm(600); fcntl.flock(9, fcntl.LOCK_EX)' 2>/dev/null ||
         [ $? -lt 128 ] || fail "Another start has been setting up for 10 minutes: end it, then try again."
 }
 
-# Into .venv, whatever PIP_* and pip.conf say of where to (the first variable: of PIP_PYTHON); where from is theirs to say.
+# Installs into .venv whatever PIP_* and pip.conf say (the first variable disables PIP_PYTHON). They may set the index.
 install() {
     echo "Setting up: installing the packages of requirements.txt, which takes up to a minute." >&2
     output=$(
@@ -88,7 +88,7 @@ install() {
             "$venv/bin/python" -I -c "$stamp_code" write "$here/requirements.txt" "$stamp" 2>&1
     ) && is_ready && return
     stop_if_full
-    case ${1-}$output in anew* | *"No matching distribution"* | *"ConnectionPool("*) # pip works, the internet does not
+    case ${1-}$output in anew* | *"No matching distribution"* | *"ConnectionPool("*) # pip works, but not the download
         printf '%s\n' "$output" >&2
         fail "The packages could not be installed: see above, check the internet connection, then try again." ;;
     *) return 1 ;;
@@ -98,31 +98,31 @@ install() {
 set_up() {
     find_python
     take_lock
-    ! is_ready || return 0 # another start did it meanwhile
+    ! is_ready || return 0 # another start has done it meanwhile
     rm -f "$stamp" || fail "The folder $venv cannot be written: give it to your user, or remove it."
     export TMPDIR="$venv"
-    # What is there is completed. Where that fails, it is made anew, in two steps: venv hides what ensurepip says.
+    # Complete the existing .venv. If that fails, create it anew, in two steps: venv hides the output of ensurepip.
     "$venv/bin/python" -I -c 'import pip' 2>/dev/null && install && return
-    echo "Setting up: making .venv with Python $("$name" -I -c 'import platform; print(platform.python_version())')." >&2
+    echo "Setting up: creating .venv with Python $("$name" -I -c 'import platform; print(platform.python_version())')." >&2
     output=$("$name" -I -m venv --clear --without-pip "$venv" 2>&1 && "$venv/bin/python" -I -m ensurepip --default-pip 2>&1) || {
         stop_if_full
         case $output in
         *"No module named ensurepip"* | *"No module named venv"*) fail "Python's venv is missing: install it (on Debian and Ubuntu: sudo apt install python3-venv)." ;;
-        *) fail "Python's venv could not make $venv: $output" ;;
+        *) fail "Python's venv could not create $venv: $output" ;;
         esac
     }
     install anew
 }
 
 if ! is_ready; then
-    (set_up) 9<"$here" # in a shell of its own, whose end gives the lock back
+    (set_up) 9<"$here" # in a subshell, whose end releases the lock
 fi
 
 # The venv is not activated: SwarmUI would inherit it.
 if [ "${1-}" = test ]; then
     shift && cd -- "$here"
-    echo "These are the developers' tests, about 8 minutes. What looks at this PC is ./run.sh check." >&2
+    echo "These are the developers' tests, about 8 minutes. To check this PC, use ./run.sh check." >&2
     exec "$venv/bin/python" -I -m pytest "$@"
 fi
-# As a module, whose bytecode is kept: compiling a script leaves 13 MB in memory. A full disk may cut the bytecode off.
+# As a module, to keep its bytecode: compiling a script leaves 13 MB in memory. A full disk can truncate the bytecode.
 exec "$venv/bin/python" -I -X pycache_prefix="$venv/bytecode" -c "import sys; sys.path.insert(0, sys.argv.pop(1)); exec('try: import storyteller_automation as it\nexcept (EOFError, ValueError, TypeError): import shutil; shutil.rmtree(sys.pycache_prefix, True); sys.dont_write_bytecode = True; import storyteller_automation as it'); sys.exit(it.main())" "$here" "$@"

@@ -6667,8 +6667,8 @@ class Live:
 # Page
 # ======================================================================================================
 
-# What GET / answers. It holds no data, and asks for all with the token that its link carries. What the service sends
-# goes into the document as text, never as HTML.
+# The response to GET /. It contains no data: its script requests all data with the token of the page's link. What the
+# service sends is inserted as text, never as HTML.
 PAGE = r"""<!doctype html>
 <html lang="en">
 <head>
@@ -6699,7 +6699,7 @@ section, #entry, dialog, #log { padding: 12px; background: var(--card); border: 
   border-radius: 12px; }
 section, .figures > div, .steps li { min-width: 0; display: flex; flex-direction: column; } section { gap: 8px; }
 #parts { display: grid; gap: 14px; grid-template-columns: 100%; } .row, .top { justify-content: space-between; }
-.lacks > :not(.head, .lack), .lacks .head > :not(h2), :not(.lacks) > .lack, p:empty, .chip:empty { display: none; }
+.denied > :not(.head, .why), .denied .head > :not(h2), :not(.denied) > .why, p:empty, .chip:empty { display: none; }
 .head, .top, .row { display: flex; align-items: center; gap: 4px 12px; }
 .head { flex-wrap: wrap; min-height: 40px; } .head button { margin-left: auto; }
 .row + .row, .session + .session { border-top: 1px solid var(--edge); margin-top: 8px; padding-top: 8px; }
@@ -6748,8 +6748,8 @@ dialog p { margin: 8px 0 16px; white-space: pre-line; } dialog form { display: f
 </head><body>
 <header><h1>StoryTeller</h1><p id="status" role="status">Connecting</p><span id="clock" class="muted"></span></header>
 <main><form id="entry" hidden>
-  <p>This page needs a token. <code>./run.sh page</code> (on Windows <code>run.bat page</code>) prints a link that has
-    one, as does a start in a terminal. The API token, in the file api_token of the data folder, serves as well.</p>
+  <p>This page needs a token. <code>./run.sh page</code> (on Windows <code>run.bat page</code>) prints a link with one,
+    and so does a start in a terminal. The API token, in the file api_token of the data folder, works too.</p>
   <label>Token <input id="token" type="password" autocomplete="off" required></label>
   <label><input type="checkbox" class="remember"> Remember on this device</label>
   <p role="alert"></p><button>Open</button>
@@ -6757,9 +6757,9 @@ dialog p { margin: 8px 0 16px; white-space: pre-line; } dialog form { display: f
 <section id="alerts" aria-label="Alerts"><div class="head"><h2 tabindex="-1">Alerts</h2></div>
   <ul class="on"></ul><ul class="ended muted"></ul></section>
 <section id="sessions" aria-label="Sessions"><div class="head"><h2 tabindex="-1">Sessions</h2></div>
-  <p class="lack">This token lacks the permission sessions:read.</p><p class="none muted"></p><ul></ul></section>
+  <p class="why">This token lacks the permission sessions:read.</p><p class="none muted"></p><ul></ul></section>
 <section id="gpu" aria-label="GPU"><div class="head"><h2 tabindex="-1">GPU</h2><span class="chip"></span></div>
-  <p class="lack">This token lacks the permission gpu:read.</p>
+  <p class="why">This token lacks the permission gpu:read.</p>
   <div class="figures">
     <div><p><b id="use"></b> %</p><p>use</p>
       <svg role="img" viewBox="0 -2 900 104" preserveAspectRatio="none"
@@ -6774,13 +6774,13 @@ dialog p { margin: 8px 0 16px; white-space: pre-line; } dialog form { display: f
   <p class="error"></p><p class="holder muted"></p></section>
 <section id="swarmui" aria-label="SwarmUI"><div class="head"><h2 tabindex="-1">SwarmUI</h2><span class="chip"></span>
     <button id="start" type="button">Start SwarmUI</button><button id="stop" type="button">Stop SwarmUI</button></div>
-  <p class="lack">This token lacks the permission swarmui:read.</p>
+  <p class="why">This token lacks the permission swarmui:read.</p>
   <p class="does muted"></p><p class="error"></p><p role="alert"></p>
   <div id="log" role="log" aria-label="SwarmUI log" tabindex="0"></div></section>
 <section id="notifications" aria-label="Notifications">
   <div class="head"><h2 tabindex="-1">Notifications</h2><span class="chip"></span>
     <button id="all" type="button">Acknowledge all</button></div>
-  <p class="lack">This token lacks the permission notifications:read.</p>
+  <p class="why">This token lacks the permission notifications:read.</p>
   <p role="alert"></p><p class="none muted"></p><ul></ul></section>
 <section id="service" aria-label="Service"><div class="head"><h2 tabindex="-1">Service</h2>
     <button id="forget" type="button">Forget the token</button></div>
@@ -6788,8 +6788,8 @@ dialog p { margin: 8px 0 16px; white-space: pre-line; } dialog form { display: f
     <dt>Addresses</dt><dd id="addresses"></dd><dt>Tokens</dt><dd id="ending"></dd></dl>
   <label><input type="checkbox" class="remember"> Remember on this device</label></section>
 </div></main>
-<dialog aria-labelledby="question" aria-describedby="loss">
-  <h2 id="question"></h2><p id="loss"></p>
+<dialog aria-labelledby="question" aria-describedby="details">
+  <h2 id="question"></h2><p id="details"></p>
   <form method="dialog"><button>Cancel</button><button id="yes" value="yes"></button></form>
 </dialog>
 <template id="of-sessions"><li class="session"><div class="top"><h3></h3><span class="muted"></span></div>
@@ -6801,63 +6801,63 @@ dialog p { margin: 8px 0 16px; white-space: pre-line; } dialog form { display: f
 <template id="of-alerts"><li class="row"><b></b><span class="muted"></span></li></template>
 <script>
 const API = "/api/v1/", KEY = "storyteller-token", STEPS = ["saved", "beats_ready", "prompts", "ready", "acknowledged"];
-const SILENCE = 40_000, REST = 10_000;  // ms: of the service; that a page is hidden until it gives its connection back
-let token = "", data = {}, ahead = 0;  // `ahead`: the service's clock less ours, in ms
-let turn = 0, line = null, guard = 0, heard = Date.now(), lostSince = null, isOpen = false;  // of connect()
+const SILENCE_TIMEOUT = 40_000, HIDDEN_TIMEOUT = 10_000;  // ms without data, or hidden, until the page disconnects
+let token = "", data = {}, clockOffset = 0;  // `clockOffset`: the service's clock minus the browser's, in ms
+let generation = 0, aborter = null, timer = 0, receivedAt = Date.now(), lostSince = null, isOpen = false;
 
 const $ = (selector, within = document) => within.querySelector(selector);
 const $$ = (selector) => [...document.querySelectorAll(selector)];
-const show = (node, text) => { if (node.textContent !== text) node.textContent = text; };  // for a change alone
+const show = (node, text) => { if (node.textContent !== text) node.textContent = text; };  // else it is read out again
+const dotted = (...parts) => parts.filter(Boolean).join(" · ");
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1).replaceAll("_", " ");
-const ms = (time) => typeof time === "string" ? Date.parse(time) : time;  // ISO 8601, or in ms
+const ms = (time) => typeof time === "string" ? Date.parse(time) : time;  // from ISO 8601 or ms
 const clock = (time) => new Date(ms(time)).toLocaleTimeString();
 const since = (time) => {
-  const s = Math.max(0, Math.round((Date.now() + ahead - ms(time)) / 1000));
+  const s = Math.max(0, Math.round((Date.now() + clockOffset - ms(time)) / 1000));
   const min = Math.floor(s / 60), h = Math.floor(s / 3600);
   return h > 23 ? `${Math.floor(h / 24)} d ${h % 24} h` : h ? `${h} h ${min % 60} min` : min ? `${min} min` : `${s} s`;
 };
 
-// What is shown ---------------------------------------------------------------------------------------
-const buttonsOf = (section) => [...section.querySelectorAll("button")].filter((one) => one.checkVisibility());
+// Rendering -------------------------------------------------------------------------------------------
+const visibleButtons = (section) => [...section.querySelectorAll("button")].filter((one) => one.checkVisibility());
 
-// For the end of a change or question: what had the focus and is gone leaves it to the button in its place, or heading.
+// Returns a function that, if the focused node is gone, moves the focus to the button in its place, or to the heading.
 function keepFocus() {
   const node = document.activeElement, section = node.closest("section");
-  const place = section ? buttonsOf(section).indexOf(node) : -1;
+  const index = section ? visibleButtons(section).indexOf(node) : -1;
   return () => {
     if (!section || node.checkVisibility()) return;
-    const buttons = buttonsOf(section);
-    (buttons[place] ?? buttons.at(-1) ?? $("h2", section)).focus();
+    const buttons = visibleButtons(section);
+    (buttons[index] ?? buttons.at(-1) ?? $("h2", section)).focus();
   };
 }
 
-// Rows are kept by their key, so that the focus stays.
-function fill(list, items, keyOf, change) {
+// Reuses each row by its key, so a row keeps the focus.
+function fill(list, items, keyOf, update) {
   const template = $(`#of-${list.closest("section").id}`).content.firstElementChild;
   const rows = new Map([...list.children].map((row) => [row.dataset.key, row])), wanted = new Set(items.map(keyOf));
   for (const [key, row] of rows) if (!wanted.has(key)) row.remove();
-  items.forEach((item, place) => {
+  items.forEach((item, index) => {
     const row = rows.get(keyOf(item)) ?? template.cloneNode(true);
     row.dataset.key = keyOf(item);
-    if (list.children[place] !== row) list.insertBefore(row, list.children[place] ?? null);
-    change(row, item);
+    if (list.children[index] !== row) list.insertBefore(row, list.children[index] ?? null);
+    update(row, item);
   });
 }
-const nameOf = (episode, title) => [episode == null ? "" : `Episode ${episode}`, title].filter(Boolean).join(" · ");
 
 function showHeader(raised) {
-  const work = [...data.sessions?.values() ?? []].filter(({ step }) => /beats_ready|prompts/.test(step)).length;
-  const well = data.sessions ? `All is well: ${work ? plural(work, "session") : "no session"} in work` : "All is well";
+  const active = [...data.sessions?.values() ?? []].filter(({ step }) => /beats_ready|prompts/.test(step)).length;
+  const well = data.sessions ? `All is well: ${plural(active || "no", "session")} in progress` : "All is well";
   const more = raised.length > 1 ? ` (and ${raised.length - 1} more)` : "";
-  const [mood, text] = !token ? ["", "A token is needed"]
+  const [level, text] = !token ? ["", "A token is needed"]
     : lostSince ? ["", `No connection since ${clock(lostSince)}`]
     : !data.service ? ["", "Connecting"]
     : raised.length ? ["bad", raised[0].text + more] : ["good", well];
   show($("#status"), text), show($("title"), `${text} · StoryTeller`);
   show($("#clock"), new Date().toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" }));
-  $("header").className = mood;
-  const colour = { good: "#2aa866", bad: "#e0402f" }[mood] ?? "#808590", circle = "<circle cx='4' cy='4' r='3.5'";
+  $("header").className = level;
+  const colour = { good: "#2aa866", bad: "#e0402f" }[level] ?? "#808590", circle = "<circle cx='4' cy='4' r='3.5'";
   const svg = `<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'>${circle} fill='${colour}'/></svg>`;
   const icon = `data:image/svg+xml,${encodeURIComponent(svg)}`;
   if ($("link").href !== icon) $("link").href = icon;
@@ -6866,25 +6866,25 @@ function showHeader(raised) {
 function showAlerts(raised) {
   const key = (alert) => `${alert.kind} ${alert.since}`;
   const ended = data.alerts.filter((alert) => alert.state === "ended").sort((a, b) => ms(b.until) - ms(a.until));
-  const change = (row, { text, since: from, until: to }) => {
+  const update = (row, { text, since: from, until: to }) => {
     show($("b", row), text), show($("span", row), to ? `ended ${since(to)} ago` : `for ${since(from)}`);
   };
   $("#alerts").classList.toggle("bad", raised.length > 0);
-  fill($("#alerts .on"), raised, key, change), fill($("#alerts .ended"), ended.slice(0, 3), key, change);
+  fill($("#alerts .on"), raised, key, update), fill($("#alerts .ended"), ended.slice(0, 3), key, update);
 }
 
 function showSessions() {
   const newest = [...data.sessions.values()].sort((a, b) => b.sessionTimestamp - a.sessionTimestamp).slice(0, 8);
   show($("#sessions .none"), newest.length ? "" : "None");
   fill($("#sessions ul"), newest, (session) => `${session.sessionTimestamp}`, (row, session) => {
-    const name = nameOf(session.episodeNumber, session.title) || `Session ${session.sessionTimestamp}`;
+    const { episodeNumber: episode, title } = session, current = STEPS.indexOf(session.step);
+    const name = dotted(episode == null ? "" : `Episode ${episode}`, title) || `Session ${session.sessionTimestamp}`;
     const count = session.totalPrompts ?? 0, needed = session.promptsNeeded ?? 0, bar = $("progress", row);
     show($("h3", row), name), show($(".top span", row), `${since(session.lastUpdated)} ago`);
     show($("progress + span", row), `${count} of ${needed} prompts`);
-    bar.ariaLabel = session.title || name, bar.max = needed || 1, bar.value = count;
-    for (const [place, step] of [...$("ol", row).children].entries()) {
-      const at = STEPS.indexOf(session.step);
-      step.className = place < at ? "done" : "", step.ariaCurrent = place === at ? "step" : null;
+    bar.ariaLabel = title || name, bar.max = needed || 1, bar.value = count;
+    for (const [index, step] of [...$("ol", row).children].entries()) {
+      step.className = index < current ? "done" : "", step.ariaCurrent = index === current ? "step" : null;
     }
   });
 }
@@ -6893,30 +6893,30 @@ function showGpu() {
   const { reservation, gpuHistory } = data, gpu = data.gpu ?? {}, chip = $("#gpu .chip"), isKnown = gpu.memoryTotal > 0;
   const { utilization: use, memoryUsed: used, memoryTotal: total, temperature: heat } = gpu;
   const isFree = gpu.available && use < 80 && total - used > 4096 && heat < 85;  // StoryArt's rule
-  const [word, mood] = !isKnown ? ["Unknown", ""] : isFree ? ["Free", "good"] : ["Busy", "work"];
-  show(chip, word), chip.className = `chip ${mood}`;
+  const [word, level] = !isKnown ? ["Unknown", ""] : isFree ? ["Free", "good"] : ["Busy", "work"];
+  show(chip, word), chip.className = `chip ${level}`;
   show($("#use"), isKnown ? `${use}` : "?"), show($("#heat"), isKnown ? `${heat}` : "?");
   show($("#memory"), isKnown ? (used / 1024).toFixed(1) : "?"), show($("#gpu .error"), gpu.error ?? "");
   show($("#total"), isKnown ? `of ${(total / 1024).toFixed(1)} GB` : "");
   const { holder, purpose, expiresAt } = reservation ?? {}, what = purpose ? ` (${purpose})` : "";
   show($("#gpu .holder"), holder ? `Reserved by ${holder}${what} until ${clock(expiresAt)}` : "Not reserved");
   const heights = [(one) => one.utilization, (one) => 100 * one.memoryUsed / one.memoryTotal, (one) => one.temperature];
-  $$("svg").forEach((svg, number) => drawLine(svg, gpuHistory, heights[number]));
+  $$("svg").forEach((svg, index) => drawChart(svg, gpuHistory, heights[index]));
 }
 
-function drawLine(svg, history, height) {
+function drawChart(svg, history, heightOf) {  // heights are 0 to 100
   if (svg.history === history) return;
   svg.history = history;
-  const runs = [], end = history.at(-1)?.at;  // runs of points that are a minute apart at most, if nobody looked
-  let before = -Infinity;
+  const segments = [], end = history.at(-1)?.at;  // a new one starts after an unknown GPU, or a gap of over 90 s
+  let knownAt = -Infinity;
   for (const gpu of history) {
-    const isKnown = gpu.memoryTotal > 0, y = 100 - Math.min(100, Math.max(0, height(gpu)));
-    if (isKnown && gpu.at - before > 90_000) runs.push([]);
-    if (isKnown) runs.at(-1).push(`${(900 - (end - gpu.at) / 1000).toFixed(1)} ${y.toFixed(1)}`);
-    before = isKnown ? gpu.at : -Infinity;
+    const isKnown = gpu.memoryTotal > 0, y = 100 - Math.min(100, Math.max(0, heightOf(gpu)));
+    if (isKnown && gpu.at - knownAt > 90_000) segments.push([]);
+    if (isKnown) segments.at(-1).push(`${(900 - (end - gpu.at) / 1000).toFixed(1)} ${y.toFixed(1)}`);
+    knownAt = isKnown ? gpu.at : -Infinity;
   }
-  const lines = runs.map((run) => `M${run.join("L")}h.1`);  // a single point is a dot
-  const areas = runs.map((run, number) => `${lines[number]}V100H${parseFloat(run[0])}z`);
+  const lines = segments.map((points) => `M${points.join("L")}h.1`);  // h.1 makes a single point visible
+  const areas = segments.map((points, index) => `${lines[index]}V100H${parseFloat(points[0])}z`);
   svg.firstChild.setAttribute("d", areas.join("")), svg.lastChild.setAttribute("d", lines.join(""));
 }
 
@@ -6924,27 +6924,27 @@ function showSwarmUI() {
   const { state, since: from, queue, backends, lastError } = data.swarmui, chip = $("#swarmui .chip");
   show(chip, capital(state) + (state === "starting" ? ` for ${since(from)}` : ""));
   chip.className = `chip ${{ ready: "good", starting: "work", stopping: "work", stopped: "" }[state] ?? "bad"}`;
-  const work = queue ? `${queue.live} in work, ${queue.waiting} waiting` +
+  const work = queue ? `${queue.live} generating, ${queue.waiting} waiting` +
     (queue.loading ? `, ${queue.loading} loading a model` : "") +
-    (queue.waitingBackends ? `, ${queue.waitingBackends} waiting for a backend` : "") : "queue not known";
-  const runs = backends && `backends ${backends.status}${backends.message ? ` (${backends.message})` : ""}`;
-  const first = state === "ready" ? work : state === "starting" ? "it answers mostly within 30 s" : "";
-  show($("#swarmui .does"), capital([first, runs, `for ${since(from)}`].filter(Boolean).join(" · ")));
+    (queue.waitingBackends ? `, ${queue.waitingBackends} waiting for a backend` : "") : "queue unknown";
+  const health = backends && `backends ${backends.status}${backends.message ? ` (${backends.message})` : ""}`;
+  const first = state === "ready" ? work : state === "starting" ? "usually ready within 30 s" : "";
+  show($("#swarmui .does"), capital(dotted(first, health, `for ${since(from)}`)));
   show($("#swarmui .error"), lastError ?? "");
-  const isGone = ["stopped", "failed"].includes(state);
-  $("#start").hidden = !isGone, $("#stop").hidden = isGone;
+  const canStart = ["stopped", "failed"].includes(state);
+  $("#start").hidden = !canStart, $("#stop").hidden = canStart;
 }
 
 function showNotifications() {
   const items = [...data.notifications.values()];
-  show($("#notifications .none"), items.length ? "" : "None waits to be acknowledged");
-  show($("#notifications .chip"), items.length ? `${items.length}` : "");
+  show($("#notifications .none"), items.length ? "" : "None pending");
+  show($("#notifications .chip"), items.length ? `${items.length}${data.isPartial ? "+" : ""}` : "");
   $("#all").hidden = items.length < 2;
   fill($("#notifications ul"), items, (one) => one.id, (row, one) => {
     const { type, sessionTimestamp: session, episodeNumber: episode } = one, button = $("button", row);
-    show($("h3", row), `${capital(type)}, e${nameOf(episode, data.sessions?.get(session)?.title).slice(1)}`);
+    show($("h3", row), dotted(`${capital(type)}, episode ${episode}`, data.sessions?.get(session)?.title));
     const total = type === "beats_ready" ? plural(one.totalBeats, "beat") : plural(one.totalPrompts, "prompt");
-    show($("span", row), `${total} · waits ${since(one.timestamp)}`);
+    show($("span", row), `${total} · waiting for ${since(one.timestamp)}`);
     button.ariaLabel = `Acknowledge ${type}, episode ${episode}, session ${session}`;
     button.onclick = () => acknowledge([one]);
   });
@@ -6952,42 +6952,43 @@ function showNotifications() {
 
 function showService() {
   const { store, storeUp, version, startedAt, addresses, tokensEnding: ending } = data.service;
-  show($("#store"), store + (storeUp ? "" : " (no answer, or no writes)")), show($("#version"), version);
+  show($("#store"), store + (storeUp ? "" : " (unavailable or read-only)")), show($("#version"), version);
   show($("#running"), since(startedAt)), show($("#addresses"), addresses.join(" "));
   show($("#ending"), ending ? `End soon: ${ending}` : ending === null ? "Not known" : "None ends within 3 days");
 }
 
 function render() {
-  const raised = (data.alerts ?? []).filter((alert) => alert.state === "raised"), giveBack = keepFocus();
+  const raised = (data.alerts ?? []).filter((alert) => alert.state === "raised"), restoreFocus = keepFocus();
   showHeader(raised);
   $("#entry").hidden = Boolean(token), $("#parts").hidden = !token || !data.service;
   $("#parts").classList.toggle("stale", !isOpen);
   const shows = { alerts: () => showAlerts(raised), sessions: showSessions, gpu: showGpu, swarmui: showSwarmUI,
     notifications: showNotifications, service: showService };
   for (const [name, draw] of Object.entries(data.service ? shows : {})) {
-    $(`#${name}`).classList.toggle("lacks", data[name] === undefined);
+    $(`#${name}`).classList.toggle("denied", data[name] === undefined);
     if (data[name] !== undefined) draw();
   }
-  giveBack();
+  restoreFocus();
 }
 
-// What is told: events, and SwarmUI's log -------------------------------------------------------------
+// Events, and SwarmUI's log ---------------------------------------------------------------------------
 const byKey = (items, key) => items && new Map(items.map((item) => [item[key], item]));
 const EVENTS = {
   state(given) {
     data = { gpuHistory: [], alerts: [], ...given, sessions: byKey(given.sessions, "sessionTimestamp"),
-      notifications: byKey(given.notifications, "id"), isCut: given.notifications?.length >= 100 };
-    ahead = given.service.now - Date.now(), isOpen = true, lostSince = null;
+      notifications: byKey(given.notifications, "id"), isPartial: given.notifications?.length >= 100 };
+    clockOffset = given.service.now - Date.now(), isOpen = true, lostSince = null;
   },
   notification: (given) => data.notifications.set(given.id, given),
-  acknowledged: ({ id }) => data.notifications.delete(id) && data.isCut && !data.notifications.size && begin(),
+  acknowledged: ({ id }) => data.notifications.delete(id) && data.isPartial && !data.notifications.size && reconnect(),
   session: (given) => data.sessions[given.step === "deleted" ? "delete" : "set"](given.sessionTimestamp, given),
   gpu: (given) => Object.assign(data, { gpu: given,
     gpuHistory: [...data.gpuHistory, given].filter((one) => given.at - one.at <= 900_000) }),
   reservation: (given) => data.reservation = given,
   swarmui: (given) => data.swarmui = given,
   alert(given) {
-    data.alerts = [...data.alerts.filter((one) => one.kind !== given.kind || one.state === "ended"), given].slice(-50);
+    const others = data.alerts.filter((one) => one.kind !== given.kind || one.state === "ended");
+    data.alerts = [...others, given].filter((one, index, all) => one.state !== "ended" || index >= all.length - 50);
   },
 };
 
@@ -6995,8 +6996,8 @@ async function readEvents(reader) {
   for (let text = ""; ;) {
     const { value, done } = await reader.read();
     if (done) return;
-    heard = Date.now();
-    watch(line, SILENCE);  // after 15 s without an event comes a comment
+    receivedAt = Date.now();
+    abortAfter(SILENCE_TIMEOUT);  // the service sends a comment every 15 s when there is no event
     const blocks = (text + value).split("\n\n");
     text = blocks.pop();
     for (const block of blocks) {
@@ -7007,162 +7008,162 @@ async function readEvents(reader) {
   }
 }
 
-const sleep = (wait) => new Promise((done) => setTimeout(done, wait));
-const watch = (one, wait) => { clearTimeout(guard), guard = setTimeout(() => one.abort(), wait); };
-const ask = (path, more) => fetch(API + path, { ...more, headers: { Authorization: `Bearer ${token}` } });
-const errorOf = async (answer) => (await answer.json().catch(() => ({}))).error ?? `It answered with ${answer.status}.`;
+const sleep = (delay) => new Promise((done) => setTimeout(done, delay));
+const abortAfter = (delay) => { clearTimeout(timer), timer = setTimeout((one) => one.abort(), delay, aborter); };
+const request = (path, more) => fetch(API + path, { ...more, headers: { Authorization: `Bearer ${token}` } });
+const errorOf = async (response) => (await response.json().catch(() => ({}))).error ?? `HTTP error ${response.status}.`;
 
-// One connection, until disconnect(). Each begins with `state`, so none needs to go on after the last event.
+// Stays connected until `generation` changes. Each connection begins with the event `state`, so needs no Last-Event-ID.
 async function connect() {
-  const mine = ++turn;
-  for (let pause = 1000; mine === turn; pause = Math.min(pause + 1000, 3000)) {
-    line = new AbortController();
-    watch(line, 7000);
+  const mine = ++generation;
+  for (let pause = 1000; mine === generation; pause = Math.min(pause + 1000, 3000)) {
+    aborter = new AbortController();
+    abortAfter(7000);
     try {
-      const answer = await ask("events", { signal: line.signal }), why = answer.ok ? "" : await errorOf(answer);
-      if (answer.ok) await readEvents(answer.body.pipeThrough(new TextDecoderStream()).getReader());
-      else if (answer.status < 500 && mine === turn) askForToken(why);
-    } catch { /* it cannot be reached, or was silent for too long */ }
-    if (mine !== turn) return;
-    line.abort();
-    if (lostSince === null) [pause, lostSince] = [1000, heard];
+      const response = await request("events", { signal: aborter.signal });
+      const reason = response.ok ? "" : await errorOf(response);
+      if (response.ok) await readEvents(response.body.pipeThrough(new TextDecoderStream()).getReader());
+      else if (response.status < 500 && mine === generation) askForToken(reason);
+    } catch { /* the service cannot be reached, or was silent for too long */ }
+    if (mine !== generation) return;
+    aborter.abort();
+    if (lostSince === null) [pause, lostSince] = [1000, receivedAt];
     isOpen = false, render();
     await sleep(pause);
   }
 }
 
 function disconnect() {
-  turn++, isOpen = false;
-  clearTimeout(guard);
-  line?.abort();
+  generation++, isOpen = false;
+  clearTimeout(timer);
+  aborter?.abort();
 }
 
-let lines = [];
 async function followLog() {
   for (; ; await sleep(2000)) {
     if (!isOpen || !data.swarmui) continue;
     try {
-      const answer = await ask("swarmui/logs?lines=200", { signal: AbortSignal.timeout(5000) });
-      if (answer.ok && isOpen) addLines((await answer.text()).split("\n").slice(0, -1));
-    } catch { /* the next one tells */ }
+      const response = await request("swarmui/logs?lines=200", { signal: AbortSignal.timeout(5000) });
+      if (response.ok && isOpen) showLog((await response.text()).split("\n").slice(0, -1));
+    } catch { /* retried in 2 s */ }
   }
 }
 
-function addLines(found) {  // only what is new, as a screen reader reads what is added
+function showLog(lines) {  // adds the new lines only: a screen reader reads out what is added
   const log = $("#log"), follows = log.scrollHeight - log.scrollTop - log.clientHeight < 8;
-  let same = Math.min(lines.length, found.length);
-  while (same > 0 && lines.slice(-same).join("\n") !== found.slice(0, same).join("\n")) same--;
-  for (const text of found.slice(same)) log.appendChild(document.createElement("div")).textContent = text || " ";
-  while (log.childElementCount > found.length) log.firstChild.remove();
-  lines = found;
+  let same = Math.min(log.lines?.length ?? 0, lines.length);
+  while (same > 0 && log.lines.slice(-same).join("\n") !== lines.slice(0, same).join("\n")) same--;
+  for (const text of lines.slice(same)) log.appendChild(document.createElement("div")).textContent = text || " ";
+  while (log.childElementCount > lines.length) log.firstChild.remove();
+  log.lines = lines;
   if (follows) log.scrollTop = log.scrollHeight;
 }
 
-// What is done: buttons -------------------------------------------------------------------------------
-async function post(path) {  // status and error where it failed
+// Buttons ---------------------------------------------------------------------------------------------
+async function post(path) {  // `error` is empty if it succeeded
   try {
-    const answer = await ask(path, { method: "POST" }), error = answer.ok ? "" : await errorOf(answer);
-    if (answer.status === 401) askForToken(error);
-    return { status: answer.status, error };
+    const response = await request(path, { method: "POST" }), error = response.ok ? "" : await errorOf(response);
+    if (response.status === 401) askForToken(error);
+    return { status: response.status, error };
   } catch {
     return { error: "The service does not answer: try again once it does." };
   }
 }
 
-$("#start").onclick = async () => tell("swarmui", await post("swarmui/start"));
+$("#start").onclick = async () => showError("swarmui", await post("swarmui/start"));
 $("#all").onclick = () => acknowledge([...data.notifications.values()]);
 $("#stop").onclick = stopSwarmUI, $("#forget").onclick = () => askForToken("");
 
-const tell = (name, { error = "" }) => { $(`#${name} [role=alert]`).textContent = error; };
+const showError = (name, { error = "" }) => { $(`#${name} [role=alert]`).textContent = error; };
 
-function confirm(question, loss, yes) {
-  const dialog = $("dialog"), giveBack = keepFocus();
-  show($("#question"), question), show($("#loss"), loss), show($("#yes"), yes);
+function confirm(question, details, yes) {
+  const dialog = $("dialog"), restoreFocus = keepFocus();
+  show($("#question"), question), show($("#details"), details), show($("#yes"), yes);
   dialog.returnValue = "", dialog.showModal();
   return new Promise((done) => dialog.onclose = () => {
-    if (dialog.open) return;  // this event is of the question before
-    giveBack(), done(dialog.returnValue === "yes");
+    if (dialog.open) return;  // the event belongs to the previous question
+    restoreFocus(), done(dialog.returnValue === "yes");
   });
 }
 
 async function stopSwarmUI() {
   const { live, waiting } = data.swarmui.queue ?? {};
-  let loss = live + waiting === 0 ? "It makes no image, so none is lost."
-    : live + waiting ? `${live} in work and ${plural(waiting, "waiting image")} are lost.`
-    : "Whether it is at work is not known: images that it makes, and those that wait, are lost.";
-  for (let force = ""; await confirm("Stop SwarmUI?", loss, "Stop"); force = "?force=true") {
-    tell("swarmui", {});
+  let details = live + waiting === 0 ? "Its queue is empty, so no image will be lost."
+    : live + waiting ? `${live} running and ${plural(waiting, "waiting image")} will be lost.`
+    : "Its queue is unknown: running and waiting images, if any, will be lost.";
+  for (let force = ""; await confirm("Stop SwarmUI?", details, "Stop"); force = "?force=true") {
+    showError("swarmui", {});
     const failed = await post(`swarmui/stop${force}`);
-    if (failed.status !== 409 || force) return tell("swarmui", failed);
-    loss = `${failed.error}\nStop it all the same?`;
+    if (failed.status !== 409 || force) return showError("swarmui", failed);
+    details = `${failed.error}\nStop it anyway?`;
   }
 }
 
-async function acknowledge(asked) {
-  const [{ type, episodeNumber: episode }] = asked;
-  const what = asked.length > 1 ? `all ${asked.length} notifications` : `${type} of episode ${episode}`;
-  if (!await confirm(`Acknowledge ${what}?`, "Who has not seen it will not see it any more.", "Acknowledge")) return;
-  tell("notifications", {});
-  for (const { id } of asked) {
+async function acknowledge(items) {
+  const [{ type, episodeNumber: episode }] = items;
+  const what = items.length > 1 ? `all ${items.length} notifications` : `${type} of episode ${episode}`;
+  if (!await confirm(`Acknowledge ${what}?`, "Acknowledged notifications are not sent again.", "Acknowledge")) return;
+  showError("notifications", {});
+  for (const { id } of items) {
     const failed = await post(`notifications/${encodeURIComponent(id)}/ack`);
-    if (failed.error) return tell("notifications", failed);
+    if (failed.error) return showError("notifications", failed);
     if (data.notifications) EVENTS.acknowledged({ id });
     render();
   }
 }
 
-// The token: in the link, then kept for the tab or for the device -------------------------------------
-function keep(given, isForDevice) {
+// The token: from the link, then stored for the tab or for the device ---------------------------------
+function storeToken(given, isForDevice) {
   token = given;
-  for (const [store, isWanted] of [[sessionStorage, !isForDevice], [localStorage, isForDevice]]) {
-    token && isWanted ? store.setItem(KEY, token) : store.removeItem(KEY);
+  for (const [storage, isWanted] of [[sessionStorage, !isForDevice], [localStorage, isForDevice]]) {
+    token && isWanted ? storage.setItem(KEY, token) : storage.removeItem(KEY);
   }
   for (const box of $$(".remember")) box.checked = isForDevice;
 }
 
-function begin() {
+function reconnect() {
   disconnect(), lostSince = null, render();
   if (token && !document.hidden) connect();
 }
 
-function askForToken(why) {
+function askForToken(reason) {
   if ($("dialog").open) $("dialog").close();
-  keep("", false), data = {}, addLines([]), begin();
-  $("#entry [role=alert]").textContent = why;
+  storeToken("", false), data = {}, showLog([]), reconnect();
+  $("#entry [role=alert]").textContent = reason;
   $("#token").focus();
 }
 
-function takeFromLink() {
+function takeTokenFromLink() {  // whether there was one
   const found = /^#token=([!-~]+)$/.exec(location.hash);
   if (!found) return false;
   history.replaceState(null, "", location.pathname + location.search);
-  keep(found[1], localStorage.getItem(KEY) !== null);
+  storeToken(found[1], localStorage.getItem(KEY) !== null);
   return true;
 }
 
 $("#entry").onsubmit = (event) => {
   event.preventDefault();
-  const given = $("#token").value.trim(), isDevices = $("#entry .remember").checked;
+  const given = $("#token").value.trim(), isForDevice = $("#entry .remember").checked;
   $("#token").value = $("#entry [role=alert]").textContent = "";
-  if (!/^[!-~]+$/.test(given)) return askForToken("A token has no spaces, and ASCII characters alone.");
-  keep(given, isDevices), begin();
+  if (!/^[!-~]+$/.test(given)) return askForToken("A token consists of ASCII characters without spaces.");
+  storeToken(given, isForDevice), reconnect();
 };
-for (const box of $$("section .remember")) box.onchange = () => keep(token, box.checked);
+for (const box of $$("section .remember")) box.onchange = () => storeToken(token, box.checked);
 
-let rest = 0;
-document.onvisibilitychange = () => {  // six open streams would use up a browser's connections to this host
-  clearTimeout(rest);
-  if (document.hidden) rest = setTimeout(disconnect, REST);
-  else if (token && !isOpen) begin();
+let hiddenTimer = 0;
+document.onvisibilitychange = () => {  // a browser opens at most six connections to a host, for all its tabs
+  clearTimeout(hiddenTimer);
+  if (document.hidden) hiddenTimer = setTimeout(disconnect, HIDDEN_TIMEOUT);
+  else if (token && !isOpen) reconnect();
 };
-addEventListener("hashchange", () => takeFromLink() && begin());
+addEventListener("hashchange", () => takeTokenFromLink() && reconnect());
 addEventListener("storage", ({ key, newValue }) => key === KEY && newValue === null && askForToken(""));
 addEventListener("pagehide", disconnect);
-addEventListener("pageshow", ({ persisted }) => persisted && begin());
+addEventListener("pageshow", ({ persisted }) => persisted && reconnect());
 
-const kept = localStorage.getItem(KEY);
-if (!takeFromLink()) keep(sessionStorage.getItem(KEY) ?? kept ?? "", kept !== null);
-begin(), followLog();
+const remembered = localStorage.getItem(KEY);
+if (!takeTokenFromLink()) storeToken(sessionStorage.getItem(KEY) ?? remembered ?? "", remembered !== null);
+reconnect(), followLog();
 setInterval(render, 1000);
 </script>
 </body>
@@ -7172,7 +7173,7 @@ setInterval(render, 1000);
 
 @functools.cache
 def page_headers(page: str = PAGE) -> dict[str, str]:
-    """Nothing is loaded but the page's own style and script, known by their SHA-256, and nobody frames it."""
+    """They allow only the page's own style and script, by their SHA-256, and no frame around it."""
     policy = [f"{name} 'none'" for name in ("default-src", "base-uri", "form-action", "frame-ancestors")]
     policy += ["connect-src 'self'", "img-src data:"]
     for tag in ("script", "style"):
@@ -7186,77 +7187,77 @@ def page_headers(page: str = PAGE) -> dict[str, str]:
 # Server: settings and sockets
 # ======================================================================================================
 
-CONNECTIONS = LISTENERS + 100  # 450: below what `select` on Windows takes, files and Redis beside them
+CONNECTIONS = LISTENERS + 100  # at most 450: select() on Windows takes 512 sockets
 KEEPALIVE_TIMEOUT = 120.0  # seconds that a connection may be idle
-REQUEST_TIMEOUT = 60.0  # seconds in which at least something of a request or a response must move,
-SLOWEST_CLIENT = 1024  # and on average so many bytes a second
-RESPONSE_WAIT = 0.0005  # seconds that the event loop waits for the responses to what has just begun
+REQUEST_TIMEOUT = 60.0  # seconds that a transfer may stall, and over which its rate is measured
+MIN_RATE = 1024  # bytes a second of a transfer, on average
+RESPONSE_WAIT = 0.0005  # seconds that the event loop waits for the responses to requests that it just started
 MAX_HEADER = 64 * 1024  # bytes of a request's headers; browsers send 16 KiB at most
 
 WAITRESS: Mapping[str, Any] = {
-    # At its limit waitress leaves new clients unanswered; ours is below it, and lets idle ones go first.
+    # At this limit waitress stops accepting. The server's own limit is lower, and closes idle connections instead.
     "connection_limit": CONNECTIONS + 40,
-    # Never: waitress counts by the wall clock, whose setting would end requests half sent. See Activity.
+    # Off: waitress uses the wall clock, so setting the clock would end requests half sent. See Activity.
     "channel_timeout": 1_000_000_000,
-    # Both above our own limits: what waitress refuses early it does not read, and its reset may overtake the response.
+    # Above the service's own limits: waitress does not read what it refuses, so a reset may overtake its response.
     "max_request_header_size": 512 * 1024,
     "max_request_body_size": MAX_BODY + 16 * 1024 * 1024,
-    # What is smaller stays in memory: a full temporary folder must not delay a session.
+    # Smaller bodies stay in memory: a full temporary folder must not affect a session.
     "inbuf_overflow": 9 * 1024 * 1024,
     "outbuf_overflow": 9 * 1024 * 1024,
     "recv_bytes": 256 * 1024,  # an 850 KB session in 4 reads instead of 104
     "ident": None,  # no Server header
-    "clear_untrusted_proxy_headers": False,  # a request that a proxy marks as forwarded is never trusted: see them
-    "log_socket_errors": False,  # a client that leaves is no error
+    "clear_untrusted_proxy_headers": False,  # keep them: a forwarded request is never trusted
+    "log_socket_errors": False,  # a client that disconnects is not an error
 }
 
-# waitress documents a thread for each request. Here its event loop alone touches a channel (a connection), by these,
-# in the section below waitress's documentation:
+# As documented, waitress runs each request in a thread. Here only its event loop touches a channel (a connection). The
+# next section needs these undocumented names for that:
 WAITRESS_NAMES = {
-    "server.create_server server.BaseWSGIServer.add_task": "puts listeners into map=, calls _dispatcher='s add_task()",
-    "server.BaseWSGIServer.channel_class channel.HTTPChannel.parser_class": "make a new connection and its parser",
+    "server.create_server server.BaseWSGIServer.add_task": "adds listeners to map=; passes requests to _dispatcher=",
+    "server.BaseWSGIServer.channel_class channel.HTTPChannel.parser_class": "the classes of a connection, its parser",
     "channel.HTTPChannel.received": "parses bytes into `request`, then `requests`, and calls add_task() for the first",
-    "channel.HTTPChannel.readable channel.HTTPChannel.will_close": "whether the loop reads; whether it closes instead",
-    "channel.HTTPChannel.write_soon": "sends, or adds to the output buffer; blocks while that is over its limit",
-    "channel.HTTPChannel.send": "sends what the system takes, and returns how much; closes the channel of who left",
-    "channel.HTTPChannel.total_outbufs_len channel.HTTPChannel.close_when_flushed": "bytes to be sent; what follows",
+    "channel.HTTPChannel.readable channel.HTTPChannel.will_close": "whether the loop reads; whether it closes",
+    "channel.HTTPChannel.write_soon": "adds to the output buffer, or sends; blocks while the buffer is over its limit",
+    "channel.HTTPChannel.send": "sends what the system takes, returns its size; closes the channel if the client left",
+    "channel.HTTPChannel.total_outbufs_len channel.HTTPChannel.close_when_flushed": "bytes to send; the close after",
     "channel.HTTPChannel.current_outbuf_count": "at the limit, the next response gets a buffer of its own",
-    "channel.HTTPChannel.handle_write channel.HTTPChannel.handle_close": "sends output; also when the client leaves",
-    "channel.HTTPChannel.send_continue": "answers an Expect: 100-continue that came behind another request",
-    "parser.HTTPRequestParser.parse_header parser.HTTPRequestParser.error": "ParsingError; code, reason, body of it",
-    "parser.RequestHeaderFieldsTooLarge": "such an error",
-    "task.WSGITask.get_environment task.WSGITask.build_response_header": "what WSGI gives, with Date and Connection",
-    "task.WSGITask.chunked_response": "whether that header says so, of a response without content_length",
-    "wasyncore.loop wasyncore.close_all trigger.trigger.pull_trigger": "a turn over the map, its end; wakes the loop",
+    "channel.HTTPChannel.handle_write channel.HTTPChannel.handle_close": "sends output; runs when the client leaves",
+    "channel.HTTPChannel.send_continue": "answers the Expect: 100-continue of a request that followed another one",
+    "parser.HTTPRequestParser.parse_header parser.HTTPRequestParser.error": "ParsingError; its code, reason, body",
+    "parser.RequestHeaderFieldsTooLarge": "the error of too many bytes of headers",
+    "task.WSGITask.get_environment task.WSGITask.build_response_header": "for WSGI; with Date and Connection",
+    "task.WSGITask.chunked_response": "whether a response without content_length is sent chunked",
+    "wasyncore.loop wasyncore.close_all trigger.trigger.pull_trigger": "polls the map; closes it; wakes the loop",
 }
 
 
 class Activity:
-    """What moves on a connection. Times are monotonic seconds."""
+    """The progress of a connection. Times are monotonic seconds."""
 
     def __init__(self, now: float) -> None:
-        self.since = now  # the end of its last response; before that its beginning
-        self.begun = now  # of the request that is not whole yet, or of the connection
-        self._last = now  # when bytes last came or went
-        self._counted, self._bytes = now, 0  # since when bytes are counted, to know their rate
+        self.responded_at = now  # the end of the last response; before the first one, the start of the connection
+        self.request_began = now  # when the latest request, or the connection, began; -inf once that is answered
+        self._moved_at = now  # when bytes were last received or sent
+        self._counted_from, self._count = now, 0  # bytes since then, to measure their rate
 
     def moved(self, size: int) -> None:
         if size:
-            self._last = time.monotonic()
-            self._bytes += size
+            self._moved_at = time.monotonic()
+            self._count += size
 
     def responded(self) -> None:
-        self.since = self._last = time.monotonic()
-        self.begun = -math.inf
+        self.responded_at = self._moved_at = time.monotonic()
+        self.request_began = -math.inf
 
-    def is_over(self, now: float, *, owed: bool, moving: bool) -> bool:
-        """Idle for too long, or too slow. `owed`: a response is due; `moving`: bytes are expected to come or to go."""
-        idle, counted, count = now - self._last, now - self._counted, self._bytes
-        if not moving or counted >= REQUEST_TIMEOUT:
-            self._counted, self._bytes = now, 0
-        if not moving:
-            return not owed and idle >= KEEPALIVE_TIMEOUT
-        is_slow = counted >= REQUEST_TIMEOUT and count < REQUEST_TIMEOUT * SLOWEST_CLIENT
+    def has_timed_out(self, now: float, *, is_due: bool, in_transfer: bool) -> bool:
+        """Whether it was idle or slow for too long. The flags are those of Channel.state()."""
+        idle, measured, count = now - self._moved_at, now - self._counted_from, self._count
+        if not in_transfer or measured >= REQUEST_TIMEOUT:
+            self._counted_from, self._count = now, 0
+        if not in_transfer:
+            return not is_due and idle >= KEEPALIVE_TIMEOUT
+        is_slow = measured >= REQUEST_TIMEOUT and count < REQUEST_TIMEOUT * MIN_RATE
         return is_slow or idle >= REQUEST_TIMEOUT
 
 
@@ -7272,30 +7273,29 @@ def open_sockets(host: str, port: int) -> list[socket.socket]:
                 return _listen_on_all(addresses, port)
         return _listen_on_all(addresses, port)
     except (socket.gaierror, UnicodeError):
-        advice = "set it to localhost, or to this PC's address."
-        raise StartError(f"STORYTELLER_HOST {host} is not known: {advice}") from None
+        raise StartError(f"STORYTELLER_HOST {host} is not known: set it to localhost or this PC's address.") from None
     except OSError as error:
         fault = f"Cannot listen on {host} port {port} ({error.strerror}): set STORYTELLER_HOST or STORYTELLER_PORT."
         if error.errno in _IN_USE:
             fault = f"Port {port} is in use by another program: stop it, or set STORYTELLER_PORT."
         elif error.errno in _MAYBE_RESERVED:
-            advice = "`netsh interface ipv4 show excludedportrange protocol=tcp` lists those. Set STORYTELLER_PORT."
+            advice = "`netsh interface ipv4 show excludedportrange protocol=tcp` lists these. Set STORYTELLER_PORT."
             fault = f"Port {port} is refused: another program holds it, or Windows reserves it: {advice}"
         raise StartError(fault) from None
 
 
 def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
-    made: list[socket.socket] = []
+    opened: list[socket.socket] = []
     with contextlib.ExitStack() as on_failure:
         for address in addresses:
             try:
-                made.append(on_failure.enter_context(listen(address, port)))
+                opened.append(on_failure.enter_context(listen(address, port)))
             except OSError as error:
-                if not made or error.errno not in _NO_ROUTE:
+                if not opened or error.errno not in _NO_ROUTE:
                     raise
-            port = made[0].getsockname()[1]
+            port = opened[0].getsockname()[1]
         on_failure.pop_all()
-    return made
+    return opened
 
 
 # ======================================================================================================
@@ -7308,38 +7308,38 @@ class Channel(waitress.channel.HTTPChannel):
         def parse_header(self, header_plus: bytes) -> None:
             try:
                 super().parse_header(header_plus)
-            except ValueError:  # of urllib, as for http://[/: it would end the connection without a response
+            except ValueError:  # from urllib, as for http://[/: it would close the connection without a response
                 raise waitress.parser.ParsingError("Bad URI") from None
             if len(header_plus) >= MAX_HEADER:
                 self.error = waitress.parser.RequestHeaderFieldsTooLarge(f"exceeds max_header of {MAX_HEADER}")
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.exchange: Exchange | None = None  # of the first of `requests`
-        self.stream: Stream | None = None  # of the response that is being sent
+        self.exchange: Exchange | None = None  # of requests[0]
+        self.stream: Stream | None = None  # the body of the response being sent, if that is a stream
         self.activity = Activity(time.monotonic())
 
     def received(self, data: bytes) -> bool:
         if self.request is None:
-            self.activity.begun = time.monotonic()
+            self.activity.request_began = time.monotonic()
         self.activity.moved(len(data))
         return self.stream is None and bool(super().received(data))
 
     def readable(self) -> bool:
-        """As waitress's, in half its time; also where a client's leaving is to be noticed, so nothing is kept of it."""
+        """Twice as fast as waitress's. Also reads during a cancellable wait or a stream, to notice a disconnect."""
         if self.requests:
             return len(self.requests) == 1 and self.exchange is not None and self.exchange.is_cancellable
         return bool(self.stream) or not (self.total_outbufs_len or self.close_when_flushed or self.will_close)
 
     def service(self) -> None:
-        """Begin with the first of `requests`, once the response before is sent: so write_soon never blocks."""
+        """Start requests[0] once the previous response is sent, so write_soon() never blocks."""
         if not self.requests or self.exchange or self.total_outbufs_len or self.close_when_flushed:
             return
         request, dispatcher = self.requests[0], self.server.task_dispatcher
         task = waitress.task.WSGITask(self, request)
         task.start()
         environ = unreadable_environ(request.headers) if request.error else task.get_environment()
-        is_late = self.activity.begun > dispatcher.stopped_at
+        is_late = self.activity.request_began > dispatcher.stopped_at
         steps = respond(self.server.application, environ, error=request.error, is_late=is_late)
         finish = functools.partial(self._finish, task, environ["REQUEST_METHOD"])
         self.exchange = Exchange(steps, functools.partial(dispatcher.call_soon, self), finish)
@@ -7356,7 +7356,7 @@ class Channel(waitress.channel.HTTPChannel):
         task.response_headers += response.headers.items()
         if task.request.error:
             task.set_close_on_finish()
-            with contextlib.suppress(OSError):  # what is left unread makes a reset of the close, which loses this
+            with contextlib.suppress(OSError):  # unread input would turn the close into a reset, which loses this
                 self.socket.recv(1 << 20)
         self.write_soon(task.build_response_header() + (b"" if method == "HEAD" else response.body))
         self.current_outbuf_count = self.adj.outbuf_high_watermark
@@ -7367,7 +7367,7 @@ class Channel(waitress.channel.HTTPChannel):
             self.send_continue()
         if response.stream:
             self.stream = response.stream
-            del self.requests[:]  # what was sent after it gets no response
+            del self.requests[:]  # requests that were sent after it get no response
             more = functools.partial(self.server.task_dispatcher.call_soon, self, self.send_parts)
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, Stream.SEND_BUFFER)
             self.stream.open(more, is_chunked=task.chunked_response)
@@ -7376,7 +7376,7 @@ class Channel(waitress.channel.HTTPChannel):
     def send_parts(self) -> None:
         if self.stream and self.connected:
             part, self.close_when_flushed = self.stream.take()
-            if part and not self.total_outbufs_len:  # by a buffer it takes twice as long
+            if part and not self.total_outbufs_len:  # twice as fast as by the buffer
                 self.activity.moved(sent := self.send(part))
                 part = part[sent:]
             if self.connected and (part or self.close_when_flushed):
@@ -7397,34 +7397,34 @@ class Channel(waitress.channel.HTTPChannel):
         if self.stream:
             self.stream.close()
         if self.exchange and not self.exchange.cancel():
-            self.requests[:1] = []  # it is carried out, and _finish() closes it
+            del self.requests[:1]  # it runs on, and _finish() closes it
         while self.requests:
             self.requests.pop().close()
 
     def state(self) -> tuple[bool, bool]:
-        """Whether its client is owed a response, or the rest of one; whether bytes are expected to come or to go."""
+        """Whether a response is due or partly sent; whether bytes of a request or response are still to move."""
         unsent = self.total_outbufs_len
         return bool(self.requests or unsent or self.stream), bool(unsent or (self.request and not self.requests))
 
 
 class Dispatcher:
-    """What waitress gives whole requests to. Owns the sockets, and what is to be called in the event loop's thread."""
+    """Takes complete requests from waitress. Owns the sockets, and the queue of calls to make in the event loop."""
 
     def __init__(self, app: bottle.Bottle, sockets: Sequence[socket.socket]) -> None:
-        self.stopped_at = math.inf  # monotonic seconds; what begins later is refused
-        self.is_awake = False  # the event loop will look at `ready` before it polls
+        self.stopped_at = math.inf  # monotonic seconds; requests that began later are refused
+        self.is_awake = False  # the event loop will check `ready` before it waits again
         self.ready: queue.SimpleQueue[tuple[Channel, Callable[[], None]]] = queue.SimpleQueue()
-        self.map: dict[int, Any] = {}  # by descriptor: the channels, the listeners, and a trigger for each of these
+        self.map: dict[int, Any] = {}  # by descriptor: channels, listeners, and the trigger of each listener
         waitress.server.create_server(app, map=self.map, sockets=list(sockets), _dispatcher=self, **WAITRESS)
         self._listeners = [one for one in self.map.values() if isinstance(one, waitress.server.BaseWSGIServer)]
         for listener in self._listeners:
             listener.channel_class = Channel
 
     def add_task(self, channel: Channel) -> None:
-        self.ready.put((channel, channel.service))  # in the loop's thread, which looks before it waits
+        self.ready.put((channel, channel.service))  # no wake(): this is the loop's own thread
 
     def call_soon(self, channel: Channel, function: Callable[[], None]) -> None:
-        """From any thread. An exception of the function closes the channel."""
+        """Call it in the event loop; may be used from any thread. An exception of the function closes the channel."""
         self.ready.put((channel, function))
         self.wake()
 
@@ -7444,7 +7444,7 @@ class Dispatcher:
             listener.socket.close()
 
     def close(self) -> None:
-        self.is_awake = True  # so that nothing is written to a descriptor that is somebody else's by then
+        self.is_awake = True  # wake() must not write to a descriptor that may be another file's by then
         waitress.wasyncore.close_all(self.map)
 
 
@@ -7454,7 +7454,7 @@ class Dispatcher:
 
 
 class Server:
-    """The event loop. stop() lets requests in flight be answered (waitress would not); `on_stop` gets their number."""
+    """The event loop. Unlike waitress, it answers the requests in flight after stop(); `on_stop` gets their number."""
 
     def __init__(self, app: bottle.Bottle, sockets: Sequence[socket.socket], on_stop: Callable[[int], None]) -> None:
         self._dispatcher = Dispatcher(app, sockets)
@@ -7465,20 +7465,20 @@ class Server:
         return [one for one in self._dispatcher.map.values() if isinstance(one, Channel)]
 
     def stop(self, grace: float) -> None:
-        """End within about `grace` seconds. Takes no lock: may be called from a signal handler and from any thread."""
+        """End run() in about `grace` seconds. Takes no lock, so signal handlers and any thread may call it."""
         self._grace, self.is_stopping = grace, True
         self._dispatcher.wake()
 
     def run(self) -> None:
         """Serve until stop() is called."""
-        swept = time.monotonic()
+        swept_at = time.monotonic()
         while not self.is_stopping:
             self._turn(1.0)
             now = time.monotonic()
-            if now - swept >= 1.0 or len(self._dispatcher.map) > CONNECTIONS:
-                swept = now
+            if now - swept_at >= 1.0 or len(self._dispatcher.map) > CONNECTIONS:
+                swept_at = now
                 self._sweep(now)
-        for _ in range(100):  # requests that were sent before may still be in the backlog
+        for _ in range(100):  # connections made before stop() may still be in the backlog
             self._turn(0.0)
         self._dispatcher.stop_listening()
         self._on_stop(sum(any(one.state()) and not one.stream for one in self._channels()))
@@ -7488,35 +7488,36 @@ class Server:
         self._dispatcher.close()
 
     def _turn(self, seconds: float) -> None:
-        """Poll, which costs 0.6 us for each connection, then call what is ready. The responses to what begins here are
-        mostly due soon: waited for a moment, a request takes one poll instead of two."""
+        """Poll once, which costs 0.6 us for each connection, then make the calls in `ready`. Most requests that start
+        here have their response within RESPONSE_WAIT: to wait for it saves them a second poll."""
         self._dispatcher.poll(seconds)
-        self._dispatcher.is_awake, due, left, until = True, 0, RESPONSE_WAIT, time.monotonic() + RESPONSE_WAIT
+        self._dispatcher.is_awake, unanswered = True, 0
+        left, deadline = RESPONSE_WAIT, time.monotonic() + RESPONSE_WAIT
         with contextlib.suppress(queue.Empty):
             while left > 0:
-                channel, function = self._dispatcher.ready.get(due > 0, left)
+                channel, function = self._dispatcher.ready.get(unanswered > 0, left)
+                was_unanswered = bool(channel.exchange)
                 try:
                     function()
                 except Exception:
                     log.exception("server: a request failed")
                     channel.handle_close()
-                due += bool(channel.exchange) - (function not in (channel.service, channel.send_parts))
-                left = until - time.monotonic()
+                unanswered += bool(channel.exchange) - was_unanswered
+                left = deadline - time.monotonic()
         self._dispatcher.is_awake = False
 
     def _sweep(self, now: float) -> None:
-        """Close what waitress's own timeout misses (a byte a second, a client that stopped reading). Past CONNECTIONS,
-        close the oldest of those to which nothing is owed, but none in its first second, nor in that of a request: a
-        new client must not be the victim of its own arrival."""
-        spare, channels = [], self._channels()
+        """Close connections that timed out. Above CONNECTIONS, also close those with no response due, least recently
+        used first, except in the first second of a connection or a request: an arrival must not close itself."""
+        closable, channels = [], self._channels()
         for channel in channels:
-            owed, moving = channel.state()
-            if channel.activity.is_over(now, owed=owed, moving=moving):
+            is_due, in_transfer = channel.state()
+            if channel.activity.has_timed_out(now, is_due=is_due, in_transfer=in_transfer):
                 channel.handle_close()
-            elif not owed and now - channel.activity.begun >= 1.0:
-                spare.append(channel)
-        spare.sort(key=lambda one: one.activity.since)
-        for channel in spare[: max(0, len(channels) - CONNECTIONS)]:
+            elif not is_due and now - channel.activity.request_began >= 1.0:
+                closable.append(channel)
+        closable.sort(key=lambda one: one.activity.responded_at)
+        for channel in closable[: max(0, len(channels) - CONNECTIONS)]:
             channel.handle_close()
 
 
@@ -7528,20 +7529,20 @@ DATA_FILES = (*STORE_FILES, "running", TOKEN_FILE, "storyteller.log", "swarmui.l
 
 
 def prepare_data_dir(settings: Settings, *, serves: bool = True) -> None:
-    """Create the folder, and test that it, and what is needed in it, can be used. Raises StartError."""
+    """Create the data folder, and check that it and the files needed in it can be used. Raises StartError."""
     path = settings.data_dir
     names = ["", *(() if settings.redis_address else STORE_FILES)]
     if serves:
         names += ["running", "storyteller.log", "swarmui.log", *(() if settings.api_token else (TOKEN_FILE,))]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for file in [path / name for name in names]:
-            needed = os.R_OK if file.name == TOKEN_FILE else os.R_OK | os.W_OK
-            if (owner := foreign_owner(file)) and not os.access(file, needed):
+        for needed in [path / name for name in names]:
+            access = os.R_OK if needed.name == TOKEN_FILE else os.R_OK | os.W_OK
+            if (owner := foreign_owner(needed)) and not os.access(needed, access):
                 advice = f"sudo chown -R $(id -un) {shlex.quote(str(path))}"
-                raise StartError(f"{file} belongs to {owner}, and you may not use it: {advice}")
-        with tempfile.TemporaryFile(dir=path) as trial:
-            trial.write(bytes(250_000))
+                raise StartError(f"{needed} belongs to {owner}, and you may not use it: {advice}")
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(250_000))
     except OSError as error:
         if error.errno in _DISK_FULL:
             raise StartError(f"The disk of the data folder {path} is full: free space on it.") from None
@@ -7550,11 +7551,11 @@ def prepare_data_dir(settings: Settings, *, serves: bool = True) -> None:
 
 
 def command_settings(given: Mapping[str, Any]) -> Settings:
-    """Those of a command line, whose folder is relative to the current one, as a person typed it there."""
+    """The settings of a command. Its --data-dir is relative to the current folder. Raises StartError."""
     try:
         folder = given["data_dir"] and os.path.abspath(given["data_dir"])
     except FileNotFoundError:
-        raise StartError("The current folder, where --data-dir begins, was deleted: change to one.") from None
+        raise StartError("The current folder, the base of --data-dir, was deleted: change to another one.") from None
     return load_settings({**given, "data_dir": folder}, os.environ)
 
 
@@ -7563,28 +7564,28 @@ def url_of(host: str, port: int) -> str:
 
 
 def page_url(host: str, port: int) -> str:
-    """What a browser on this PC opens. 0.0.0.0 and :: are all of its addresses."""
+    """The page's URL for a browser on this PC. 0.0.0.0 and :: stand for all addresses."""
     return url_of("localhost" if host in ("0.0.0.0", "::") else host, port)
 
 
 def page_links(host: str, port: int, api_token: str) -> Iterator[str]:
-    """Where a browser finds the page, with its token."""
-    end, is_all, found = f"/#token={page_token(api_token)}", host in ("0.0.0.0", "::"), list[str]()
-    yield page_url(host, port) + end
-    family, far = (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")
-    if is_all:
+    """The page's URLs with its token: for this PC, then for others."""
+    fragment, addresses = f"/#token={page_token(api_token)}", list[str]()
+    yield page_url(host, port) + fragment
+    family, remote = (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")
+    if host in ("0.0.0.0", "::"):
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((far, 9))  # sends nothing, and tells the address that others reach
-            found.append(probe.getsockname()[0])
+            probe.connect((remote, 9))  # sends nothing, but selects the address that the network sees
+            addresses.append(probe.getsockname()[0])
         with contextlib.suppress(OSError):
-            found += [str(row[4][0]) for row in socket.getaddrinfo(socket.gethostname(), None, family)]
-    for one in dict.fromkeys(found):
-        if not is_loopback(one) and "%" not in one:  # with it, an address is good on this PC alone
-            yield url_of(one, port) + end
+            addresses += [str(row[4][0]) for row in socket.getaddrinfo(socket.gethostname(), None, family)]
+    for address in dict.fromkeys(addresses):
+        if not is_loopback(address) and "%" not in address:  # an address with a zone (%) works on this PC only
+            yield url_of(address, port) + fragment
 
 
 def running_address(settings: Settings) -> tuple[str, int] | None:
-    """Host and port of the service that uses the data folder, as it wrote them down; None when none does."""
+    """Host and port of the service that uses the data folder, from its file `running`; None if there is none."""
     path = settings.data_dir / "running"
     with contextlib.suppress(OSError, ValueError):
         if path.exists():
@@ -7596,13 +7597,13 @@ def running_address(settings: Settings) -> tuple[str, int] | None:
     return None
 
 
-def near_host(host: str) -> str:
-    """Where this PC reaches a service that listens there: not by ::1, which Windows may try for seconds."""
+def connect_host(host: str) -> str:
+    """Where this PC connects to a service on that host. Not ::1 for localhost: on Windows that may take seconds."""
     return {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host.lower(), host)
 
 
 def print_links(given: Mapping[str, Any]) -> None:
-    """Print the page's link for each address, of the service that runs or will. Raises StartError."""
+    """Print the page's link for each address of the service, whether it runs or not. Raises StartError."""
     settings = command_settings(given)
     prepare_data_dir(settings, serves=False)
     host, port = running_address(settings) or (settings.host, settings.port)
@@ -7649,12 +7650,12 @@ def run_checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def missed_sessions(settings: Settings) -> str | None:
-    """A warning that sessions are in another store than the one that is used: StoryArt's in Redis, or those of the
-    embedded store, which `move` copies. It takes 0.6 s at most."""
+    """A warning if sessions are in the store that is not used: StoryArt's in Redis, or those of the embedded store,
+    which `move` copies. None if not, or if that store cannot be read within 0.6 s."""
     url, newest = settings.redis_address, "SELECT max(timestamp) FROM session WHERE expires > ?"
     limits: dict[str, Any] = {"socket_connect_timeout": 0.2, "socket_timeout": 0.2}  # from_url() does not retry
     client = redis.Redis.from_url(url or STORYARTS_REDIS, protocol=2, driver_info=None, **limits)
-    # ValueError: what answers is no Redis. StartError: there is no embedded store.
+    # ValueError: the server is not a Redis. StartError: there is no embedded store.
     with contextlib.suppress(redis.RedisError, OSError, ValueError, StartError, sqlite3.Error), client:
         if not url:
             advice = f"StoryArt's sessions are in Redis, which is not used here: set REDIS_URL={STORYARTS_REDIS}"
@@ -7662,31 +7663,30 @@ def missed_sessions(settings: Settings) -> str | None:
         with contextlib.closing(sqlite3.connect(embedded_store(settings), timeout=0.2)) as database:
             ((timestamp,),) = database.execute(newest, (now_ms(),))
         if timestamp is not None and not client.sismember(RedisStore.TAKEN, f"session:{timestamp}"):
-            return f"there are sessions in the embedded store, which Redis replaces: {START_SCRIPT} move copies them"
+            return f"the embedded store has sessions that Redis lacks: {START_SCRIPT} move copies them"
     return None
 
 
 def embedded_store(settings: Settings) -> Path:
-    """Also where it is not used. Raises StartError when there is none."""
+    """The embedded store's file, used or not. Raises StartError if there is none."""
     if not os.path.isfile(path := settings.data_dir / STORE_FILES[0]):
         raise StartError(f"There is no embedded store in the data folder {settings.data_dir}.")
     return path
 
 
 def check_storyart(settings: Settings) -> Iterator[Finding]:
-    """Whether its sessions are in this service's store, and its pages can call this service and see SwarmUI."""
+    """Whether StoryArt's sessions are in this service's store, and its pages may call this service and SwarmUI."""
     if missed := missed_sessions(settings):
         yield "WARN", "store" if settings.redis_address else "StoryArt", missed
     if settings.redis_address and redis.connection.parse_url(settings.redis_address).get("db"):
-        yield "WARN", "StoryArt", "its own server always uses database 0: name that one in REDIS_URL"
+        yield "WARN", "StoryArt", "its own server always uses database 0: use database 0 in REDIS_URL too"
     for origin in refused_origins(settings):
         yield "WARN", "pages", f"{origin} sent no token and is not trusted: {TRUST_ADVICE}"
     allowed, pages = settings.swarmui_allow_origin, settings.trusted_origins
     if allowed == "*":
-        advice = "SWARMUI_ALLOW_ORIGIN is *, which opens SwarmUI to every page: set it to StoryArt's origin"
-        yield "WARN", "SwarmUI's pages", advice
+        yield "WARN", "SwarmUI's pages", "* lets every page use SwarmUI: set SWARMUI_ALLOW_ORIGIN to StoryArt's origin"
     elif pages and not allowed:
-        yield "WARN", "SwarmUI's pages", f"{pages[0]} cannot see SwarmUI as installed: set SWARMUI_ALLOW_ORIGIN to it"
+        yield "WARN", "SwarmUI's pages", f"{pages[0]} cannot read SwarmUI's responses: set SWARMUI_ALLOW_ORIGIN to it"
 
 
 def check_store(settings: Settings) -> Iterator[Finding]:
@@ -7718,21 +7718,21 @@ def check_swarmui_path(settings: Settings) -> Finding:
 
 
 def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
-    """Whether this service runs, or its port is free; and whether one that runs finds other GPUs than `status`."""
-    link = f"{START_SCRIPT} page prints its page's link with a token"
+    """Whether the service runs or its port is free, and whether a running one finds the GPUs of `status`, too."""
+    link = f"{START_SCRIPT} page prints the link of its page, with a token"
     running = running_address(settings)
     host, port = running or (settings.host, settings.port)
-    url, address = url_of(near_host(host), port), page_url(host, port) if port else "an address that it chooses"
+    url, address = url_of(connect_host(host), port), page_url(host, port) if port else "an address that it chooses"
     expected_errors = OSError, http.client.HTTPException, ValueError, AttributeError, LookupError, RecursionError
     if not running:
         try:
             for one in open_sockets(host, port):
                 one.close()
-            yield "OK", "port", f"{port} is free: it will run at {address}; {link}"
+            yield "OK", "port", f"{port} is free: the service will run at {address}; {link}"
         except StartError as error:
             fault = str(error)
             with contextlib.suppress(*expected_errors):
-                if json.loads(fetch(f"{url}/health", 6)[1]).keys() == {"status", "store"}:  # 3 s for a hanging store
+                if json.loads(fetch(f"{url}/health", 6)[1]).keys() == {"status", "store"}:  # 3 s if the store hangs
                     advice = "stop that one, or set STORYTELLER_PORT"
                     fault = f"Port {port} is in use by this service with another data folder: {advice}."
             yield "FAIL", "port", fault
@@ -7743,41 +7743,40 @@ def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
         response, body = fetch(f"{url}/api/v1/gpu/status", wait, headers=bearer)
         theirs, ours = json.loads(body), gpu_json(status)
         differs = any(theirs.get(key, ours[key]) != ours[key] for key in ("gpuCount", "memoryTotal"))
-        if differs and response.status in (200, 500):  # not one that refuses the token
+        if differs and response.status in (200, 500):  # not if it refused the token
             found = theirs["error"] or f"{theirs['gpuCount']} GPU(s), {theirs['memoryTotal']} MiB"
-            advice = "it has another PATH or NVIDIA_SMI: set NVIDIA_SMI in .env, and start it again"
-            yield "WARN", "nvidia-smi", f"the service that runs finds otherwise ({found}): {advice}"
+            advice = "it has another PATH or NVIDIA_SMI: set NVIDIA_SMI in .env, then restart it"
+            yield "WARN", "nvidia-smi", f"the running service gets another result ({found}): {advice}"
 
 
 def print_status(given: Mapping[str, Any]) -> int:
     """Print what the page shows. The exit code is 1 when the service of this data folder does not answer."""
     settings = command_settings(given)
-    fault = f"No service of the data folder {settings.data_dir} listens yet: start it by {START_SCRIPT}, or wait."
+    fault = f"No service listens for the data folder {settings.data_dir}: start it with {START_SCRIPT}, or wait."
     if found := running_address(settings):
         url = page_url(*found)
         fault = f"The service at {url} does not answer: see {settings.data_dir / 'storyteller.log'}."
-        with contextlib.suppress(OSError, http.client.HTTPException, ValueError, StopIteration):
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
             state = read_state(*found, kept_token(settings))
             if "error" not in state:
                 print(*status_lines(state, url), sep="\n")
                 return 0
-            fault = f"The service at {url} refuses: {state['error']}"
+            fault = f"The service at {url} refused the request: {state['error']}"
     print(fault, file=sys.stderr)
     return 1
 
 
 def read_state(host: str, port: int, token: str) -> dict[str, Any]:
-    """The data of the event `state`, or of a refusal. Raises OSError, HTTPException, ValueError."""
-    with contextlib.closing(http.client.HTTPConnection(near_host(host), port, timeout=10)) as connection:
+    """The data of the event `state`, or an object with `error`. Raises OSError, HTTPException, ValueError."""
+    with contextlib.closing(http.client.HTTPConnection(connect_host(host), port, timeout=10)) as connection:
         connection.request("GET", "/api/v1/events", headers={"Authorization": f"Bearer {token}"})
-        with connection.getresponse() as response:  # it does not end
-            line = next(one for one in response if response.status != 200 or one.startswith(b"data: "))
-            state: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
-            return state
+        with connection.getresponse() as response:  # a stream without an end
+            line = next((one for one in response if response.status != 200 or one.startswith(b"data: ")), b"")
+            return cast("dict[str, Any]", json.loads(line.removeprefix(b"data: ")))
 
 
 def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
-    """The ten lines of `status`, of the data of an event `state`."""
+    """The ten lines that `status` prints, from the data of the event `state`."""
     service, pending, swarmui, lease = (state[name] for name in ("service", "notifications", "swarmui", "reservation"))
 
     def since(time: object) -> str:
@@ -7785,18 +7784,19 @@ def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
 
     gpu, queue = state["gpu"] or {"error": "not known yet"}, swarmui["queue"]
     figures = "{utilization} % use, {memoryUsed} of {memoryTotal} MiB, {temperature} °C"
-    work = [one for one in state["sessions"] if one["step"] in ("beats_ready", "prompts")]
+    active = [one for one in state["sessions"] if one["step"] in ("beats_ready", "prompts")]
     newest = "; {totalPrompts} of {promptsNeeded} prompts of session {sessionTimestamp} {title}"
     ending = "not known" if service["tokensEnding"] is None else "none ends within 3 days"
     error = f": {swarmui['lastError']}" if swarmui["lastError"] else ""
-    queued = f", {queue['live']} images in work, {queue['waiting']} waiting" if queue else ""
+    queued = f", {queue['live']} generating, {queue['waiting']} waiting" if queue else ""
+    count = f"{len(pending)}{'+' * (len(pending) >= Live.NOTIFICATIONS)}"  # `state` has no more of them
     yield f"StoryTeller automation {service['version']}, running for {since(service['startedAt'])}"
     for name, text in {
         "address": url,
-        "store": service["store"] + ("" if service["storeUp"] else " (no answer, or no writes)"),
+        "store": service["store"] + ("" if service["storeUp"] else " (unavailable or read-only)"),
         "alerts": "; ".join(one["text"].rstrip(".") for one in state["alerts"] if one["state"] == "raised") or "none",
-        "sessions": f"{len(work) or 'none'} in work{newest.format_map(work[0]) if work else ''}",
-        "notifications": f"{len(pending)} wait, the oldest for {since(pending[0]['timestamp'])}" if pending else "none",
+        "sessions": f"{len(active) or 'none'} in progress{newest.format_map(active[0]) if active else ''}",
+        "notifications": f"{count} pending, the oldest for {since(pending[0]['timestamp'])}" if pending else "none",
         "GPU": gpu["error"] or figures.format_map(gpu),
         "reserved": f"by {lease['holder']} until {lease['expiresAt']}" if lease else "by nobody",
         "SwarmUI": f"{swarmui['state']} for {since(swarmui['since'])}{queued}{error}",
@@ -7811,7 +7811,7 @@ def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
 
 
 def own_data_dir(settings: Settings, advice: str = "stop it, then try again") -> TextIO:
-    """The data folder's lock: a file into which a service writes its address. Raises StartError with `advice`."""
+    """Lock the data folder, by the file into which a service writes its address. StartError ends with `advice`."""
     path = settings.data_dir / "running"
     try:
         for _ in range(10):  # `status` and `check` lock it for a moment
@@ -7822,13 +7822,13 @@ def own_data_dir(settings: Settings, advice: str = "stop it, then try again") ->
     except OSError as error:
         raise StartError(f"{path} cannot be written ({error.strerror}): fix or remove it.") from None
     found = running_address(settings)
-    by = f"the service at {url_of(*found)}" if found else "a service that starts, or by a move or restore"
+    by = f"the service at {url_of(*found)}" if found else "a service that is starting, or by `move` or `restore`"
     raise StartError(f"The data folder {settings.data_dir} is in use by {by}: {advice}.")
 
 
 def serve(settings: Settings) -> None:
     """Run until a signal ends it. Raises StartError."""
-    sys.setswitchinterval(0.001)  # by default a thread that computes delays each step of a poll by 5 ms
+    sys.setswitchinterval(0.001)  # with the default, a thread that computes delays each step of a poll by 5 ms
     keep_freed_memory()
     prepare_data_dir(settings)
     running = own_data_dir(settings, "use that one, stop it, or set STORYTELLER_DATA_DIR and STORYTELLER_PORT")
@@ -7836,9 +7836,9 @@ def serve(settings: Settings) -> None:
     token_place = "STORYTELLER_API_TOKEN" if settings.api_token else str(settings.data_dir / TOKEN_FILE)
     settings = dataclasses.replace(settings, api_token=own_token(settings))
     ended = threading.Event()
-    watches = settings.gates or settings.idle_shutdown is not None  # who has reserved the GPU
+    watches = settings.gates or settings.idle_shutdown is not None  # they need to know who has reserved the GPU
     with (
-        contextlib.closing(open_store(settings, 30.0)) as store,  # seconds for a backup, say, to unlock it
+        contextlib.closing(open_store(settings, 30.0)) as store,  # seconds to wait while, say, a backup locks it
         contextlib.closing(GpuMonitor(functools.partial(query_gpus, settings), settings.gpu_cache_seconds)) as gpu,
         contextlib.closing(Reservations(store, socket.gethostname().lower(), watches=watches)) as reservations,
         contextlib.closing(SwarmUISupervisor(settings, is_reserved=lambda: bool(reservations.known))) as swarmui,
@@ -7847,7 +7847,7 @@ def serve(settings: Settings) -> None:
         sockets = open_sockets(settings.host, settings.port)
 
         def on_stop(requests: int) -> None:
-            waits = f": waiting for {requests} request{'s' * (requests > 1)}; Ctrl+C again ends it at once"
+            waits = f": waiting for {requests} request{'s' * (requests > 1)}; Ctrl+C again stops at once"
             say(f"Stopping{waits * (requests > 0)}.")
             services.live.close()
             swarmui.close()
@@ -7856,7 +7856,7 @@ def serve(settings: Settings) -> None:
         server = Server(create_app(services), sockets, on_stop)
 
         def stop(grace: float) -> None:
-            if server.is_stopping:  # a second signal ends it at once
+            if server.is_stopping:  # this is the second signal
                 gpu.end_run()
                 os._exit(1)
             server.stop(grace)
@@ -7868,7 +7868,7 @@ def serve(settings: Settings) -> None:
         services.live.addresses = [url_of(*one.getsockname()[:2]) for one in sockets]
         services.start()
         if settings.autostart:
-            swarmui.start()  # its outcome is in the log
+            swarmui.start()  # the log has its result
         log.info("server: listening on %s", url_of(settings.host, port))
         server.run()
     say("Stopped.")
@@ -7877,7 +7877,7 @@ def serve(settings: Settings) -> None:
 
 
 def greet(settings: Settings, store: Store, port: int, token_place: str) -> None:
-    """Print what a person at the console needs: never the API token; the page's link on a terminal alone, unlogged."""
+    """Print what a person at the console needs: never the API token; the page's link on a terminal only, not logged."""
     name_window(f"StoryTeller automation, port {port}")
     level, _, program = check_swarmui_path(settings)
     nvidia_smi, advice = find_nvidia_smi(settings)
@@ -7890,16 +7890,15 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
         "log": str(settings.data_dir / "storyteller.log"),
     }
     say(f"{TITLE}. Ctrl+C stops it.")
-    link = next(page_links(settings.host, port, settings.api_token or ""))
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    link = next(page_links(settings.host, port, settings.api_token or "")) if is_terminal else rows["address"]
     for name, text in rows.items():
-        shown = link if name == "address" and is_terminal else text
-        say(f"  {name:<11} {shown}", f"{name} {text}")
+        say(f"  {name:<11} {link if name == 'address' else text}", f"{name} {text}")
     for text in setting_warnings(os.environ):
         log.warning("settings: %s", text)
     places = [settings.data_dir / name for name in ("..", "", *DATA_FILES)]
     if IS_ROOT and (others := sorted({owner for place in places if (owner := foreign_owner(place))})):
-        log.warning("data: root starts this, but its files belong to %s: start it as that user", ", ".join(others))
+        log.warning("data: root runs the service, but its files belong to %s: start it as that user", ", ".join(others))
     if settings.host.lower() != "localhost" and not is_loopback(settings.host):
         log.warning("server: the network traffic is not encrypted: set STORYTELLER_HOST=localhost if you can")
     if missed := missed_sessions(settings):
@@ -7907,11 +7906,11 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
     try:
         store.ping()
     except Unavailable as fault:
-        log.warning("store: %s Requests that need it get 503 until it does.", fault)
+        log.warning("store: %s Until it answers, requests that need it get 503.", fault)
 
 
 def serve_until_stopped(given: Mapping[str, Any]) -> NoReturn:
-    """serve(), with which this process ends. All that it says goes through the log."""
+    """Run serve(), then end the process. All output goes through the log."""
     end_console, code = start_console(), 0
     try:
         serve(command_settings(given))
@@ -7922,11 +7921,11 @@ def serve_until_stopped(given: Mapping[str, Any]) -> NoReturn:
         pass
     except Exception:
         code = 1
-        log.exception("server: the service ended by an unexpected error")
+        log.exception("server: the service ended with an unexpected error")
     finally:
         with contextlib.suppress(KeyboardInterrupt):  # a second one
             end_console()
-        os._exit(code)  # Python's own end would wait for a console that takes no output
+        os._exit(code)  # a normal exit would wait for a console that takes no output
 
 
 # ======================================================================================================
@@ -7952,42 +7951,42 @@ def move(given: Mapping[str, Any]) -> None:
     ):
         for table, kind in kinds.items():
             copied = [target.take(table, row) for row in source.rows(table)]
-            print(f"{kind}: {sum(copied)} copied, {len(copied) - sum(copied)} there already", flush=True)
-    print(f"The embedded store is as it was. Set REDIS_URL to that Redis ({target.place}), then start the service.")
+            print(f"{kind}: {sum(copied)} copied, {len(copied) - sum(copied)} already there", flush=True)
+    print(f"The embedded store is unchanged. Set REDIS_URL to that Redis ({target.place}), then start the service.")
 
 
 @contextlib.contextmanager
-def open_copy(path: Path) -> Iterator[sqlite3.Connection]:
-    """A store of this service as it is at one moment, whoever writes to it. Raises StartError, sqlite3.Error."""
+def open_snapshot(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that reads one snapshot of a store, even while others write. Raises StartError, sqlite3.Error."""
     with contextlib.closing(sqlite3.connect(path, timeout=SqliteStore.WAIT)) as database:
         database.execute("BEGIN")
         tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master")}
         version = database.execute("PRAGMA user_version").fetchone()[0]
         if not tables >= {"session", "pending", "marker", "newest"} or version > len(_SCHEMA_STEPS):
-            raise StartError(f"{path} is no store of this service, or one of a newer version.")
+            raise StartError(f"{path} is not a store of this service, or is from a newer version.")
         yield database
 
 
 def copy_store(source: Path, target: Path) -> None:
-    """The target is whole, or as it was. Raises StartError."""
+    """Copy a store to a file, which is then complete, or unchanged if this fails. Raises StartError."""
     draft = target.parent / f".{target.name}.{secrets.token_hex(4)}.part"
-    left = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.part(-journal|-wal|-shm)?")
+    leftover = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.part(-journal|-wal|-shm)?")
     with contextlib.suppress(OSError):
         for path in list(target.parent.iterdir()):
-            # A backup that was killed has left it: none takes an hour.
-            if left.fullmatch(path.name) and path.stat().st_mtime < time.time() - 3600:
+            # From a backup that was killed: none takes an hour.
+            if leftover.fullmatch(path.name) and path.stat().st_mtime < time.time() - 3600:
                 path.unlink()
     try:
         if os.path.exists(target):
-            with open_copy(target):
-                pass  # it is no other file, given by a slip
+            with open_snapshot(target):
+                pass  # a file of another kind is never overwritten
             if os.path.exists(f"{target}-wal") or target.samefile(source):
                 raise StartError(f"{target} is a store in use: give another name.")
-        with open_copy(source) as old, contextlib.closing(sqlite3.connect(draft)) as new:
+        with open_snapshot(source) as old, contextlib.closing(sqlite3.connect(draft)) as new:
             old.backup(new)
             new.execute("PRAGMA journal_mode = DELETE")  # in WAL mode it could become three files
             if (damage := new.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
-                raise StartError(f"{source} is damaged ({' '.join(damage.split())}).")
+                raise StartError(f"{source} is damaged ({' '.join(damage.split())}): restore a backup that is not.")
         os.replace(draft, target)
     except (sqlite3.Error, OSError, ValueError) as error:
         raise StartError(f"{source} cannot be copied to {target} ({error}).") from None
@@ -8003,64 +8002,66 @@ def backup(given: Mapping[str, Any]) -> None:
     copy_store(source, target)
     print(f"{source} is backed up to {target}.")
     if settings.redis_address:
-        print("The service uses a Redis, which is not in that file: back it up by its own means.", file=sys.stderr)
+        print("The service uses Redis, which is not in that file: back up Redis separately.", file=sys.stderr)
 
 
 def restore(given: Mapping[str, Any]) -> None:
-    """Let a backup be the embedded store; the one until now is kept beside it. Raises StartError."""
+    """Replace the embedded store by a backup; the previous store is kept beside it. Raises StartError."""
     settings, source = command_settings(given), Path(given["file"])
     if not os.path.isfile(source):
         raise StartError(f"There is no file {source}.")
     prepare_data_dir(settings, serves=False)
-    store, stamp = settings.data_dir / STORE_FILES[0], re.sub("[^0-9]", "", iso_time(now_ms()))
-    draft = settings.data_dir / ".restored.sqlite3"
-    kept = [settings.data_dir / one.replace(".", f"-{stamp}.", 1) for one in STORE_FILES]
+    stamp, draft = re.sub("[^0-9]", "", iso_time(now_ms())), settings.data_dir / ".restored.sqlite3"
+    store, *logs = [settings.data_dir / name for name in STORE_FILES]
+    kept, *kept_logs = [path.with_name(path.name.replace(".", f"-{stamp}.", 1)) for path in (store, *logs)]
     with contextlib.closing(own_data_dir(settings)):
         copy_store(source, draft)
         try:
             if store.exists():
                 with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(store)) as old:
-                    old.execute("PRAGMA journal_mode = DELETE")  # what is in its WAL goes into its file
-                shutil.copyfile(store, kept[0])  # a service that starts without it would begin with an empty one
-            for name, aside in zip(STORE_FILES[1:], kept[1:]):  # of a damaged one
-                if (path := settings.data_dir / name).exists():
+                    old.execute("PRAGMA journal_mode = DELETE")  # moves the WAL into the file
+                shutil.copyfile(store, kept)  # not renamed: without it, a service would start with an empty store
+            for path, aside in zip(logs, kept_logs):  # there if the store is damaged or in use
+                if path.exists():
                     path.rename(aside)
             os.replace(draft, store)
         except OSError as error:
-            for path in (draft, kept[0]):
+            for path, aside in zip(logs, kept_logs):
+                with contextlib.suppress(OSError):
+                    aside.rename(path)
+            for path in (draft, kept):
                 path.unlink(missing_ok=True)
-            fault = f"{store} cannot be replaced ({error.strerror})"
-            raise StartError(f"{fault}: close what uses it, or free space on its disk.") from None
-    print(f"{source} is restored to {store}{f'; what was there is kept as {kept[0]}' * kept[0].exists()}.")
+            advice = "close the program that uses it, or free space on its disk"
+            raise StartError(f"{store} cannot be replaced ({error.strerror}): {advice}.") from None
+    print(f"{source} is restored to {store}{f'; the previous one is kept as {kept}' * kept.exists()}.")
     if settings.redis_address:
         advice = f"{START_SCRIPT} move copies the restored store there, except what was moved before"
-        print(f"The service uses a Redis, which this did not change: {advice}.", file=sys.stderr)
+        print(f"The service uses Redis, which this did not change: {advice}.", file=sys.stderr)
 
 
 def read_ttl(text: str) -> int:
     """Seconds of a duration like 30d."""
     found = re.fullmatch(r"([0-9]{1,8})([smhd]?)", text)
     seconds = int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2] or "s"] if found else 0
-    low, high = TOKEN_TTL_RANGE
-    if not low <= seconds <= high:
+    if not TOKEN_TTL_RANGE[0] <= seconds <= TOKEN_TTL_RANGE[1]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a duration from 60s to 366d")
     return seconds
 
 
 def token_command(given: Mapping[str, Any]) -> int:
-    """Make, list, renew or revoke session tokens, beside a service that runs. Raises StartError, Unavailable."""
+    """Make, list, renew or revoke session tokens, also while the service runs. Raises StartError, Unavailable."""
     settings = command_settings(given)
     prepare_data_dir(settings, serves=False)
     subject, ttl, renewed, revoked = (given[name] for name in ("subject", "ttl", "renew", "revoke"))
-    instead = [one for one in (given["list"], renewed, revoked) if one]
-    if len(instead) > 1:
-        raise StartError("Give one of --list, --renew and --revoke.")
+    actions = [one for one in (given["list"], renewed, revoked) if one]
+    if len(actions) > 1:
+        raise StartError("Give only one of --list, --renew and --revoke.")
     if renewed and not ttl:
         raise StartError("--renew needs a --ttl that begins now, like --ttl 90d.")
-    if instead and (subject or given["permission"] or (ttl and not renewed)):
-        raise StartError("--subject and --permission are for a new token alone, --ttl for that and for --renew.")
+    if actions and (subject or given["permission"] or (ttl and not renewed)):
+        raise StartError("--subject and --permission are only for a new token, --ttl also for --renew.")
     with contextlib.closing(open_store(settings)) as store:
-        if not instead:
+        if not actions:
             if not re.fullmatch(SUBJECT_PATTERN, subject or "") or not given["permission"]:
                 form = "--subject NAME (at most 64 letters, digits, dots, hyphens, underscores)"
                 raise StartError(f"A token needs {form} and at least one --permission: see --help.")
@@ -8085,7 +8086,7 @@ def token_command(given: Mapping[str, Any]) -> int:
 
 
 def alert_command(given: Mapping[str, Any]) -> int:
-    """Send a test alert, and print what came back. Raises StartError."""
+    """Send a test alert, and print the answer. The exit code is 1 if it was refused. Raises StartError."""
     settings = command_settings(given)
     if not settings.alert_url:
         raise StartError("There is no address for alerts: set STORYTELLER_ALERT_URL.")
@@ -8101,9 +8102,9 @@ def alert_command(given: Mapping[str, Any]) -> int:
 
 
 class Command(NamedTuple):
-    run: Callable[[Mapping[str, Any]], int | None]  # it gets what was given, by name; None is the exit code 0
+    run: Callable[[Mapping[str, Any]], int | None]  # takes the parsed arguments; gives the exit code, None for 0
     meaning: str
-    arguments: Sequence[str] = ()  # beside those that all take
+    arguments: Sequence[str] = ()  # besides --host, --port and --data-dir
 
 
 def read_command(text: str) -> str:
@@ -8113,15 +8114,14 @@ def read_command(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is not a command: did you mean {near[0]}?")
 
 
-# What argparse's add_argument() gets for each.
-ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+ARGUMENTS: Mapping[str, Mapping[str, Any]] = {  # the options of argparse's add_argument()
     "--subject": {"help": "the program's name: at most 64 letters, digits, dots, hyphens, underscores"},
-    "--permission": {"action": "append", "choices": PERMISSIONS, "default": [], "help": "as often as needed"},
+    "--permission": {"action": "append", "choices": PERMISSIONS, "default": [], "help": "may be repeated"},
     "--ttl": {"type": read_ttl, "help": "like 90s, 45m, 90d; by default 12h"},
-    "--list": {"action": "store_true", "help": "show who has tokens, never the tokens"},
-    "--renew": {"metavar": "SUBJECT", "help": "let every token of that subject end after --ttl from now"},
+    "--list": {"action": "store_true", "help": "list who has tokens, never the tokens"},
+    "--renew": {"metavar": "SUBJECT", "help": "make every token of that subject end --ttl from now"},
     "--revoke": {"metavar": "SUBJECT", "help": "revoke every token of that subject"},
-    "--to": {"metavar": "URL", "help": "by default the one of REDIS_URL or REDIS_HOST"},
+    "--to": {"metavar": "URL", "help": "the Redis to copy to; by default that of REDIS_URL or REDIS_HOST"},
     "file": {"metavar": "FILE"},
     "topic": {"nargs": "?", "type": read_command},
 }
@@ -8137,28 +8137,28 @@ def print_version(given: Mapping[str, Any]) -> None:
 
 
 def refer_to_scripts(given: Mapping[str, Any]) -> NoReturn:
-    raise StartError(f"{START_SCRIPT} test runs the tests: start it by that script.")
+    raise StartError(f"The tests need the start script: run {START_SCRIPT} test.")
 
 
 COMMANDS: Mapping[str, Command] = {
-    "serve": Command(serve_until_stopped, "run the service (by default)"),
-    "status": Command(print_status, "what the running service does, in ten lines"),
+    "serve": Command(serve_until_stopped, "run the service (the default)"),
+    "status": Command(print_status, "show what the running service does, in ten lines"),
     "page": Command(print_links, "print the link of its page, with a token"),
-    "check": Command(check, "look for what may be wrong on this PC"),
-    "token": Command(token_command, "make a session token, which is all that it prints", TOKEN_ARGUMENTS),
-    "alert": Command(alert_command, "send a test to STORYTELLER_ALERT_URL"),
+    "check": Command(check, "look for problems on this PC"),
+    "token": Command(token_command, "print a new session token, or list, renew or revoke tokens", TOKEN_ARGUMENTS),
+    "alert": Command(alert_command, "send a test alert to STORYTELLER_ALERT_URL"),
     "move": Command(move, "copy the embedded store into a Redis", ["--to"]),
     "backup": Command(backup, "copy the embedded store to FILE", ["file"]),
-    "restore": Command(restore, "let FILE be the embedded store", ["file"]),
+    "restore": Command(restore, "replace the embedded store by the backup FILE", ["file"]),
     "version": Command(print_version, "print the version"),
-    "help": Command(print_help, "this text, or that of a command", ["topic"]),
-    "test": Command(refer_to_scripts, f"run this program's own tests; to check this PC, use {START_SCRIPT} check"),
+    "help": Command(print_help, "show this help, or that of a command", ["topic"]),
+    "test": Command(refer_to_scripts, f"run the developers' tests; to check this PC, use {START_SCRIPT} check"),
 }
 
 
 def describe_all() -> Iterator[str]:
     """The lines of --help on commands and settings."""
-    yield "commands, of which COMMAND --help says more:"
+    yield "commands (COMMAND --help describes one):"
     for name, command in COMMANDS.items():
         yield f"  {name:<33} {command.meaning}"
     yield "\nsettings, from the environment or a .env file beside this module:"
@@ -8170,7 +8170,7 @@ def describe_all() -> Iterator[str]:
 
 
 def make_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The parser of a command's arguments; by default of what comes before them, and of the command."""
+    """The parser of a command's arguments; without one, of the command line up to and with the command."""
     meaning = COMMANDS[command].meaning if command else "run.sh starts it, on Windows run.bat"
     parser = argparse.ArgumentParser(
         prog=f"{START_SCRIPT} {command or ''}".rstrip(),
@@ -8180,7 +8180,7 @@ def make_parser(command: str | None = None) -> argparse.ArgumentParser:
     )
     for name in ("host", "port", "data-dir"):
         overrides = f"overrides STORYTELLER_{name.upper().replace('-', '_')}"
-        # What was given before the command stays.
+        # SUPPRESS keeps a value that was given before the command.
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS if command else None, help=overrides)
     for name in COMMANDS[command].arguments if command else ():
         parser.add_argument(name, **ARGUMENTS[name])
@@ -8192,17 +8192,17 @@ def make_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
-    first = vars(make_parser().parse_args(argv))
-    parser = make_parser(first["command"])
-    found, unknown = parser.parse_known_args(first["rest"])
-    if unknown and first["command"] != "test":  # those are pytest's
+    common = vars(make_parser().parse_args(argv))
+    parser = make_parser(common["command"])
+    own, unknown = parser.parse_known_args(common["rest"])
+    if unknown and common["command"] != "test":  # those are pytest's
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return {**first, **vars(found)}
+    return {**common, **vars(own)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0; 1 when a check failed, nothing answered, no token was found or an alert was refused; 2 when the
-    command cannot be done; 130 when Ctrl+C ended it."""
+    """Run a command. Exit codes: 0; 1 if a check failed, nothing answered, no token was found or an alert was refused;
+    2 if the command is wrong or cannot be carried out; 130 if Ctrl+C ended it."""
     prepare_console()
     given = parse_arguments(argv)
     try:

@@ -12328,7 +12328,7 @@ def test_ctrl_c_twice_at_a_start_ends_it_though_its_console_takes_no_output(modu
 
 def test_ctrl_c_is_answered_on_the_console(stopping):
     stopping.tell()
-    wait_until(lambda: "Stopping: waiting for 1 request; Ctrl+C again ends it at once." in stopping.running.printed)
+    wait_until(lambda: "Stopping: waiting for 1 request; Ctrl+C again stops at once." in stopping.running.printed)
     stopping.release()
     stopping.running.process.wait(PATIENCE)
     stopping.running.stop()
@@ -12372,7 +12372,7 @@ def test_a_command_that_is_none_is_refused_with_the_nearest(run_module, command,
 def test_the_tests_are_run_by_the_scripts_alone(run_module):
     done = run_module("test", "-k", "swarmui")
     assert done.returncode == 2
-    assert done.stderr == f"{service.START_SCRIPT} test runs the tests: start it by that script.\n"
+    assert done.stderr == f"The tests need the start script: run {service.START_SCRIPT} test.\n"
 
 
 @pytest.mark.parametrize("command", service.COMMANDS)
@@ -12559,7 +12559,7 @@ def test_a_data_folder_below_a_folder_that_was_deleted_is_refused_in_one_sentenc
     command += ["token", "--list", "--data-dir", "a"]
     done = subprocess.run(command, env=clean_environment, timeout=PATIENCE, capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stderr) == (
-        2, "The current folder, where --data-dir begins, was deleted: change to one.\n"
+        2, "The current folder, the base of --data-dir, was deleted: change to another one.\n"
     )  # fmt: skip
 
 
@@ -12713,7 +12713,7 @@ def test_check_warns_where_the_running_service_finds_other_gpus(
 
     start_service(NVIDIA_SMI=nvidia_smi(service_finds), STORYTELLER_API_TOKEN="")
     done = run_module("check", NVIDIA_SMI=nvidia_smi(check_finds), **environment)
-    warned = [line for line in done.stdout.splitlines() if "the service that runs finds otherwise" in line]
+    warned = [line for line in done.stdout.splitlines() if "the running service gets another result" in line]
     assert len(warned) == bool(found)
     assert all(line.startswith("WARN nvidia-smi: ") and found in line for line in warned)
     assert (read_check(done)["port"], done.returncode) == ("OK", 0)
@@ -12778,7 +12778,7 @@ def test_a_start_as_root_beside_files_of_another_user_warns(start_service, modul
     (data / "api_token").write_text(TOKEN)
     os.chown(data / "api_token", owner, owner)
     made = start_service()
-    warning = "data: root starts this, but its files belong to 54321"
+    warning = "data: root runs the service, but its files belong to 54321"
     wait_until(lambda: "listening on" in (data / "storyteller.log").read_text("utf-8"))
     assert (warning in (data / "storyteller.log").read_text("utf-8")) == bool(owner)
     if owner:
@@ -12862,7 +12862,7 @@ def test_a_redis_that_needs_a_password_is_not_missed_and_a_start_does_not_wait(s
 def test_check_warns_of_a_database_that_storyarts_own_server_does_not_use(settings, monkeypatch, url, warned):
     monkeypatch.setattr(service, "STORYARTS_REDIS", f"redis://127.0.0.1:{free_port()}/0")
     found = list(service.check_storyart(dataclasses.replace(settings, redis_url=url)))
-    advice = "its own server always uses database 0: name that one in REDIS_URL"
+    advice = "its own server always uses database 0: use database 0 in REDIS_URL too"
     assert found == ([("WARN", "StoryArt", advice)] if warned else [])
 
 
@@ -13061,7 +13061,7 @@ def started(fresh: Project, finished_venv: Path) -> Project:
 def test_the_first_start_sets_up_and_starts(first_start):
     venv, done = first_start
     report = told(done)
-    assert ["making .venv" in done.stderr, "installing" in done.stderr] == [True, True]
+    assert ["creating .venv" in done.stderr, "installing" in done.stderr] == [True, True]
     assert report["arguments"] == ["--port", "1"]
     assert Path(report["prefix"]).samefile(venv)
 
@@ -13093,7 +13093,7 @@ def test_an_install_that_fails_says_so_and_is_done_again(started):
 
 
 def gone(*patterns: str, stamp: bool = False) -> Callable[[Project], None]:
-    """What is at `patterns` in .venv is not there; with `stamp`, although a set-up was finished."""
+    """What is at `patterns` in .venv is not there; with `stamp`, although a setup was finished."""
 
     def damage(project: Project) -> None:
         if not stamp:
@@ -13719,11 +13719,18 @@ def test_status_says_in_ten_lines_what_the_page_shows(start_service, run_module)
     assert (done.returncode, done.stderr, len(lines)) == (0, "", 9)
     assert re.fullmatch(r"StoryTeller automation [0-9.]+, running for 0:00:[0-9]+", title)
     assert (rows["address"], rows["store"], rows["alerts"]) == (f"http://localhost:{running.port}", "sqlite", "none")
-    assert rows["sessions"] == f"1 in work; 1 of 2 prompts of session {T}"
-    assert rows["notifications"].startswith("1 wait, the oldest for 0:00:")
+    assert rows["sessions"] == f"1 in progress; 1 of 2 prompts of session {T}"
+    assert rows["notifications"].startswith("1 pending, the oldest for 0:00:")
     assert rows["reserved"].startswith("by storyart until 20")
     assert rows["SwarmUI"].startswith("stopped for 0:00:")
     assert (rows["tokens"], "nvidia-smi" in rows["GPU"]) == ("none ends within 3 days", True)
+
+
+def test_status_says_that_there_may_be_more_notifications_than_it_got(start_service, run_module):
+    running = start_service()
+    for number in range(100):
+        running.call("POST", "/api/v1/notifications", {**MADE, "sessionTimestamp": T + number})
+    assert re.search(r"\n  notifications +100\+ pending, ", run_module("status", STORYTELLER_API_TOKEN=TOKEN).stdout)
 
 
 @pytest.mark.parametrize(("token", "fault"), [("", "A token is needed"), ("another-token-0123456789", "is unknown")])
@@ -13731,7 +13738,7 @@ def test_status_of_a_service_that_it_may_not_ask(start_service, run_module, toke
     running = start_service(STORYTELLER_HOST="0.0.0.0")
     done = run_module("status", STORYTELLER_API_TOKEN=token)
     assert (done.returncode, done.stdout, done.stderr.count("\n"), fault in done.stderr) == (1, "", 1, True)
-    assert f"The service at http://localhost:{running.port} refuses: " in done.stderr
+    assert f"The service at http://localhost:{running.port} refused the request: " in done.stderr
     assert not (module_copy.parent / "data" / "api_token").exists()
 
 
@@ -13756,7 +13763,7 @@ def test_the_address_that_status_and_check_show_can_be_opened(start_service, run
 def test_status_without_a_service(run_module):
     done = run_module("status")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert re.search(r"^No service of the data folder .* listens yet: .*, or wait\.$", done.stderr)
+    assert re.search(r"^No service listens for the data folder .*: .*, or wait\.$", done.stderr)
 
 
 # ---------------------------------------------------------------------------------------- move ----
@@ -13786,8 +13793,8 @@ def filled(embedded: Any) -> dict[str, Any]:
     return {"acknowledged": acknowledged, "waiting": waiting, "token": token, "saved": saved, "document": done}
 
 
-ALL_NEW = "tokens: 1 copied, 0 there already\nacknowledgements: 1 copied, 0 there already\n"
-ALL_NEW += "notifications: 1 copied, 0 there already\nsessions: 2 copied, 0 there already\n"
+ALL_NEW = "tokens: 1 copied, 0 already there\nacknowledgements: 1 copied, 0 already there\n"
+ALL_NEW += "notifications: 1 copied, 0 already there\nsessions: 2 copied, 0 already there\n"
 
 
 def test_what_was_moved_goes_on_in_the_redis(run_module, filled, redis_url, make_bridged, other_program, module_copy):
@@ -13841,7 +13848,7 @@ def test_a_move_takes_a_member_that_is_no_notification_as_it_is(
     with contextlib.closing(sqlite3.connect(module_copy.parent / "data" / "storyteller.sqlite3")) as database, database:
         database.execute("INSERT INTO pending VALUES (?, ?, 'it')", (member, service.now_ms()))
     done = run_module("move", "--to", redis_url)
-    assert (done.stderr, "notifications: 2 copied, 0 there already\nsessions: 2 copied" in done.stdout) == ("", True)
+    assert (done.stderr, "notifications: 2 copied, 0 already there\nsessions: 2 copied" in done.stdout) == ("", True)
     assert other_program.zscore("notifications:pending", member)
 
 
@@ -13849,7 +13856,7 @@ def test_a_session_that_is_in_redis_is_not_replaced(run_module, filled, redis_ur
     storyart.save(spoken("w", timestamp=T))
     other_program.set(f"session:{T + 1}", "theirs")
     done = run_module("move", "--to", redis_url)
-    assert "sessions: 0 copied, 2 there already" in done.stdout
+    assert "sessions: 0 copied, 2 already there" in done.stdout
     assert (storyart.load()["scriptText"], other_program.get(f"session:{T + 1}")) == ("w", "theirs")
     assert not other_program.exists(f"session:{T}")
 
@@ -14070,6 +14077,24 @@ def test_a_restore_that_is_killed_leaves_the_store_before_or_the_restored_one(
     assert (code, found, steps > 1) == (0, [T + 1, T], True)
 
 
+def test_a_restore_that_fails_leaves_the_store_its_wal(filled, embedded, module_copy, tmp_path, monkeypatch):
+    data, replace = module_copy.parent / "data", os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if target == data / "storyteller.sqlite3":
+            raise PermissionError(13, "in use")
+        replace(source, target)
+
+    assert service.main(["backup", str(tmp_path / "b"), "--data-dir", str(data)]) == 0
+    monkeypatch.setattr(os, "replace", refuse)
+    with embedded() as store:
+        store.save(T + 2, service.Change(b"{}"))
+        before = {path.name for path in data.iterdir()}
+        assert service.main(["restore", str(tmp_path / "b"), "--data-dir", str(data)]) == 2
+        assert {path.name for path in data.iterdir()} - {"running"} == before - {"running"}
+    assert sessions_in(data / "storyteller.sqlite3") == [T, T + 1, T + 2]
+
+
 def test_a_copy_of_three_files_is_restored_with_all(run_module, embedded, module_copy, tmp_path):
     with embedded() as store:
         store.save(T, service.Change(b"{}"))
@@ -14122,7 +14147,7 @@ def test_a_restore_says_that_the_service_uses_another_store(run_module, filled):
     run_module("backup", "b")
     done = run_module("restore", "b", REDIS_URL="redis://127.0.0.1:1/0")
     assert done.returncode == 0
-    assert f"uses a Redis, which this did not change: {service.START_SCRIPT} move copies" in done.stderr
+    assert f"uses Redis, which this did not change: {service.START_SCRIPT} move copies" in done.stderr
 
 
 def test_a_data_folder_in_use_by_a_command_is_not_told_as_that_of_the_service_before(
@@ -14134,7 +14159,7 @@ def test_a_data_folder_in_use_by_a_command_is_not_told_as_that_of_the_service_be
     with contextlib.closing(service.own_data_dir(dataclasses.replace(settings, data_dir=data), "stop it")):
         done = run_module("restore", "b")
     assert done.returncode == 2
-    assert "is in use by a service that starts, or by a move or restore: " in done.stderr
+    assert "is in use by a service that is starting, or by `move` or `restore`: " in done.stderr
 
 
 def test_a_restore_is_good_where_there_is_no_store_yet(run_module, filled, module_copy):

@@ -429,8 +429,9 @@ def test_regions_have_names_and_the_header_tells_first(open_page):
     browser = open_page()
     names = [name.lower() for name in browser.names("region")]
     assert names == ["alerts", "sessions", "gpu", "swarmui", "notifications", "service"]
-    assert browser.run("return document.querySelector('[role=status]').innerText") == "All is well: 2 sessions in work"
-    assert browser.run("return document.title").startswith("All is well: 2 sessions in work")
+    well = "All is well: 2 sessions in progress"
+    assert browser.run("return document.querySelector('[role=status]').innerText") == well
+    assert browser.run("return document.title").startswith(well)
 
 
 def test_an_alert_is_told_in_header_title_icon_and_region_and_its_end_too(open_page, server):
@@ -448,6 +449,18 @@ def test_an_alert_is_told_in_header_title_icon_and_region_and_its_end_too(open_p
     server.send("alert", alert("gpu_hot", "ended", until=NOW))
     browser.shows("All is well")
     assert re.findall(r"Trouble: (\w+)", browser.text("Alerts")) == ["gpu_hot", "c", "b"]
+
+
+def test_a_raised_alert_stays_however_many_others_come_and_go(open_page, server):
+    browser = open_page()
+    server.send("alert", alert("gpu_hot"))
+    for number in range(60):
+        server.send("alert", alert("disk", since=number))
+        server.send("alert", alert("disk", "ended", since=number, until=NOW + number))
+    server.send("alert", alert("last"))
+    browser.shows("Trouble: last.", "Alerts")
+    assert "Trouble: gpu_hot." in browser.text("Alerts")
+    assert browser.run("return document.querySelector('[role=status]').innerText") == "Trouble: gpu_hot. (and 1 more)"
 
 
 def test_a_session_is_shown_by_its_steps(open_page, server):
@@ -547,7 +560,7 @@ def test_swarmui_is_shown_and_started(open_page, server):
     browser.shows("Starting for 12 s", "SwarmUI")
     assert browser.focus() == "Stop SwarmUI"  # in whose place it is
     server.send("swarmui", swarmui())
-    browser.shows("2 in work, 3 waiting", "SwarmUI")
+    browser.shows("2 generating, 3 waiting", "SwarmUI")
     assert "backends running" in browser.text("SwarmUI")
 
 
@@ -570,7 +583,7 @@ def test_a_stop_asks_and_after_a_409_again_and_then_by_force(open_page, server):
     until(lambda: browser.names("dialog") == ["Stop SwarmUI?"])
     assert browser.names("button") == ["Cancel", "Stop"]
     assert browser.focus() == "Cancel"
-    assert "2 in work and 3 waiting images are lost" in browser.text()
+    assert "2 running and 3 waiting images will be lost" in browser.text()
     browser.press(ESCAPE)
     until(lambda: not browser.names("dialog"))
     assert (browser.focus(), server.calls) == ("Stop SwarmUI", [])
@@ -632,7 +645,7 @@ def test_a_notification_is_acknowledged_after_a_question_and_the_focus_survives(
     browser.reach(names[0])
     browser.press(ENTER)
     until(lambda: browser.names("dialog") == ["Acknowledge prompts_ready of episode 2?"])
-    assert "Who has not seen it will not" in browser.text()
+    assert "Acknowledged notifications are not sent again" in browser.text()
     assert browser.names("button") == ["Cancel", "Acknowledge"]
     browser.press(ESCAPE)
     until(lambda: browser.focus() == names[0])
@@ -644,7 +657,7 @@ def test_a_notification_is_acknowledged_after_a_question_and_the_focus_survives(
         until(lambda name=name: name not in browser.names("button"), name)
         until(lambda after=after: browser.focus() == after, after)
     assert server.calls == [f"/api/v1/notifications/notif%20{number}/ack" for number in (2, 3, 4)]
-    assert browser.shows("None waits", "Notifications")
+    assert browser.shows("None pending", "Notifications")
 
 
 def test_the_focus_survives_a_row_that_another_program_acknowledges(open_page, server):
@@ -662,12 +675,17 @@ def test_the_focus_survives_a_row_that_another_program_acknowledges(open_page, s
     assert browser.focus() == ack(2, "prompts_ready")
 
 
+def test_a_count_that_the_service_cut_off_says_so(open_page):
+    browser = open_page(notifications=[notification(number) for number in range(100)])
+    browser.shows("100+", "Notifications")
+
+
 def test_all_are_acknowledged_from_two_on(open_page, server):
     browser = open_page()
     browser.click("Acknowledge all")
     assert browser.names("dialog") == ["Acknowledge all 3 notifications?"]
     browser.click("Acknowledge")
-    browser.shows("None waits", "Notifications")
+    browser.shows("None pending", "Notifications")
     assert len(server.calls) == 3
     server.send("notification", notification(5))
     browser.shows("episode 5", "Notifications")
@@ -737,7 +755,7 @@ def running(tmp_path: Path) -> Iterator[tests.Service]:
 def test_the_service_itself_is_shown_and_operated(running, browser):
     bearer = {"Authorization": f"Bearer {TOKEN}"}
     browser.go(next(service.page_links("localhost", running.port, TOKEN)))
-    browser.shows("All is well: no session in work")
+    browser.shows("All is well: no sessions in progress")
     browser.shows("45 °C", "GPU")
     browser.click("Start SwarmUI")
     browser.shows("Ready", "SwarmUI")
@@ -749,7 +767,7 @@ def test_the_service_itself_is_shown_and_operated(running, browser):
     browser.shows("Beats ready, episode 2 · The Clockmaker", "Notifications")
     browser.click("Acknowledge beats_ready, episode 2, session 5")
     browser.click("Acknowledge")
-    browser.shows("None waits", "Notifications")
+    browser.shows("None pending", "Notifications")
     reservation = {"holder": "me", "purpose": "a test", "ttlSeconds": 60}
     assert running.call("POST", "/api/v1/gpu/reservation", reservation, bearer)[0] == 201
     browser.shows("Reserved by me (a test)", "GPU")
