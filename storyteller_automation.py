@@ -43,7 +43,7 @@ The sections, each under a banner, each depending only on those above it:
     Live: listeners and waiting checks      the stream of events, and checks that wait
     Page                                    the page as text
     Server: settings and sockets            waitress's settings with their reasons
-    Server: below waitress's documentation  its undocumented API: connections and the event loop
+    Server: waitress's internals            its undocumented API: connections and the event loop
     Server: how it runs                     until a signal, and through a graceful shutdown
     Command line: check and status          the data folder; what may be wrong; the page's data as text
     Command line: serve                     a service from its start to its end
@@ -7299,7 +7299,7 @@ def _listen_on_all(addresses: Iterable[str], port: int) -> list[socket.socket]:
 
 
 # ======================================================================================================
-# Server: below waitress's documentation
+# Server: waitress's internals
 # ======================================================================================================
 
 

@@ -9106,8 +9106,8 @@ def test_a_response_that_cannot_be_sent_closes_its_connection_alone(poll_service
     assert polled.check() == []
 
 
-def test_what_the_server_rests_on_below_waitresss_documentation_is_there():
-    """Where this fails after an update: look at "Server: below waitress's documentation"."""
+def test_waitresss_internals_that_the_server_uses_are_there():
+    """Where this fails after an update: look at "Server: waitress's internals"."""
     for names, reason in service.WAITRESS_NAMES.items():
         for name in names.split():
             module, *attributes = name.split(".")
