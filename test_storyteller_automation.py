@@ -13836,7 +13836,7 @@ def test_a_second_move_brings_nothing_back_that_ended_since(run_module, filled, 
     assert service.Notifications(redis_store).remove(filled["waiting"])
     assert redis_store.revoke_token(service.digest_of(filled["token"]))
     done = run_module("move", REDIS_URL=redis_url)
-    assert re.findall(r"(\d+) copied, (\d+) there", done.stdout) == [("0", "1"), ("0", "1"), ("0", "1"), ("0", "2")]
+    assert re.findall(r"(\d+) copied, (\d+) already there", done.stdout) == [("0", "1"), ("0", "1"), ("0", "1"), ("0", "2")]
     assert [one.timestamp for one in redis_store.sessions()] == [T + 1]
     assert (members_of(redis_store), redis_store.tokens()) == ([], [])
 
@@ -14187,8 +14187,8 @@ def test_a_token_that_is_renewed_stays_good_for_longer(start_service, run_module
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [(["--renew", "storyart"], 2, "--renew needs a --ttl"), (["--renew", "a", "--ttl", "90d"], 1, "a has no token."),
-     (["--renew", "a", "--ttl", "90d", "--permission", "gpu:read"], 2, "--permission are for a new token"),
-     (["--list", "--subject", "a"], 2, "--subject and"), (["--revoke", "a", "--ttl", "90d"], 2, "and for --renew"),
+     (["--renew", "a", "--ttl", "90d", "--permission", "gpu:read"], 2, "--permission are only for a new token"),
+     (["--list", "--subject", "a"], 2, "--subject and"), (["--revoke", "a", "--ttl", "90d"], 2, "also for --renew"),
      (["--list", "--revoke", "a"], 2, "one of --list, --renew and --revoke")],
 )  # fmt: skip
 def test_token_arguments_that_do_not_go_together(run_module, arguments, code, words):
