@@ -11688,21 +11688,21 @@ def test_the_log_is_lines_of_text_or_of_json(start_service):
 
 
 @pytest.fixture
-def failure() -> logging.LogRecord:
+def failed() -> logging.LogRecord:
     try:
         raise RuntimeError("unforeseen\nin \x1b[2J two lines")
     except RuntimeError:
         return logging.LogRecord("storyteller", logging.ERROR, __file__, 1, "http: failed", (), sys.exc_info())
 
 
-def test_a_traceback_is_part_of_its_json_line(failure):
-    line = service.LogFormatter(as_json=True).format(failure)
+def test_a_traceback_is_part_of_its_json_line(failed):
+    line = service.LogFormatter(as_json=True).format(failed)
     assert "\n" not in line
     assert "RuntimeError: unforeseen" in json.loads(line)["traceback"]
 
 
-def test_a_traceback_in_a_log_of_text_has_its_lines_without_control_characters(failure):
-    lines = service.LogFormatter(as_json=False).format(failure).split("\n")
+def test_a_traceback_in_a_log_of_text_has_its_lines_without_control_characters(failed):
+    lines = service.LogFormatter(as_json=False).format(failed).split("\n")
     assert lines[-2:] == ["RuntimeError: unforeseen", r"in \x1b[2J two lines"]
     assert all(line.isprintable() for line in lines)
 
