@@ -444,7 +444,7 @@ Unavailable = _error_class("Unavailable", 503)  # the store does not answer, or 
 
 
 def stopping() -> ApiError:
-    return Unavailable("The service is stopping: ask again.", 5)
+    return Unavailable("The service is stopping: try again.", 5)
 
 
 # ======================================================================================================
@@ -3474,20 +3474,14 @@ class ChangedSessions:
     """The newest sessions of a store. A look reads only those that were changed since the last one."""
 
     def __init__(self, store: Store, count: int) -> None:
-        self._store, self._count, self._turns = store, count, itertools.count()
+        self._store, self._count = store, count
         self.versions: dict[int, Any] = {}  # by timestamp, from Store.newest_sessions(); also of unreadable documents
 
     def look(self, again: Container[int] = ()) -> Iterator[StoredSession]:
-        """The changed sessions, those in `again`, and one of the others in turn, which may have been replaced by one of
-        the same length. A session counts as read once the caller takes the next one."""
+        """The changed sessions, and those in `again`. A session counts as read once the caller takes the next one."""
         newest = dict(self._store.newest_sessions(self._count))
         self.versions = {one: version for one, version in self.versions.items() if one in newest}
-        turn = next(self._turns) % max(1, len(newest))
-        changed = [
-            one
-            for place, (one, version) in enumerate(newest.items())
-            if self.versions.get(one) != version or one in again or place == turn
-        ]
+        changed = [one for one, version in newest.items() if self.versions.get(one) != version or one in again]
         for timestamp, outcome in zip(changed, self._store.read_sessions(changed)):
             if stored := result_of(outcome):
                 yield stored
@@ -3739,7 +3733,7 @@ class Reservations:
         now = self._clock()
         waiting = sum((one.deadline or now) > now for one in list(self._loop.asked.values()))
         if wait and waiting >= self.MAX_WAITING:
-            raise Unavailable(f"{self.MAX_WAITING} others wait for the GPU: ask again later.", 5)
+            raise Unavailable(f"{self.MAX_WAITING} others wait for the GPU: try again later.", 5)
         # A change that does not wait is made even if its client leaves.
         question = _Question(change, now, None if wait is None else now + wait)
         return self._loop.ask(question, cancellable=wait is not None)
@@ -4426,7 +4420,7 @@ class SwarmUISupervisor:
         if not (self._ours.program or self._launched_for_starts or found.occupied):
             if (wait := self._launched_at + self._settings.start_interval - now) > 0:
                 died = f" and died at {iso_time(self._failure_ms)} ({self._error})" if self._has_failed else ""
-                refusal = f"SwarmUI was launched a moment ago{died}: ask again in {math.ceil(wait)} s."
+                refusal = f"SwarmUI was launched a moment ago{died}: try again in {math.ceil(wait)} s."
                 self._answer("start", TooManyRequests(refusal, wait))
                 return
             self._launch()
@@ -4445,7 +4439,7 @@ class SwarmUISupervisor:
         if self._looked_at < self._deadline:
             return ""
         late = f"no answer within {self._settings.start_timeout:g} s (last: {self._probe.message})"
-        advice = f"it keeps running, so ask again, or see {self._log}"
+        advice = f"it keeps running, so try again, or see {self._log}"
         return f"{late}; {advice if lives else f'it exited with code 0: {self._ours.last_lines()}'}"
 
     def _launch(self, *, is_restart: bool = False) -> None:
@@ -4709,7 +4703,7 @@ class Authenticator:
             self._failures[address] = recent if is_full else [*recent, now]
             bound(self._failures, self.ENTRIES)
         if is_full:
-            raise TooManyRequests("Too many wrong tokens from this address: ask again later.", recent[0] + 60 - now)
+            raise TooManyRequests("Too many wrong tokens from this address: try again later.", recent[0] + 60 - now)
 
 
 def is_from_this_pc(environ: Mapping[str, Any]) -> bool:
@@ -5427,7 +5421,7 @@ class Services:
 
         def work() -> T:
             if time.monotonic() > deadline:
-                raise Unavailable("Too many requests wait for a free thread: ask again.", 1)
+                raise Unavailable("Too many requests wait for a free thread: try again.", 1)
             return function(*arguments)
 
         (self.large_bodies if is_large else self.pool).submit(settle_by, result, work)
@@ -5487,7 +5481,7 @@ def reservation_json(reservation: Reservation) -> dict[str, Any]:
 
 def refuse(services: Services, other: Reservation, **shape: Any) -> Response:
     """409 for a request that `other` blocks."""
-    body = {**shape, "error": f"The GPU is {other.description}: ask again then.", **reservation_json(other)}
+    body = {**shape, "error": f"The GPU is {other.description}: try again then.", **reservation_json(other)}
     del body["fence"]
     return json_response(body, 409, {"Retry-After": str(max(1, math.ceil(services.reservations.seconds_left)))})
 
@@ -6496,7 +6490,7 @@ class Live:
 
     def _register(self, client: Listener | WaitingCheck) -> Future[Any]:  # only in the event loop: so the limit holds
         if self.count_listeners(None) + len(self._loop.asked) >= LISTENERS:
-            raise Unavailable(f"{LISTENERS} clients listen or wait already: ask again later.", 5)
+            raise Unavailable(f"{LISTENERS} clients listen or wait already: try again later.", 5)
         return self._loop.ask(client)
 
     def close(self, timeout: float = 0.0) -> None:
