@@ -7100,7 +7100,7 @@ async function acknowledge(items) {
   showError("notifications", {});
   for (const { id } of items) {
     const failed = await post(`notifications/${encodeURIComponent(id)}/ack`);
-    if (failed.error) return showError("notifications", failed);
+    if (failed.error && failed.status !== 404) return showError("notifications", failed);  // 404: it is gone
     if (data.notifications) EVENTS.acknowledged({ id });
     render();
   }
@@ -7571,7 +7571,7 @@ def page_links(host: str, port: int, api_token: str) -> Iterator[str]:
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((remote, 9))  # sends nothing, but selects the address that the network sees
             addresses.append(probe.getsockname()[0])
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UnicodeError):  # a name that IDNA cannot encode
             addresses += [str(row[4][0]) for row in socket.getaddrinfo(socket.gethostname(), None, family)]
     for address in dict.fromkeys(addresses):
         if not is_loopback(address) and "%" not in address:  # an address with a zone (%) works on this PC only

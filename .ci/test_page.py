@@ -692,6 +692,15 @@ def test_all_are_acknowledged_from_two_on(open_page, server):
     assert "Acknowledge all" not in browser.names("button")
 
 
+def test_one_that_another_program_removed_does_not_keep_the_others_from_being_acknowledged(open_page, server):
+    server.answers["/api/v1/notifications/notif%202/ack"] = 404, {"error": "Notification not found"}
+    browser = open_page()
+    browser.click("Acknowledge all")
+    browser.click("Acknowledge")
+    browser.shows("None pending", "Notifications")
+    assert "not found" not in browser.text("Notifications")
+
+
 # The connection --------------------------------------------------------------------------------------
 
 
