@@ -3164,6 +3164,8 @@ class Bridge:
             waits = facts.waits and not (isinstance(facts.progress, Progress) and facts.progress.ready)
         seconds = self.RECHECK_WAITING if waits else self.RECHECK + timestamp % self.SPREAD
         due = math.inf if max(sizes) > self.LARGE else time.monotonic() + seconds
+        if copies and copies.current != copies.synced:  # written here, perhaps: the lengths are older
+            sizes = []
         self._last_reads[timestamp] = _LastRead(sizes, due, waits)
 
 
@@ -3290,7 +3292,7 @@ class Notifications:
         """Acknowledge distinct ids, with one search for all. Returns the ids that were pending or acknowledged."""
         done = {id for id, outcome in zip(ids, self.acknowledge_own(ids)) if result_of(outcome)}
         left = self._find_members(id for id in ids if id not in done)
-        return [id for id in ids if id in done or (left[id] and result_of(self._store.acknowledge({id: left[id]})[0]))]
+        return [id for id in ids if id in done or result_of(self._store.acknowledge({id: left[id]})[0])]
 
     def acknowledge_own(self, ids: Sequence[str]) -> list[bool | ApiError]:
         """The same without a search: True for an id made here that was pending, or one that is acknowledged already."""
@@ -3972,6 +3974,7 @@ class LaunchError(Exception):
 
 
 SWARMUI_LOG = "swarmui.log"  # in the data folder
+STOP_LIMIT = 75_000  # ms after which a stop has ended SwarmUI, or has failed
 
 
 def find_swarmui(settings: Settings) -> Path:
@@ -4009,7 +4012,7 @@ class LaunchedSwarmUI:
         self._settings, self._on_exit = settings, on_exit
         self._log, self._file = settings.data_dir / SWARMUI_LOG, settings.data_dir / "swarmui.json"
         self._log_start = self._log_read = 0  # offsets in the log: where it begins, and what was checked
-        self._record: dict[str, Any] = {}  # of the last launch: pid, identity, launchedAt (ms), serverId, isEnding
+        self._record: dict[str, Any] = {}  # of the last launch: pid, identity, serverId; launchedAt, endingSince (ms)
         self.program: Program | None = None  # until clean_up()
         self.has_exited = False  # the process that was launched; SwarmUI may run on
         self.is_orphan = False  # SwarmUI answered after that process had exited
@@ -4059,7 +4062,7 @@ class LaunchedSwarmUI:
         self._on_exit()
 
     def note(self, **changed: Any) -> None:
-        """Keep this for the service's next run: `serverId` once SwarmUI answers, `isEnding` while it is stopped."""
+        """Keep this for the service's next run: `serverId` once SwarmUI answers, `endingSince` while it is stopped."""
         if self.program is None:  # SwarmUI is not ours
             return
         self._record |= changed
@@ -4104,8 +4107,9 @@ class LaunchedSwarmUI:
         code = None if self.is_orphan else self.program.code
         how = f"it exited with {'an unknown code' if code is None else f'code {code}'}: {self.last_lines()}"
         log.info("swarmui: process %d is gone: %s", self.program.pid, how)
-        is_wanted = code == 0 or self._record.get("isEnding")  # an earlier run of the service may have stopped it
-        self.note(serverId="", isEnding=False)
+        stopped_at = read_count(self._record.get("endingSince")) or 0  # perhaps by an earlier run of the service
+        is_wanted = code == 0 or now_ms() - stopped_at < STOP_LIMIT
+        self.note(serverId="", endingSince=0)
         self.program = None
         return "" if is_wanted else how
 
@@ -4394,13 +4398,13 @@ class SwarmUISupervisor:
         log.info("swarmui: ending SwarmUI%s", failure and f", because {failure}")
         ending = end_swarmui(steps, self._session, self._ours, self._settings, self.clock)
         self._ending, self._end_reason = ending, failure
-        self._ours.note(isEnding=not failure)
+        self._ours.note(endingSince=0 if failure else now_ms())
 
     def _advance_end(self, ending: Iterator[str]) -> None:
         if reason := next(ending):
             self._ending = None
             self._misses = min(self._misses, UNRESPONSIVE_AFTER)
-            self._ours.note(isEnding=False)
+            self._ours.note(endingSince=0)
             self._error = f"SwarmUI cannot be ended ({reason}): end it by hand"
             log.error("swarmui: %s", self._error)
             self._answer("end", ApiError(f"{self._error}."))
@@ -6329,7 +6333,7 @@ class SessionChanges:
     def _read(self, stored: StoredSession) -> None:
         services, timestamp = self._services, stored.timestamp
         facts = services.sessions.facts_of(stored)
-        if is_announcement_due(stored, facts):
+        if not services.bridge and is_announcement_due(stored, facts):  # the bridge announces what is not old
             if not services.store.writes.refusal:
                 announce_progress(services, stored)
             (self._unannounced.add if services.store.writes.refusal else self._unannounced.discard)(timestamp)
@@ -6600,7 +6604,8 @@ class Live:
         for joining, listener in ready:
             found = re.fullmatch(rf"{self._run_id}-([0-9]{{1,15}})(\.[0-9]+)?", listener.last_id)
             last = int(found[1]) if found else -1
-            if self._number - min(len(self._events), self.KEPT - 1) <= last <= self._number:
+            is_kept = self._number - min(len(self._events), self.KEPT - 1) <= last <= self._number
+            if is_kept and not self._pending.is_initial:
                 missed = [event.text for event in self._events if event.number > last and listener.wants(event)]
                 listener.send(b"".join(missed) or self._comment())
             else:
@@ -7357,15 +7362,16 @@ class Channel(waitress.channel.HTTPChannel):
         self.activity.responded()
         self.requests.pop(0).close()
         self.close_when_flushed = task.close_on_finish and not response.stream
-        if self.request and self.request.expect_continue and self.request.headers_finished and not self.requests:
-            self.send_continue()
         if response.stream:
             self.stream = response.stream
             del self.requests[:]  # requests that were sent after it get no response
             more = functools.partial(self.server.task_dispatcher.call_soon, self, self.send_parts)
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, Stream.SEND_BUFFER)
             self.stream.open(more, is_chunked=task.chunked_response)
-        self.handle_write()
+        elif self.request and self.request.expect_continue and self.request.headers_finished and not self.requests:
+            self.send_continue()  # may close the channel of a client that left
+        if self.connected:
+            self.handle_write()
 
     def send_parts(self) -> None:
         if self.stream and self.connected:
@@ -7731,10 +7737,15 @@ def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
                     fault = f"Port {port} is in use by this service with another data folder: {advice}."
             yield "FAIL", "port", fault
         return
-    yield "OK", "port", f"this service runs at {address}; {link}"
     with contextlib.suppress(*expected_errors):
         wait, bearer = settings.nvidia_smi_timeout + 5, {"Authorization": f"Bearer {kept_token(settings)}"}
-        response, body = fetch(f"{url}/api/v1/gpu/status", wait, headers=bearer)
+        try:
+            response, body = fetch(f"{url}/api/v1/gpu/status", wait, headers=bearer)
+        except (OSError, http.client.HTTPException):
+            log_file = settings.data_dir / "storyteller.log"
+            yield "FAIL", "port", f"this service runs at {address}, but does not answer: see {log_file}, and restart it"
+            return
+        yield "OK", "port", f"this service runs at {address}; {link}"
         theirs, ours = json.loads(body), gpu_json(status)
         differs = any(theirs.get(key, ours[key]) != ours[key] for key in ("gpuCount", "memoryTotal"))
         if differs and response.status in (200, 500):  # not if it refused the token

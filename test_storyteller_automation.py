@@ -1764,6 +1764,19 @@ def test_a_draft_that_fails_takes_no_other_with_it(store, request):
     assert [one["sessionTimestamp"] - T for one in members_of(store)] == [0, 2]
 
 
+def test_two_acknowledgements_of_another_programs_notification_at_once_both_succeed(store, plant, monkeypatch):
+    slow, fast = (service.Notifications(store) for _ in range(2))
+    plant({"id": "x-1", "type": PROMPTS, "sessionTimestamp": T, "totalPrompts": 3}, service.now_ms())
+    search = slow._find_members
+
+    def search_late(ids: Any) -> Any:
+        assert fast.acknowledge(["x-1"]) == ["x-1"]
+        return search(ids)
+
+    monkeypatch.setattr(slow, "_find_members", search_late)
+    assert slow.acknowledge(["x-1"]) == ["x-1"]
+
+
 def test_an_acknowledgement_that_fails_takes_no_other_with_it(sqlite_store):
     notifications = service.Notifications(sqlite_store)
     ids = [found.id for found, _ in notifications.create([draft(session=T + number) for number in range(3)])]
@@ -4913,6 +4926,21 @@ def test_a_stop_is_no_death_though_the_service_restarts_during_it(make_superviso
     assert leash.next().has_ended()
     wait_until(lambda: again.status()["state"] == "stopped")
     assert again.status()["lastError"] is None
+
+
+def test_a_stop_that_an_earlier_run_did_not_end_does_not_make_a_later_death_wanted(
+    make_supervisor, settings, swarmui_folder, leash
+):
+    first = make_supervisor(swarmui_path=swarmui_folder())
+    ready(first)
+    first.close()
+    path = settings.data_dir / "swarmui.json"
+    record = {**json.loads(path.read_text()), "endingSince": service.now_ms() - service.STOP_LIMIT - 1}
+    path.write_text(json.dumps(record))
+    again = make_supervisor()
+    wait_until(lambda: again.status()["state"] == "ready")
+    kill(leash.next())
+    wait_until(lambda: again.status()["state"] == "failed")
 
 
 def test_one_that_hangs_when_the_service_starts_is_unresponsive(make_looked, swarmui_folder, leash, tmp_path):
@@ -8321,6 +8349,17 @@ def test_a_latest_that_was_changed_while_the_newest_was_copied_is_not_overwritte
     assert read_key(other_program, "latest") == story("w", "a cat")
 
 
+def test_a_copy_that_is_written_again_as_it_was_before_the_bridge_changed_it_is_noticed(
+    bridged, storyart, other_program
+):
+    storyart.save(spoken("the words of StoryArt", None))
+    bridged.look()
+    for _ in range(2):
+        by_its_key(bridged.app, other_program, story("old words", None))
+        bridged.look()
+        assert read_key(other_program)["scriptText"] == "the words of StoryArt"
+
+
 @pytest.mark.parametrize("junk", [*NO_SESSION, pytest.param(["a", "list"], id="another type")])
 @pytest.mark.parametrize("place", ["session", "storyart:session"])
 def test_what_is_no_session_is_left_as_it_is_and_logged_once_until_it_is_replaced(
@@ -9744,6 +9783,32 @@ def test_a_store_that_fails_while_a_state_is_made_gives_the_state_again(polled, 
     assert [(one["service"]["storeUp"], one["notifications"]) for one in states] == [(False, []), (True, [made])]
 
 
+def test_events_announce_no_session_that_was_complete_before_the_bridge_met_its_redis(
+    poll_service, redis_url, storyart, listen
+):
+    for number in range(3):
+        storyart.save(spoken("w", "a cat", timestamp=T + number))
+    with contextlib.closing(service.BridgedStore(redis_url)) as store:
+        state = listen(poll_service(store), "?types=notification,session").next()
+    assert [one["step"] for one in state["sessions"]] == ["ready"] * 3
+    assert [one["sessionTimestamp"] for one in state["notifications"]] == [T + 2]
+
+
+def test_a_client_that_returns_while_the_store_is_away_and_nobody_has_listened_gets_the_state(
+    poll_service, forwarder, listen, monkeypatch
+):
+    monkeypatch.setattr(service.Live, "LINGER", 0.0)
+    with contextlib.closing(service.RedisStore(forwarder.url)) as store:
+        polled = poll_service(store)
+        first = listen(polled)
+        first.next()
+        first.close()
+        wait_until(lambda: polled.services.live._pending.is_initial)
+        forwarder.refuse()
+        forwarder.end_connections()
+        assert listen(polled, last=first.last).next_block()["event"] == "state"
+
+
 @pytest.mark.usefixtures("quick_looks")
 def test_what_was_marked_before_anybody_came_is_no_news(poll_service, redis_store, other_program, listen):
     polled = poll_service(redis_store)
@@ -9813,6 +9878,18 @@ def test_a_session_that_is_saved_during_a_scan_is_told_before_the_scan_ends(poll
     look_again(polled)
     event = heard.next_event("session")
     assert int(event["id"].partition("-")[2]) <= ends[0]
+
+
+def test_a_request_that_waits_to_continue_behind_events_does_not_disturb_them(polled, monkeypatch):
+    monkeypatch.setattr(service.Channel, "send_continue", lambda channel: channel.handle_close())  # its client leaves
+    head = f"HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
+    body = "Content-Type: application/json\r\nExpect: 100-continue\r\nContent-Length: 10\r\n\r\n"
+    received = b""
+    with socket.create_connection(("127.0.0.1", polled.port), PATIENCE) as client:
+        client.sendall(f"GET {EVENTS} {head}\r\nPOST /api/v1/notifications {head}{body}".encode())
+        while b"event: state" not in received and (part := client.recv(65536)):
+            received += part
+    assert b"event: state" in received
 
 
 def test_a_check_that_takes_long_delays_no_event(polled, listen, monkeypatch):
@@ -12668,6 +12745,19 @@ def test_check_knows_the_service_of_its_data_folder_whatever_its_port(start_serv
     done = run_module("check", STORYTELLER_PORT=str(free_port()))
     assert (read_check(done)["port"], done.returncode) == ("OK", 0)
     assert f"OK   port: this service runs at http://localhost:{made.port};" in done.stdout
+
+
+def test_check_fails_where_the_service_of_its_data_folder_does_not_answer(run_module, settings):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        contextlib.closing(service.own_data_dir(settings)) as running,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        print(f"http://127.0.0.1:{listener.getsockname()[1]}", file=running, flush=True)
+        pool.submit(lambda: listener.accept()[0].close())
+        done = run_module("check", STORYTELLER_DATA_DIR=str(settings.data_dir))
+    assert (read_check(done)["port"], done.returncode) == ("FAIL", 1)
+    assert "but does not answer: see " in done.stdout
 
 
 def test_check_fails_where_a_service_of_another_data_folder_has_the_port(start_service, run_module):
