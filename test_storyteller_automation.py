@@ -2779,79 +2779,78 @@ def notifications(store) -> service.Notifications:
 
 
 def check(notifications: service.Notifications, *types: str, limit: int = 100) -> list[str]:
-    return [one.id for one in notifications.check(types or (PROMPTS,), limit)]
+    return [found.id for found in notifications.check(types or (PROMPTS,), limit)]
+
+
+def check_batch(notifications: service.Notifications, limit: int = 100) -> list[str]:
+    """The same in a batch."""
+    return [found.id for found in notifications.check_many([((PROMPTS,), limit)])[0]]
 
 
 def without(name: str) -> dict[str, Any]:
     return {key: value for key, value in MEMBER.items() if key != name}
 
 
+def numbered(*times: float) -> dict[str, float]:
+    """Members with the ids n0, n1, ... as JSON, and these as their scores."""
+    return {json.dumps({**MEMBER, "id": f"n{number}"}): time for number, time in enumerate(times)}
+
+
 @pytest.mark.parametrize(
-    "member, changed",
+    "changed, shown",
     [
-        pytest.param(MEMBER, {}, id="the rest defaults"),
-        pytest.param({**MEMBER, "id": "x" * 200}, {"id": "x" * 200}, id="a long id"),
-        pytest.param({**MEMBER, "id": "ü é"}, {"id": "ü é"}, id="an id beyond ASCII"),
-        pytest.param({**MEMBER, "totalPrompts": 0}, {"totalPrompts": 0}, id="nothing in it"),
-        pytest.param({**MEMBER, "sessionTimestamp": float(T), "totalPrompts": 4.0}, {"totalPrompts": 4}, id="floats"),
-        pytest.param(
-            {**MEMBER, "storyUuid": "u", "episodeNumber": 3}, {"storyUuid": "u", "episodeNumber": 3}, id="all"
-        ),
-        pytest.param({**MEMBER, "storyUuid": 5, "episodeNumber": "three"}, {}, id="the rest of wrong types"),
-        pytest.param({**MEMBER, "sessionTimestamp": T + 0.5}, {}, id="half a ms"),
-        pytest.param(
-            {**MEMBER, "sessionTimestamp": str(T), "totalPrompts": "007", "episodeNumber": "3"},
-            {"totalPrompts": 7, "episodeNumber": 3},
-            id="digits as text",
-        ),
-        pytest.param({**MEMBER, "sessionTimestamp": 1738195200}, {"sessionTimestamp": 1738195200}, id="a short name"),
-        pytest.param({**MEMBER, "timestamp": 1738195201.5}, {"timestamp": "2025-01-30T00:00:01.500Z"}, id="in seconds"),
-        pytest.param(
-            {**MEMBER, "timestamp": str(T + 1000)}, {"timestamp": "2025-01-30T00:00:01Z"}, id="in ms, as text"
-        ),
-        pytest.param({**MEMBER, "storyUuid": None, "episodeNumber": 1.5, "totalBeats": "x"}, {}, id="and others"),
-        pytest.param({**MEMBER, "timestamp": None}, {}, id="a null timestamp"),
-        pytest.param({**MEMBER, "timestamp": "soon"}, {}, id="a timestamp that is none"),
-        pytest.param({**MEMBER, "type": BEATS, "totalBeats": 50}, {"type": BEATS, "totalBeats": 50}, id="beats_ready"),
-        pytest.param(
-            {**MEMBER, "timestamp": "2026-01-29T10:00:00Z"}, {"timestamp": "2026-01-29T10:00:00Z"}, id="its own time"
-        ),
-        pytest.param(  # JavaScript reads one without a zone as local time
-            {**MEMBER, "timestamp": "2026-01-29T10:00:00"}, {"timestamp": "2026-01-29T10:00:00Z"}, id="without a zone"
-        ),
-        pytest.param(  # which JavaScript does not read at all
-            {**MEMBER, "timestamp": "2026-01-29T10:00+01:00:30"}, {"timestamp": "2026-01-29T08:59:30Z"}, id="odd zone"
-        ),
+        pytest.param({}, {}, id="defaults"),
+        pytest.param({"id": "x" * 200}, {"id": "x" * 200}, id="longest id"),
+        pytest.param({"id": "ü é"}, {"id": "ü é"}, id="non-ASCII id"),
+        pytest.param({"totalPrompts": 0}, {"totalPrompts": 0}, id="no prompts"),
+        pytest.param({"sessionTimestamp": float(T), "totalPrompts": 4.0}, {"totalPrompts": 4}, id="floats"),
+        pytest.param({"storyUuid": "u", "episodeNumber": 3}, {"storyUuid": "u", "episodeNumber": 3}, id="all fields"),
+        pytest.param({"storyUuid": 5, "episodeNumber": "three"}, {}, id="wrong types"),
+        pytest.param({"storyUuid": None, "episodeNumber": 1.5, "totalBeats": "x"}, {}, id="more wrong types"),
+        pytest.param({"sessionTimestamp": T + 0.5}, {}, id="fraction of a ms"),
+        pytest.param({"totalPrompts": "007", "episodeNumber": "3"}, {"totalPrompts": 7, "episodeNumber": 3}, id="text"),
+        pytest.param({"sessionTimestamp": str(T)}, {}, id="session as text"),
+        pytest.param({"sessionTimestamp": 1738195200}, {"sessionTimestamp": 1738195200}, id="session like seconds"),
+        pytest.param({"timestamp": 1738195201.5}, {"timestamp": "2025-01-30T00:00:01.500Z"}, id="time in seconds"),
+        pytest.param({"timestamp": str(T + 1000)}, {"timestamp": "2025-01-30T00:00:01Z"}, id="time in ms, as text"),
+        pytest.param({"timestamp": None}, {}, id="null time"),
+        pytest.param({"timestamp": "soon"}, {}, id="invalid time"),
+        pytest.param({"type": BEATS, "totalBeats": 50}, {"type": BEATS, "totalBeats": 50}, id="beats_ready"),
+        pytest.param({"timestamp": "2026-01-29T10:00:00Z"}, {"timestamp": "2026-01-29T10:00:00Z"}, id="time"),
+        # JavaScript takes a time without a zone for local time, and cannot read seconds in a zone.
+        pytest.param({"timestamp": "2026-01-29T10:00:00"}, {"timestamp": "2026-01-29T10:00:00Z"}, id="no zone"),
+        pytest.param({"timestamp": "2026-01-29T10:00+01:00:30"}, {"timestamp": "2026-01-29T08:59:30Z"}, id="odd zone"),
     ],
 )
-def test_a_valid_member_is_shown_with_exactly_the_agreed_keys(member, changed):
-    shown = json.loads(service.read_member(json.dumps(member).encode(), T + 0.9).text)
-    total = {} if "totalBeats" in changed else {"totalPrompts": 48}
+def test_a_valid_member_is_shown_with_exactly_the_documented_keys(changed, shown):
+    found = json.loads(service.read_member(json.dumps({**MEMBER, **changed}).encode(), T + 0.9).text)
+    total = {} if "totalBeats" in shown else {"totalPrompts": 48}
     expected = {"id": "theirs", "type": PROMPTS, "sessionTimestamp": T, "storyUuid": "", "episodeNumber": 0}
-    assert shown == {**expected, **total, "timestamp": "2025-01-30T00:00:00Z", **changed}
-    assert float not in map(type, shown.values())
+    assert found == {**expected, **total, "timestamp": "2025-01-30T00:00:00Z", **shown}
+    assert float not in map(type, found.values())
 
 
-INVALID = [
-    pytest.param(b"no JSON", id="no JSON"),
-    pytest.param(b"\xff", id="no UTF-8"),
-    pytest.param([MEMBER], id="no object"),
-    pytest.param(without("id"), id="no id"),
-    *(pytest.param({**MEMBER, "id": id}, id=f"id {id!r:.9}") for id in (5, None, "", "a/b", "a\\b", "a\nb", "x" * 201)),
-    pytest.param(without("type"), id="no type"),
-    *(pytest.param({**MEMBER, "type": type}, id=f"type {type!r}") for type in ("images_ready", None, ["x"])),
-    pytest.param(without("sessionTimestamp"), id="no session"),
-    *(pytest.param({**MEMBER, "sessionTimestamp": ts}, id=f"session {ts!r}") for ts in ("x", "1.5", True, None, -0.5)),
-    pytest.param({**without("totalPrompts"), "totalBeats": 5}, id="the other type's total"),
-    *(
-        pytest.param({**MEMBER, "totalPrompts": total}, id=f"total {total!r}")
-        for total in ("x", "4.0", "-1", "\u0663", 1.5, True, None, -1)
-    ),
-]
-
-
-@pytest.mark.parametrize("member", INVALID)
-def test_an_invalid_member_is_skipped_logged_once_and_left_in_place(store, notifications, clock, plant, caplog, member):
+@pytest.mark.parametrize(
+    "member",
+    [
+        pytest.param(b"no JSON", id="not JSON"),
+        pytest.param(b"\xff", id="not UTF-8"),
+        pytest.param([MEMBER], id="not an object"),
+        *(pytest.param(without(name), id=f"no {name}") for name in ("id", "type", "sessionTimestamp")),
+        *(
+            pytest.param({**MEMBER, name: value}, id=f"{name} {value!r:.9}")
+            for name, values in {
+                "id": (5, None, "", "a/b", "a\\b", "a\nb", "x" * 201),
+                "type": ("images_ready", None, ["x"]),
+                "sessionTimestamp": ("x", "1.5", True, None, -0.5),
+                "totalPrompts": ("x", "4.0", "-1", "\u0663", 1.5, True, None, -1),
+            }.items()
+            for value in values
+        ),
+        pytest.param({**without("totalPrompts"), "totalBeats": 5}, id="the other type's total"),
+    ],
+)
+def test_an_invalid_member_is_skipped_logged_once_and_kept(store, notifications, clock, plant, caplog, member):
     plant(member, clock.now)
     plant(MEMBER, clock.now + 1)
     for _ in range(3):
@@ -2861,7 +2860,7 @@ def test_an_invalid_member_is_skipped_logged_once_and_left_in_place(store, notif
 
 
 @pytest.mark.parametrize("number", ["three", 1.5, True, -1])
-def test_an_episode_number_that_is_none_is_left_out_and_logged_once(notifications, clock, plant, caplog, number):
+def test_an_invalid_episode_number_is_shown_as_0_and_logged_once(notifications, clock, plant, caplog, number):
     plant({**MEMBER, "episodeNumber": number}, clock.now)
     for _ in range(2):
         (found,) = notifications.check([PROMPTS], 100)
@@ -2870,104 +2869,96 @@ def test_an_episode_number_that_is_none_is_left_out_and_logged_once(notification
     assert len([record for record in caplog.records if "episodeNumber" in record.getMessage()]) == 1
 
 
-CUT = ["ep2#3", "a?b", "#", "?", "%41", "a%2fb", "%2e", ".", "..", "100%25", "\ud83d", "a\ude00b"]
-WHOLE = ["%", "100%", "a%4", "%zz", "...", ".a", " a ", "a b", "ü😀", "a+b&c=d;e:f@g,h", "\"<>^`{|}~[]'*", "%é1"]
+CHANGED_IDS = ["ep2#3", "a?b", "#", "?", "%41", "a%2fb", "%2e", ".", "..", "100%25", "\ud83d", "a\ude00b"]
+KEPT_IDS = ["%", "100%", "a%4", "%zz", "...", ".a", " a ", "a b", "ü😀", "a+b&c=d;e:f@g,h", "\"<>^`{|}~[]'*", "%é1"]
 
 
-@pytest.mark.parametrize("id", CUT)
-def test_an_id_that_does_not_come_back_whole_is_not_shown_and_logged_once_with_it(
-    store, notifications, clock, plant, caplog, id
-):
+@pytest.mark.parametrize("id", CHANGED_IDS)
+def test_an_id_that_an_unescaped_path_changes_is_hidden_and_logged_once(store, notifications, clock, plant, caplog, id):
     plant({**MEMBER, "storyUuid": "u" * 300, "id": id}, clock.now)
     plant({**MEMBER, "storyUuid": "u" * 3000, "id": "theirs"}, clock.now + 1)
     for _ in range(2):
-        assert check(notifications) == ["theirs"]
-        assert [one.id for one in notifications.check_many([((PROMPTS,), 100)])[0]] == ["theirs"]
+        assert check(notifications) == check_batch(notifications) == ["theirs"]
     assert [repr(id) in record.getMessage() for record in caplog.records] == [True]
     assert len(members_of(store)) == 2
 
 
-@pytest.mark.parametrize("id", [*WHOLE, *(id for id in CUT if id not in (".", "..") and id.isprintable())])
-def test_an_id_is_acknowledged_by_its_escaped_path_and_is_shown_where_an_unescaped_one_does_it(app, clock, plant, id):
+@pytest.mark.parametrize("id", [*KEPT_IDS, *(id for id in CHANGED_IDS if id not in (".", "..") and id.isprintable())])
+def test_an_id_is_acknowledged_by_its_escaped_path_and_shown_if_the_unescaped_one_works(app, clock, plant, id):
     plant({**MEMBER, "id": id}, clock.now)
-    assert [one["id"] for one in pending(app)] == [id] * (id in WHOLE)
+    assert [shown["id"] for shown in pending(app)] == [id] * (id in KEPT_IDS)
     whole = "".join(part if part in "%" else urllib.parse.quote(part) for part in re.split("(%)", id))
-    path = whole if id in WHOLE else urllib.parse.quote(id, safe="")
+    path = whole if id in KEPT_IDS else urllib.parse.quote(id, safe="")
     assert app.post(f"/api/v1/notifications/{path}/ack").json["notificationId"] == id
     assert pending(app) == []
 
 
-def test_a_time_beyond_all_calendars_is_invalid_as_well(notifications, plant):
+def test_a_member_with_a_score_beyond_the_calendar_is_invalid(notifications, plant):
     plant(MEMBER, 1e300)
     assert check(notifications) == []
     assert notifications.acknowledge(["theirs"]) == []
 
 
-def test_check_gives_the_oldest_first_up_to_its_limit(notifications, clock, plant):
-    for number in range(130):
-        plant({**MEMBER, "id": f"n{number}"}, clock.now + number * 37 % 130)  # in no order
-    oldest = [f"n{number}" for number in sorted(range(130), key=lambda number: number * 37 % 130)]
-    for limit in (1, 100, 130, 1000):
+def test_check_returns_the_oldest_first_up_to_its_limit(notifications, clock, plant):
+    order = [number * 7 % 20 for number in range(20)]
+    for member, at in numbered(*(clock.now + number for number in order)).items():
+        plant(member.encode(), at)
+    oldest = [f"n{order.index(number)}" for number in range(20)]
+    for limit in (1, 19, 20, 1000):
         assert check(notifications, limit=limit) == oldest[:limit]
 
 
-def test_check_finds_those_beyond_many_that_it_does_not_show(notifications, clock, plant):
-    hidden = [{"acknowledged": True}, {"type": BEATS, "totalBeats": 5}, {"type": "unknown"}]
-    for number in range(330):
-        plant({**MEMBER, "id": f"hidden{number}", **hidden[number % 3]}, clock.now + number)
-    plant({**MEMBER, "id": "shown", "acknowledged": "true"}, clock.now + 330)
+def test_check_finds_members_behind_many_that_it_does_not_show(notifications, clock, plant):
+    created = notifications.create([draft(BEATS, session=T + number) for number in range(1100)])  # beyond a page
+    plant({**MEMBER, "id": "acknowledged", "acknowledged": True}, clock.now + 1100)
+    plant({**MEMBER, "id": "unknown", "type": "unknown"}, clock.now + 1101)
+    plant({**MEMBER, "id": "shown", "acknowledged": "true"}, clock.now + 1102)
     assert check(notifications, limit=1) == ["shown"]
-    assert check(notifications, BEATS, limit=1) == ["hidden1"]
-    assert check(notifications, BEATS, PROMPTS, limit=1000)[-2:] == ["hidden328", "shown"]
+    assert check(notifications, BEATS, limit=1) == [created[0][0].id]
+    assert check(notifications, BEATS, PROMPTS, limit=2000)[-2:] == [created[-1][0].id, "shown"]
 
 
-def test_check_leaves_out_one_that_has_a_mark(redis_store, other_program, clock):
-    for number in range(150):
-        member = json.dumps({**MEMBER, "id": f"n{number}"})
-        other_program.zadd("notifications:pending", {member: clock.now + number})
-        if number < 120:
-            other_program.set(f"notifications:ack:n{number}", "1")
+def test_check_omits_members_that_have_a_marker(redis_store, other_program, clock):
+    other_program.zadd("notifications:pending", numbered(*(clock.now + number for number in range(150))))
+    other_program.mset({f"notifications:ack:n{number}": "1" for number in range(120)})
     assert check(service.Notifications(redis_store), limit=2) == ["n120", "n121"]
 
 
-def test_checks_of_one_moment_have_the_answers_of_each_alone(notifications, clock, plant):
-    for number in range(150):
-        kind = {"type": BEATS, "totalBeats": 1} if number % 3 else {}
-        plant({**MEMBER, **kind, "id": f"n{number}"}, clock.now + number)
+def test_checks_in_a_batch_get_the_answers_that_each_gets_alone(notifications):
+    notifications.create([draft(BEATS if number % 3 else PROMPTS, session=T + number) for number in range(150)])
     queries = [((BEATS,), 10), ((PROMPTS,), 10), ((BEATS, PROMPTS), 100), ((PROMPTS,), 100), ((BEATS,), 1)]
     alone = [notifications.check(*query) for query in queries]
     for _ in range(2):
-        assert notifications.check_many(queries) == [*alone[:3], None, alone[4]]  # None: 100 members hold no 100 of it
+        assert notifications.check_many(queries) == [*alone[:3], None, alone[4]]  # None: it needs over 100 members
         assert notifications.check_many([*queries, ((PROMPTS,), 1000)]) == [*alone, alone[3]]
 
 
-def test_one_scored_in_seconds_is_shown_with_its_time_and_acknowledged(make_app, redis_store, other_program, clock):
-    app = make_app(redis_store)
-    for number in range(1, 4):
-        member = json.dumps({**MEMBER, "id": f"n{number}"})
-        other_program.zadd("notifications:pending", {member: clock.now / 1000 + number})
+def test_a_member_scored_in_seconds_is_shown_with_its_time_and_acknowledged(
+    make_app, redis_store, other_program, clock
+):
+    app, seconds = make_app(redis_store), int(clock.now) // 1000
+    other_program.zadd("notifications:pending", numbered(*range(seconds + 1, seconds + 4)))
     made = make_pending(app)
     times = [service.iso_time(int(clock.now) + 1000 * number) for number in range(1, 4)]
     for query in ("", "?type=all&limit=1000"):
-        assert [one["timestamp"] for one in pending(app, query)[:3]] == times
-        assert [one["id"] for one in pending(app, query)] == ["n1", "n2", "n3", made]
-    assert [one.id for one in service.Notifications(redis_store).check([PROMPTS], 2)] == ["n1", "n2"]  # which pages
-    for number in range(1, 4):
+        assert [shown["timestamp"] for shown in pending(app, query)[:3]] == times
+        assert [shown["id"] for shown in pending(app, query)] == ["n0", "n1", "n2", made]
+    assert check(service.Notifications(redis_store), limit=2) == ["n0", "n1"]
+    for number in range(3):
         assert app.post(f"/api/v1/notifications/n{number}/ack").json["success"] is True
-    assert [one["id"] for one in pending(app)] == [made]
+    assert [shown["id"] for shown in pending(app)] == [made]
 
 
 @pytest.mark.parametrize("per_second", [1, 1000], ids=["in seconds", "in ms"])
-def test_one_of_another_program_older_than_7_days_is_left_and_logged_once(
+def test_another_programs_member_older_than_7_days_is_kept_hidden_and_logged_once(
     make_app, redis_store, other_program, clock, caplog, per_second
 ):
     app, notifications = make_app(redis_store), service.Notifications(redis_store)
     made = make_pending(app)
-    for number in range(2):
-        member = json.dumps({**MEMBER, "id": f"n{number}"})
-        other_program.zadd("notifications:pending", {member: (clock.now - WEEK - number) * per_second / 1000})
+    expired = [(clock.now - WEEK - number) * per_second / 1000 for number in range(2)]
+    other_program.zadd("notifications:pending", numbered(*expired))
     for _ in range(3):
-        assert [one["id"] for one in pending(app)] == [made]
+        assert [shown["id"] for shown in pending(app)] == [made]
         make_pending(app, sessionTimestamp=T + 1)
         app.post(f"/api/v1/notifications/{pending(app)[1]['id']}/ack")
         notifications.report_expired()
@@ -2977,118 +2968,104 @@ def test_one_of_another_program_older_than_7_days_is_left_and_logged_once(
     app.post("/api/v1/notifications/n0/ack", status=404)
 
 
-def test_many_old_ones_hide_none_and_are_not_read_by_a_check(redis_store, other_program, clock, caplog):
+def check_cost(notifications: service.Notifications, other_program: redis.Redis) -> int:
+    """The bytes that Redis sends for a check of 5 notifications, and for INFO."""
+    before = other_program.info("stats")["total_net_output_bytes"]
+    assert len(check_batch(notifications, limit=5)) == 5
+    return other_program.info("stats")["total_net_output_bytes"] - before
+
+
+def test_many_expired_members_hide_no_others_and_are_not_read_by_a_check(redis_store, other_program, clock, caplog):
     notifications = service.Notifications(redis_store)
-    old = {f"{number:0100}": clock.now - WEEK - number for number in range(5000)}
-    other_program.zadd("notifications:pending", {**old, json.dumps(MEMBER): clock.now})
-
-    def cost() -> int:
-        before = other_program.info("stats")["total_net_output_bytes"]
-        assert [one.id for one in notifications.check_many([((PROMPTS,), 100)])[0]] == ["theirs"]
-        return other_program.info("stats")["total_net_output_bytes"] - before
-
-    assert cost() < 20_000  # the most of it is that of INFO
+    other_program.zadd("notifications:pending", numbered(*(clock.now + number for number in range(5))))
+    before = check_cost(notifications, other_program)
+    other_program.zadd("notifications:pending", {f"{number:0100}": clock.now - WEEK - number for number in range(5000)})
+    assert check_cost(notifications, other_program) < 1.1 * before
     for _ in range(2):
         notifications.report_expired()
     assert len(caplog.records) == 1000
 
 
-def test_a_check_of_those_that_did_not_change_parses_none_and_asks_redis_once(redis_store, other_program, monkeypatch):
+def test_a_check_with_a_large_limit_makes_later_checks_no_costlier(redis_store, other_program, clock):
+    notifications = service.Notifications(redis_store)
+    other_program.zadd("notifications:pending", numbered(*(clock.now + number for number in range(1000))))
+    before = check_cost(notifications, other_program)
+    for _ in range(4):
+        assert notifications.check_many([((BEATS,), 5)]) == [None]
+        assert len(check_batch(notifications, limit=1000)) == 1000
+    assert check_cost(notifications, other_program) < 1.1 * before
+
+
+def test_a_repeated_check_parses_nothing_and_makes_one_round_trip(redis_store, other_program, monkeypatch):
     notifications = service.Notifications(redis_store)
     other_program.zadd("notifications:pending", {"no JSON": service.now_ms()})
     created = notifications.create([draft(session=T + number) for number in range(60)])
-    query = ((PROMPTS,), 100)
-    assert notifications.check_many([query]) == [[found for found, _ in created]]
+    assert check_batch(notifications) == [found.id for found, _ in created]
     monkeypatch.setattr(service, "read_member", None)
     before = other_program.info("stats")["total_reads_processed"]
     for count in range(1, 4):
-        assert len(notifications.check_many([query])[0]) == 60
-        assert other_program.info("stats")["total_reads_processed"] - before == 2 * count  # one each is of INFO
+        assert len(check_batch(notifications)) == 60
+        assert other_program.info("stats")["total_reads_processed"] - before == 2 * count  # one each is INFO's
 
 
 def test_a_check_sees_what_another_program_adds_marks_and_unmarks(redis_store, other_program, clock):
-    notifications = service.Notifications(redis_store)
-
-    def shown() -> list[str]:
-        return [one.id for one in notifications.check_many([((PROMPTS,), 100)])[0]]
-
-    for number in range(3):
-        other_program.set("notifications:ack:n1", "1")
-        other_program.zadd("notifications:pending", {json.dumps({**MEMBER, "id": f"n{number}"}): clock.now + number})
-        assert shown() == [f"n{one}" for one in range(number + 1) if one != 1]
+    notifications, shown = service.Notifications(redis_store), []
+    other_program.set("notifications:ack:n1", "1")
+    for member, at in numbered(clock.now, clock.now + 1, clock.now + 2).items():
+        other_program.zadd("notifications:pending", {member: at})
+        shown.append(check_batch(notifications))
+    assert shown == [["n0"], ["n0"], ["n0", "n2"]]
     other_program.delete("notifications:ack:n1")
-    assert shown() == ["n0", "n1", "n2"]
+    assert check_batch(notifications) == ["n0", "n1", "n2"]
     other_program.set("notifications:ack:n0", "1")
-    assert shown() == ["n1", "n2"]
+    assert check_batch(notifications) == ["n1", "n2"]
 
 
-def test_a_check_that_looks_further_makes_no_later_one_dearer(redis_store, other_program, clock):
-    notifications = service.Notifications(redis_store)
-    for number in range(1000):
-        member = json.dumps({**MEMBER, "id": f"n{number}"})
-        other_program.zadd("notifications:pending", {member: clock.now + number})
-
-    def cost() -> int:
-        before = other_program.info("stats")["total_net_output_bytes"]
-        assert len(notifications.check_many([((PROMPTS,), 5)])[0]) == 5
-        return other_program.info("stats")["total_net_output_bytes"] - before
-
-    first = cost()
-    for _ in range(4):
-        assert notifications.check_many([((BEATS,), 5)]) == [None]
-        assert len(notifications.check_many([((PROMPTS,), 1000)])[0]) == 1000
-    assert cost() < 1.1 * first
-
-
-def test_the_cache_of_members_is_bounded_in_entries_and_in_bytes(notifications, clock, plant, monkeypatch):
-    plant({**MEMBER, "id": "small"}, clock.now)
-    plant({**MEMBER, "id": "large", "storyUuid": "u" * 3000}, clock.now)
-    parsed = []
-    read = service.read_member
+def test_the_cache_of_members_is_bounded_in_entries_and_in_bytes(store, clock, plant, monkeypatch):
+    monkeypatch.setattr(service.Notifications, "CACHE_SIZE", 2)
+    notifications, read, parsed = service.Notifications(store), service.read_member, []
     monkeypatch.setattr(service, "read_member", lambda member, at: parsed.append(len(member)) or read(member, at))
-    for _ in range(3):
-        assert sorted(check(notifications)) == ["large", "small"]
-    assert len([size for size in parsed if size < 2048]) == 1
-    assert len([size for size in parsed if size > 2048]) == 3
-    assert notifications._cached.cache_info().maxsize == 2000
+    plant({**MEMBER, "id": "large", "storyUuid": "u" * 3000}, clock.now - 1)
+    for number, parsed_again in enumerate([False, False, True]):
+        plant({**MEMBER, "id": f"small{number}"}, clock.now + number)
+        check(notifications)
+        parsed.clear()
+        assert len(check(notifications)) == number + 2
+        assert [size > 2048 for size in parsed] == [True] + [False] * 3 * parsed_again
 
 
-FOREIGN = {
-    "plain": (MEMBER, "theirs"),
-    "escaped": (rb'{"id":"\u0074h\u00fc","type":"prompts_ready","sessionTimestamp":1,"totalPrompts":1}', "thü"),
-    "of our shape": ({**MEMBER, "id": f"notif_{T}_0123456789abcdef"}, f"notif_{T}_0123456789abcdef"),
-    "acknowledged already": ({**MEMBER, "acknowledged": True}, "theirs"),
-}
-
-
-@pytest.mark.parametrize("member, id", FOREIGN.values(), ids=FOREIGN)
-def test_an_id_that_another_program_made_is_found_among_all(store, notifications, clock, plant, member, id):
+@pytest.mark.parametrize(
+    "member, id",
+    [
+        pytest.param(MEMBER, "theirs", id="plain"),
+        pytest.param(
+            rb'{"id":"\u0074h\u00fc","type":"prompts_ready","sessionTimestamp":1,"totalPrompts":1}', "thü", id="escaped"
+        ),
+        pytest.param({**MEMBER, "id": f"notif_{T}_{'0' * 16}"}, f"notif_{T}_{'0' * 16}", id="like ours"),
+        pytest.param({**MEMBER, "acknowledged": True}, "theirs", id="acknowledged already"),
+    ],
+)
+def test_another_programs_id_is_acknowledged_with_all_its_members(store, notifications, clock, plant, member, id):
     plant(b"no JSON, with theirs in it", clock.now)
     plant(member, clock.now + 1)
-    plant({**MEMBER, "id": id, "totalPrompts": 7}, clock.now + 1)  # every member of that id goes
+    plant({**MEMBER, "id": id, "totalPrompts": 7}, clock.now + 1)
     plant({**MEMBER, "id": "not " + id}, clock.now + 2)
     assert [notifications.acknowledge([id]) for _ in range(2)] == [[id], [id]]
     assert check(notifications) == ["not " + id]
 
 
-@pytest.mark.parametrize("backlog", [0, 300])
-def test_acknowledging_one_of_ours_reads_no_other(store, notifications, clock, plant, monkeypatch, backlog):
-    for number in range(backlog):
-        plant({**MEMBER, "id": f"n{number}"}, clock.now + number - backlog)
-    found, _ = notifications.create([draft()])[0]
-    read = []
-    real = store.pending
-    monkeypatch.setattr(store, "pending", lambda page: [read.append(row) or row for row in real(page)])
+def test_acknowledging_a_notification_of_ours_reads_no_other(store, notifications, monkeypatch):
+    created = notifications.create([draft(session=T + number) for number in range(300)])
+    monkeypatch.setattr(store, "pending", None)
     for _ in range(2):
-        assert notifications.acknowledge([found.id])
-    assert read == []
+        assert notifications.acknowledge([created[-1][0].id])
 
 
 def test_redis_answers_a_check_of_many_in_few_commands(redis_store, other_program):
-    for number in range(60):
-        add(redis_store, draft(session=T + number))
+    notifications = service.Notifications(redis_store)
+    notifications.create([draft(session=T + number) for number in range(60)])
     other_program.config_resetstat()
-    assert len(check(service.Notifications(redis_store))) == 60
+    assert len(check(notifications)) == 60
     counts = {name: row["calls"] for name, row in other_program.info("commandstats").items()}
     assert max(counts.values()) <= 2
 
@@ -3096,14 +3073,14 @@ def test_redis_answers_a_check_of_many_in_few_commands(redis_store, other_progra
 @pytest.mark.parametrize(
     "document, step",
     [
-        pytest.param(episode({}, READY_BEAT), BEATS, id="prompts are missing"),
+        pytest.param(episode({}, READY_BEAT), BEATS, id="prompts missing"),
         pytest.param(episode(READY_BEAT), PROMPTS, id="ready"),
         pytest.param({"analyzedEpisode": {"scenes": []}}, None, id="no beats"),
-        pytest.param(episode(READY_BEAT, promptMode="storyart"), None, id="of StoryArt's own"),
-        pytest.param(episode(READY_BEAT, promptMode=None), None, id="of nobody"),
+        pytest.param(episode(READY_BEAT, promptMode="storyart"), None, id="promptMode storyart"),
+        pytest.param(episode(READY_BEAT, promptMode=None), None, id="no promptMode"),
     ],
 )
-def test_a_session_that_waits_for_storyswarm_announces_its_step(document, step):
+def test_only_a_session_that_waits_for_storyswarm_announces_its_step(document, step):
     document = {"promptMode": "storyswarm", **document}
     found = service.due_notification(T, document)
     assert (found and (found.type, found.session)) == (step and (step, T))
@@ -3113,7 +3090,7 @@ def test_a_session_that_waits_for_storyswarm_announces_its_step(document, step):
     "story, number, expected",
     [("u", 2, ("u", 2)), ("u", 2.0, ("u", 2)), (None, None, ("", 0)), (5, "2", ("", 2)), ([], 1.5, ("", 0))],
 )
-def test_what_a_session_announces_is_valid_whatever_else_it_holds(notifications, story, number, expected):
+def test_an_announcement_is_valid_whatever_else_its_session_contains(notifications, story, number, expected):
     document = episode(READY_BEAT, {"imageDecision": {"type": "NO_IMAGE"}}, promptMode="storyswarm", storyUuid=story)
     document["analyzedEpisode"]["episodeNumber"] = number
     found, _ = notifications.create([service.due_notification(T, document)])[0]
