@@ -4028,13 +4028,13 @@ def test_a_page_may_send_the_reservation_id(make_gated, sqlite_store):
 
 @pytest.fixture
 def swarmui_folder(tmp_path, leash):
-    """Makes SwarmUI's folder, in a path that a shell would break at."""
+    """Makes SwarmUI's folder, at a path that a shell has to quote."""
     return lambda **plan: write_swarmui_folder(tmp_path / "Swarm & UI (1)", {"leash": leash.port, **plan})
 
 
 @pytest.fixture
 def make_supervisor(settings):
-    """Makes a supervisor with settings of its own, and a clock where wanted."""
+    """Makes a supervisor with changed settings, and with a clock of the test."""
     with contextlib.ExitStack() as stack:
 
         def make(
@@ -4046,11 +4046,11 @@ def make_supervisor(settings):
         yield make
 
 
-RESET = b"closed with the request unread, which resets the connection"
+RESET = b"close with the request unread, which resets the connection"
 
 
 def read_request(connection: socket.socket) -> None:
-    """The whole of it, body and all: what is closed with something unread is reset, and on Windows the answer lost."""
+    """With its body: closing a connection with unread data resets it, and Windows then loses the response."""
     with connection.makefile("rb") as stream:
         stream.readline()
         stream.read(int(http.client.parse_headers(stream)["Content-Length"]))
@@ -4058,7 +4058,7 @@ def read_request(connection: socket.socket) -> None:
 
 @pytest.fixture
 def answering(settings):
-    """Puts a server on SwarmUI's port that answers every connection with the bytes given, or holds it."""
+    """Starts a server at SwarmUI's port that sends these bytes on each connection; None: it keeps the connection."""
     stop, threads = threading.Event(), []
     port = settings.swarmui_port
 
@@ -4067,12 +4067,12 @@ def answering(settings):
         listener.settimeout(0.05)
 
         def run() -> None:
-            held = []
+            connections = []
             with listener:
                 while not stop.is_set():
                     with contextlib.suppress(TimeoutError, ConnectionError):
                         connection = listener.accept()[0]
-                        held.append(connection)
+                        connections.append(connection)
                         connection.settimeout(PATIENCE)
                         if answer is RESET:
                             connection.recv(1)
@@ -4081,7 +4081,7 @@ def answering(settings):
                             read_request(connection)
                             connection.sendall(answer)
                             connection.close()
-            for connection in held:
+            for connection in connections:
                 connection.close()
 
         threads.append(threading.Thread(target=run))
@@ -4120,13 +4120,12 @@ def test_a_start_launches_swarmui_and_waits_until_it_answers(make_app, settings,
     assert leash.next().is_alive()
 
 
-def test_swarmui_that_answers_is_not_launched_again(make_supervisor, swarmui_folder, leash):
-    supervisor = make_supervisor(swarmui_path=swarmui_folder())
+def test_a_running_swarmui_is_not_launched_again(make_supervisor, swarmui_folder, leash):
+    supervisor, other_instance = make_supervisor(swarmui_path=swarmui_folder()), make_supervisor()
     ready(supervisor)
     leash.next()
-    assert ready(supervisor).message == "SwarmUI is already running"
-    assert ready(make_supervisor()).message == "SwarmUI is already running"  # another instance, which knows no path
-    assert leash.count_further() == 0
+    assert ready(supervisor).message == ready(other_instance).message == "SwarmUI is already running"
+    assert (supervisor.launches, other_instance.launches) == (1, 0)
 
 
 def test_swarmui_is_launched_in_its_folder_with_its_arguments(
@@ -4156,7 +4155,7 @@ def test_an_executable_without_launch_scripts_above_it_runs_in_its_own_folder(ma
     assert Path(leash.next().report["folder"]) == folder
 
 
-def test_a_caller_that_cancels_leaves_nothing_behind_and_the_others_wait_on(make_supervisor, swarmui_folder, leash):
+def test_a_cancelled_start_leaves_nothing_behind_and_the_others_go_on_waiting(make_supervisor, swarmui_folder, leash):
     supervisor = make_supervisor(swarmui_path=swarmui_folder(delay=0.3))
     first, second = supervisor.start(), supervisor.start()
     cancelled = weakref.ref(first)
@@ -4167,13 +4166,13 @@ def test_a_caller_that_cancels_leaves_nothing_behind_and_the_others_wait_on(make
     leash.next()
 
 
-def test_a_launch_goes_on_when_all_who_waited_cancelled(make_supervisor, swarmui_folder, leash):
+def test_a_launch_continues_when_every_start_was_cancelled(make_supervisor, swarmui_folder, leash):
     supervisor = make_supervisor(swarmui_path=swarmui_folder(delay=0.3))
     waiting = supervisor.start()
     leash.next()
     waiting.cancel()
     assert ready(supervisor).message == "SwarmUI started successfully"
-    assert leash.count_further() == 0
+    assert supervisor.launches == 1
 
 
 def fail_to_start_thread(monkeypatch: pytest.MonkeyPatch, fails: Callable[[threading.Thread], bool]) -> None:
@@ -4187,7 +4186,7 @@ def fail_to_start_thread(monkeypatch: pytest.MonkeyPatch, fails: Callable[[threa
     monkeypatch.setattr(threading.Thread, "start", limited)
 
 
-def test_the_end_of_swarmui_is_seen_without_a_thread_that_waits_for_it(
+def test_the_exit_of_swarmui_is_noticed_even_if_no_thread_can_wait_for_it(
     make_supervisor, swarmui_folder, leash, monkeypatch
 ):
     fail_to_start_thread(monkeypatch, lambda thread: thread.name == "swarmui-watch")
@@ -4215,7 +4214,7 @@ def test_a_second_launch_within_the_interval_is_a_429(make_app, swarmui_folder, 
     assert 0 < int(answer.headers["Retry-After"]) <= 60
 
 
-def test_after_the_interval_it_is_launched_again(make_supervisor, swarmui_folder, leash):
+def test_a_failed_launch_can_be_repeated_after_the_interval(make_supervisor, swarmui_folder, leash):
     clock = Clock(1000.0)
     supervisor = make_supervisor(clock, swarmui_path=swarmui_folder(exit=3))
     failure(supervisor)
@@ -4228,8 +4227,8 @@ def test_after_the_interval_it_is_launched_again(make_supervisor, swarmui_folder
     leash.next()
 
 
-def test_a_wrapper_that_ends_with_0_is_waited_for(make_supervisor, settings, tmp_path, leash):
-    """It starts SwarmUI in the background and ends."""
+def test_a_wrapper_may_exit_with_0_before_swarmui_answers(make_supervisor, settings, tmp_path, leash):
+    """It starts SwarmUI in the background, and exits."""
     server = write_program(tmp_path / "server", SWARMUI, {"leash": leash.port, "delay": 0.3})
     code = "import subprocess; subprocess.Popen([plan['server'], *sys.argv[1:]])"
     wrapper = write_program(tmp_path / "wrapper", code, {"server": str(server)})
@@ -4237,15 +4236,15 @@ def test_a_wrapper_that_ends_with_0_is_waited_for(make_supervisor, settings, tmp
     leash.next()
 
 
-def test_a_start_that_takes_too_long_goes_on_and_the_next_one_waits_for_it(make_supervisor, swarmui_folder, leash):
+def test_a_start_that_times_out_leaves_swarmui_running_for_the_next_start(make_supervisor, swarmui_folder, leash):
     supervisor = make_supervisor(swarmui_path=swarmui_folder(delay=3600), start_timeout=0.2)
     message = failure(supervisor)
     assert "no answer within 0.2 s" in message
     assert "nothing listens" in message
-    held = leash.next()
+    swarmui = leash.next()
     assert "no answer within 0.2 s" in failure(supervisor)
-    assert held.is_alive()
-    assert leash.count_further() == 0
+    assert swarmui.is_alive()
+    assert supervisor.launches == 1
 
 
 @pytest.mark.parametrize(
@@ -4254,44 +4253,44 @@ def test_a_start_that_takes_too_long_goes_on_and_the_next_one_waits_for_it(make_
         pytest.param(response(200, "<html>hello</html>"), "answered 200: <html>hello</html>", id="html"),
         pytest.param(response(302, "", "Location: /elsewhere\r\n"), "answered 302", id="redirect"),
         pytest.param(response(500, '{"error": "oops"}'), "answered 500: oops", id="500"),
-        pytest.param(response(200, '{"session_id": 7}'), "answered 200", id="a session_id that is none"),
-        pytest.param(response(200, "[1]"), "answered 200", id="no object"),
+        pytest.param(response(200, '{"session_id": 7}'), "answered 200", id="an invalid session_id"),
+        pytest.param(response(200, "[1]"), "answered 200", id="not an object"),
         pytest.param(response(200, '{"error": "Invalid or unauthorized."}'), "set SWARMUI_TOKEN", id="accounts"),
-        pytest.param(b"220 mail.example ESMTP\r\n", "sent no valid response", id="no HTTP"),
+        pytest.param(b"220 mail.example ESMTP\r\n", "sent no valid response", id="not HTTP"),
         pytest.param(b"", "sent no valid response", id="closed"),
         pytest.param(RESET, "sent no valid response", id="reset"),
         pytest.param(None, "did not answer within 0.3 s", id="silent"),
     ],
 )
-def test_a_port_held_by_something_else_is_told_and_nothing_is_launched(
+def test_nothing_is_launched_while_another_program_has_the_port(
     make_supervisor, swarmui_folder, answering, leash, answer, words
 ):
     answering(answer)
-    message = failure(make_supervisor(swarmui_path=swarmui_folder(), health_timeout=0.3))
+    supervisor = make_supervisor(swarmui_path=swarmui_folder(), health_timeout=0.3)
+    message = failure(supervisor)
     assert "the program at its port does not answer as SwarmUI does" in message
     assert words in message
-    assert leash.count_further() == 0
+    assert supervisor.launches == 0
 
 
-def test_nobody_at_the_port_is_told_from_somebody(settings):
+def test_a_probe_of_a_free_port_says_that_nothing_listens(settings):
     assert service.probe(settings) == service.Probe(
         ready=False, occupied=False, message=f"nothing listens at {settings.swarmui_api_url}"
     )
 
 
-def test_an_address_that_uses_up_the_time_to_connect_leaves_the_next_one_time_to_answer(
-    settings, answering, monkeypatch
-):
-    """As on Windows, which refuses a host name's IPv6 address after 2 s."""
+def test_the_time_to_answer_begins_when_the_connection_is_made(settings, answering, monkeypatch):
+    """Windows refuses a host name's IPv6 address only after 2 s."""
     answering(response(200, '{"session_id": "x"}'))
-    connect = socket.create_connection
+    connect, clock = socket.create_connection, Clock(0.0)
 
     def connect_late(*given: Any, **options: Any) -> socket.socket:
-        time.sleep(0.5)
+        clock.now += 3600
         return connect(*given, **options)
 
+    monkeypatch.setattr(time, "monotonic", clock)
     monkeypatch.setattr(socket, "create_connection", connect_late)
-    assert service.probe(dataclasses.replace(settings, health_timeout=0.5)).ready
+    assert service.probe(settings).ready
 
 
 def test_the_token_is_sent_as_a_cookie(make_supervisor, swarmui_folder, leash):
@@ -4300,13 +4299,13 @@ def test_the_token_is_sent_as_a_cookie(make_supervisor, swarmui_folder, leash):
     leash.next()
 
 
-def test_no_proxy_is_asked(make_supervisor, swarmui_folder, leash, monkeypatch):
+def test_the_environments_proxy_is_not_used(make_supervisor, swarmui_folder, leash, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     assert ready(make_supervisor(swarmui_path=swarmui_folder())).message == "SwarmUI started successfully"
     leash.next()
 
 
-def test_nothing_of_a_request_reaches_the_command_line(make_app, settings, swarmui_folder, leash):
+def test_no_input_of_a_request_reaches_the_command_line(make_app, settings, swarmui_folder, leash):
     app = make_app(swarmui_path=swarmui_folder())
     app.post("/api/v1/swarmui/start?port=1", b"\xff --port 1; rm -rf /", {"Content-Type": "application/json"})
     assert leash.next().report["arguments"] == ["--launch_mode", "none", "--port", str(settings.swarmui_port)]
@@ -4321,91 +4320,93 @@ def test_nothing_of_a_request_reaches_the_command_line(make_app, settings, swarm
         ("a file", "cannot be launched"),
     ],
 )
-def test_a_path_that_is_unset_or_wrong_is_named(make_supervisor, tmp_path, path, words):
+def test_a_start_names_a_path_that_is_unset_or_wrong(make_supervisor, tmp_path, path, words):
     (tmp_path / "a file").write_text("no program")
     message = failure(make_supervisor(swarmui_path=tmp_path / path if path else None))
     assert words in message
     assert "SWARMUI_PATH" in message
 
 
-def test_swarmui_on_another_machine_is_not_launched(make_supervisor, swarmui_folder, settings, leash):
-    # An address that is set aside for documentation: nobody has it.
-    elsewhere = service.find_swarmui
+def test_swarmui_on_another_machine_is_not_launched(settings, tmp_path):
+    url = "http://192.0.2.1:7801"  # an address that is reserved for documentation: no machine has it
     with pytest.raises(service.LaunchError, match="another machine"):
-        elsewhere(dataclasses.replace(settings, swarmui_api_url="http://192.0.2.1:7801", swarmui_path=swarmui_folder()))
-    assert leash.count_further() == 0
+        service.find_swarmui(dataclasses.replace(settings, swarmui_api_url=url, swarmui_path=tmp_path))
 
 
-def test_what_swarmui_prints_is_kept_and_swarmui_outlives_the_service(start_service, swarmui_folder, leash, settings):
+def test_swarmui_and_its_log_outlive_the_service(start_service, swarmui_folder, leash, settings):
     running = start_service(
         SWARMUI_PATH=str(swarmui_folder(print="hello from SwarmUI\n")),
         SWARMUI_API_URL=settings.swarmui_api_url,
         SWARMUI_POLL_INTERVAL="0.05",
     )
     assert running.call("POST", "/api/v1/swarmui/start")[0] == 200
-    held = leash.next()
+    swarmui = leash.next()
     running.stop()
     assert service.probe(settings).ready
-    assert held.is_alive()
+    assert swarmui.is_alive()
     assert "hello from SwarmUI" in (running.folder / "data" / "swarmui.log").read_text()
 
 
-def test_closing_the_launcher_ends_a_start_that_waits(make_supervisor, swarmui_folder, leash):
+def test_closing_the_supervisor_answers_the_starts_that_wait(make_supervisor, swarmui_folder, leash):
     supervisor = make_supervisor(swarmui_path=swarmui_folder(delay=3600), poll_interval=3600.0, start_timeout=3600.0)
     waiting = supervisor.start()
-    held = leash.next()
+    swarmui = leash.next()
     supervisor.close()
     assert isinstance(waiting.exception(timeout=0), service.Unavailable)
     with pytest.raises(service.Unavailable):
         supervisor.start()
-    assert held.is_alive()
+    assert swarmui.is_alive()
 
 
-# ------------------------------------------------------------------------- SwarmUI looked after ----
+# ---------------------------------------------------------------------------- SwarmUI's states ----
 
 
-SILENT, FOREIGN = service.Probe(False, True, ""), service.Probe(False, True, "", responded=True)
-OPEN_BEFORE = {"found": SILENT, "answered": True}
+SILENT, OTHER_PROGRAM = service.Probe(False, True, ""), service.Probe(False, True, "", responded=True)
+ANSWERED = {"found": SILENT, "answered": True}
 
 
 @pytest.mark.parametrize(
-    ("seen", "state"),
+    ("snapshot", "state"),
     [
         ({}, "stopped"),
         ({"lives": True}, "starting"),
-        ({"lives": True, "found": SILENT}, "starting"),  # it has the port, and has not answered yet
+        ({"lives": True, "found": SILENT}, "starting"),  # it has the port, but has not answered yet
         ({"lives": True, "found": SILENT, "misses": 9}, "starting"),
-        ({**OPEN_BEFORE, "lives": True, "misses": 2}, "ready"),
-        ({**OPEN_BEFORE, "lives": True, "misses": 3}, "unresponsive"),
-        ({**OPEN_BEFORE, "lives": True, "misses": 3, "found": FOREIGN}, "unresponsive"),
-        ({"found": SILENT, "lives": True, "was_ready": True, "misses": 2}, "starting"),  # again, by itself
+        ({**ANSWERED, "lives": True, "misses": 2}, "ready"),
+        ({**ANSWERED, "lives": True, "misses": 3}, "unresponsive"),
+        ({**ANSWERED, "lives": True, "misses": 3, "found": OTHER_PROGRAM}, "unresponsive"),
+        ({"found": SILENT, "lives": True, "was_ready": True, "misses": 2}, "starting"),  # it restarts by itself
         ({"found": SILENT, "lives": True, "was_ready": True, "misses": 3}, "unresponsive"),
-        ({"found": SILENT, "was_ready": True, "misses": 3}, "failed"),  # it is gone, and what answers is not ours
-        ({**OPEN_BEFORE, "misses": 3}, "unresponsive"),
-        ({**OPEN_BEFORE, "misses": 3, "found": FOREIGN}, "failed"),
-        (OPEN_BEFORE, "ready"),
-        ({**OPEN_BEFORE, "has_failed": True}, "ready"),  # another's, after ours died
+        ({"found": SILENT, "was_ready": True, "misses": 3}, "failed"),  # it is gone, and another program has the port
+        ({**ANSWERED, "misses": 3}, "unresponsive"),
+        ({**ANSWERED, "misses": 3, "found": OTHER_PROGRAM}, "failed"),
+        (ANSWERED, "ready"),
+        ({**ANSWERED, "has_failed": True}, "ready"),  # another SwarmUI, after ours died
         ({"found": SILENT}, "failed"),
         ({"has_failed": True}, "failed"),
-        ({**OPEN_BEFORE, "is_ending": True, "lives": True}, "stopping"),
+        ({**ANSWERED, "is_ending": True, "lives": True}, "stopping"),
     ],
 )
-def test_the_state_follows_from_what_is_seen(seen, state):
-    assert service.next_state("", service.SwarmUISnapshot(**seen)) == state
+def test_the_state_follows_from_the_snapshot(snapshot, state):
+    assert service.next_state("", service.SwarmUISnapshot(**snapshot)) == state
 
 
-class Looked:
-    """An application with its supervisor, as its callers see it."""
+class SwarmUIApi:
+    """The application's routes below /api/v1/swarmui."""
 
     def __init__(self, app: webtest.TestApp) -> None:
         self.app = app
 
-    def __call__(self, method: str, path: str, status: int = 200) -> Any:
+    def __call__(self, method: str, path: str, status: int | str = 200) -> Any:
         return self.app.request(f"/api/v1/swarmui/{path}", method=method, status=status).json
 
     @property
     def status(self) -> dict[str, Any]:
         return self("GET", "status")
+
+    @property
+    def launches(self) -> int:
+        return int(re.search(r"(?m)^storyteller_swarmui_launches_total ([0-9]+)$", self.app.get("/metrics").text)[1])
 
     def wait_for(self, state: str) -> dict[str, Any]:
         wait_until(lambda: self.status["state"] == state)
@@ -4413,14 +4414,14 @@ class Looked:
 
 
 @pytest.fixture
-def make_looked(make_app):
-    """With patience for what is slow here, and none between two launches."""
-    return lambda **changed: Looked(make_app(**{"start_interval": 0.0, "start_timeout": PATIENCE, **changed}))
+def make_api(make_app):
+    """Makes an application that may launch SwarmUI at any time."""
+    return lambda **changed: SwarmUIApi(make_app(**{"start_interval": 0.0, "start_timeout": PATIENCE, **changed}))
 
 
 @pytest.fixture
 def write_status(tmp_path):
-    """Has the stand-in say what it does: counts of its work, and of `backend_status`."""
+    """Sets what the stand-in reports: its `backend_status`, and the counts of its queue."""
 
     def write(backends: Any = None, **counts: int) -> str:
         path = tmp_path / "status.json"
@@ -4439,7 +4440,7 @@ def write_status(tmp_path):
 
 
 @pytest.fixture
-def run_another(tmp_path, leash, settings):
+def run_another_swarmui(tmp_path, leash, settings):
     """Runs a SwarmUI that the service did not launch."""
     processes = []
 
@@ -4448,9 +4449,9 @@ def run_another(tmp_path, leash, settings):
         arguments = ["--port", str(settings.swarmui_port)]
         launched = service.launch_detached(folder / service.LAUNCH_SCRIPT, arguments, folder, tmp_path / "another.log")
         processes.append(launched.process)
-        held = leash.next()
+        swarmui = leash.next()
         wait_until(lambda: service.probe(settings).ready)
-        return held
+        return swarmui
 
     yield run
     leash.close()
@@ -4463,31 +4464,42 @@ def call_swarmui(settings: service.Settings, route: str) -> Any:
     return service.ask_swarmui(found.url, route, {"session_id": found.session_id}, settings)[1]
 
 
-NOTHING = {
+def wait_for_probes(settings: service.Settings) -> None:
+    """Until a probe that began after this call has been processed."""
+    log = settings.data_dir / "swarmui.log"
+    before = log.read_text().count("GetGlobalStatus")
+    wait_until(lambda: log.read_text().count("GetGlobalStatus") > before + 2)
+
+
+def kill(swarmui: Held) -> None:
+    os.kill(swarmui.report["pid"], signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
+
+
+EMPTY_STATUS = {
     "ours": None, "pid": None, "version": None, "startedAt": None, "startingFor": None, "lastError": None,
     "idleFor": None, "queue": None, "backends": None, "logTail": [],
 }  # fmt: skip
 
 
-def test_a_status_has_every_key_from_the_first_look_on(make_looked, settings):
-    status = make_looked().status
+def test_the_first_status_has_every_key(make_api, settings):
+    status = make_api().status
     assert service.read_time(status.pop("since")) <= service.now_ms()
     shown = {"state": "stopped", "port": settings.swarmui_port, "apiUrl": settings.swarmui_api_url}
-    assert status == {**shown, **NOTHING}
+    assert status == {**shown, **EMPTY_STATUS}
 
 
-def test_the_status_says_how_far_a_start_is(make_looked, swarmui_folder, tmp_path, leash):
-    looked = make_looked(swarmui_path=swarmui_folder(after=str(tmp_path / "now"), print="Building...\n"))
+def test_the_status_shows_the_progress_of_a_start(make_api, swarmui_folder, tmp_path, leash):
+    api = make_api(swarmui_path=swarmui_folder(after=str(tmp_path / "now"), print="Building...\n"))
     with ThreadPoolExecutor(1) as pool:
-        started = pool.submit(looked, "POST", "start")
-        status = looked.wait_for("starting")
+        started = pool.submit(api, "POST", "start")
+        status = api.wait_for("starting")
         assert (status["ours"], status["startingFor"], status["version"]) == (True, 0, None)
         assert service.process_identity(status["pid"])
         assert abs(service.read_time(status["startedAt"]) - service.now_ms()) < 60_000
-        wait_until(lambda: looked.status["logTail"] == ["Building..."])
+        wait_until(lambda: api.status["logTail"] == ["Building..."])
         (tmp_path / "now").touch()
         assert started.result()["message"] == "SwarmUI started successfully"
-    status = looked.status
+    status = api.status
     assert {name: status[name] for name in ("state", "ours", "version", "startingFor", "idleFor", "backends")} == {
         "state": "ready", "ours": True, "version": "0.9.8.2", "startingFor": None, "idleFor": 0,
         "backends": {"status": "running", "message": ""},
@@ -4495,333 +4507,321 @@ def test_the_status_says_how_far_a_start_is(make_looked, swarmui_folder, tmp_pat
     leash.next()
 
 
-def test_the_status_says_what_swarmui_does(make_looked, swarmui_folder, leash, write_status):
-    looked = make_looked(swarmui_path=swarmui_folder(status=write_status()))
-    looked("POST", "start")
-    assert looked.status["queue"] == {"waiting": 0, "live": 0, "loading": 0, "waitingBackends": 0}
+def test_the_status_shows_swarmuis_queue(make_api, swarmui_folder, leash, write_status):
+    api = make_api(swarmui_path=swarmui_folder(status=write_status()))
+    api("POST", "start")
+    assert api.status["queue"] == {"waiting": 0, "live": 0, "loading": 0, "waitingBackends": 0}
     write_status(waiting_gens=3, live_gens=1, loading_models=2, waiting_backends=4)
-    wait_until(lambda: looked.status["queue"] == {"waiting": 3, "live": 1, "loading": 2, "waitingBackends": 4})
-    assert looked.status["idleFor"] == 0
+    wait_until(lambda: api.status["queue"] == {"waiting": 3, "live": 1, "loading": 2, "waitingBackends": 4})
+    assert api.status["idleFor"] == 0
     leash.next()
 
 
-def test_a_restart_by_itself_is_a_start_and_no_death(make_looked, swarmui_folder, settings, leash):
-    looked = make_looked(swarmui_path=swarmui_folder(delay=0.3))
-    looked("POST", "start")
+def test_swarmuis_own_restart_is_not_a_failure(make_api, swarmui_folder, settings, leash):
+    api = make_api(swarmui_path=swarmui_folder(delay=0.3))
+    api("POST", "start")
     leash.next()
-    before = looked.status
+    before = api.status
     call_swarmui(settings, "UpdateAndRestart")
-    assert looked.wait_for("starting")["lastError"] is None
-    after = looked.wait_for("ready")
+    assert api.wait_for("starting")["lastError"] is None
+    after = api.wait_for("ready")
     assert (after["pid"], after["startedAt"]) == (before["pid"], before["startedAt"])
     leash.next()
 
 
-def test_a_death_is_told_and_forgotten_at_the_next_start(make_looked, swarmui_folder, leash):
-    looked = make_looked(swarmui_path=swarmui_folder())
-    looked("POST", "start")
+def test_the_status_shows_how_swarmui_died_until_the_next_start(make_api, swarmui_folder, leash):
+    api = make_api(swarmui_path=swarmui_folder())
+    api("POST", "start")
     kill(leash.next())
-    status = looked.wait_for("failed")
-    assert "it exited with code" in status.pop("lastError")
-    assert {name: status[name] for name in NOTHING if name not in ("lastError", "logTail")}.items() <= NOTHING.items()
-    looked("POST", "start")
-    assert looked.status["lastError"] is None
+    status = api.wait_for("failed")
+    assert "it exited with code" in status["lastError"]
+    assert {**EMPTY_STATUS, **{name: status[name] for name in ("lastError", "logTail")}}.items() <= status.items()
+    api("POST", "start")
+    assert api.status["lastError"] is None
     leash.next()
 
 
-def test_what_a_dead_swarmui_leaves_behind_is_ended(make_looked, swarmui_folder, leash):
-    looked = make_looked(swarmui_path=swarmui_folder(child=True, leash_code=LEASH))
-    looked("POST", "start")
-    held = [leash.next(), leash.next()]
-    server = next(one for one in held if "--port" in one.report["arguments"])
-    kill(server)
-    looked.wait_for("failed")
-    assert all(one.has_ended() for one in held)
+def test_the_children_that_a_dead_swarmui_leaves_are_killed(make_api, swarmui_folder, leash):
+    api = make_api(swarmui_path=swarmui_folder(child=True, leash_code=LEASH))
+    api("POST", "start")
+    processes = [leash.next(), leash.next()]
+    kill(next(process for process in processes if "--port" in process.report["arguments"]))
+    api.wait_for("failed")
+    assert all(process.has_ended() for process in processes)
 
 
-def kill(held: Held) -> None:
-    os.kill(held.report["pid"], signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
-
-
-def test_three_probes_without_an_answer_are_unresponsive_until_it_answers(make_looked, swarmui_folder, tmp_path, leash):
-    looked = make_looked(swarmui_path=swarmui_folder(hang=str(tmp_path / "hang")), health_timeout=0.2)
-    looked("POST", "start")
+def test_swarmui_that_stops_answering_is_unresponsive_until_it_answers_again(make_api, swarmui_folder, tmp_path, leash):
+    api = make_api(swarmui_path=swarmui_folder(hang=str(tmp_path / "hang")), health_timeout=0.2)
+    api("POST", "start")
     (tmp_path / "hang").touch()
-    assert looked.wait_for("unresponsive")["ours"] is True
+    assert api.wait_for("unresponsive")["ours"] is True
     (tmp_path / "hang").unlink()
-    looked.wait_for("ready")
+    api.wait_for("ready")
     leash.next()
 
 
-def test_another_program_at_the_port_is_a_failure_as_long_as_it_is_there(make_looked, settings):
+def test_the_state_is_failed_while_another_program_has_the_port(make_api, settings):
     with socket.create_server(("127.0.0.1", settings.swarmui_port)) as listener:
-        looked = make_looked(health_timeout=0.1)
-        status = looked.wait_for("failed")
+        api = make_api(health_timeout=0.1)
+        status = api.wait_for("failed")
         assert "the program at its port does not answer as SwarmUI does" in status["lastError"]
         listener.close()
-        assert looked.wait_for("stopped")["lastError"] is None
+        assert api.wait_for("stopped")["lastError"] is None
 
 
-def test_one_that_dies_in_the_midst_of_a_look_is_not_told_as_the_fault_of_its_port(
-    make_looked, swarmui_folder, settings, leash, monkeypatch, tmp_path
+def test_a_death_within_a_turn_is_not_blamed_on_the_program_at_the_port(
+    make_api, swarmui_folder, settings, leash, monkeypatch, tmp_path
 ):
     shut_down_idle = service.SwarmUISupervisor._shut_down_idle
 
     def die_then_shut_down_idle(supervisor):
         if supervisor._probe.occupied and supervisor._ours.program:
-            kill(held)
+            kill(swarmui)
             wait_until(lambda: not supervisor._ours.program.is_alive())
         shut_down_idle(supervisor)
 
-    looked = make_looked(swarmui_path=swarmui_folder(after=str(tmp_path / "never")), health_timeout=0.1)
+    api = make_api(swarmui_path=swarmui_folder(after=str(tmp_path / "never")), health_timeout=0.1)
     with ThreadPoolExecutor(1) as pool:
-        started = pool.submit(looked, "POST", "start", 500)
-        held = leash.next()
+        started = pool.submit(api, "POST", "start", 500)
+        swarmui = leash.next()
         monkeypatch.setattr(service.SwarmUISupervisor, "_shut_down_idle", die_then_shut_down_idle)
         with socket.create_server(("127.0.0.1", settings.swarmui_port)):
             assert "it exited with code" in started.result()["error"]
 
 
-def test_a_start_in_the_turn_in_which_an_end_is_over_launches_it_anew(make_looked, swarmui_folder, leash, monkeypatch):
-    looked = make_looked(swarmui_path=swarmui_folder(shutdown=3600))
-    looked("POST", "start")
-    held, look = leash.next(), service.SwarmUISupervisor._look
+def test_a_start_that_arrives_as_a_stop_completes_launches_swarmui_again(make_api, swarmui_folder, leash, monkeypatch):
+    api = make_api(swarmui_path=swarmui_folder(shutdown=3600))
+    api("POST", "start")
+    swarmui, look = leash.next(), service.SwarmUISupervisor._look
 
     def die_then_look(supervisor, *, is_due=False):
-        if supervisor._ending and supervisor._waiting("start") and held.is_alive():
-            kill(held)
+        if supervisor._ending and supervisor._waiting("start") and swarmui.is_alive():
+            kill(swarmui)
             wait_until(lambda: not supervisor._ours.program.is_alive())
         look(supervisor, is_due=is_due)
 
     monkeypatch.setattr(service.SwarmUISupervisor, "_look", die_then_look)
     with ThreadPoolExecutor(1) as pool:
-        stopped = pool.submit(looked, "POST", "stop?force=true")
-        looked.wait_for("stopping")
-        assert looked("POST", "start")["message"] == "SwarmUI started successfully"
+        stopped = pool.submit(api, "POST", "stop?force=true")
+        api.wait_for("stopping")
+        assert api("POST", "start")["message"] == "SwarmUI started successfully"
         assert stopped.result()["message"] == "SwarmUI is stopped"
     assert leash.next().is_alive()
 
 
-def test_all_probes_use_one_session(make_looked, swarmui_folder, settings, leash):
-    looked = make_looked(swarmui_path=swarmui_folder(print=""))
-    looked("POST", "start")
+def test_all_probes_use_one_session(make_api, swarmui_folder, settings, leash):
+    api = make_api(swarmui_path=swarmui_folder(print=""))
+    api("POST", "start")
     log = settings.data_dir / "swarmui.log"
     wait_until(lambda: log.read_text().count("GetGlobalStatus") > 5)
     assert log.read_text().count("GetNewSession") == 1
     leash.next()
 
 
-def test_a_session_that_is_refused_is_made_anew(make_looked, swarmui_folder, settings, leash):
-    looked = make_looked(swarmui_path=swarmui_folder(forgets=True))
-    looked("POST", "start")
+def test_a_refused_session_is_replaced(make_api, swarmui_folder, settings, leash):
+    api = make_api(swarmui_path=swarmui_folder(forgets=True))
+    api("POST", "start")
     log = settings.data_dir / "swarmui.log"
     wait_until(lambda: log.read_text().count("GetNewSession") > 3)
-    assert looked.status["state"] == "ready"
+    assert api.status["state"] == "ready"
     leash.next()
 
 
 @pytest.mark.parametrize("how", ["lacks", "refuses"])
-def test_a_swarmui_that_tells_of_one_session_alone_has_unknown_work(make_looked, swarmui_folder, leash, caplog, how):
-    looked = make_looked(swarmui_path=swarmui_folder(**{how: ["GetGlobalStatus"]}))
-    looked("POST", "start")
-    status = looked.status
+def test_the_queue_is_unknown_without_the_global_status(make_api, swarmui_folder, leash, caplog, how):
+    api = make_api(swarmui_path=swarmui_folder(**{how: ["GetGlobalStatus"]}))
+    api("POST", "start")
+    status = api.status
     assert (status["state"], status["queue"], status["idleFor"]) == ("ready", None, None)
     assert status["backends"] == {"status": "running", "message": ""}
-    assert "is not known" in looked("POST", "stop", 409)["error"]
+    assert "is not known" in api("POST", "stop", 409)["error"]
     assert leash.next().is_alive()
-    wait_until(lambda: looked.status["state"] == "ready")
-    assert len([one for one in caplog.messages if "GetGlobalStatus" in one]) == 1
+    wait_until(lambda: api.status["state"] == "ready")
+    assert sum("GetGlobalStatus" in message for message in caplog.messages) == 1
 
 
-def test_backends_in_error_are_told_by_a_start_that_is_good_all_the_same(
-    make_looked, swarmui_folder, leash, write_status
-):
+def test_a_successful_start_reports_backends_in_error(make_api, swarmui_folder, leash, write_status):
     status = write_status({"status": "empty", "class": "error", "message": "No backends present."})
-    looked = make_looked(swarmui_path=swarmui_folder(status=status))
-    started = looked("POST", "start")
+    api = make_api(swarmui_path=swarmui_folder(status=status))
+    started = api("POST", "start")
     assert started["success"] is True
     assert started["message"] == "SwarmUI started successfully; but it says: No backends present."
     leash.next()
 
 
-def test_a_start_soon_after_a_death_is_told_of_it(make_looked, swarmui_folder, leash):
-    looked = make_looked(swarmui_path=swarmui_folder(), start_interval=60.0)
-    looked("POST", "start")
+def test_a_start_soon_after_a_death_is_a_429_that_says_how_it_died(make_api, swarmui_folder, leash):
+    api = make_api(swarmui_path=swarmui_folder(), start_interval=60.0)
+    api("POST", "start")
     kill(leash.next())
-    looked.wait_for("failed")
-    error = looked("POST", "start", 429)["error"]
+    api.wait_for("failed")
+    error = api("POST", "start", 429)["error"]
     assert re.search(r"died at \d{4}-\d\d-\d\dT.*Z \(it exited with code ", error)
 
 
 # ---- stop ----
 
 
-def stops(**plan: Any) -> Any:
-    return pytest.param(plan, id=", ".join(plan) or "by itself")
-
-
 @pytest.mark.parametrize(
-    "plan", [stops(), stops(shutdown=0.3), stops(refuses=["ShutdownServer"]), stops(deaf=True), stops(delay=3600)]
+    "plan",
+    [{}, {"shutdown": 0.3}, {"refuses": ["ShutdownServer"]}, {"deaf": True}, {"delay": 3600}],
+    ids=["at once", "late", "refusing ShutdownServer", "deaf to all but a kill", "still starting"],
 )
-def test_a_stop_ends_what_was_launched(make_looked, swarmui_folder, leash, monkeypatch, plan):
-    """Also one that is starting, and one that will not: by its processes."""
-    monkeypatch.setattr(service, "STOP_TIMEOUTS", {"ShutdownServer": 0.5, "terminate": 0.2, "kill": PATIENCE})
-    looked = make_looked(swarmui_path=swarmui_folder(**plan), start_timeout=0.2 if plan.get("delay") else PATIENCE)
-    looked("POST", "start", 500 if plan.get("delay") else 200)
-    held = leash.next()
-    assert looked("POST", "stop") == {"success": True, "message": "SwarmUI is stopped"}
-    assert held.has_ended()
-    status = looked.status
+def test_a_stop_ends_what_was_launched(make_api, swarmui_folder, leash, monkeypatch, plan):
+    monkeypatch.setattr(service, "STOP_TIMEOUTS", {"ShutdownServer": 0.5, "terminate": 0.2})
+    api = make_api(swarmui_path=swarmui_folder(**plan), start_timeout=0.2 if plan.get("delay") else PATIENCE)
+    api("POST", "start", 500 if plan.get("delay") else 200)
+    swarmui = leash.next()
+    assert api("POST", "stop") == {"success": True, "message": "SwarmUI is stopped"}
+    assert swarmui.has_ended()
+    status = api.status
     assert (status["state"], status["lastError"], status["pid"]) == ("stopped", None, None)
-    assert looked("POST", "stop") == {"success": True, "message": "SwarmUI is not running"}
+    assert api("POST", "stop") == {"success": True, "message": "SwarmUI is not running"}
 
 
-def test_a_stop_ends_one_that_hangs(make_looked, swarmui_folder, leash, tmp_path):
-    looked = make_looked(swarmui_path=swarmui_folder(hang=str(tmp_path / "hang")), health_timeout=0.2)
-    looked("POST", "start")
+@pytest.mark.parametrize("is_earlier", [False, True], ids=["of this run", "of an earlier run"])
+def test_a_stop_kills_swarmui_that_hangs(make_api, swarmui_folder, leash, tmp_path, is_earlier):
+    api = make_api(swarmui_path=swarmui_folder(hang=str(tmp_path / "hang")), health_timeout=0.2)
+    api("POST", "start")
+    if is_earlier:
+        api = make_api(health_timeout=0.2)
+        api.wait_for("ready")
     (tmp_path / "hang").touch()
-    looked.wait_for("unresponsive")
-    looked("POST", "stop")
+    api.wait_for("unresponsive")
+    api("POST", "stop")
     assert leash.next().has_ended()
 
 
-def test_what_is_at_work_is_stopped_by_force_alone(make_looked, swarmui_folder, leash, write_status):
-    looked = make_looked(swarmui_path=swarmui_folder(status=write_status(live_gens=1)))
-    looked("POST", "start")
-    held = leash.next()
-    assert "at work" in looked("POST", "stop", 409)["error"]
-    assert held.is_alive()
-    looked("POST", "stop?force=true")
-    assert held.has_ended()
+def test_a_stop_of_swarmui_at_work_needs_force(make_api, swarmui_folder, leash, write_status):
+    api = make_api(swarmui_path=swarmui_folder(status=write_status(live_gens=1)))
+    api("POST", "start")
+    swarmui = leash.next()
+    assert "at work" in api("POST", "stop", 409)["error"]
+    assert swarmui.is_alive()
+    api("POST", "stop?force=true")
+    assert swarmui.has_ended()
 
 
-def test_anothers_is_used_and_stopped_by_force_alone(make_looked, run_another):
-    held = run_another()
-    looked = make_looked()
-    assert looked.wait_for("ready")["ours"] is False
-    assert looked("POST", "start")["message"] == "SwarmUI is already running"
-    assert "was not launched by this service" in looked("POST", "stop", 409)["error"]
-    assert held.is_alive()
-    looked("POST", "stop?force=true")
-    assert held.has_ended()
-    assert looked.status["state"] == "stopped"
+def test_another_swarmui_is_used_and_its_stop_needs_force(make_api, run_another_swarmui):
+    swarmui = run_another_swarmui()
+    api = make_api()
+    assert api.wait_for("ready")["ours"] is False
+    assert api("POST", "start")["message"] == "SwarmUI is already running"
+    assert "was not launched by this service" in api("POST", "stop", 409)["error"]
+    assert swarmui.is_alive()
+    api("POST", "stop?force=true")
+    assert swarmui.has_ended()
+    assert api.status["state"] == "stopped"
 
 
-def test_anothers_that_answers_when_ours_dies_is_not_taken_for_ours(
-    make_looked, swarmui_folder, run_another, tmp_path, leash
+def test_another_swarmui_that_answers_after_ours_died_is_not_ours(
+    make_api, swarmui_folder, run_another_swarmui, tmp_path, leash
 ):
-    looked = make_looked(swarmui_path=swarmui_folder(after=str(tmp_path / "never")), start_interval=60.0)
+    api = make_api(swarmui_path=swarmui_folder(after=str(tmp_path / "never")), start_interval=60.0)
     with ThreadPoolExecutor(1) as pool:
-        started = pool.submit(looked, "POST", "start")
+        started = pool.submit(api, "POST", "start")
         ours = leash.next()
-        another = run_another()
+        another = run_another_swarmui()
         assert started.result(PATIENCE)["success"]
     kill(ours)
-    wait_until(lambda: looked.status["ours"] is False)
-    assert (looked.status["state"], looked.status["lastError"]) == ("ready", None)
-    looked("POST", "stop", 409)
+    wait_until(lambda: api.status["ours"] is False)
+    assert (api.status["state"], api.status["lastError"]) == ("ready", None)
+    api("POST", "stop", 409)
     assert another.is_alive()
 
 
-def test_stops_that_are_refused_count_as_no_missed_probe(make_looked, swarmui_folder, leash, tmp_path):
-    plan = {"hang": str(tmp_path / "hang")}
-    looked = make_looked(swarmui_path=swarmui_folder(**plan), health_timeout=0.1, poll_interval=3600.0)
-    with ThreadPoolExecutor(1) as pool:
-        started = pool.submit(looked, "POST", "start", 200)
-        held = leash.next()
-        wait_until(lambda: looked("POST", "start")["success"])
-        assert started.result(PATIENCE)["success"]
+def test_the_probes_of_refused_stops_do_not_count_as_missed(make_api, swarmui_folder, leash, tmp_path):
+    folder = swarmui_folder(hang=str(tmp_path / "hang"))
+    api = make_api(swarmui_path=folder, health_timeout=0.1, poll_interval=3600.0, start_timeout=0.1)
+    wait_until(lambda: api("POST", "start", "*").get("success"))  # only a start probes: no poll is due
+    swarmui = leash.next()
     (tmp_path / "hang").touch()
     for _ in range(service.UNRESPONSIVE_AFTER + 1):
-        assert "not known" in looked("POST", "stop", 409)["error"]
-    assert held.is_alive()
+        assert "not known" in api("POST", "stop", 409)["error"]
+    assert swarmui.is_alive()
 
 
-def test_anothers_that_refuses_its_end_is_told(make_looked, run_another):
-    held = run_another(refuses=["ShutdownServer"])
-    error = make_looked()("POST", "stop?force=true", 500)["error"]
+def test_a_stop_that_another_swarmui_refuses_is_a_500(make_api, run_another_swarmui):
+    swarmui = run_another_swarmui(refuses=["ShutdownServer"])
+    error = make_api()("POST", "stop?force=true", 500)["error"]
     assert "cannot be ended" in error
     assert "You lack permission" in error
-    assert held.is_alive()
+    assert swarmui.is_alive()
 
 
-def test_a_stop_answers_those_who_wait_for_a_start(make_looked, swarmui_folder, leash):
-    looked = make_looked(swarmui_path=swarmui_folder(delay=3600))
+def test_a_stop_fails_the_starts_that_wait(make_api, swarmui_folder, leash):
+    api = make_api(swarmui_path=swarmui_folder(delay=3600))
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(looked, "POST", "start", 500)
-        held = leash.next()
-        looked("POST", "stop")
+        waiting = pool.submit(api, "POST", "start", 500)
+        swarmui = leash.next()
+        api("POST", "stop")
         assert "it was stopped" in waiting.result(PATIENCE)["error"]
-    assert held.has_ended()
+    assert swarmui.has_ended()
 
 
-def test_a_start_during_a_stop_launches_after_it(make_looked, swarmui_folder, leash):
-    looked = make_looked(swarmui_path=swarmui_folder(shutdown=0.5), start_interval=3600.0)
-    looked("POST", "start")
+def test_a_start_during_a_stop_launches_swarmui_after_it(make_api, swarmui_folder, leash):
+    api = make_api(swarmui_path=swarmui_folder(shutdown=0.5), start_interval=3600.0)
+    api("POST", "start")
     first = leash.next()
     with ThreadPoolExecutor(1) as pool:
-        stopping = pool.submit(looked, "POST", "stop")
-        looked.wait_for("stopping")
-        assert looked("POST", "start")["message"] == "SwarmUI started successfully"
+        stopping = pool.submit(api, "POST", "stop")
+        api.wait_for("stopping")
+        assert api("POST", "start")["message"] == "SwarmUI started successfully"
         assert stopping.result(PATIENCE)["success"]
     assert first.has_ended()
     assert leash.next().is_alive()
-    assert leash.count_further() == 0
+    assert api.launches == 2
 
 
 # ---- what is ours ----
 
 
-def end_script(looked: Looked) -> None:
-    """The launch script alone, not what it started."""
-    os.kill(looked.status["pid"], signal.SIGTERM)
+def kill_launch_script(api: SwarmUIApi) -> None:
+    """Not SwarmUI, which the script started."""
+    os.kill(api.status["pid"], signal.SIGTERM)
 
 
-def test_a_server_whose_script_died_is_still_ours_and_its_end_is_a_death(make_looked, swarmui_folder, settings, leash):
-    looked = make_looked(swarmui_path=swarmui_folder())
-    looked("POST", "start")
-    held = leash.next()
-    end_script(looked)
+def test_swarmui_is_still_ours_after_its_launch_script_was_killed(make_api, swarmui_folder, settings, leash):
+    api = make_api(swarmui_path=swarmui_folder())
+    api("POST", "start")
+    swarmui = leash.next()
+    kill_launch_script(api)
     log = settings.data_dir / "swarmui.log"
-    # By a session of its own, since another one might answer from now on.
+    # It is probed in a new session, because another SwarmUI might answer from now on.
     wait_until(lambda: re.search("(?s)GetNewSession.*GetNewSession.*GetGlobalStatus.*GetGlobalStatus", log.read_text()))
-    assert (looked.status["state"], looked.status["ours"]) == ("ready", True)
-    kill(held)
-    assert "unknown code" in looked.wait_for("failed")["lastError"]
+    assert (api.status["state"], api.status["ours"]) == ("ready", True)
+    kill(swarmui)
+    assert "unknown code" in api.wait_for("failed")["lastError"]
 
 
 @pytest.mark.parametrize("is_orphan", [False, True], ids=["with its script", "an orphan"])
-def test_after_a_restart_of_the_service_it_is_still_ours(make_looked, swarmui_folder, leash, is_orphan):
-    first = make_looked(swarmui_path=swarmui_folder())
+def test_swarmui_is_still_ours_after_the_service_restarts(make_api, swarmui_folder, leash, is_orphan):
+    first = make_api(swarmui_path=swarmui_folder())
     first("POST", "start")
-    held, before = leash.next(), first.status
+    swarmui, before = leash.next(), first.status
     if is_orphan:
-        end_script(first)
+        kill_launch_script(first)
         wait_until(lambda: service.process_identity(before["pid"]) is None)
-    second = make_looked()
-    after = second.wait_for("ready")
-    assert {name: after[name] for name in ("ours", "pid", "startedAt")} == {
-        name: before[name] for name in ("ours", "pid", "startedAt")
-    }
+    second = make_api()
+    assert {name: before[name] for name in ("ours", "pid", "startedAt")}.items() <= second.wait_for("ready").items()
     second("POST", "stop")
-    assert held.has_ended()
+    assert swarmui.has_ended()
 
 
 @pytest.mark.parametrize("pid", [0, 1, -5, True, "4000000", 4000000.5, 2**33, 10**30, None])
-def test_a_number_that_is_no_process_of_ours_is_no_record(make_looked, settings, run_another, pid):
-    run_another()
+def test_a_record_with_an_invalid_process_id_is_ignored(make_api, settings, run_another_swarmui, pid):
+    run_another_swarmui()
     record = {"pid": pid, "identity": "x", "serverId": service.probe(settings).server_id}
     (settings.data_dir / "swarmui.json").write_text(json.dumps(record))
-    assert make_looked().wait_for("ready")["ours"] is False
+    assert make_api().wait_for("ready")["ours"] is False
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"pid": 1e999, "identity": "x"}', "5", "[[1, 2]]", "\0"])
-def test_a_damaged_record_is_none(make_looked, settings, text):
+def test_a_damaged_record_is_ignored(make_api, settings, text):
     (settings.data_dir / "swarmui.json").write_text(text)
-    assert make_looked().status["state"] == "stopped"
+    assert make_api().status["state"] == "stopped"
 
 
-def test_a_stop_is_no_death_though_the_service_restarts_during_it(make_supervisor, swarmui_folder, leash):
+def test_a_stop_during_which_the_service_restarts_is_not_a_failure(make_supervisor, swarmui_folder, leash):
     supervisor = make_supervisor(swarmui_path=swarmui_folder(shutdown=0.5), restart="on-failure")
     ready(supervisor)
     supervisor.stop()
@@ -4848,97 +4848,85 @@ def test_a_stop_that_an_earlier_run_did_not_end_does_not_make_a_later_death_want
     wait_until(lambda: again.status()["state"] == "failed")
 
 
-def test_one_that_hangs_when_the_service_starts_is_unresponsive(make_looked, swarmui_folder, leash, tmp_path):
-    first = make_looked(swarmui_path=swarmui_folder(hang=str(tmp_path / "hang")))
+def test_swarmui_that_hangs_when_the_service_starts_is_unresponsive(make_api, swarmui_folder, leash, tmp_path):
+    first = make_api(swarmui_path=swarmui_folder(hang=str(tmp_path / "hang")))
     first("POST", "start")
     (tmp_path / "hang").touch()
-    assert make_looked(health_timeout=0.1).wait_for("unresponsive")["ours"] is True
+    assert make_api(health_timeout=0.1).wait_for("unresponsive")["ours"] is True
     leash.next()
 
 
-def test_an_orphan_whose_port_another_program_takes_is_gone(make_looked, swarmui_folder, settings, leash):
-    looked = make_looked(swarmui_path=swarmui_folder(), health_timeout=0.2)
-    looked("POST", "start")
-    held = leash.next()
-    end_script(looked)
-    kill(held)
-    assert held.has_ended()
+def test_a_killed_orphan_is_gone_even_if_another_program_has_its_port(make_api, swarmui_folder, settings, leash):
+    api = make_api(swarmui_path=swarmui_folder(), health_timeout=0.2)
+    api("POST", "start")
+    swarmui = leash.next()
+    kill_launch_script(api)
+    kill(swarmui)
+    assert swarmui.has_ended()
     with socket.create_server(("127.0.0.1", settings.swarmui_port)):
-        status = looked.wait_for("failed")
+        status = api.wait_for("failed")
         assert (status["ours"], status["pid"]) == (None, None)
 
 
-def test_a_line_that_only_speaks_of_a_taken_port_ends_nothing(make_looked, swarmui_folder, settings, leash):
-    looked = make_looked(swarmui_path=swarmui_folder())
-    looked("POST", "start")
+def test_a_logged_prompt_about_a_taken_port_ends_nothing(make_api, swarmui_folder, settings, leash):
+    api = make_api(swarmui_path=swarmui_folder())
+    api("POST", "start")
     with open(settings.data_dir / "swarmui.log", "a") as log:
         print(f"prompt: Port {settings.swarmui_port} was taken by pirates", file=log)
-    probes = functools.partial((settings.data_dir / "swarmui.log").read_text().count, "GetGlobalStatus")
-    wait_until(lambda: (settings.data_dir / "swarmui.log").read_text().count("GetGlobalStatus") > probes() + 2)
-    assert looked.status["state"] == "ready"
+    wait_for_probes(settings)
+    assert api.status["state"] == "ready"
     assert leash.next().is_alive()
 
 
 @pytest.mark.parametrize("count", [-1, "x", True, None, 0.5])
-def test_a_count_that_cannot_be_read_is_unknown_work(make_looked, swarmui_folder, leash, write_status, count):
-    looked = make_looked(swarmui_path=swarmui_folder(status=write_status(live_gens=count)))
-    looked("POST", "start")
-    assert looked.status["queue"] is None
-    looked("POST", "stop", 409)
+def test_the_queue_is_unknown_if_one_of_its_counts_is_invalid(make_api, swarmui_folder, leash, write_status, count):
+    api = make_api(swarmui_path=swarmui_folder(status=write_status(live_gens=count)))
+    api("POST", "start")
+    assert api.status["queue"] is None
+    api("POST", "stop", 409)
     leash.next()
 
 
-def test_a_process_that_has_its_number_now_is_not_ended(make_looked, settings, run_another, monkeypatch):
+def test_a_process_that_reuses_the_recorded_id_is_not_killed(make_api, settings, run_another_swarmui, monkeypatch):
     monkeypatch.setattr(service, "STOP_TIMEOUTS", dict.fromkeys(service.STOP_TIMEOUTS, 0.1))
     monkeypatch.setattr(service, "LAST_STOP_TIMEOUT", 0.1)
-    run_another(deaf=True)
+    run_another_swarmui(deaf=True)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True) as other:
-        record = {"pid": other.pid, "identity": "an earlier one's", "serverId": service.probe(settings).server_id}
+        record = {"pid": other.pid, "identity": "of an earlier process", "serverId": service.probe(settings).server_id}
         (settings.data_dir / "swarmui.json").write_text(json.dumps(record))
-        looked = make_looked()
-        assert looked.wait_for("ready")["ours"] is True
-        assert "cannot be ended" in looked("POST", "stop", 500)["error"]
+        api = make_api()
+        assert api.wait_for("ready")["ours"] is True
+        assert "cannot be ended" in api("POST", "stop", 500)["error"]
         assert other.poll() is None
         other.kill()
 
 
-def test_after_a_restart_of_the_service_one_that_hangs_is_ended_by_its_processes(
-    make_looked, swarmui_folder, leash, tmp_path
+def test_swarmui_that_took_another_port_is_killed(make_api, swarmui_folder, leash):
+    api = make_api(swarmui_path=swarmui_folder(taken=free_port()))
+    assert "port" in api("POST", "start", 500)["error"]
+    assert leash.next().has_ended()
+    assert api.status["state"] == "failed"
+
+
+def test_a_start_succeeds_if_another_swarmui_took_the_port(
+    make_api, swarmui_folder, run_another_swarmui, tmp_path, leash
 ):
-    first = make_looked(swarmui_path=swarmui_folder(hang=str(tmp_path / "hang")), health_timeout=0.2)
-    first("POST", "start")
-    second = make_looked(health_timeout=0.2)
-    second.wait_for("ready")
-    (tmp_path / "hang").touch()
-    second.wait_for("unresponsive")
-    second("POST", "stop")
-    assert leash.next().has_ended()
-
-
-def test_one_that_took_another_port_is_ended(make_looked, swarmui_folder, leash):
-    looked = make_looked(swarmui_path=swarmui_folder(taken=free_port()))
-    assert "port" in looked("POST", "start", 500)["error"]
-    assert leash.next().has_ended()
-    assert looked.status["state"] == "failed"
-
-
-def test_a_start_whose_port_was_taken_rests_on_who_took_it(make_looked, swarmui_folder, run_another, tmp_path, leash):
-    looked = make_looked(swarmui_path=swarmui_folder(after=str(tmp_path / "now"), taken=free_port()))
+    api = make_api(swarmui_path=swarmui_folder(after=str(tmp_path / "now"), taken=free_port()))
     with ThreadPoolExecutor(1) as pool:
-        started = pool.submit(looked, "POST", "start")
+        started = pool.submit(api, "POST", "start")
         ours = leash.next()
-        another = run_another()
+        another = run_another_swarmui()
         (tmp_path / "now").touch()
         assert started.result(PATIENCE)["success"]
         assert ours.has_ended()
-    wait_until(lambda: (looked.status["state"], looked.status["ours"]) == ("ready", False))
+    wait_until(lambda: (api.status["state"], api.status["ours"]) == ("ready", False))
     assert another.is_alive()
 
 
-# ---- by itself ----
+# ---- starts, stops and restarts without a request ----
 
 
-def test_it_is_launched_when_the_service_starts(start_service, swarmui_folder, leash, settings):
+def test_autostart_launches_swarmui_with_the_service(start_service, swarmui_folder, leash, settings):
     running = start_service(
         SWARMUI_PATH=str(swarmui_folder()), SWARMUI_API_URL=settings.swarmui_api_url, SWARMUI_AUTOSTART="true"
     )
@@ -4949,64 +4937,61 @@ def test_it_is_launched_when_the_service_starts(start_service, swarmui_folder, l
 IDLE = 0.3 / 60  # minutes
 
 
-def test_one_that_is_idle_is_ended(make_looked, swarmui_folder, leash):
-    looked = make_looked(swarmui_path=swarmui_folder(), idle_shutdown=IDLE)
-    looked("POST", "start")
+class Ahead:
+    """The monotonic clock, ahead by some seconds."""
+
+    by = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.by
+
+
+@pytest.fixture
+def ahead():
+    return Ahead()
+
+
+def test_idle_swarmui_is_stopped(make_api, swarmui_folder, leash):
+    api = make_api(swarmui_path=swarmui_folder(), idle_shutdown=IDLE)
+    api("POST", "start")
     assert leash.next().has_ended()
-    assert looked.wait_for("stopped")["lastError"] is None
+    assert api.wait_for("stopped")["lastError"] is None
 
 
 @pytest.mark.parametrize(
-    ("backends", "counts", "plan"),
+    ("backends", "counts", "plan", "is_reserved"),
     [
-        pytest.param({}, {"waiting_gens": 1}, {}, id="it is at work"),
-        pytest.param({"any_loading": True}, {}, {}, id="a backend loads"),
-        pytest.param({}, {}, {"lacks": ["GetGlobalStatus"]}, id="its work is unknown"),
+        pytest.param({}, {"waiting_gens": 1}, {}, False, id="at work"),
+        pytest.param({"any_loading": True}, {}, {}, False, id="a backend loads"),
+        pytest.param({}, {}, {"lacks": ["GetGlobalStatus"]}, False, id="its queue is unknown"),
+        pytest.param({}, {}, {}, True, id="the GPU is reserved"),
     ],
 )
-def test_one_that_may_be_wanted_is_not_ended(
-    make_looked, swarmui_folder, settings, leash, write_status, backends, counts, plan
+def test_swarmui_that_may_be_needed_is_not_stopped(
+    make_supervisor, swarmui_folder, settings, leash, write_status, ahead, backends, counts, plan, is_reserved
 ):
-    path = write_status(backends, **counts)
-    looked = make_looked(swarmui_path=swarmui_folder(status=path, **plan), idle_shutdown=IDLE)
-    looked("POST", "start")
-    began = time.monotonic()
-    wait_until(lambda: time.monotonic() - began > 3 * IDLE * 60)
-    assert looked.status["state"] == "ready"
-    held = leash.next()
-    assert held.is_alive()
-    if not plan:
-        write_status()
-        assert_ends_after_idling(held)
-
-
-def assert_ends_after_idling(held: Held) -> None:
-    """Its time begins now."""
-    began = time.monotonic()
-    assert held.has_ended()
-    assert time.monotonic() - began > IDLE * 60 / 2
-
-
-def test_anothers_that_is_idle_is_left_alone(make_looked, run_another):
-    held = run_another()
-    looked = make_looked(idle_shutdown=IDLE)
-    wait_until(lambda: (looked.status["idleFor"] or 0) >= 1)
-    assert held.is_alive()
-
-
-def test_a_reservation_puts_the_end_of_an_idle_one_off(make_supervisor, swarmui_folder, leash):
-    reserved = threading.Event()
-    reserved.set()
-    supervisor = make_supervisor(
-        swarmui_path=swarmui_folder(), idle_shutdown=IDLE, is_reserved=reserved.is_set, start_interval=0.0
-    )
+    reserved = [is_reserved]
+    folder = swarmui_folder(status=write_status(backends, **counts), **plan)
+    supervisor = make_supervisor(ahead, lambda: reserved[0], swarmui_path=folder, idle_shutdown=60.0)
     ready(supervisor)
-    held = leash.next()
-    began = time.monotonic()
-    wait_until(lambda: time.monotonic() - began > 3 * IDLE * 60)
-    assert held.is_alive()
-    reserved.clear()
-    assert_ends_after_idling(held)
+    swarmui = leash.next()
+    ahead.by += 3600
+    wait_for_probes(settings)
+    assert swarmui.is_alive()
+    if not plan:
+        reserved[0] = False
+        write_status()
+        wait_for_probes(settings)  # its idle time begins here
+        assert swarmui.is_alive()
+        ahead.by += 3600
+        assert swarmui.has_ended()
+
+
+def test_another_swarmui_that_is_idle_is_not_stopped(make_api, run_another_swarmui):
+    swarmui = run_another_swarmui()
+    api = make_api(idle_shutdown=IDLE)
+    wait_until(lambda: (api.status["idleFor"] or 0) >= 1)
+    assert swarmui.is_alive()
 
 
 RESTARTS = {"restart": "on-failure", "start_interval": 3600.0}
@@ -5018,169 +5003,154 @@ def quick_restarts(monkeypatch):
     monkeypatch.setattr(service, "ENDED_AFTER", 6)
 
 
-def test_one_that_was_launched_again_is_not_idle_since_before(make_supervisor, swarmui_folder, leash):
-    ahead = Clock(0.0)
-    supervisor = make_supervisor(
-        lambda: time.monotonic() + ahead.now, swarmui_path=swarmui_folder(), idle_shutdown=60.0, **RESTARTS
-    )
+def test_idle_time_counts_from_the_restart(make_supervisor, swarmui_folder, settings, leash, ahead):
+    supervisor = make_supervisor(ahead, swarmui_path=swarmui_folder(), idle_shutdown=60.0, **RESTARTS)
     ready(supervisor)
     kill(leash.next())
     wait_until(lambda: supervisor.status()["state"] == "failed")
-    ahead.now += 3600  # until it is launched again
+    ahead.by += 3600  # the restart is due
     again = leash.next()
     wait_until(lambda: supervisor.status()["state"] == "ready")
+    wait_for_probes(settings)
     assert again.is_alive()
-    ahead.now += 3600
+    ahead.by += 3600
     assert again.has_ended()
 
 
-def die_and_wait(looked: Looked, leash: Leash, state: str = "ready") -> None:
-    """Until it was seen that this SwarmUI died, and another one, or none, is in that state."""
-    before = looked.status["pid"]
+def kill_and_wait(api: SwarmUIApi, leash: Leash, state: str = "ready") -> None:
+    """Kill SwarmUI and wait until the service has noticed, and is in this state or already ready again."""
+    before = api.status["pid"]
     kill(leash.next())
-
-    def is_over() -> bool:
-        status = looked.status
-        return status["pid"] != before and status["state"] in (state, "ready")
-
-    wait_until(is_over)
+    wait_until(lambda: (status := api.status)["pid"] != before and status["state"] in (state, "ready"))
 
 
-def test_what_dies_is_launched_again_three_times_within_an_hour(
-    make_looked, swarmui_folder, leash, quick_restarts, caplog
+def test_swarmui_is_restarted_at_most_three_times_within_an_hour(
+    make_api, swarmui_folder, leash, quick_restarts, caplog
 ):
-    looked = make_looked(swarmui_path=swarmui_folder(), **RESTARTS)
-    looked("POST", "start")
+    api = make_api(swarmui_path=swarmui_folder(), **RESTARTS)
+    api("POST", "start")
     for _ in range(3):
-        die_and_wait(looked, leash)
+        kill_and_wait(api, leash)
     kill(leash.next())
-    assert "given up" in looked.wait_for("failed")["lastError"]
-    assert any("given up" in one for one in caplog.messages)
-    assert leash.count_further() == 0
-    assert "given up" in looked("POST", "start", 429)["error"]
+    assert "given up" in api.wait_for("failed")["lastError"]
+    assert "given up" in caplog.text
+    assert api.launches == 4
+    assert "given up" in api("POST", "start", 429)["error"]
 
 
-def test_counting_begins_anew_with_a_start_after_giving_up(make_looked, swarmui_folder, leash, quick_restarts):
-    looked = make_looked(swarmui_path=swarmui_folder(), restart="on-failure")
+def test_a_start_after_giving_up_resets_the_count_of_restarts(make_api, swarmui_folder, leash, quick_restarts):
+    api = make_api(swarmui_path=swarmui_folder(), restart="on-failure")
     for _ in range(2):
-        looked("POST", "start")
+        api("POST", "start")
         for _ in range(3):
-            die_and_wait(looked, leash)
+            kill_and_wait(api, leash)
         kill(leash.next())
-        wait_until(lambda: "given up" in (looked.status["lastError"] or ""))
+        wait_until(lambda: "given up" in (api.status["lastError"] or ""))
 
 
-def test_a_start_after_a_death_waits_for_the_restart(make_looked, swarmui_folder, leash, quick_restarts):
-    looked = make_looked(swarmui_path=swarmui_folder(), **RESTARTS)
-    looked("POST", "start")
-    die_and_wait(looked, leash, "failed")
-    assert looked("POST", "start")["success"]
+def test_a_start_after_a_death_waits_for_the_scheduled_restart(make_api, swarmui_folder, leash, quick_restarts):
+    api = make_api(swarmui_path=swarmui_folder(), **RESTARTS)
+    api("POST", "start")
+    kill_and_wait(api, leash, "failed")
+    assert api("POST", "start")["success"]
     leash.next()
-    assert leash.count_further() == 0
+    assert api.launches == 2
 
 
-def test_a_restart_that_fails_is_a_death_and_a_first_launch_is_not(
-    make_looked, swarmui_folder, leash, tmp_path, quick_restarts
-):
+def test_a_failed_restart_is_followed_by_another(make_api, swarmui_folder, leash, tmp_path, quick_restarts):
     folder = swarmui_folder(exit=3, once=str(tmp_path / "broken"))
     (tmp_path / "broken").touch()
-    looked = make_looked(swarmui_path=folder, **RESTARTS)
-    looked("POST", "start")
-    (tmp_path / "broken").unlink()  # from now on it exits at once, and makes that file again
+    api = make_api(swarmui_path=folder, **RESTARTS)
+    api("POST", "start")
+    (tmp_path / "broken").unlink()  # now it exits at once, and makes that file again
     kill(leash.next())
-    leash.next()  # the restart that fails
-    leash.next()  # the next one, which is good
-    looked.wait_for("ready")
+    leash.next()  # the failed restart
+    leash.next()
+    api.wait_for("ready")
 
 
-def test_a_first_launch_that_fails_is_not_tried_again(make_looked, swarmui_folder, leash, quick_restarts):
-    looked = make_looked(swarmui_path=swarmui_folder(exit=3), **RESTARTS)
-    looked("POST", "start", 500)
+def test_a_failed_first_launch_is_not_repeated(make_api, swarmui_folder, leash, quick_restarts):
+    api = make_api(swarmui_path=swarmui_folder(exit=3), **RESTARTS)
+    api("POST", "start", 500)
     leash.next()
     began = time.monotonic()
     wait_until(lambda: time.monotonic() - began > 10 * service.RESTART_DELAYS[0])
-    assert leash.count_further() == 0
+    assert api.launches == 1
 
 
-def test_its_own_button_is_no_death(make_looked, swarmui_folder, settings, leash, quick_restarts):
-    looked = make_looked(swarmui_path=swarmui_folder(), **RESTARTS)
-    looked("POST", "start")
+def test_swarmuis_own_shutdown_button_causes_no_restart(make_api, swarmui_folder, settings, leash, quick_restarts):
+    api = make_api(swarmui_path=swarmui_folder(), **RESTARTS)
+    api("POST", "start")
     call_swarmui(settings, "ShutdownServer")
     assert leash.next().has_ended()
-    assert looked.wait_for("stopped")["lastError"] is None
-    assert leash.count_further() == 0
+    assert api.wait_for("stopped")["lastError"] is None
+    assert api.launches == 1
 
 
-def test_one_that_hangs_for_long_is_ended_and_launched_again(
-    make_looked, swarmui_folder, leash, tmp_path, quick_restarts
-):
-    looked = make_looked(swarmui_path=swarmui_folder(hang=str(tmp_path / "hang")), health_timeout=0.1, **RESTARTS)
-    looked("POST", "start")
+def test_swarmui_that_hangs_for_long_is_killed_and_restarted(make_api, swarmui_folder, leash, tmp_path, quick_restarts):
+    api = make_api(swarmui_path=swarmui_folder(hang=str(tmp_path / "hang")), health_timeout=0.1, **RESTARTS)
+    api("POST", "start")
     (tmp_path / "hang").touch()
     assert leash.next().has_ended()
     (tmp_path / "hang").unlink()
-    looked.wait_for("ready")
+    api.wait_for("ready")
     assert leash.next().is_alive()
 
 
-def test_a_restart_that_was_due_is_off_after_a_stop(make_looked, swarmui_folder, leash, monkeypatch):
-    looked = make_looked(swarmui_path=swarmui_folder(), **RESTARTS)
-    looked("POST", "start")
+def test_a_stop_cancels_the_scheduled_restart(make_supervisor, swarmui_folder, leash, ahead):
+    supervisor = make_supervisor(ahead, swarmui_path=swarmui_folder(), **RESTARTS)
+    ready(supervisor)
     kill(leash.next())
-    looked.wait_for("failed")
-    assert looked("POST", "stop")["message"] == "SwarmUI is not running"
-    status = looked.status
-    assert (status["state"], status["lastError"]) == ("stopped", None)
-    began = time.monotonic()
-    wait_until(lambda: time.monotonic() - began > 1.2 * service.RESTART_DELAYS[0])
-    assert leash.count_further() == 0
+    wait_until(lambda: supervisor.status()["state"] == "failed")
+    for _ in range(3):  # a restart would be launched in the second turn
+        assert supervisor.stop().result(PATIENCE) == "SwarmUI is not running"
+        ahead.by += 3600
+    status = supervisor.status()
+    assert (status["state"], status["lastError"], supervisor.launches) == ("stopped", None, 1)
 
 
-def test_starts_stops_and_deaths_in_any_order_leave_one_swarmui_and_a_true_state(
-    make_looked, swarmui_folder, settings, leash, monkeypatch, caplog
+def test_any_order_of_starts_stops_and_deaths_leaves_at_most_one_swarmui_and_its_true_state(
+    make_api, swarmui_folder, settings, leash, monkeypatch, caplog
 ):
-    monkeypatch.setattr(service, "STOP_TIMEOUTS", {"ShutdownServer": 1.0, "terminate": 0.5, "kill": PATIENCE})
-    looked = make_looked(swarmui_path=swarmui_folder(delay=0.05))
+    monkeypatch.setattr(service, "STOP_TIMEOUTS", {"ShutdownServer": 1.0, "terminate": 0.5})
+    api = make_api(swarmui_path=swarmui_folder(delay=0.05))
     chance, alive = random.Random(7), []
 
     def act(what: str) -> None:
         if what == "death":
-            for held in [one for one in alive if one.is_alive()]:
+            for swarmui in filter(Held.is_alive, alive):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
-                    kill(held)
+                    kill(swarmui)
         else:
-            looked.app.post(f"/api/v1/swarmui/{what}", status="*")
+            api("POST", what, "*")
 
     with ThreadPoolExecutor(4) as pool:
         for _ in range(100 if not service.WINDOWS else 10):
             list(pool.map(act, chance.choices(["start", "stop?force=true", "death"], k=4)))
-            alive += leash.take_further()
-            living = [one for one in alive if one.is_alive()]
-            assert len(living) <= 1
-            alive = living
-            wait_until(lambda: looked.status["state"] in ("ready", "stopped", "failed"))
-            wait_until(lambda: (looked.status["state"] == "ready") == service.probe(settings).ready)
-    assert not [one for one in caplog.messages if "cannot follow" in one]
+            alive = [swarmui for swarmui in [*alive, *leash.take_further()] if swarmui.is_alive()]
+            assert len(alive) <= 1
+            wait_until(lambda: api.status["state"] in ("ready", "stopped", "failed"))
+            wait_until(lambda: (api.status["state"] == "ready") == service.probe(settings).ready)
+    assert "cannot follow" not in caplog.text
 
 
 # ---- its log ----
 
 
-def test_the_log_is_shown_by_its_last_lines(make_app, settings):
-    app = make_app()
+def test_the_last_lines_of_the_log_are_returned(make_app, settings):
+    app, log = make_app(), settings.data_dir / "swarmui.log"
     show = functools.partial(app.get, "/api/v1/swarmui/logs")
-    for text in (None, b""):
-        if text is not None:
-            (settings.data_dir / "swarmui.log").write_bytes(text)
-        assert (show().body, show().headers["Content-Type"]) == (b"", "text/plain; charset=utf-8")
-    (settings.data_dir / "swarmui.log").write_bytes(b"one\r\ntwo \xff\nthree\n")
-    assert show({"lines": 2}).body == "two �\nthree\n".encode()
-    (settings.data_dir / "swarmui.log").write_bytes(b"x" * 99 + b"\n" + b"0123456789\n" * 100_000)
+    assert (show().body, show().headers["Content-Type"]) == (b"", "text/plain; charset=utf-8")
+    log.touch()
+    assert show().body == b""
+    log.write_bytes(b"one\r\ntwo \xff\nthree\n")
+    assert show({"lines": 2}).body == "two \ufffd\nthree\n".encode()
+    log.write_bytes(b"x" * 99 + b"\n" + b"0123456789\n" * 100_000)
     assert len(show({"lines": 5000}).body) == 5000 * 11
-    (settings.data_dir / "swarmui.log").write_bytes(b"y" * (2 << 20))
+    log.write_bytes(b"y" * (2 << 20))
     assert len(show().body) == (1 << 20) + 1
     for lines in ("0", "5001", "x"):
-        app.get(f"/api/v1/swarmui/logs?lines={lines}", status=400)
+        show({"lines": lines}, status=400)
 
 
 # ======================================================================================================
