@@ -12719,23 +12719,26 @@ def test_check_shows_what_it_found_of_the_database(run_module):
 
 
 # ======================================================================================================
-# run.sh
+# The start scripts: run.sh, on Windows run.bat
 # ======================================================================================================
 
-# The service that it starts here: it tells how, and ends as it is told to.
-STARTED = """
+# The service that a script starts here: it prints how it was started; its first argument may be its exit code.
+FAKE_SERVICE = """
 import json, os, sys
-told = {"arguments": sys.argv[1:], "folder": os.getcwd(), "prefix": sys.prefix, "pid": os.getpid()}
-told["isolated"] = bool(sys.flags.isolated)
-print(json.dumps({**told, "environment": dict(os.environ)}))
+report = {"arguments": sys.argv[1:], "folder": os.getcwd(), "prefix": sys.prefix, "pid": os.getpid()}
+report["isolated"] = bool(sys.flags.isolated)
+print(json.dumps({**report, "environment": dict(os.environ)}))
 sys.exit(int(sys.argv[1]) if sys.argv[1:2] and sys.argv[1].isdigit() else 0)
 """
 
-# What its requirements.txt asks for, and the code of that package, which needs another one.
+# Its requirements.txt, and the code of the package named there, which needs another package.
 REQUIREMENTS, PACKAGE = "tiny==1\n", "import little\n"
 PARTS = ("tiny.py", "tiny-1.dist-info", "little.py", "little-1.dist-info")
+PACKAGES, PYTHON_IN_VENV = (
+    ("Lib/site-packages", "Scripts/python.exe") if service.WINDOWS else ("lib/*/site-packages", "bin/python")
+)
 
-# pip, once the real one was seen to work: everything is installed already, but what it cannot find.
+# pip, once the real one was seen to work: everything is installed already, except what it cannot find.
 NO_ROOM = "ERROR: Could not install packages due to an OSError: [WinError 112] There is not enough space on the disk"
 NO_SUCH_PACKAGE = "ERROR: No matching distribution found for no-such-package==1"
 PIP = f"""
@@ -12750,401 +12753,13 @@ case "$*" in *"-m ensurepip"*) exit ;; esac
 exec "${0%/*}/python3" "$@"
 """
 
-# It runs the question that it is asked as a Python 3.9 would.
-OLD_PYTHON = f'exec "{sys.executable}" -c "import sys; sys.version_info = (3, 9, 25); $3"'
-
-# A program that tells that it runs, and does nothing more.
+# A program that reports that it runs, and does nothing more.
 HANG = "hold_leash(plan['leash'])\nthreading.Event().wait()"
 
-NO_ENSUREPIP = 'mkdir "$last" "$last/bin"; cp "${0%/*}/no-ensurepip" "$last/bin/python"; exit'
-
-
-def write_wheel(folder: Path, name: str, code: str, needs: str = "") -> None:
-    """A wheel of version 1 of a package of one file, with further lines of its METADATA."""
-    folder.mkdir(exist_ok=True)
-    with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
-        wheel.writestr(f"{name}.py", code)
-        wheel.writestr(f"{name}-1.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n{needs}")
-        wheel.writestr(f"{name}-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{name}-1.dist-info/RECORD", f"{name}.py,,{len(code)}\n")
-
-
-def write_wheels(folder: Path) -> None:
-    """Those of what REQUIREMENTS ask for."""
-    write_wheel(folder, "tiny", PACKAGE, "Requires-Dist: little\n")
-    write_wheel(folder, "little", "")
-
-
-def of_another_tool(folder: Path) -> dict[str, str]:
-    """What tells Python and pip, by the environment, to use or to install into other folders than .venv."""
-    (folder / "pipeline").mkdir()
-    for name in ("csv", "encodings", "ensurepip", "hashlib", "pip", "pytest", "redis", "subprocess", "tiny", "venv"):
-        (folder / "pipeline" / f"{name}.py").write_text("raise SystemExit('not this one')\n")
-    return {
-        "PYTHONPATH": str(folder / "pipeline"), "PYTHONHOME": str(folder / "gone"),
-        "PIP_TARGET": str(folder / "target"), "PIP_PREFIX": str(folder / "prefix"), "PIP_ROOT": str(folder / "root"),
-        "PIP_USER": "1", "PIP_DRY_RUN": "1", "PIP_NO_DEPS": "1", "PIP_PYTHON": sys._base_executable,
-    }  # fmt: skip
-
-
-def write_pip_settings(path: Path, variables: dict[str, str]) -> dict[str, str]:
-    """What the PIP_* of `variables` say, as a file; the variables with that instead."""
-    lines = [
-        f"{name[4:].lower().replace('_', '-')} = {value}\n" for name, value in variables.items() if name[:4] == "PIP_"
-    ]
-    path.write_text("[global]\n" + "".join(lines))
-    return {name: value for name, value in variables.items() if name[:4] != "PIP_"} | {"PIP_CONFIG_FILE": str(path)}
-
-
-class Project:
-    """A copy of run.sh in a path with spaces, beside a small service that needs no packages; and the only programs
-    on its PATH. When there is a finished venv, python3 makes one by copying that, and keeps count."""
-
-    def __init__(self, folder: Path, finished: Path | None = None) -> None:
-        self.outside = folder
-        self.folder = folder / "render & (story) teller"
-        self.programs = folder / "programs"
-        self.script = self.folder / "run.sh"
-        self.venv = self.folder / ".venv"
-        self.stamp = self.venv / "installed.txt"
-        self.requirements = self.folder / "requirements.txt"
-        self._made = folder / "made"
-        self.folder.mkdir()
-        self.programs.mkdir()
-        shutil.copy(HERE / "run.sh", self.script)
-        (self.folder / "storyteller_automation.py").write_text(STARTED)
-        self.requirements.write_text(REQUIREMENTS)
-        write_wheels(self.outside / "wheels")
-        for name in ("cp", "dirname", "mkdir", "readlink", "rm"):
-            (self.programs / name).symlink_to(shutil.which(name))
-        clear = 'case "$*" in *--clear*) rm -rf "$last" ;; esac'
-        copy = f'echo >>"{self._made}"; {clear}; cp -R "{finished}" "$last"; rm "$last/installed.txt"; exit'
-        self.python3(copy if finished else "")
-
-    def python3(self, making: str) -> None:
-        """The Python on its PATH; runs `making` where it is to make a venv, in the folder $last."""
-        case = f'case "$*" in *"-m venv"*) for last; do :; done; {making} ;; esac'
-        self.program("python3", case if making else "", then=sys.executable)
-
-    def program(self, name: str, lines: str, then: str = "") -> None:
-        """A program on its PATH, which at its end becomes another."""
-        last = f'exec "{then}" "$@"\n' if then else ""
-        (self.programs / name).write_text(f"#!/bin/sh\n{lines}\n{last}")
-        (self.programs / name).chmod(0o755)
-
-    def start(self, *arguments: str, script: Path | None = None, **environment: str) -> subprocess.Popen[str]:
-        kept = {name: value for name, value in os.environ.items() if name in ("HOME", "TMPDIR", "LANG")}
-        offline = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": str(self.outside / "wheels")}
-        return subprocess.Popen(
-            [str(script or self.script), *arguments], cwd=self.outside, encoding="utf-8",
-            env={**kept, **offline, "PATH": str(self.programs), **environment}, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-
-    def run(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        with self.start(*arguments, **options) as process:
-            try:
-                output = process.communicate(timeout=PATIENCE)
-            finally:
-                process.kill()
-            return subprocess.CompletedProcess(process.args, process.returncode, *output)
-
-    def venvs_made(self) -> int:
-        return len(self._made.read_text()) if self._made.exists() else 0
-
-
-def complaints(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """What it said beside the service's own words, less what it is setting up."""
-    own = ("Setting up: ", "Another start is setting up: ", "These are the developers' tests")
-    return [line for line in done.stderr.splitlines() if not line.startswith(own)]
-
-
-def told(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """What the service told that run.sh started."""
-    assert complaints(done) == []
-    (line,) = done.stdout.splitlines()
-    return json.loads(line)
-
-
-@pytest.fixture(scope="session")
-def first_start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A venv that was really made, by a first start, and what that printed."""
-    if service.WINDOWS:
-        pytest.skip("run.sh is for Linux and macOS; its twin for Windows is run.bat")
-    project = Project(tmp_path_factory.mktemp("first"))
-    return project.venv, project.run("--port", "1")
-
-
-@pytest.fixture(scope="session")
-def finished_venv(first_start: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That venv with PIP in pip's place, so that copying and installing take no time."""
-    copy = tmp_path_factory.mktemp("finished") / "venv"
-    ignored = shutil.ignore_patterns("pip*", "setuptools*")
-    shutil.copytree(first_start[0], copy, symlinks=True, ignore=ignored)
-    packages = next(copy.glob("lib/*/site-packages"))
-    (packages / "pip.py").write_text(PIP)
-    (packages / "pytest.py").write_text(STARTED)
-    for name in ("python", "python3"):
-        (copy / "bin" / name).unlink()
-    (copy / "bin" / "python").write_text(VENV_PYTHON)
-    (copy / "bin" / "python").chmod(0o755)
-    (copy / "bin" / "python3").symlink_to(sys._base_executable)
-    return copy
-
-
-@pytest.fixture
-def fresh(finished_venv: Path, tmp_path: Path) -> Project:
-    """A project that was never started."""
-    return Project(tmp_path, finished_venv)
-
-
-@pytest.fixture
-def started(fresh: Project, finished_venv: Path) -> Project:
-    """A project that is set up."""
-    shutil.copytree(finished_venv, fresh.venv, symlinks=True)
-    return fresh
-
-
-def test_the_first_start_sets_up_and_starts(first_start):
-    venv, done = first_start
-    report = told(done)
-    assert ["creating .venv" in done.stderr, "installing" in done.stderr] == [True, True]
-    assert report["arguments"] == ["--port", "1"]
-    assert Path(report["prefix"]).samefile(venv)
-
-
-def test_a_second_start_needs_neither_python_nor_pip(started):
-    (started.programs / "python3").unlink()
-    next(started.venv.glob("lib/*/site-packages/pip.py")).unlink()
-    done = started.run()
-    assert done.returncode == 0
-    assert len(done.stdout.splitlines()) == 1  # only what the service tells
-
-
-def test_changed_requirements_are_installed_once(started):
-    started.requirements.write_text(REQUIREMENTS * 2)
-    assert ["installing" in started.run().stderr for _ in range(2)] == [True, False]
-    assert started.venvs_made() == 0
-
-
-def test_an_install_that_fails_says_so_and_is_done_again(started):
-    started.requirements.write_text("no-such-package==1\n")
-    for _ in range(2):
-        done = started.run()
-        pips, ours = complaints(done)
-        assert (done.returncode, pips) == (1, NO_SUCH_PACKAGE)
-        assert ours.startswith("run.sh: The packages could not be installed: see above, check the internet connection")
-    started.requirements.write_text(REQUIREMENTS)
-    assert "installing" in started.run().stderr
-    assert started.venvs_made() == 0  # what the internet lacks, a new venv would lack as well
-
-
-def gone(*patterns: str, stamp: bool = False) -> Callable[[Project], None]:
-    """What is at `patterns` in .venv is not there; with `stamp`, although a setup was finished."""
-
-    def damage(project: Project) -> None:
-        if not stamp:
-            project.stamp.unlink()
-        for pattern in patterns:
-            found = next(project.venv.glob(pattern))
-            shutil.rmtree(found) if found.is_dir() else found.unlink()
-
-    return damage
-
-
-def cut_short(pattern: str, size: int = 0, stamp: bool = False) -> Callable[[Project], None]:
-    """The file at `pattern` in .venv ends after `size` bytes."""
-
-    def damage(project: Project) -> None:
-        gone(stamp=stamp)(project)
-        os.truncate(next(project.venv.glob(pattern)), size)
-
-    return damage
-
-
-def lose_pip_before_an_update(project: Project) -> None:
-    gone("lib/*/site-packages/pip.py", stamp=True)(project)
-    project.requirements.write_text(REQUIREMENTS * 2)
-
-
-def upgrade_in_place(project: Project) -> None:
-    project.stamp.write_text(project.stamp.read_text().replace(sys.version, "3.10.0 (an older one)"))
-
-
-def upgrade_to_the_next(project: Project) -> None:
-    """Another version behind the same name: it looks for its packages in a folder of its own."""
-    upgrade_in_place(project)
-    next(project.venv.glob("lib/*")).rename(project.venv / "lib" / "python3.9")
-
-
-def remove_base_python(project: Project) -> None:
-    (project.venv / "bin" / "python").unlink()
-    (project.venv / "bin" / "python").symlink_to(project.outside / "gone")
-
-
-@pytest.mark.parametrize(
-    ("damage", "venvs"),
-    [
-        pytest.param(gone(), 0, id="install cut off"),
-        pytest.param(cut_short("installed.txt", 5, stamp=True), 0, id="its last step cut off"),
-        pytest.param(gone("bin"), 1, id="venv cut off"),
-        pytest.param(gone("lib/*/site-packages/pip.py"), 1, id="venv cut off before pip"),
-        pytest.param(gone("lib/*/site-packages/tiny.py"), 1, id="package cut off"),
-        pytest.param(cut_short("lib/*/site-packages/tiny.py"), 1, id="file cut off"),
-        pytest.param(gone("lib/*/site-packages/tiny.py", stamp=True), 1, id="package lost"),
-        pytest.param(cut_short("lib/*/site-packages/tiny.py", stamp=True), 1, id="file lost"),
-        pytest.param(gone("lib", stamp=True), 1, id="all packages lost"),
-        pytest.param(gone("pyvenv.cfg", stamp=True), 1, id="settings of the venv lost"),
-        pytest.param(cut_short("bin/python", stamp=True), 1, id="python lost"),
-        pytest.param(lose_pip_before_an_update, 1, id="pip lost before an update"),
-        pytest.param(upgrade_in_place, 0, id="Python upgraded in place"),
-        pytest.param(upgrade_to_the_next, 1, id="Python upgraded to the next"),
-        pytest.param(remove_base_python, 1, id="Python moved away"),
-    ],
-)
-def test_a_start_mends_what_was_cut_off_or_outgrown(started, damage, venvs):
-    damage(started)
-    done = started.run()
-    assert (done.returncode, started.venvs_made()) == (0, venvs)
-    assert ["installing" in one.stderr for one in (done, started.run())] == [True, False]
-
-
-def test_a_start_looks_for_the_packages_without_importing_them(started):
-    package = next(started.venv.glob("lib/*/site-packages/tiny.py"))
-    package.write_text("1 / 0".ljust(len(PACKAGE)))
-    assert told(started.run())["prefix"] == str(started.venv)
-
-
-def test_nothing_of_another_tools_python_is_run(fresh):
-    others = of_another_tool(fresh.outside)
-    first, second, tests = fresh.run(**others), fresh.run(**others), fresh.run("test", **others)
-    assert [told(one)["isolated"] for one in (first, second, tests)] == [True] * 3
-    assert told(first)["environment"].items() >= others.items()  # SwarmUI may be that tool
-
-
-@pytest.mark.parametrize("place", ["the environment", "its file"])
-def test_pip_installs_into_the_venv_wherever_it_is_told_to(first_start, tmp_path, place):
-    project = Project(tmp_path)
-    shutil.copytree(first_start[0], project.venv, symlinks=True)
-    gone(*[f"lib/*/site-packages/{name}" for name in PARTS])(project)
-    others = of_another_tool(tmp_path)
-    if place == "its file":
-        others = write_pip_settings(tmp_path / "pip.conf", others)
-    there = {one.name for one in tmp_path.iterdir()}
-    assert told(project.run(**others))["prefix"] == str(project.venv)
-    assert next(project.venv.glob("lib/*/site-packages/tiny.py")).read_text() == PACKAGE
-    assert {one.name for one in tmp_path.iterdir()} == there
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [300 << 10, 6 << 20, 90 << 20], ids=["venv", "ensurepip", "pip"])
-def test_a_set_up_that_fills_the_disk_says_so_and_goes_on_once_there_is_room(small_disk, size):
-    disk = small_disk(size)
-    project = Project(disk)
-    write_wheel(project.outside / "wheels", "huge", "#" * 70_000_000)
-    project.requirements.write_text("huge==1\n")
-    done = project.run()
-    assert done.returncode == 1
-    assert complaints(done) == [
-        f"run.sh: The disk is full: make room on the disk that holds {project.venv}, then try again."
-    ]
-    subprocess.run(["mount", "-o", "remount,size=300m", str(disk)], check=True)
-    assert told(project.run())["prefix"] == str(project.venv)
-
-
-@pytest.mark.parametrize(
-    ("python3", "advice"),
-    [
-        pytest.param(None, "Python is missing: install Python 3.10 or newer", id="no Python"),
-        pytest.param(OLD_PYTHON, "Python is older than 3.10: install a newer one", id="an old Python"),
-        pytest.param(NO_ENSUREPIP, "install it .*python3-venv", id="no ensurepip"),
-        pytest.param("echo No module named venv >&2; exit 1", "install it .*python3-venv", id="no venv module"),
-    ],
-)
-def test_what_is_missing_is_said_in_one_sentence_and_a_later_start_works(fresh, python3, advice):
-    usual = (fresh.programs / "python3").read_text()
-    (fresh.programs / "python3").unlink()
-    fresh.program("no-ensurepip", "echo No module named ensurepip >&2; exit 1")
-    if python3 == OLD_PYTHON:
-        fresh.program("python3", python3)
-    elif python3:
-        fresh.python3(python3)
-    done = fresh.run()
-    assert done.returncode == 1
-    (complaint,) = complaints(done)
-    assert re.search(f"^run.sh: .*{advice}", complaint)
-    (fresh.programs / "python3").unlink(missing_ok=True)
-    fresh.program("python3", usual)
-    assert told(fresh.run())["prefix"] == str(fresh.venv)
-
-
-def test_a_newer_python_is_found_beside_an_old_one(fresh):
-    (fresh.programs / "python3").rename(fresh.programs / "python3.12")
-    fresh.program("python3", OLD_PYTHON)
-    assert told(fresh.run())["prefix"] == str(fresh.venv)
-
-
-def test_arguments_exit_code_and_folder_are_passed_through(started):
-    done = started.run("7", "two words", "", "*")
-    assert (done.returncode, told(done)["arguments"]) == (7, ["7", "two words", "", "*"])
-    assert Path(told(done)["folder"]).samefile(started.outside)
-
-
-def test_the_service_takes_the_scripts_place(started):
-    """So that a signal to what systemd started reaches it."""
-    with started.start() as process:
-        assert json.loads(process.communicate(timeout=PATIENCE)[0])["pid"] == process.pid
-
-
-def test_the_venv_is_not_activated(started):
-    environment = told(started.run())["environment"]
-    assert environment["PATH"] == str(started.programs)
-    assert "VIRTUAL_ENV" not in environment
-
-
-def test_it_is_found_through_a_link(started):
-    (started.outside / "links").mkdir()
-    (started.outside / "links" / "one").symlink_to("../render & (story) teller/run.sh")
-    (started.outside / "start").symlink_to(started.outside / "links" / "one")
-    done = started.run(script=started.outside / "start", CDPATH=str(started.outside))
-    assert told(done)["prefix"] == str(started.venv)
-
-
-def test_the_argument_test_runs_pytest_beside_it(started):
-    done = started.run("test", "-k", "two words")
-    assert "developers' tests" in done.stderr
-    assert "check" in done.stderr
-    assert told(done)["arguments"][-2:] == ["-k", "two words"]
-    assert Path(told(done)["folder"]).samefile(started.folder)
-
-
-def test_two_first_starts_at_once_set_up_once(fresh):
-    with ThreadPoolExecutor() as pool:
-        both = [pool.submit(fresh.run) for _ in range(2)]
-    assert [one.result().returncode for one in both] == [0, 0]
-    assert fresh.venvs_made() == 1
-
-
-def test_a_set_up_that_was_killed_holds_up_no_later_one(fresh, leash):
-    usual = (fresh.programs / "python3").read_text()
-    hanging = write_program(fresh.outside / "hanging", HANG, {"leash": leash.port})
-    fresh.python3(f'mkdir "$last"; exec "{hanging}"')
-    with fresh.start() as process:
-        held = leash.next()
-        os.killpg(process.pid, signal.SIGKILL)
-        assert held.has_ended()
-    fresh.program("python3", usual)
-    assert told(fresh.run())["prefix"] == str(fresh.venv)
-
-
-# ======================================================================================================
-# run.bat
-# ======================================================================================================
-
-# The Python on the PATH: it answers the question that it is asked as a Python of `version`, and sets up with the real
-# one; but where there is a finished venv it makes one by copying that, and keeps count (or hangs in the middle of it),
-# and its pip has all installed already, but what it cannot find or has no room for.
-PYTHON_BAT = """
+# The Python on Windows' PATH: it answers the question about its version as a Python of `version`, and sets up with the
+# real one. With a finished venv it makes a venv by copying that, and counts how often (or hangs in the middle), and
+# its pip has installed everything already, except what it cannot find or has no room for.
+PYTHON_PY = """
 import json, os, shutil, subprocess, sys
 plan = json.loads({plan!r})
 real_run = subprocess.run
@@ -13152,10 +12767,10 @@ def stand_in(command, **options):
     if not plan["finished"] or not {{"venv", "ensurepip", "pip"}} & set(command):
         return real_run(command, **options)
     if "pip" in command:
-        wanted = open(command[-1]).read()
-        for name, words in plan["pip"].items():
-            if name in wanted:
-                return subprocess.CompletedProcess(command, 1, words + "\\n")
+        requirements = open(command[-1]).read()
+        for name, output in plan["pip"].items():
+            if name in requirements:
+                return subprocess.CompletedProcess(command, 1, output + "\\n")
     if "venv" in command:
         make_venv()
     return subprocess.CompletedProcess(command, 0, "")
@@ -13182,274 +12797,504 @@ else:
 exec(code)
 """
 
-# By variables, since cmd reads a batch file in its code page.
-PYTHON = '@"%REAL_PYTHON%" -I "%PROGRAMS%\\python.py" %*\r\n'
+# By variables, because cmd reads a batch file in its code page.
+PYTHON_BAT = '@"%REAL_PYTHON%" -I "%PROGRAMS%\\python.py" %*\r\n'
 STORE_STUB = (
     "@echo Python was not found; run without arguments to install from the Microsoft Store.\r\n@exit /b 9009\r\n"
 )
 
 
-class BatchProject:
-    """A copy of run.bat in such a path as people have, beside a small service that needs no packages, and with one
-    Python on its PATH; PYTHON_BAT says how that makes a venv."""
+def write_wheel(folder: Path, name: str, code: str, needs: str = "") -> None:
+    """A wheel of version 1 of a package of one file, with further lines of its METADATA."""
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
+        wheel.writestr(f"{name}.py", code)
+        wheel.writestr(f"{name}-1.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n{needs}")
+        wheel.writestr(f"{name}-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}-1.dist-info/RECORD", f"{name}.py,,{len(code)}\n")
+
+
+def variables_of_another_tool(folder: Path) -> dict[str, str]:
+    """Environment variables that make Python and pip use, or install into, other folders than .venv."""
+    (folder / "pipeline").mkdir()
+    for name in ("csv", "encodings", "ensurepip", "hashlib", "pip", "pytest", "redis", "subprocess", "tiny", "venv"):
+        (folder / "pipeline" / f"{name}.py").write_text("raise SystemExit('not this one')\n")
+    return {
+        "PYTHONPATH": str(folder / "pipeline"), "PYTHONHOME": str(folder / "gone"),
+        "PIP_TARGET": str(folder / "target"), "PIP_PREFIX": str(folder / "prefix"), "PIP_ROOT": str(folder / "root"),
+        "PIP_USER": "1", "PIP_DRY_RUN": "1", "PIP_NO_DEPS": "1", "PIP_PYTHON": sys._base_executable,
+    }  # fmt: skip
+
+
+def write_pip_settings(path: Path, variables: dict[str, str]) -> dict[str, str]:
+    """Moves the PIP_* of `variables` into a settings file of pip; returns variables that name this file instead."""
+    moved = {name: value for name, value in variables.items() if name.startswith("PIP_")}
+    lines = [f"{name[4:].lower().replace('_', '-')} = {value}\n" for name, value in moved.items()]
+    path.write_text("[global]\n" + "".join(lines))
+    return {name: variables[name] for name in variables.keys() - moved} | {"PIP_CONFIG_FILE": str(path)}
+
+
+class Project:
+    """A copy of the start script in such a path as people have, beside a small service that needs no packages. The PATH
+    has one Python. If there is a finished venv, that Python copies it instead of making one, and counts the copies."""
 
     def __init__(self, folder: Path, finished: Path | None = None) -> None:
         self.outside = folder
-        self.folder = folder / "Müller & Co (1)"
+        self.folder = folder / ("Müller & Co (1)" if service.WINDOWS else "render & (story) teller")
         self.programs = folder / "programs"
-        self.script = self.folder / "run.bat"
         self.venv = self.folder / ".venv"
         self.stamp = self.venv / "installed.txt"
         self.requirements = self.folder / "requirements.txt"
-        self._finished = finished
-        self._made = folder / "made"
+        self._finished, self._made = finished, folder / "made"
         self.folder.mkdir()
         self.programs.mkdir()
-        shutil.copy(HERE / "run.bat", self.script)
-        (self.folder / "storyteller_automation.py").write_text(STARTED)
+        self.script = Path(shutil.copy(HERE / service.START_SCRIPT, self.folder))
+        (self.folder / "storyteller_automation.py").write_text(FAKE_SERVICE)
         self.requirements.write_text(REQUIREMENTS)
-        write_wheels(self.outside / "wheels")
+        write_wheel(folder / "wheels", "tiny", PACKAGE, "Requires-Dist: little\n")
+        write_wheel(folder / "wheels", "little", "")
+        for name in () if service.WINDOWS else ("cp", "dirname", "mkdir", "readlink", "rm"):
+            (self.programs / name).symlink_to(shutil.which(name))
         self.set_python()
 
-    def set_python(self, version: tuple[int, ...] = tuple(sys.version_info[:3]), leash: int = 0) -> None:
-        plan = {"finished": str(self._finished or ""), "made": str(self._made), "version": version}
-        plan |= {"leash": leash, "leash_code": LEASH}
-        plan["pip"] = {"no-such-package": NO_SUCH_PACKAGE, "no-room": NO_ROOM}
-        (self.programs / "python.py").write_text(PYTHON_BAT.format(plan=json.dumps(plan)), encoding="utf-8")
-        self.set_python_bat(PYTHON)
+    if service.WINDOWS:
 
-    def set_python_bat(self, lines: str | None, name: str = "python") -> None:
-        """What `python` is, or `py`; None: it is not there."""
-        (self.programs / f"{name}.bat").unlink(missing_ok=True)
-        if lines:
-            (self.programs / f"{name}.bat").write_bytes(lines.encode())
+        def set_python(self, version: tuple[int, ...] = tuple(sys.version_info[:3]), leash: int = 0) -> None:
+            """Puts a Python of `version` on the PATH. With a leash it hangs while it makes a venv."""
+            plan = {"finished": str(self._finished or ""), "made": str(self._made), "version": version}
+            plan |= {"leash": leash, "leash_code": LEASH}
+            plan["pip"] = {"no-such-package": NO_SUCH_PACKAGE, "no-room": NO_ROOM}
+            (self.programs / "python.py").write_text(PYTHON_PY.format(plan=json.dumps(plan)), encoding="utf-8")
+            self.write_batch("python", PYTHON_BAT)
 
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        words = " ".join(f'"{word}"' for word in [str(self.script), *arguments])
-        others = ("PYTHON", "PIP", "VIRTUAL", "SESSIONNAME")
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
-        system = rf"{os.environ['SYSTEMROOT']}\System32"
+        def write_batch(self, name: str, lines: str | None) -> None:
+            """Makes `python` or `py` on the PATH a batch file of these lines; None: it is missing."""
+            (self.programs / f"{name}.bat").unlink(missing_ok=True)
+            if lines:
+                (self.programs / f"{name}.bat").write_bytes(lines.encode())
+
+        def remove_python(self) -> None:
+            self.write_batch("python", None)
+
+        def _command(self, script: Path, arguments: tuple[str, ...]) -> tuple[str, dict[str, str]]:
+            words = " ".join(f'"{word}"' for word in [str(script), *arguments])
+            excluded = ("PYTHON", "PIP", "VIRTUAL", "SESSIONNAME")
+            environment = {name: value for name, value in os.environ.items() if not name.startswith(excluded)}
+            path = rf"{self.programs};{os.environ['SYSTEMROOT']}\System32"
+            python = {"REAL_PYTHON": sys._base_executable, "PROGRAMS": str(self.programs)}
+            return f'cmd /d /s /c "{words}"', {**environment, **python, "PATH": path}
+
+        def kill(self, process: subprocess.Popen[str]) -> None:
+            """Ends a start as Windows does when its window is closed."""
+            subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], check=True, capture_output=True)
+
+    else:
+
+        def set_python(self, version: tuple[int, ...] | None = None, leash: int = 0, making: str = "") -> None:
+            """Puts a Python on the PATH that claims to be of `version`. It makes the venv $last by `making`; with a
+            leash it hangs there."""
+            if leash:
+                hanging = write_program(self.outside / "hanging", HANG, {"leash": leash})
+                making = f'mkdir "$last"; exec "{hanging}"'
+            elif self._finished and not making:
+                clear = 'case "$*" in *--clear*) rm -rf "$last" ;; esac'
+                copy = f'cp -R "{self._finished}" "$last"; rm "$last/installed.txt"'
+                making = f'echo >>"{self._made}"; {clear}; {copy}; exit'
+            lines = f'case "$*" in *"-m venv"*) for last; do :; done; {making} ;; esac\n' if making else ""
+            lines += f'exec "{sys.executable}" "$@"'
+            if version:  # answers only the question about its version
+                lines = f'exec "{sys.executable}" -c "import sys; sys.version_info = {version}; $3"'
+            self.write_script("python3", lines)
+
+        def write_script(self, name: str, lines: str) -> None:
+            (self.programs / name).write_text(f"#!/bin/sh\n{lines}\n")
+            (self.programs / name).chmod(0o755)
+
+        def remove_python(self) -> None:
+            (self.programs / "python3").unlink()
+
+        def _command(self, script: Path, arguments: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+            environment = {name: value for name, value in os.environ.items() if name in ("HOME", "TMPDIR", "LANG")}
+            return [str(script), *arguments], {**environment, "PATH": str(self.programs)}
+
+        def kill(self, process: subprocess.Popen[str]) -> None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def start(self, *arguments: str, script: Path | None = None, **environment: str) -> subprocess.Popen[str]:
+        command, system = self._command(script or self.script, arguments)
         offline = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": str(self.outside / "wheels")}
-        python = {"REAL_PYTHON": sys._base_executable, "PROGRAMS": str(self.programs)}
         return subprocess.Popen(
-            f'cmd /d /s /c "{words}"', cwd=self.outside, encoding="utf-8", errors="replace",
-            env={**kept, **offline, **python, "PATH": f"{self.programs};{system}", **environment},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            command, cwd=self.outside, encoding="utf-8", errors="replace", env={**system, **offline, **environment},
+            start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        with self.start(*arguments, **environment) as process:
-            output = process.communicate(timeout=4 * PATIENCE)
+    def run(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        with self.start(*arguments, **options) as process:
+            try:
+                output = process.communicate(timeout=4 * PATIENCE)
+            finally:
+                process.kill()
             return subprocess.CompletedProcess(process.args, process.returncode, *output)
 
     def venvs_made(self) -> int:
         return len(self._made.read_text()) if self._made.exists() else 0
 
 
+SETTING_UP = ("run.bat: setting up ", "run.bat: First start: setting up ") if service.WINDOWS else ("Setting up: ",)
+
+
+def errors_of(result: subprocess.CompletedProcess[str]) -> list[str]:
+    """What a start printed to stderr, except that it sets up or waits for another start, or runs the tests."""
+    expected = (*SETTING_UP, "Another start is ", "run.bat: waiting for another ", "These are the developers' tests")
+    return [line for line in result.stderr.splitlines() if not line.startswith(expected)]
+
+
+def report_of(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """What the service printed that a start without errors started."""
+    assert errors_of(result) == []
+    (line,) = result.stdout.splitlines()
+    return json.loads(line)
+
+
+def sets_up(result: subprocess.CompletedProcess[str]) -> bool:
+    """Whether a successful start had to set up."""
+    assert (result.returncode, errors_of(result)) == (0, [])
+    return any(line.startswith(SETTING_UP) for line in result.stderr.splitlines())
+
+
 @pytest.fixture(scope="session")
-def first_batch_start(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def first_start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A venv that was really made, by a first start, and what that printed."""
-    if not service.WINDOWS:
-        pytest.skip("run.bat is for Windows; its twin here is run.sh")
-    project = BatchProject(tmp_path_factory.mktemp("first"))
+    project = Project(tmp_path_factory.mktemp("first"))
     return project.venv, project.run("--port", "1")
 
 
 @pytest.fixture(scope="session")
-def finished_batch_venv(first_batch_start: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That venv without pip, so that copying takes no time."""
+def finished_venv(first_start: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That venv, on Windows without pip, elsewhere with PIP in pip's place, so that copying and installing take no
+    time."""
     copy = tmp_path_factory.mktemp("finished") / "venv"
-    shutil.copytree(first_batch_start[0], copy, ignore=shutil.ignore_patterns("pip*", "setuptools*"))
-    (copy / "Lib" / "site-packages" / "pytest.py").write_text(f"def main(arguments):\n    exec({STARTED!r})")
+    shutil.copytree(first_start[0], copy, symlinks=True, ignore=shutil.ignore_patterns("pip*", "setuptools*"))
+    packages = next(copy.glob(PACKAGES))
+    if service.WINDOWS:
+        (packages / "pytest.py").write_text(f"def main(arguments):\n    exec({FAKE_SERVICE!r})")
+        return copy
+    (packages / "pip.py").write_text(PIP)
+    (packages / "pytest.py").write_text(FAKE_SERVICE)
+    for name in ("python", "python3"):
+        (copy / "bin" / name).unlink()
+    (copy / "bin" / "python").write_text(VENV_PYTHON)
+    (copy / "bin" / "python").chmod(0o755)
+    (copy / "bin" / "python3").symlink_to(sys._base_executable)
     return copy
 
 
 @pytest.fixture
-def fresh_batch(finished_batch_venv: Path, tmp_path: Path) -> BatchProject:
+def fresh(finished_venv: Path, tmp_path: Path) -> Project:
     """A project that was never started."""
-    return BatchProject(tmp_path, finished_batch_venv)
+    return Project(tmp_path, finished_venv)
 
 
 @pytest.fixture
-def started_batch(fresh_batch: BatchProject, finished_batch_venv: Path) -> BatchProject:
+def started(fresh: Project, finished_venv: Path) -> Project:
     """A project that is set up."""
-    shutil.copytree(finished_batch_venv, fresh_batch.venv)
-    return fresh_batch
+    shutil.copytree(finished_venv, fresh.venv, symlinks=True)
+    return fresh
 
 
-SETTING_UP = "run.bat: setting up Python packages, this takes about a minute ...\n"
-
-
-def test_the_first_start_on_windows_says_so_and_starts(first_batch_start):
-    venv, done = first_batch_start
-    assert (done.returncode, done.stderr) == (0, SETTING_UP.replace("setting", "First start: setting"))
-    report = json.loads(done.stdout)
+def test_the_first_start_sets_up_and_starts(first_start):
+    venv, result = first_start
+    report = report_of(result)
+    assert sets_up(result)
+    steps = ["First start: setting up"] if service.WINDOWS else ["creating .venv", "installing"]
+    assert all(step in result.stderr for step in steps)
     assert report["arguments"] == ["--port", "1"]
     assert Path(report["prefix"]).samefile(venv)
 
 
-def test_a_second_start_on_windows_needs_neither_python_nor_pip(started_batch):
-    """There is no pip in the venv."""
-    started_batch.set_python_bat(None)
-    report = told(started_batch.run())  # which is all that is printed
-    assert Path(report["prefix"]).samefile(started_batch.venv)
+def test_a_second_start_needs_neither_python_nor_pip(started):
+    started.remove_python()
+    for pip in started.venv.glob(f"{PACKAGES}/pip.py"):  # on Windows there is none
+        pip.unlink()
+    result = started.run()
+    assert (result.returncode, result.stderr) == (0, "")
+    assert Path(report_of(result)["prefix"]).samefile(started.venv)
 
 
-def test_changed_requirements_are_installed_once_on_windows(started_batch):
-    started_batch.requirements.write_text(REQUIREMENTS * 2)
-    assert [started_batch.run().stderr for _ in range(2)] == [SETTING_UP, ""]
-    assert started_batch.venvs_made() == 0
+def test_changed_requirements_are_installed_once(started):
+    started.requirements.write_text(REQUIREMENTS * 2)
+    assert [sets_up(started.run()) for _ in range(2)] == [True, False]
+    assert started.venvs_made() == 0
 
 
-def test_an_install_that_fails_on_windows_says_so_and_is_done_again(started_batch):
-    started_batch.requirements.write_text("no-such-package==1\n")
+def test_a_failed_install_is_reported_and_repeated_by_the_next_start(started):
+    started.requirements.write_text("no-such-package==1\n")
+    advice = "run.sh: The packages could not be installed: see above, check the internet connection"
+    if service.WINDOWS:
+        advice = "run.bat: pip could not install the packages (see above): check the internet connection"
     for _ in range(2):
-        done = started_batch.run()
-        assert (done.returncode, done.stdout) == (1, "")
-        pips, ours = done.stderr.removeprefix(SETTING_UP).splitlines()
-        assert pips == NO_SUCH_PACKAGE
-        assert ours.startswith("run.bat: pip could not install the packages (see above)")
-    started_batch.requirements.write_text(REQUIREMENTS)
-    done = started_batch.run()
-    assert (done.returncode, done.stderr) == (0, SETTING_UP)
-    assert started_batch.venvs_made() == 0  # what the internet lacks, a new venv would lack as well
+        result = started.run()
+        of_pip, of_script = errors_of(result)
+        assert (result.returncode, result.stdout, of_pip) == (1, "", NO_SUCH_PACKAGE)
+        assert of_script.startswith(advice)
+    started.requirements.write_text(REQUIREMENTS)
+    assert sets_up(started.run())
+    assert started.venvs_made() == 0  # a new venv would need the same download
 
 
-def test_a_set_up_on_windows_that_fills_the_disk_says_so(started_batch):
-    started_batch.requirements.write_text("no-room==1\n")
-    done = started_batch.run()
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"{SETTING_UP}run.bat: the disk is full: make room on the disk that holds C:")
-    assert done.stderr.endswith(".venv, then start run.bat again.\n")
+def without(*patterns: str, stamp: bool = False) -> Callable[[Project], None]:
+    """Removes what is at `patterns` in .venv, and the stamp of a finished setup, unless `stamp` keeps it."""
+
+    def damage(project: Project) -> None:
+        if not stamp:
+            project.stamp.unlink()
+        for pattern in patterns:
+            path = next(project.venv.glob(pattern))
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return damage
 
 
-def move_base_python(project: BatchProject) -> None:
-    settings = project.venv / "pyvenv.cfg"
-    settings.write_text(settings.read_text("utf-8").replace(sys.base_prefix, r"C:\gone"), "utf-8")
+def truncated(pattern: str, size: int = 0, stamp: bool = False) -> Callable[[Project], None]:
+    """Truncates the file at `pattern` in .venv to `size` bytes."""
+
+    def damage(project: Project) -> None:
+        without(stamp=stamp)(project)
+        os.truncate(next(project.venv.glob(pattern)), size)
+
+    return damage
+
+
+def lose_pip_before_an_update(project: Project) -> None:
+    without(f"{PACKAGES}/pip.py", stamp=True)(project)
+    project.requirements.write_text(REQUIREMENTS * 2)
+
+
+def upgrade_in_place(project: Project) -> None:
+    project.stamp.write_text(project.stamp.read_text().replace(sys.version, "3.10.0 (an older one)"))
+
+
+def upgrade_to_the_next(project: Project) -> None:
+    """Another version behind the same name: it looks for its packages in a folder of its own."""
+    upgrade_in_place(project)
+    next(project.venv.glob("lib/*")).rename(project.venv / "lib" / "python3.9")
+
+
+def move_base_python(project: Project) -> None:
+    if service.WINDOWS:
+        settings = project.venv / "pyvenv.cfg"
+        settings.write_text(settings.read_text("utf-8").replace(sys.base_prefix, r"C:\gone"), "utf-8")
+    else:
+        (project.venv / "bin" / "python").unlink()
+        (project.venv / "bin" / "python").symlink_to(project.outside / "gone")
 
 
 @pytest.mark.parametrize(
     ("damage", "venvs"),
     [
-        pytest.param(gone(), 0, id="install cut off"),
-        pytest.param(lambda project: project.stamp.write_bytes(b"\xff"), 0, id="its last step cut off"),
-        pytest.param(gone("Scripts"), 1, id="venv cut off"),
-        pytest.param(gone("Lib/site-packages/tiny.py"), 1, id="package cut off"),
-        pytest.param(cut_short("Lib/site-packages/tiny.py"), 1, id="file cut off"),
-        pytest.param(gone("Lib/site-packages/tiny.py", stamp=True), 1, id="package lost"),
-        pytest.param(cut_short("Lib/site-packages/tiny.py", stamp=True), 1, id="file lost"),
-        pytest.param(cut_short("Scripts/python.exe", stamp=True), 1, id="python lost"),
-        pytest.param(upgrade_in_place, 0, id="Python upgraded"),
+        pytest.param(without(), 0, id="install interrupted"),
+        pytest.param(truncated("installed.txt", 5, stamp=True), 0, id="last step interrupted"),
+        pytest.param(lambda project: project.stamp.write_bytes(b"\xff"), 0, id="garbage in the stamp"),
+        pytest.param(without(PYTHON_IN_VENV.split("/")[0]), 1, id="venv interrupted"),
+        pytest.param(without(f"{PACKAGES}/pip.py"), 1, marks=ONLY_POSIX, id="venv interrupted before pip"),
+        pytest.param(without(f"{PACKAGES}/tiny.py"), 1, id="package interrupted"),
+        pytest.param(truncated(f"{PACKAGES}/tiny.py"), 1, id="file interrupted"),
+        pytest.param(without(f"{PACKAGES}/tiny.py", stamp=True), 1, id="package lost"),
+        pytest.param(truncated(f"{PACKAGES}/tiny.py", stamp=True), 1, id="contents of a file lost"),
+        pytest.param(without(PACKAGES.split("/")[0], stamp=True), 1, id="all packages lost"),
+        pytest.param(without("pyvenv.cfg", stamp=True), 1, id="settings of the venv lost"),
+        pytest.param(truncated(PYTHON_IN_VENV, stamp=True), 1, id="python lost"),
+        pytest.param(lose_pip_before_an_update, 1, marks=ONLY_POSIX, id="pip lost before an update"),
+        pytest.param(upgrade_in_place, 0, id="Python upgraded in place"),
+        pytest.param(upgrade_to_the_next, 1, marks=ONLY_POSIX, id="Python upgraded to the next version"),
         pytest.param(move_base_python, 1, id="Python moved away"),
     ],
 )
-def test_a_start_on_windows_mends_what_was_cut_off_or_outgrown(started_batch, damage, venvs):
-    damage(started_batch)
-    done = started_batch.run()
-    assert (done.returncode, done.stderr, started_batch.venvs_made()) == (0, SETTING_UP, venvs)
-    assert started_batch.run().stderr == ""
+def test_a_start_repairs_a_venv_that_is_incomplete_or_of_another_python(started, damage, venvs):
+    damage(started)
+    assert (sets_up(started.run()), started.venvs_made()) == (True, venvs)
+    assert not sets_up(started.run())
 
 
-@pytest.mark.parametrize(
-    ("python", "words"),
-    [
-        pytest.param(None, "Python was not found: install 3.10 or newer", id="no Python"),
-        pytest.param(STORE_STUB, "Python was not found: install 3.10 or newer", id="the Store's stub"),
-        pytest.param((3, 9, 25), "this computer's Python is too old: install 3.10 or newer", id="an old Python"),
-    ],
-)
-def test_a_python_that_is_missing_is_said_in_one_sentence_and_a_later_start_works(fresh_batch, python, words):
-    if isinstance(python, tuple):
-        fresh_batch.set_python(version=python)
-    else:
-        fresh_batch.set_python_bat(python)
-    done = fresh_batch.run()
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"run.bat: {words}") and done.stderr.count("\n") == 1
-    fresh_batch.set_python()
-    assert fresh_batch.run().returncode == 0
+def test_a_start_looks_for_the_packages_without_importing_them(started):
+    package = next(started.venv.glob(f"{PACKAGES}/tiny.py"))
+    package.write_text("1 / 0".ljust(len(PACKAGE)))
+    assert not sets_up(started.run())
 
 
-@pytest.mark.parametrize(
-    ("py", "python"),
-    [
-        pytest.param(PYTHON, STORE_STUB, id="python is the Store's stub"),
-        pytest.param(PYTHON, None, id="python is not there"),
-        pytest.param("@echo No suitable Python runtime found>&2\r\n@exit /b 103\r\n", PYTHON, id="py has none"),
-        pytest.param("@exit /b 3\r\n", PYTHON, id="py has an old one"),
-    ],
-)
-def test_py_is_asked_first_and_python_where_that_has_none_that_will_do(fresh_batch, py, python):
-    fresh_batch.set_python_bat(py, "py")
-    fresh_batch.set_python_bat(python)
-    done = fresh_batch.run()
-    assert (done.returncode, done.stderr) == (0, SETTING_UP.replace("setting", "First start: setting"))
-
-
-def test_a_folder_that_cannot_be_written_is_said_in_one_sentence(fresh_batch):
-    (fresh_batch.folder / ".venv.lock").mkdir()  # what it would write first of all
-    done = fresh_batch.run()
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith("run.bat: this folder cannot be written to: move it to one of your own")
-
-
-def test_arguments_exit_code_and_folder_are_passed_through_by_windows_too(started_batch):
-    done = started_batch.run("7", "two words", "", "*", "a&b", "^(c)", "100%", "!d!")
-    assert (done.returncode, told(done)["arguments"]) == (7, ["7", "two words", "", "*", "a&b", "^(c)", "100%", "!d!"])
-    assert Path(told(done)["folder"]).samefile(started_batch.outside)
-    assert "VIRTUAL_ENV" not in told(done)["environment"]
-
-
-def test_on_windows_too_nothing_of_another_tools_python_is_run(fresh_batch):
-    others = of_another_tool(fresh_batch.outside)
-    first, second, tests = fresh_batch.run(**others), fresh_batch.run(**others), fresh_batch.run("test", **others)
-    assert [json.loads(one.stdout)["isolated"] for one in (first, second, tests)] == [True] * 3
-    assert json.loads(first.stdout)["environment"].items() >= others.items()  # SwarmUI may be that tool
+def test_variables_for_another_tools_python_change_nothing(fresh):
+    variables = variables_of_another_tool(fresh.outside)
+    first, second, tests = fresh.run(**variables), fresh.run(**variables), fresh.run("test", **variables)
+    assert [report_of(result)["isolated"] for result in (first, second, tests)] == [True] * 3
+    assert report_of(first)["environment"].items() >= variables.items()  # SwarmUI may be that tool
 
 
 @pytest.mark.slow
-def test_on_windows_too_pip_installs_into_the_venv_wherever_it_is_told_to(first_batch_start, tmp_path):
-    project = BatchProject(tmp_path)
-    shutil.copytree(first_batch_start[0], project.venv)
-    gone(*[f"Lib/site-packages/{name}" for name in PARTS])(project)
-    others = of_another_tool(tmp_path)
-    there = {one.name for one in tmp_path.iterdir()}
-    done = project.run(**others)
-    assert (done.returncode, done.stderr) == (0, SETTING_UP)
-    assert (project.venv / "Lib" / "site-packages" / "tiny.py").read_text() == PACKAGE
-    assert {one.name for one in tmp_path.iterdir()} == there
+@pytest.mark.parametrize("place", ["environment", "settings file"])
+def test_pip_installs_into_the_venv_whatever_its_settings_say(first_start, tmp_path, place):
+    project = Project(tmp_path)
+    shutil.copytree(first_start[0], project.venv, symlinks=True)
+    without(*[f"{PACKAGES}/{name}" for name in PARTS])(project)
+    variables = variables_of_another_tool(tmp_path)
+    if place == "settings file":
+        variables = write_pip_settings(tmp_path / "pip.conf", variables)
+    before = {path.name for path in tmp_path.iterdir()}
+    result = project.run(**variables)
+    assert sets_up(result)
+    assert Path(report_of(result)["prefix"]).samefile(project.venv)
+    assert next(project.venv.glob(f"{PACKAGES}/tiny.py")).read_text() == PACKAGE
+    assert {path.name for path in tmp_path.iterdir()} == before
 
 
-def test_the_argument_test_runs_pytest_beside_it_on_windows_too(started_batch):
-    done = started_batch.run("test", "-k", "two words")
-    assert "developers' tests" in done.stderr
-    assert told(done)["arguments"] == ["test", "-k", "two words"]
-    assert Path(told(done)["folder"]).samefile(started_batch.folder)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [300 << 10, 6 << 20, 90 << 20], ids=["venv", "ensurepip", "pip"])
+def test_a_setup_that_fills_the_disk_says_so_and_succeeds_once_there_is_room(small_disk, size):
+    disk = small_disk(size)
+    project = Project(disk)
+    write_wheel(project.outside / "wheels", "huge", "#" * 70_000_000)
+    project.requirements.write_text("huge==1\n")
+    result = project.run()
+    assert result.returncode == 1
+    assert errors_of(result) == [
+        f"run.sh: The disk is full: make room on the disk that holds {project.venv}, then try again."
+    ]
+    subprocess.run(["mount", "-o", "remount,size=300m", str(disk)], check=True)
+    assert report_of(project.run())["prefix"] == str(project.venv)
 
 
-def test_two_first_starts_at_once_set_up_once_on_windows_too(fresh_batch):
+@ONLY_WINDOWS
+def test_a_setup_on_windows_that_fills_the_disk_says_so(started):
+    started.requirements.write_text("no-room==1\n")
+    result = started.run()
+    (error,) = errors_of(result)
+    assert result.returncode == 1
+    assert error.startswith("run.bat: the disk is full: make room on the disk that holds C:")
+    assert error.endswith(".venv, then start run.bat again.")
+
+
+def use_no_ensurepip(project: Project) -> None:
+    project.write_script("no-ensurepip", "echo No module named ensurepip >&2; exit 1")
+    project.set_python(making='mkdir "$last" "$last/bin"; cp "${0%/*}/no-ensurepip" "$last/bin/python"; exit')
+
+
+def use_no_venv(project: Project) -> None:
+    project.set_python(making="echo No module named venv >&2; exit 1")
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        pytest.param(Project.remove_python, "Python (is missing|was not found): install", id="no Python"),
+        pytest.param(lambda project: project.set_python((3, 9, 25)), "Python is (too old|older than 3.10): install",
+                     id="an old Python"),
+        pytest.param(lambda project: project.write_batch("python", STORE_STUB), "Python was not found: install",
+                     marks=ONLY_WINDOWS, id="the Store's stub"),
+        pytest.param(use_no_ensurepip, "install it .*python3-venv", marks=ONLY_POSIX, id="no ensurepip"),
+        pytest.param(use_no_venv, "install it .*python3-venv", marks=ONLY_POSIX, id="no venv module"),
+    ],
+)  # fmt: skip
+def test_a_start_names_what_is_missing_in_one_sentence_and_a_later_one_succeeds(fresh, change, advice):
+    change(fresh)
+    result = fresh.run()
+    (error,) = errors_of(result)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.search(f"^{service.START_SCRIPT}: .*{advice}", error)
+    fresh.set_python()
+    assert sets_up(fresh.run())
+
+
+@ONLY_POSIX
+def test_a_newer_python_is_found_beside_an_old_one(fresh):
+    (fresh.programs / "python3").rename(fresh.programs / "python3.12")
+    fresh.set_python((3, 9, 25))
+    assert report_of(fresh.run())["prefix"] == str(fresh.venv)
+
+
+@ONLY_WINDOWS
+@pytest.mark.parametrize(
+    ("py", "python"),
+    [
+        pytest.param(PYTHON_BAT, STORE_STUB, id="python is the Store's stub"),
+        pytest.param(PYTHON_BAT, None, id="python is missing"),
+        pytest.param("@echo No suitable Python runtime found>&2\r\n@exit /b 103\r\n", PYTHON_BAT, id="py has none"),
+        pytest.param("@exit /b 3\r\n", PYTHON_BAT, id="py has an old one"),
+    ],
+)
+def test_py_is_tried_first_and_then_python(fresh, py, python):
+    fresh.write_batch("py", py)
+    fresh.write_batch("python", python)
+    assert sets_up(fresh.run())
+
+
+@ONLY_WINDOWS
+def test_a_folder_that_cannot_be_written_is_reported_in_one_sentence(fresh):
+    (fresh.folder / ".venv.lock").mkdir()  # what a setup writes first of all
+    result = fresh.run()
+    (error,) = errors_of(result)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert error.startswith("run.bat: this folder cannot be written to: move it to one of your own")
+
+
+def test_arguments_exit_code_and_folder_are_passed_through(started):
+    arguments = ["7", "two words", "", "*", "a&b", "^(c)", "100%", "!d!"]
+    result = started.run(*arguments)
+    assert (result.returncode, report_of(result)["arguments"]) == (7, arguments)
+    assert Path(report_of(result)["folder"]).samefile(started.outside)
+
+
+@ONLY_POSIX
+def test_the_service_replaces_the_script_in_its_process(started):
+    """So that a signal to what systemd started reaches it."""
+    with started.start() as process:
+        assert json.loads(process.communicate(timeout=PATIENCE)[0])["pid"] == process.pid
+
+
+def test_the_venv_is_not_activated(started):
+    environment = report_of(started.run())["environment"]
+    assert environment["PATH"].split(os.pathsep)[0] == str(started.programs)
+    assert "VIRTUAL_ENV" not in environment
+
+
+@ONLY_POSIX
+def test_the_script_finds_its_folder_through_links(started):
+    (started.outside / "links").mkdir()
+    (started.outside / "links" / "second").symlink_to("../render & (story) teller/run.sh")
+    (started.outside / "first").symlink_to(started.outside / "links" / "second")
+    result = started.run(script=started.outside / "first", CDPATH=str(started.outside))
+    assert report_of(result)["prefix"] == str(started.venv)
+
+
+def test_the_argument_test_runs_pytest_in_the_scripts_folder(started):
+    result = started.run("test", "-k", "two words")
+    assert "developers' tests" in result.stderr
+    assert f"use {'' if service.WINDOWS else './'}{service.START_SCRIPT} check." in result.stderr
+    assert report_of(result)["arguments"][-2:] == ["-k", "two words"]
+    assert Path(report_of(result)["folder"]).samefile(started.folder)
+
+
+def test_two_first_starts_at_once_set_up_once(fresh):
     with ThreadPoolExecutor() as pool:
-        both = [pool.submit(fresh_batch.run) for _ in range(2)]
-    assert [one.result().returncode for one in both] == [0, 0]
-    assert fresh_batch.venvs_made() == 1
+        both = [pool.submit(fresh.run) for _ in range(2)]
+    assert [future.result().returncode for future in both] == [0, 0]
+    assert fresh.venvs_made() == 1
 
 
-def test_a_set_up_whose_window_was_closed_holds_up_no_later_start(fresh_batch, leash):
-    fresh_batch.set_python(leash=leash.port)
-    with fresh_batch.start() as process:
-        held = leash.next()
-        subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], check=True, capture_output=True)
-        assert held.has_ended()
-    fresh_batch.set_python()
-    done = fresh_batch.run()
-    assert (done.returncode, done.stderr) == (0, SETTING_UP)
+def test_a_setup_that_was_killed_does_not_block_a_later_one(fresh, leash):
+    fresh.set_python(leash=leash.port)
+    with fresh.start() as process:
+        setup = leash.next()
+        fresh.kill(process)
+        assert setup.has_ended()
+    fresh.set_python()
+    assert sets_up(fresh.run())
 
+
+# ------------------------------------------------------------------------------ Windows' console ----
 
 CLICKED = r'''"C:\Windows\system32\cmd.exe" /c ""C:\Some & (1)\run.bat" "'''
 
 
+@ONLY_WINDOWS
 @pytest.mark.parametrize(
     ("code", "environment", "waits"),
     [
@@ -13460,26 +13305,34 @@ CLICKED = r'''"C:\Windows\system32\cmd.exe" /c ""C:\Some & (1)\run.bat" "'''
         pytest.param("3", {"CMDCMDLINE": "cmd /c run.bat 3", "SESSIONNAME": "Console"}, False, id="called"),
     ],
 )
-def test_an_error_waits_for_a_key_where_the_window_would_close(started_batch, code, environment, waits):
-    done = started_batch.run(code, **environment)
-    assert waits or done.returncode == int(code)  # once somebody saw the error, nobody asks for its code
-    assert ("The service ended with an error, see above." in done.stdout) is waits
-    assert ("Press any key" in done.stdout) is waits
+def test_an_error_waits_for_a_key_where_the_window_would_close(started, code, environment, waits):
+    result = started.run(code, **environment)
+    assert waits or result.returncode == int(code)  # nobody asks for the code of a window that showed the error
+    assert ("The service ended with an error, see above." in result.stdout) is waits
+    assert ("Press any key" in result.stdout) is waits
 
 
+@ONLY_WINDOWS
+def test_a_failed_setup_waits_for_a_key_too(fresh):
+    fresh.remove_python()
+    result = fresh.run(CMDCMDLINE=CLICKED, SESSIONNAME="Console")
+    assert result.returncode == 1
+    assert "run.bat ended with an error, see above." in result.stdout
+    assert "Press any key" in result.stdout
+
+
+@ONLY_WINDOWS
 @pytest.mark.parametrize("code", [0, 7], ids=["without an error", "an error"])
-def test_in_a_console_that_nobody_sees_nothing_waits_for_a_key(started_batch, clean_environment, code):
-    """As a scheduled task that is not on the desktop has it: a "pause" would wait there for ever."""
+def test_in_a_console_without_a_window_nothing_waits_for_a_key(started, clean_environment, code):
+    """A scheduled task that does not run on the desktop has such a console: a "pause" would wait there for ever."""
     clean_environment.pop("SESSIONNAME", None)
-    command = f'cmd /c ""{started_batch.script}" {code}"'
+    command = f'cmd /c ""{started.script}" {code}"'
     process = subprocess.Popen(command, env=clean_environment, creationflags=subprocess.CREATE_NO_WINDOW)
     try:
         assert process.wait(PATIENCE) == code
     finally:
         process.kill()
 
-
-# ---------------------------------------------------------------------------------- its console ----
 
 # The title of the console of process N, as the desktop shows it.
 READ_TITLE = """
@@ -13494,21 +13347,21 @@ print(title.value)
 """
 
 
-@pytest.mark.skipif(not service.WINDOWS, reason="the other systems' terminals have titles of their own")
-def test_the_windows_title_is_the_services_name_and_port(start_service):
-    made = start_service()
-    command = [sys.executable, "-c", READ_TITLE, str(made.process.pid)]
+@pytest.mark.skipif(not service.WINDOWS, reason="the other systems' terminals set their own titles")
+def test_the_title_of_the_console_window_is_the_services_name_and_port(start_service):
+    running = start_service()
+    command = [sys.executable, "-c", READ_TITLE, str(running.process.pid)]
     read = subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
-    assert read.stdout.strip() == f"StoryTeller automation, port {made.port}"
+    assert read.stdout.strip() == f"StoryTeller automation, port {running.port}"
 
 
 @pytest.mark.skipif(not service.WINDOWS, reason="only Windows starts programs that have no streams at all")
-def test_it_serves_without_console_and_streams(module_copy, clean_environment):
+def test_the_service_runs_without_console_and_streams(module_copy, clean_environment):
     """As pythonw starts it: sys.stdout and sys.stderr are None."""
     port = free_port()
-    given = {"STORYTELLER_PORT": str(port)}
+    environment = {**clean_environment, "STORYTELLER_PORT": str(port)}
     command = [str(Path(sys.executable).with_name("pythonw.exe")), "-I", str(module_copy)]
-    process = subprocess.Popen(command, env={**clean_environment, **given}, creationflags=subprocess.DETACHED_PROCESS)
+    process = subprocess.Popen(command, env=environment, creationflags=subprocess.DETACHED_PROCESS)
     try:
         wait_until(lambda: can_connect(port))
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
@@ -13518,14 +13371,6 @@ def test_it_serves_without_console_and_streams(module_copy, clean_environment):
     finally:
         process.kill()
         process.wait(PATIENCE)
-
-
-def test_a_set_up_that_fails_waits_for_a_key_too(fresh_batch):
-    fresh_batch.set_python_bat(None)
-    done = fresh_batch.run(CMDCMDLINE=CLICKED, SESSIONNAME="Console")
-    assert done.returncode == 1
-    assert "run.bat ended with an error, see above." in done.stdout
-    assert "Press any key" in done.stdout
 
 
 # ------------------------------------------------------------------------- started without them ----
