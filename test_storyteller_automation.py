@@ -13369,7 +13369,7 @@ def test_status_says_why_the_service_refused_its_token(start_service, run_module
 def test_status_without_a_readable_token_file_sends_no_token(start_service, run_module, module_copy):
     start_service()
     (module_copy.parent / "data" / "api_token").write_text("A token in UTF-16, as PowerShell writes it", "utf-16")
-    assert "refuses: A token is needed" in run_module("status", STORYTELLER_API_TOKEN="").stderr
+    assert "refused the request: A token is needed" in run_module("status", STORYTELLER_API_TOKEN="").stderr
 
 
 def test_status_does_not_know_which_tokens_end_if_the_store_was_never_read(start_service, run_module):
