@@ -8969,6 +8969,10 @@ def create_notification(polled: LocalService, session: int = T, **fields: Any) -
     return made
 
 
+def member_of_another_program(id: str, **fields: Any) -> str:
+    return json.dumps({"id": id, "type": PROMPTS, "sessionTimestamp": T, "totalPrompts": 3, **fields})
+
+
 def timestamps_in(state: dict[str, Any]) -> list[int]:
     return [session["sessionTimestamp"] for session in state["sessions"]]
 
@@ -9050,8 +9054,9 @@ def test_a_session_whose_document_becomes_invalid_is_published_as_deleted(
 
 
 @pytest.mark.usefixtures("fast_polling")
-def test_a_session_that_leaves_the_newest_ones_is_not_published_as_deleted(polled, listen, monkeypatch):
+def test_a_session_that_leaves_the_newest_ones_is_not_published_as_deleted(poll_service, store, listen, monkeypatch):
     monkeypatch.setattr(service.SessionChanges, "NEWEST", 2)
+    polled = poll_service(store)
     for timestamp in (T, T + 1):
         polled.ask("PUT", f"/api/v1/session/{timestamp}", SESSION)
     events = listen(polled, "?types=session")
@@ -9089,7 +9094,7 @@ def test_members_added_by_another_program_are_events_whatever_their_score(
     events = listen(polled, "?types=notification,acknowledged")
     events.next()
     for number in range(2):
-        member = json.dumps({"id": f"x-{number}", "type": PROMPTS, "sessionTimestamp": T, "totalPrompts": 3})
+        member = member_of_another_program(f"x-{number}")
         other_program.zadd("notifications:pending", {member: score - number, b"no JSON": score})
         assert events.next("notification")["id"] == f"x-{number}"
     other_program.zrem("notifications:pending", member)
@@ -9104,8 +9109,8 @@ def test_members_added_by_another_program_are_events_whatever_their_score(
 @pytest.mark.usefixtures("fast_polling")
 @pytest.mark.parametrize("score", ["inf", 1e300])
 def test_an_absurd_score_stops_neither_events_nor_alerts(poll_service, redis_store, other_program, listen, score):
-    other_program.zadd("notifications:pending", {json.dumps({"id": "x", "type": PROMPTS, "sessionTimestamp": T,
-        "totalPrompts": 3, "timestamp": "2026-01-29T10:00:00Z"}): score})  # fmt: skip
+    member = member_of_another_program("x", timestamp="2026-01-29T10:00:00Z")
+    other_program.zadd("notifications:pending", {member: score})
     polled = poll_service(redis_store)
     events = listen(polled, "?types=notification")
     assert [notification["id"] for notification in events.next()["notifications"]] == ["x"]
@@ -9134,8 +9139,7 @@ def test_events_are_fast_even_with_50000_pending_notifications(poll_service, red
     events = listen(polled, "?types=notification,acknowledged")
     median_without = median_seconds()
     for part in range(50):
-        members = [json.dumps({"id": f"x-{part}-{n}", "type": PROMPTS, "sessionTimestamp": T, "totalPrompts": 3})
-                   for n in range(1000)]  # fmt: skip
+        members = [member_of_another_program(f"x-{part}-{number}") for number in range(1000)]
         other_program.zadd("notifications:pending", dict.fromkeys(members, service.now_ms() - 1000))
     events = listen(polled, "?types=notification,acknowledged")
     assert len(events.next()["notifications"]) == 100
@@ -9358,7 +9362,7 @@ def test_a_listener_that_reads_nothing_is_disconnected_and_others_get_everything
         polled.services.live.publish("alert", {"number": sent, "text": "x" * 10_000})
         assert events.next()["number"] == sent
         sent += 1
-        assert sent < 200  # 2 MB
+        assert sent < 200
     assert sent * 10_000 > service.Stream.LIMIT
     slow.close()
 
@@ -9500,8 +9504,7 @@ def test_events_continue_without_the_store_and_its_return_sends_the_state_again(
     with contextlib.closing(service.RedisStore(forwarder.url)) as store:
         polled = poll_service(store)
         made = create_notification(polled)
-        forwarder.refuse()
-        forwarder.end_connections()
+        forwarder.cut()
         events = listen(polled, "?types=notification,alert")
         state = events.next()
         assert (state["notifications"], state["service"]["storeUp"]) == ([], False)
@@ -9562,8 +9565,7 @@ def test_a_client_that_returns_to_an_unwatched_service_without_its_store_gets_th
 def test_an_acknowledgement_before_the_first_listener_is_not_an_event(poll_service, redis_store, other_program, listen):
     polled = poll_service(redis_store)
     for id in ("old", "new"):
-        member = json.dumps({"id": id, "type": PROMPTS, "sessionTimestamp": T, "totalPrompts": 3})
-        other_program.zadd("notifications:pending", {member: service.now_ms()})
+        other_program.zadd("notifications:pending", {member_of_another_program(id): service.now_ms()})
     other_program.set("notifications:ack:old", "1")
     events = listen(polled, "?types=notification,acknowledged")
     assert [notification["id"] for notification in events.next()["notifications"]] == ["new"]
@@ -9576,9 +9578,8 @@ def test_an_acknowledgement_before_the_first_listener_is_not_an_event(poll_servi
 def test_an_acknowledgement_by_another_program_is_noticed_among_many_notifications(
     poll_service, redis_store, other_program, listen
 ):
-    members = [json.dumps({"id": f"x-{n}", "type": PROMPTS, "sessionTimestamp": T, "totalPrompts": 3})
-               for n in range(2500)]  # fmt: skip
-    other_program.zadd("notifications:pending", {member: T + n for n, member in enumerate(members)})
+    scores = {member_of_another_program(f"x-{number}"): T + number for number in range(2500)}
+    other_program.zadd("notifications:pending", scores)
     redis_store._clock = lambda: T + 10_000
     events = listen(poll_service(redis_store), "?types=acknowledged")
     events.next()
@@ -9697,15 +9698,14 @@ def test_an_event_during_the_making_of_a_state_follows_it(poll_service, forwarde
     monkeypatch.setattr(service.Live, "INTERVAL", 0.05)
     with contextlib.closing(service.RedisStore(forwarder.url)) as store:
         polled = poll_service(store)
-        forwarder.refuse()
-        forwarder.end_connections()
+        forwarder.cut()
         events = listen(polled, "?types=notification,alert")
         events.next()
         check, live = polled.services.notifications.check, polled.services.live
 
-        def publish_and_check(*given: Any) -> Any:
+        def publish_and_check(*arguments: Any) -> Any:
             live.publish("alert", {"kind": "disk"}, "any")
-            return check(*given)
+            return check(*arguments)
 
         monkeypatch.setattr(polled.services.notifications, "check", publish_and_check)
         forwarder.restore()
@@ -9758,12 +9758,12 @@ def test_a_batched_check_has_only_the_newest_notification_of_each_type_and_sessi
     for number in range(others):
         plant({"id": f"y-{number}", "type": PROMPTS, "sessionTimestamp": 1, "totalPrompts": 1}, now - 50)
     found = pending(app, "?type=all&batch=true")
-    assert [(one["type"], one["sessionTimestamp"], one["count"]) for one in found] == [
+    assert [(newest["type"], newest["sessionTimestamp"], newest["count"]) for newest in found] == [
         (BEATS, 1, 1), (PROMPTS, 2, 1), (PROMPTS, 1, 3 + others),
     ]  # fmt: skip
     assert found[-1]["ids"][:3] == ["x-0", "x-3", "x-4"]
     assert found[-1]["id"] == found[-1]["ids"][-1]
-    assert [one["ids"] for one in pending(app, "?type=all&batch=true&limit=2")] == [["x-1"], ["x-2"]]
+    assert [newest["ids"] for newest in pending(app, "?type=all&batch=true&limit=2")] == [["x-1"], ["x-2"]]
 
 
 # ======================================================================================================
@@ -9972,7 +9972,7 @@ def test_200_slow_connections_do_not_slow_down_polls(start_service, swarmui_fold
     with contextlib.ExitStack() as stack:
         for number in range(200):
             stack.enter_context(send_request(running.port, *slow[number % 4]))
-        assert seconds_of_200_polls() < 10 * seconds
+        assert seconds_of_200_polls() < 40 * seconds  # a poll that waits for one of them takes 1000 times as long
 
 
 def test_large_bodies_are_parsed_one_at_a_time_and_small_ones_meanwhile(serving, make_app, monkeypatch):
@@ -11035,7 +11035,7 @@ def test_a_swarmui_killed_during_its_start_is_reported_immediately(
     supervisor = make_supervisor(swarmui_path=swarmui_folder(delay=3600), poll_interval=3600.0, start_timeout=PATIENCE)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(failure, supervisor)
-        os.kill(leash.next().report["pid"], signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
+        kill(leash.next())
         assert "exited with code" in waiting.result(PATIENCE / 2)
     nothing_left()
 
@@ -11043,7 +11043,7 @@ def test_a_swarmui_killed_during_its_start_is_reported_immediately(
 def test_a_swarmui_that_exits_after_its_start_is_launched_again(make_supervisor, swarmui_folder, leash):
     supervisor = make_supervisor(swarmui_path=swarmui_folder(), start_interval=0.0)
     ready(supervisor)
-    os.kill(leash.next().report["pid"], signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
+    kill(leash.next())
     wait_until(lambda: not zombies() and "swarmui-watch" not in {thread.name for thread in threading.enumerate()})
     assert ready(supervisor).message == "SwarmUI started successfully"
     assert leash.next().is_alive()
@@ -11095,13 +11095,13 @@ def test_the_exit_of_a_swarmui_from_an_earlier_run_is_reported(make_supervisor, 
     first = make_supervisor(swarmui_path=folder, start_timeout=0.1)
     failure(first)
     first.close()
-    pid = leash.next().report["pid"]
+    swarmui = leash.next()
     again = make_supervisor(swarmui_path=folder, health_timeout=0.3, start_timeout=PATIENCE)
     waiting = again.start()
     with socket.create_server(("127.0.0.1", settings.swarmui_port)) as listener:
         for _ in range(3):  # the first probe may be from before the start, and the second may still run
             listener.accept()[0].close()
-        os.kill(pid, signal.SIGTERM if service.WINDOWS else signal.SIGKILL)
+        kill(swarmui)
         assert "it exited" in str(waiting.exception(PATIENCE))
     assert leash.count_further() == 0
 
