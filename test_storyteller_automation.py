@@ -542,20 +542,23 @@ class Clock:
 # ======================================================================================================
 
 
+def find_redis_server(*, is_required: bool = True) -> str:
+    """The path of redis-server. Without one, tests that need it fail if REQUIRE_REDIS is set; else they are skipped."""
+    program = shutil.which("redis-server")
+    if not program:
+        give_up = pytest.fail if is_required and os.environ.get("REQUIRE_REDIS") else pytest.skip
+        give_up("redis-server is not installed, so what needs it was not tested")
+    return program
+
+
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[str]:
     """The URL of a real Redis: the one that TEST_REDIS_URL names, else one started for this run."""
     if os.environ.get("TEST_REDIS_URL"):
         yield os.environ["TEST_REDIS_URL"]
         return
-    program = shutil.which("redis-server")
-    if not program:
-        message = "redis-server is not installed, so what needs a Redis was not tested"
-        if os.environ.get("REQUIRE_REDIS"):
-            pytest.fail(message)
-        pytest.skip(message)
     port = free_port()
-    command = [program, "--port", str(port), "--save", "", "--bind", "127.0.0.1"]
+    command = [find_redis_server(), "--port", str(port), "--save", "", "--bind", "127.0.0.1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
             wait_until(lambda: can_connect(port))
@@ -565,16 +568,16 @@ def redis_server() -> Iterator[str]:
 
 
 @pytest.fixture
-def redis_url(redis_server: str) -> Iterator[str]:
-    """An empty Redis."""
+def redis_url(redis_server: str) -> str:
+    """The URL of an empty Redis."""
     with redis.Redis.from_url(redis_server, protocol=2) as client:
         client.flushdb()
-    yield redis_server
+    return redis_server
 
 
 @pytest.fixture
 def forwarder(redis_url: str) -> Iterator[Forwarder]:
-    """A way to the Redis of this run that can be made to fail."""
+    """A proxy of the Redis of this run. It can be made to fail."""
     known = redis.connection.parse_url(redis_url)
     target = known.get("host", "localhost"), known.get("port", 6379)
     with contextlib.closing(Forwarder(target, known.get("db", 0))) as made:
@@ -583,12 +586,8 @@ def forwarder(redis_url: str) -> Iterator[Forwarder]:
 
 @pytest.fixture
 def own_redis(tmp_path: Path) -> Iterator[Callable[..., OwnRedis]]:
-    """Starts a redis-server that the test may harm."""
-    if not shutil.which("redis-server"):
-        message = "redis-server is not installed here, so its own faults were not tested"
-        if os.environ.get("REQUIRE_REDIS") and not service.WINDOWS:
-            pytest.fail(message)
-        pytest.skip(message)
+    """Starts a redis-server that the test may reconfigure, break and kill."""
+    find_redis_server(is_required=not service.WINDOWS)
     with contextlib.ExitStack() as stack:
 
         def start(*options: str) -> OwnRedis:
@@ -610,7 +609,7 @@ def other_program(redis_url: str) -> Iterator[redis.Redis]:
 
 @pytest.fixture
 def clock() -> Clock:
-    """The time that the stores see, in ms."""
+    """The clock of the stores, in ms."""
     return Clock(service.now_ms() // 1000 * 1000)
 
 
@@ -628,7 +627,7 @@ def redis_store(redis_url: str, clock: Clock) -> Iterator[service.RedisStore]:
 
 @pytest.fixture(params=["sqlite", "redis"])
 def store(request: pytest.FixtureRequest) -> service.Store:
-    """Each test that takes it runs against both stores."""
+    """A test that uses it runs once against each kind of store."""
     return request.getfixturevalue(f"{request.param}_store")
 
 
@@ -640,7 +639,7 @@ def leash() -> Iterator[Leash]:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> service.Settings:
-    """With waits so short that no test needs a second, and a port on which no SwarmUI is."""
+    """Settings with short intervals, and with a URL at which no SwarmUI answers."""
     return service.Settings(
         api_token=TOKEN,
         data_dir=tmp_path,
@@ -653,7 +652,7 @@ def settings(tmp_path: Path) -> service.Settings:
 
 @pytest.fixture
 def make_services(settings: service.Settings) -> Iterator[Callable[..., service.Services]]:
-    """What the handlers work with, on a store (SQLite unless given) and with settings of its own when wanted."""
+    """Makes what the handlers need, on the given store (by default a new SQLite file) and with changed settings."""
     with contextlib.ExitStack() as stack:
 
         def make(store: service.Store | None = None, **changed: Any) -> service.Services:
@@ -672,7 +671,7 @@ def make_services(settings: service.Settings) -> Iterator[Callable[..., service.
 
 @pytest.fixture
 def make_app(make_services: Callable[..., service.Services]) -> Callable[..., webtest.TestApp]:
-    """Makes the application, as make_services does; it carries the token."""
+    """Makes an application on what make_services makes. Its requests carry the token."""
 
     def make(store: service.Store | None = None, **changed: Any) -> webtest.TestApp:
         app = service.create_app(make_services(store, **changed))
@@ -683,12 +682,12 @@ def make_app(make_services: Callable[..., service.Services]) -> Callable[..., we
 
 @pytest.fixture
 def app(make_app: Callable[..., webtest.TestApp], store: service.Store) -> webtest.TestApp:
-    """The application on both stores; it carries the token."""
+    """An application on each kind of store. Its requests carry the token."""
     return make_app(store)
 
 
 class Serving:
-    """The service's Server in a thread of the test, where a limit can be made small."""
+    """The service's Server in a thread of this process, so that a test can change its limits."""
 
     def __init__(self, app: Any) -> None:
         sockets = service.open_sockets("127.0.0.1", 0)
@@ -705,7 +704,7 @@ class Serving:
 
 @pytest.fixture
 def serving(make_services: Any) -> Iterator[Callable[[Any], Serving]]:
-    """Serves an application until the end of the test, before its services end."""
+    """Serves an application until the test ends. It depends on make_services only so that services close later."""
     with contextlib.ExitStack() as stack:
 
         def serve(app: Any) -> Serving:
@@ -716,7 +715,7 @@ def serving(make_services: Any) -> Iterator[Callable[[Any], Serving]]:
         yield serve
 
 
-# Windows tells a key only to those in its console, so who presses it must join them, and is told too.
+# Windows sends Ctrl+C only to the processes of one console, so this one must attach to it, and ignore the event itself.
 PRESS_CTRL_C = """
 import ctypes, sys
 kernel32 = ctypes.WinDLL("kernel32")
@@ -728,7 +727,7 @@ kernel32.GenerateConsoleCtrlEvent(0, 0)
 
 
 class Service:
-    """The service as a process, started as a user starts it: in a console of its own, which is not seen."""
+    """The service as a process, started as a user starts it, but in an invisible console of its own."""
 
     def __init__(self, module: Path, arguments: list[str], environment: dict[str, str]) -> None:
         self.folder = module.parent
@@ -737,7 +736,7 @@ class Service:
             console: dict[str, Any] = {"creationflags": subprocess.CREATE_NO_WINDOW, "stdin": subprocess.DEVNULL}
         else:
             self._keys, terminal = os.openpty()
-            # The first in a session that opens a terminal gets it as its console.
+            # A session's first process that opens a terminal gets it as its controlling terminal.
             command = ["sh", "-c", 'exec "$@" <"$0"', os.ttyname(terminal), *command]
             console = {"start_new_session": True, "stdin": terminal}
         self.process = subprocess.Popen(
@@ -751,21 +750,21 @@ class Service:
             if "  log " in self.printed:
                 break
         else:
-            raise AssertionError(f"it ended with {self.process.wait()}: {self.printed}")
+            raise AssertionError(f"the service exited with {self.process.wait()}: {self.printed}")
         self.port = int(self.printed.split("http://")[1].split()[0].rsplit(":", 1)[1])
-        self.reading = threading.Event()  # cleared, its console takes no output
+        self.reading = threading.Event()  # while it is cleared, nobody reads the service's output
         self.reading.set()
         self._reader = threading.Thread(target=self._read_on)
         self._reader.start()
 
     def _read_on(self) -> None:
-        with self.process.stdout as pipe:  # one that nobody reads would stop it
+        with self.process.stdout as pipe:  # a full pipe would block the service
             for line in pipe:
                 self.printed += line.decode("utf-8", "replace")
                 self.reading.wait()
 
     def call(self, method: str, path: str, body: Any = None, headers: dict[str, str] = BEARER) -> tuple[int, Any]:
-        """Status and JSON."""
+        """Send a request; returns the status and the JSON."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         with contextlib.closing(connection):
             data = None if body is None else json.dumps(body).encode()
@@ -781,7 +780,7 @@ class Service:
             os.write(self._keys, b"\x03")
 
     def stop(self) -> None:
-        """End it if it runs, on Windows as a killed one ends; may be called again."""
+        """Terminate the service if it runs; on Windows that kills it. May be called again."""
         self.reading.set()
         if self.process.poll() is None:
             self.process.terminate()
@@ -802,7 +801,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def change_constants(module: Path, **constants: Any) -> None:
-    """Give constants of a copy of the module another value."""
+    """Change the values of constants in a copy of the module."""
     for name, value in constants.items():
         text = module.read_text("utf-8")
         text, count = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", text, flags=re.MULTILINE)
@@ -812,8 +811,8 @@ def change_constants(module: Path, **constants: Any) -> None:
 
 @pytest.fixture
 def module_copy(tmp_path: Path) -> Path:
-    """The module in a folder of its own, with a space in its name, where no .env of this PC is read. It looks for
-    StoryArt's sessions where no Redis is."""
+    """A copy of the module in a folder of its own, with a space in its name and without a .env. It looks for StoryArt's
+    sessions where no Redis listens."""
     folder = tmp_path / "the service"
     folder.mkdir()
     module = Path(shutil.copy(HERE / "storyteller_automation.py", folder))
@@ -823,13 +822,13 @@ def module_copy(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def change_module(module_copy: Path) -> Callable[..., None]:
-    """Gives constants of the module that is started another value."""
+    """Changes the values of constants in the module that start_service starts."""
     return functools.partial(change_constants, module_copy)
 
 
 @pytest.fixture
 def start_service(module_copy: Path, clean_environment: dict[str, str]) -> Iterator[Callable[..., Service]]:
-    """Starts the service on a free port, with the settings given by their names; ends it with the test."""
+    """Starts the service on a free port, with settings as environment variables, and ends it with the test."""
     with contextlib.ExitStack() as stack:
 
         def start(*arguments: str, **environment: str) -> Service:
@@ -846,75 +845,37 @@ def start_service(module_copy: Path, clean_environment: dict[str, str]) -> Itera
 # ======================================================================================================
 
 
-def read_settings(folder: Path, env_file: bytes = b"", **environment: str) -> service.Settings:
-    """The settings of an environment and of a .env file in `folder`."""
-    (folder / ".env").write_bytes(env_file)
-    return service.load_settings({}, environment, folder / ".env")
+def read_settings(**environment: str) -> service.Settings:
+    """The settings of an environment, without a .env file."""
+    return service.load_settings({}, environment, HERE / "no .env")
 
 
-def test_what_is_not_set_has_its_default(tmp_path):
-    found = service.load_settings({}, {}, tmp_path / "no .env")
-    assert {row.metadata["name"]: getattr(found, row.name) for row in dataclasses.fields(found)} == {
-        "STORYTELLER_HOST": "localhost",
-        "STORYTELLER_PORT": 8000,
-        "STORYTELLER_DATA_DIR": HERE / "data",
-        "STORYTELLER_API_TOKEN": None,
-        "STORYTELLER_CORS_ORIGINS": (
-            "http://localhost:3000",
-            "http://localhost:5173",
-            "http://127.0.0.1:3000",
-            "http://127.0.0.1:5173",
-        ),
-        "STORYTELLER_TRUSTED_ORIGINS": (),
-        "STORYTELLER_ALLOWED_HOSTS": (),
-        "STORYTELLER_TOKEN_FAILURES": 20,
-        "SWARMUI_ALLOW_ORIGIN": None,
-        "STORYTELLER_LOG_LEVEL": "info",
-        "STORYTELLER_LOG_FORMAT": "text",
-        "REDIS_URL": None,
-        "REDIS_HOST": None,
-        "REDIS_PORT": None,
-        "STORYTELLER_BRIDGE": True,
-        "STORYTELLER_RESERVATION_GATES": False,
-        "NVIDIA_SMI": None,
-        "NVIDIA_SMI_TIMEOUT": 5,
-        "GPU_CACHE_SECONDS": 5,
-        "SWARMUI_API_URL": "http://localhost:7801",
-        "SWARMUI_PATH": None,
-        "SWARMUI_ARGS": (),
-        "SWARMUI_TOKEN": None,
-        "SWARMUI_START_TIMEOUT": 30,
-        "SWARMUI_POLL_INTERVAL": 2,
-        "SWARMUI_HEALTH_TIMEOUT": 2,
-        "SWARMUI_START_INTERVAL": 60,
-        "SWARMUI_AUTOSTART": False,
-        "SWARMUI_IDLE_SHUTDOWN": None,
-        "SWARMUI_RESTART": "no",
-        "STORYTELLER_METRICS": "token",
-        "STORYTELLER_ALERT_URL": None,
-        "STORYTELLER_ALERT_FORMAT": None,
-        "STORYTELLER_ALERT_AFTER": 60,
-        "STORYTELLER_ALERT_GPU_TEMPERATURE": 90,
-        "STORYTELLER_ALERT_DISK": 1,
-        "STORYTELLER_ALERT_UNACKNOWLEDGED": 30,
-        "STORYTELLER_ALERT_STUCK": 30,
-        "STORYTELLER_HEARTBEAT_URL": None,
-    }
+def test_the_defaults_that_readme_gives_in_words():
+    """The test of README's table compares the other defaults."""
+    found = read_settings()
+    assert found.data_dir == HERE / "data"
+    origins = "http://localhost:3000 http://localhost:5173 http://127.0.0.1:3000 http://127.0.0.1:5173"
+    assert found.cors_origins == tuple(origins.split())
+    assert {row.metadata["name"] for row in dataclasses.fields(found) if getattr(found, row.name) is None} == {
+        "STORYTELLER_API_TOKEN", "REDIS_URL", "REDIS_HOST", "REDIS_PORT", "NVIDIA_SMI", "SWARMUI_PATH", "SWARMUI_TOKEN",
+        "SWARMUI_ALLOW_ORIGIN", "SWARMUI_IDLE_SHUTDOWN", "STORYTELLER_ALERT_URL", "STORYTELLER_ALERT_FORMAT",
+        "STORYTELLER_HEARTBEAT_URL",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("argument", "environment", "env_file", "port"),
     [
-        pytest.param("1", "2", "3", 1, id="argument first"),
-        pytest.param(None, "2", "3", 2, id="then environment"),
-        pytest.param(None, None, "3", 3, id="then .env"),
+        pytest.param("1", "2", "3", 1, id="an argument"),
+        pytest.param(None, "2", "3", 2, id="a variable"),
+        pytest.param(None, None, "3", 3, id="a line of .env"),
         pytest.param("", "2", "3", 2, id="an empty argument is unset"),
         pytest.param(None, "", "3", 3, id="an empty variable is unset"),
         pytest.param(None, None, "", 8000, id="an empty line of .env is unset"),
         pytest.param(None, None, '""', 8000, id="empty quotes in .env are unset"),
     ],
 )
-def test_arguments_win_over_the_environment_and_that_over_the_env_file(tmp_path, argument, environment, env_file, port):
+def test_an_argument_overrides_a_variable_which_overrides_the_env_file(tmp_path, argument, environment, env_file, port):
     (tmp_path / ".env").write_text(f"STORYTELLER_PORT={env_file or ''}")
     environ = {} if environment is None else {"STORYTELLER_PORT": environment}
     assert service.load_settings({"port": argument}, environ, tmp_path / ".env").port == port
@@ -923,15 +884,14 @@ def test_arguments_win_over_the_environment_and_that_over_the_env_file(tmp_path,
 @pytest.mark.parametrize(
     ("trusted", "given", "allowed"),
     [
-        pytest.param("http://localhost:3000", "", "http://localhost:3000", id="the only trusted one"),
-        pytest.param("http://localhost:3000", "http://a", "http://a", id="one that is set wins"),
-        pytest.param("http://localhost:3000 http://localhost:4000", "", None, id="none of two"),
-        pytest.param("none", "", None, id="nothing is trusted"),
-        pytest.param("", "", None, id="nothing is set"),
+        pytest.param("http://localhost:3000", "", "http://localhost:3000", id="one is trusted"),
+        pytest.param("http://localhost:3000", "http://a", "http://a", id="the setting wins"),
+        pytest.param("http://localhost:3000 http://localhost:4000", "", None, id="two are trusted"),
+        pytest.param("none", "", None, id="none is trusted"),
     ],
 )
-def test_the_only_trusted_origin_is_also_the_one_that_swarmui_answers(tmp_path, trusted, given, allowed):
-    found = read_settings(tmp_path, STORYTELLER_TRUSTED_ORIGINS=trusted, SWARMUI_ALLOW_ORIGIN=given)
+def test_swarmui_allows_the_only_trusted_origin_by_default(trusted, given, allowed):
+    found = read_settings(STORYTELLER_TRUSTED_ORIGINS=trusted, SWARMUI_ALLOW_ORIGIN=given)
     assert found.swarmui_allow_origin == allowed
 
 
@@ -940,22 +900,20 @@ def test_the_only_trusted_origin_is_also_the_one_that_swarmui_answers(tmp_path, 
     [
         pytest.param("A=1\nB=2\n", {"A": "1", "B": "2"}, id="lines"),
         pytest.param("A=1\r\nB=2", {"A": "1", "B": "2"}, id="Windows line ends"),
-        pytest.param("\ufeffA=Müller\n", {"A": "Müller"}, id="BOM"),
+        pytest.param("\ufeffA=Müller\n", {"A": "Müller"}, id="a BOM"),
         pytest.param("# A=1\n\n  # B=2\nC=3", {"C": "3"}, id="comments and empty lines"),
-        pytest.param("A=1 # 2", {"A": "1 # 2"}, id="no comment after a value"),
-        pytest.param("  A = 1 2 ", {"A": "1 2"}, id="spaces around"),
+        pytest.param("A=1 # 2", {"A": "1 # 2"}, id="a number sign in the value"),
+        pytest.param("  A = 1 2 ", {"A": "1 2"}, id="spaces around the value"),
         pytest.param("A=\" 1 '2' \"\nB=' 3 '", {"A": " 1 '2' ", "B": " 3 "}, id="quotes"),
-        pytest.param('A="1\'\nB=\'\nC=--x "y z"', {"A": "\"1'", "B": "'", "C": '--x "y z"'}, id="no pair of quotes"),
+        pytest.param('A="1\'\nB=\'\nC=--x "y z"', {"A": "\"1'", "B": "'", "C": '--x "y z"'}, id="unpaired quotes"),
         pytest.param(r'A="C:\new\table"', {"A": r"C:\new\table"}, id="backslashes are literal"),
         pytest.param("A=b=c", {"A": "b=c"}, id="an equals sign in the value"),
-        pytest.param(
-            "A=\"--a\" \"b c\"\nB='a' 'b'", {"A": '"--a" "b c"', "B": "'a' 'b'"}, id="quotes around two words"
-        ),
-        pytest.param("A=1\nA=2", {"A": "2"}, id="the last of two"),
+        pytest.param("A=\"a\" \"b c\"\nB='a' 'b'", {"A": '"a" "b c"', "B": "'a' 'b'"}, id="two quoted words"),
+        pytest.param("A=1\nA=2", {"A": "2"}, id="a key set twice"),
         pytest.param("", {}, id="an empty file"),
     ],
 )
-def test_the_env_file_is_read_line_by_line(tmp_path, text, values):
+def test_each_line_of_the_env_file_is_a_key_and_a_value_or_a_comment(tmp_path, text, values):
     (tmp_path / ".env").write_bytes(text.encode())
     assert dict(service.read_env_lines(tmp_path / ".env")) == values
 
@@ -970,7 +928,7 @@ def test_the_env_file_is_read_line_by_line(tmp_path, text, values):
         pytest.param(None, "cannot be read", id="a folder"),
     ],
 )
-def test_an_env_file_that_cannot_be_used_is_refused_by_name(tmp_path, data, words):
+def test_an_env_file_that_cannot_be_used_is_refused_with_its_path(tmp_path, data, words):
     path = tmp_path / ".env"
     path.mkdir() if data is None else path.write_bytes(data)
     with pytest.raises(service.StartError, match=words) as refused:
@@ -978,115 +936,70 @@ def test_an_env_file_that_cannot_be_used_is_refused_by_name(tmp_path, data, word
     assert str(path) in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "values"),
-    {
-        "STORYTELLER_HOST": ["local host", "http://localhost", "[::1]", "a/b", "a:80", "127.0.0.1:80", "a:b:c", "a%41"],
-        "STORYTELLER_PORT": ["65536", "-1", "80.0", "http", " 80", "1e3"],
-        "STORYTELLER_API_TOKEN": ["fifteen-letters", "sixteen letters here", "sixteen-lettérs!", "x" * 1025],
-        "STORYTELLER_DATA_DIR": ["a\0b"],
-        "STORYTELLER_CORS_ORIGINS": [
-            *["*", "null", "http://localhost:3000/", "localhost:3000", "http://Localhost", "http://localhost:80"],
-            *["https://a.example:443", "http://localhost:03000", "http://localhost:99999", "http://127.1"],
-            *["http://[0:0:0:0:0:0:0:1]:3000", "http://..", "http://localhost:3000, *", "http://a@b", "http://a?b"],
-        ],
-        "STORYTELLER_TRUSTED_ORIGINS": ["*", "null", "http://localhost:3000/"],
-        "SWARMUI_ALLOW_ORIGIN": ["null", "http://localhost:3000/", "http://a http://b"],
-        "STORYTELLER_ALLOWED_HOSTS": ["pc:8000", "http://pc", "a/b"],
-        "STORYTELLER_TOKEN_FAILURES": ["0", "x"],
-        "STORYTELLER_LOG_LEVEL": ["loud"],
-        "STORYTELLER_LOG_FORMAT": ["xml"],
-        "REDIS_URL": [
-            *[
-                "localhost:6379",
-                "http://localhost",
-                "redis://localhost:port",
-                "redis://localhost:99999",
-                "redis://[::1",
-            ],
-            *[
-                "redis://:#prod42@127.0.0.1:6391/0",
-                "redis://:42#prod@a",
-                "redis://a#b",
-                "rediss://a/0#b",
-                "unix:///a#b",
-            ],
-            *["redis://", "redis:///0", "rediss://:6379/0", "redis://user:word@", "redis://:12?b@a", "redis://?host=a"],
-            *["unix://", "redis://a?port=99999", "redis://a?protocol=9", "rediss://a?ssl_cert_reqs=x"],
-            "rediss://a?ssl_keyfile=x",
-        ],
-        "REDIS_HOST": ["redis://localhost", "127.0.0.1:6379", "a:b:c", "[::1]", "[::1", "::1%", ":", "a%41"],
-        "REDIS_PORT": ["0", "65536", "x"],
-        "STORYTELLER_BRIDGE": ["yes", "1"],
-        "STORYTELLER_RESERVATION_GATES": ["yes", "1"],
-        "NVIDIA_SMI_TIMEOUT": ["0", "-1", "x", "86401"],
-        "GPU_CACHE_SECONDS": ["-1", "five", "nan", "inf", "86401"],
-        "SWARMUI_API_URL": [
-            *["localhost:7801", "ftp://localhost", "http://", "http://a b", "http://localhost:0", "http://[::1"],
-            *[
-                "http://localhost:99999",
-                "http://a..b",
-                "http://user:word@localhost",
-                "http://localhost/?a",
-                "http://localhost/#a",
-            ],
-        ],
-        "SWARMUI_PATH": ["a\0b"],
-        "SWARMUI_TOKEN": ["a b", "a;b", "a,b", 'a"b', "a\\b", "é"],
-        "SWARMUI_START_TIMEOUT": ["0", "-1", "x"],
-        "SWARMUI_POLL_INTERVAL": ["0", "inf"],
-        "SWARMUI_HEALTH_TIMEOUT": ["0", "nan"],
-        "SWARMUI_START_INTERVAL": ["0", "1 m"],
-        "SWARMUI_AUTOSTART": ["yes"],
-        "SWARMUI_IDLE_SHUTDOWN": ["0", "-1", "1 h"],
-        "SWARMUI_RESTART": ["always"],
-        "STORYTELLER_METRICS": ["on", "closed"],
-        "STORYTELLER_ALERT_URL": ["ntfy.sh/a", "ftp://a/b", "http://user:word@a/b", "http://a/#b", "http://a/b c"],
-        "STORYTELLER_ALERT_FORMAT": ["mail"],
-        "STORYTELLER_ALERT_STUCK": ["-1", "x"],
-    }.items(),
-)
-def test_a_bad_value_is_refused_by_name(tmp_path, name, values):
-    for value in values:
-        with pytest.raises(service.StartError, match=f"^{name}\\b.*: expected "):
-            service.load_settings({}, {name: value}, tmp_path / ".env")
-
-
-@pytest.mark.parametrize(
-    ("text", "origins"),
-    [
-        ("none", ()),
-        ("http://a:1,http://b", ("http://a:1", "http://b")),
-        ("http://a:1 ,  https://b:80", ("http://a:1", "https://b:80")),
-        ("http://[::1]:3000 http://127.0.0.1", ("http://[::1]:3000", "http://127.0.0.1")),
-        ("chrome-extension://abcdef", ("chrome-extension://abcdef",)),
+BAD_VALUES = {
+    "STORYTELLER_HOST": ["local host", "http://localhost", "[::1]", "a/b", "a:80", "127.0.0.1:80", "a:b:c", "a%41"],
+    "STORYTELLER_PORT": ["65536", "-1", "80.0", "http", " 80", "1e3"],
+    "STORYTELLER_API_TOKEN": ["fifteen-letters", "sixteen letters here", "sixteen-lettérs!", "x" * 1025],
+    "STORYTELLER_DATA_DIR": ["a\0b"],
+    "STORYTELLER_CORS_ORIGINS": [
+        *["*", "null", "http://localhost:3000/", "localhost:3000", "http://Localhost", "http://localhost:80"],
+        *["https://a.example:443", "http://localhost:03000", "http://localhost:99999", "http://127.1"],
+        *["http://[0:0:0:0:0:0:0:1]:3000", "http://..", "http://localhost:3000, *", "http://a@b", "http://a?b"],
     ],
-)
-def test_origins_are_separated_by_commas_or_spaces(tmp_path, text, origins):
-    found = service.load_settings({}, {"STORYTELLER_CORS_ORIGINS": text}, tmp_path / ".env")
-    assert found.cors_origins == origins
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        pytest.param("REDIS_URL", "redis://localhost?unknown=1", id="an unknown option of Redis"),
-        pytest.param("SWARMUI_API_URL", "http://localhost:7801?", id="an empty query"),
+    "STORYTELLER_TRUSTED_ORIGINS": ["*", "null", "http://localhost:3000/"],
+    "SWARMUI_ALLOW_ORIGIN": ["null", "http://localhost:3000/", "http://a http://b"],
+    "STORYTELLER_ALLOWED_HOSTS": ["pc:8000", "http://pc", "a/b"],
+    "STORYTELLER_TOKEN_FAILURES": ["0", "x"],
+    "STORYTELLER_LOG_LEVEL": ["loud"],
+    "STORYTELLER_LOG_FORMAT": ["xml"],
+    "REDIS_URL": [
+        *["localhost:6379", "http://localhost", "redis://localhost:port", "redis://localhost:99999", "redis://[::1"],
+        *["redis://:#prod42@127.0.0.1:6391/0", "redis://:42#prod@a", "redis://a#b", "rediss://a/0#b", "unix:///a#b"],
+        *["redis://", "redis:///0", "rediss://:6379/0", "redis://user:word@", "redis://:12?b@a", "redis://?host=a"],
+        *["unix://", "redis://a?port=99999", "redis://a?protocol=9", "rediss://a?ssl_cert_reqs=x"],
+        *["rediss://a?ssl_keyfile=x", "redis://localhost?unknown=1"],
     ],
-)
-def test_a_value_that_only_fails_when_used_is_refused_by_name_too(tmp_path, name, value):
+    "REDIS_HOST": ["redis://localhost", "127.0.0.1:6379", "a:b:c", "[::1]", "[::1", "::1%", ":", "a%41"],
+    "REDIS_PORT": ["0", "65536", "x"],
+    "STORYTELLER_BRIDGE": ["yes", "1"],
+    "STORYTELLER_RESERVATION_GATES": ["yes", "1"],
+    "NVIDIA_SMI_TIMEOUT": ["0", "-1", "x", "86401"],
+    "GPU_CACHE_SECONDS": ["-1", "five", "nan", "inf", "86401"],
+    "SWARMUI_API_URL": [
+        *["localhost:7801", "ftp://localhost", "http://", "http://a b", "http://localhost:0", "http://[::1"],
+        *["http://localhost:99999", "http://a..b", "http://user:word@localhost", "http://localhost/?a"],
+        *["http://localhost/#a", "http://localhost:7801?"],
+    ],
+    "SWARMUI_PATH": ["a\0b"],
+    "SWARMUI_TOKEN": ["a b", "a;b", "a,b", 'a"b', "a\\b", "é"],
+    "SWARMUI_START_TIMEOUT": ["0", "-1", "x"],
+    "SWARMUI_POLL_INTERVAL": ["0", "inf"],
+    "SWARMUI_HEALTH_TIMEOUT": ["0", "nan"],
+    "SWARMUI_START_INTERVAL": ["0", "1 m"],
+    "SWARMUI_AUTOSTART": ["yes"],
+    "SWARMUI_IDLE_SHUTDOWN": ["0", "-1", "1 h"],
+    "SWARMUI_RESTART": ["always"],
+    "STORYTELLER_METRICS": ["on", "closed"],
+    "STORYTELLER_ALERT_URL": ["ntfy.sh/a", "ftp://a/b", "http://user:word@a/b", "http://a/#b", "http://a/b c"],
+    "STORYTELLER_ALERT_FORMAT": ["mail"],
+    "STORYTELLER_ALERT_STUCK": ["-1", "x"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_VALUES.items() for value in values])
+def test_an_invalid_value_is_refused_with_the_name_of_its_setting(name, value):
     with pytest.raises(service.StartError, match=f"^{name}\\b.*: expected "):
-        service.load_settings({}, {name: value}, tmp_path / ".env")
+        read_settings(**{name: value})
 
 
-def test_the_home_of_nobody(tmp_path):
-    """sh knows every user; to Windows' Python each has a folder beside one's own, be it there or not."""
+def test_the_home_folder_of_an_unknown_user_is_refused_except_on_windows():
+    """Python on Windows does not look users up: it expects every home folder beside this user's."""
     if service.WINDOWS:
-        found = read_settings(tmp_path, SWARMUI_PATH="~no-such-user-here/SwarmUI").swarmui_path
+        found = read_settings(SWARMUI_PATH="~no-such-user-here/SwarmUI").swarmui_path
         assert found == Path.home().parent / "no-such-user-here" / "SwarmUI"
     else:
         with pytest.raises(service.StartError, match=r"^SWARMUI_PATH .*: expected a path"):
-            read_settings(tmp_path, SWARMUI_PATH="~no-such-user-here/SwarmUI")
+            read_settings(SWARMUI_PATH="~no-such-user-here/SwarmUI")
 
 
 @pytest.mark.parametrize(
@@ -1100,24 +1013,24 @@ def test_the_home_of_nobody(tmp_path):
         ("STORYTELLER_HEARTBEAT_URL", "pass-word"),
     ],
 )
-def test_the_refusal_of_a_secret_does_not_show_it(tmp_path, name, value):
+def test_an_error_about_a_secret_does_not_show_it(name, value):
     with pytest.raises(service.StartError) as refused:
-        service.load_settings({}, {name: value}, tmp_path / ".env")
+        read_settings(**{name: value})
     assert not re.search("short|pass-word|prod42|6391|a cookie", str(refused.value))
 
 
-def test_the_refusal_of_a_redis_url_says_how_to_write_what_ends_a_host(tmp_path):
+def test_an_error_about_a_redis_url_says_how_to_escape_special_characters():
     with pytest.raises(service.StartError, match="write # as %23 in a password"):
-        read_settings(tmp_path, REDIS_URL="redis://:#prod42@127.0.0.1:6391/0")
-    written = read_settings(tmp_path, REDIS_URL="redis://:%23prod42@127.0.0.1:6391/0").redis_address
-    assert redis.connection.parse_url(written)["password"] == "#prod42"
+        read_settings(REDIS_URL="redis://:#prod42@127.0.0.1:6391/0")
+    escaped = read_settings(REDIS_URL="redis://:%23prod42@127.0.0.1:6391/0").redis_address
+    assert redis.connection.parse_url(escaped)["password"] == "#prod42"
 
 
-def test_settings_that_are_printed_show_no_secret(tmp_path):
+def test_the_repr_of_the_settings_shows_no_secret():
     secrets = {"STORYTELLER_API_TOKEN": TOKEN, "REDIS_URL": "redis://:pass-word@a", "SWARMUI_TOKEN": "cookie-word"}
     secrets |= {"STORYTELLER_ALERT_URL": "http://a/pass-word", "STORYTELLER_HEARTBEAT_URL": "http://a/pass-word"}
-    printed = repr(read_settings(tmp_path, **secrets))
-    assert not any(word in printed for word in (TOKEN, "pass-word", "cookie-word"))
+    shown = repr(read_settings(**secrets))
+    assert not any(word in shown for word in (TOKEN, "pass-word", "cookie-word"))
 
 
 @pytest.mark.parametrize(
@@ -1127,6 +1040,11 @@ def test_settings_that_are_printed_show_no_secret(tmp_path):
         ("STORYTELLER_PORT", "65535", "port", 65535),
         ("STORYTELLER_HOST", "::1", "host", "::1"),
         ("STORYTELLER_API_TOKEN", "~!sixteen-letter", "api_token", "~!sixteen-letter"),
+        ("STORYTELLER_CORS_ORIGINS", "none", "cors_origins", ()),
+        ("STORYTELLER_CORS_ORIGINS", "http://a:1,http://b", "cors_origins", ("http://a:1", "http://b")),
+        ("STORYTELLER_CORS_ORIGINS", "http://a:1 ,  https://b:80", "cors_origins", ("http://a:1", "https://b:80")),
+        ("STORYTELLER_CORS_ORIGINS", "http://[::1] http://1.2.3.4", "cors_origins", ("http://[::1]", "http://1.2.3.4")),
+        ("STORYTELLER_CORS_ORIGINS", "chrome-extension://ab", "cors_origins", ("chrome-extension://ab",)),
         ("GPU_CACHE_SECONDS", "0", "gpu_cache_seconds", 0),
         ("SWARMUI_POLL_INTERVAL", "0.5", "poll_interval", 0.5),
         ("SWARMUI_API_URL", "https://render-pc:8443/swarm/", "swarmui_api_url", "https://render-pc:8443/swarm"),
@@ -1151,53 +1069,51 @@ def test_settings_that_are_printed_show_no_secret(tmp_path):
         ("STORYTELLER_ALERT_UNACKNOWLEDGED", "0.5", "alert_unacknowledged", 0.5),
     ],
 )
-def test_a_good_value_is_taken(tmp_path, name, text, field, value):
-    """Paths need not exist: that is a fault of the endpoint that needs them. Relative ones begin at the module."""
-    assert getattr(read_settings(tmp_path, **{name: text}), field) == value
+def test_a_valid_value_is_parsed(name, text, field, value):
+    """A path need not exist: the endpoint that needs it reports that. A relative path is relative to the module."""
+    assert getattr(read_settings(**{name: text}), field) == value
 
 
-def test_redis_url_wins_over_host_and_port(tmp_path):
+def test_redis_url_overrides_host_and_port():
     both = {"REDIS_HOST": "b", "REDIS_PORT": "1"}
-    assert read_settings(tmp_path, **both).redis_address == "redis://b:1/0"
-    assert read_settings(tmp_path, **both, REDIS_URL="redis://c").redis_address == "redis://c"
+    assert read_settings(**both).redis_address == "redis://b:1/0"
+    assert read_settings(**both, REDIS_URL="redis://c").redis_address == "redis://c"
 
 
 @pytest.mark.parametrize(
     ("environment", "env_file", "advice"),
     [
-        pytest.param({"STORYTELER_PORT": "1"}, "", {"STORYTELER_PORT": "STORYTELLER_PORT?"}, id="nearly a setting"),
-        pytest.param({"STORYTELLER_PROT": "1"}, "", {"STORYTELLER_PROT": "STORYTELLER_PORT?"}, id="two letters turned"),
-        pytest.param({"STORYTELLER_COLOUR": "1"}, "", {"STORYTELLER_COLOUR": "--help"}, id="ours, like none"),
-        pytest.param({"swarmui_path": "1"}, "", {"swarmui_path": "SWARMUI_PATH?"}, id="in small letters"),
-        pytest.param({}, "REDIS_ULR=1", {"REDIS_ULR": "REDIS_URL?"}, id=".env: nearly a setting"),
-        pytest.param({}, "COLOUR=1\nB=", {"COLOUR": "--help", "B": "--help"}, id=".env: anything else"),
-        pytest.param(
-            {}, "REDIS_PORT=1\nREDIS_HOST=1\n REDIS_PORT = 2", {"REDIS_PORT": "the last one"}, id=".env: twice"
-        ),
+        pytest.param({"STORYTELER_PORT": "1"}, "", {"STORYTELER_PORT": "STORYTELLER_PORT?"}, id="a typing error"),
+        pytest.param({"STORYTELLER_PROT": "1"}, "", {"STORYTELLER_PROT": "STORYTELLER_PORT?"}, id="swapped letters"),
+        pytest.param({"STORYTELLER_COLOUR": "1"}, "", {"STORYTELLER_COLOUR": "--help"}, id="only its prefix is ours"),
+        pytest.param({"swarmui_path": "1"}, "", {"swarmui_path": "SWARMUI_PATH?"}, id="in lower case"),
+        pytest.param({}, "REDIS_ULR=1", {"REDIS_ULR": "REDIS_URL?"}, id=".env: a typing error"),
+        pytest.param({}, "COLOUR=1\nB=", {"COLOUR": "--help", "B": "--help"}, id=".env: like no setting"),
+        pytest.param({}, "REDIS_PORT=1\nREDIS_HOST=1\n REDIS_PORT=2", {"REDIS_PORT": "the last"}, id=".env: twice"),
         pytest.param({}, "# REDIS_PORT=1\nREDIS_PORT=2", {}, id=".env: a comment"),
-        pytest.param({"STORYTELLER_NO_PAUSE": "1", "REDIS_URL": "1"}, "REDIS_URL=1", {}, id="all known"),
-        pytest.param({"TEST_REDIS_URL": "1", "PATH": "1", "HOST": "1", "REQUIRE_REDIS": "1"}, "", {}, id="of others"),
+        pytest.param({"STORYTELLER_NO_PAUSE": "1", "REDIS_URL": "1"}, "REDIS_URL=1", {}, id="only settings"),
+        pytest.param({"TEST_REDIS_URL": "1", "PATH": "1", "HOST": "1", "REQUIRE_REDIS": "1"}, "", {}, id="other names"),
     ],
 )
-def test_a_name_that_seems_meant_as_a_setting_is_named_with_the_nearest(tmp_path, environment, env_file, advice):
+def test_a_name_that_looks_like_a_setting_causes_a_warning_with_advice(tmp_path, environment, env_file, advice):
     (tmp_path / ".env").write_text(env_file)
-    found = list(service.setting_warnings(environment, tmp_path / ".env"))
-    assert [line.split()[0] for line in found] == list(advice)
-    assert all(text in line for text, line in zip(advice.values(), found))
+    warnings = list(service.setting_warnings(environment, tmp_path / ".env"))
+    assert [line.split()[0] for line in warnings] == list(advice)
+    assert all(text in line for text, line in zip(advice.values(), warnings))
 
 
-def test_an_env_file_that_the_editor_named_otherwise_is_told_of(tmp_path):
+def test_an_env_file_that_an_editor_saved_as_txt_causes_a_warning(tmp_path):
     (tmp_path / ".env.txt").write_text("REDIS_URL=1")
-    (found,) = service.setting_warnings({}, tmp_path / ".env")
-    assert found == f"{tmp_path / '.env.txt'} is not read: rename it to .env"
+    (warning,) = service.setting_warnings({}, tmp_path / ".env")
+    assert warning == f"{tmp_path / '.env.txt'} is not read: rename it to .env"
 
 
 # ======================================================================================================
 # Platform
 # ======================================================================================================
 
-ONLY_WINDOWS = pytest.mark.skipif(not service.WINDOWS, reason="the other systems have another reason for it")
-ONLY_POSIX = pytest.mark.skipif(service.WINDOWS, reason="Windows has neither mode bits nor shell scripts")
+ONLY_WINDOWS = pytest.mark.skipif(not service.WINDOWS, reason="it means something else on other systems")
+ONLY_POSIX = pytest.mark.skipif(service.WINDOWS, reason="it exists on POSIX systems only")
 
 
 @pytest.mark.parametrize(
@@ -1214,73 +1130,74 @@ def test_arguments_are_split_but_not_expanded(text, words):
     assert service.split_arguments(text) == words
 
 
-def test_quotes_that_are_not_closed(tmp_path):
-    """sh refuses them; Windows' own rule is that the end of the line closes them."""
+def test_unclosed_quotes_are_refused_except_on_windows():
+    """On Windows the end of the line closes them."""
     if service.WINDOWS:
         assert service.split_arguments('--a "b c') == ("--a", "b c")
     else:
         with pytest.raises(service.StartError, match=r"SWARMUI_ARGS .* quotes that are closed"):
-            read_settings(tmp_path, SWARMUI_ARGS='--a "b c')
+            read_settings(SWARMUI_ARGS='--a "b c')
 
 
-def test_a_private_file_can_replace_another(tmp_path):
-    for text in ("the first", "second"):
-        service.write_private(tmp_path / "kept", text, replace=True)
-        assert ((tmp_path / "kept").read_text(), is_its_owners(tmp_path / "kept")) == (text, True)
-    assert [one.name for one in tmp_path.iterdir()] == ["kept"]
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    """The path of a private file, in an empty folder."""
+    return tmp_path / "secret"
 
 
 def windows_rights(path: Path) -> set[str]:
-    """The users and groups that Windows gives any right to a file."""
-    rights, written = ctypes.c_void_p(), ctypes.c_wchar_p()
-    of_a_file, access_list = 1, 4
-    asked = (str(path), of_a_file, access_list, None, None, None, None, ctypes.byref(rights))
-    assert service._win32("advapi32.GetNamedSecurityInfoW", "NSNNPPPPP", *asked) == 0
+    """The users and groups that have any access to a file on Windows."""
+    descriptor, text = ctypes.c_void_p(), ctypes.c_wchar_p()
+    file_object, access_list = 1, 4
+    arguments = (str(path), file_object, access_list, None, None, None, None, ctypes.byref(descriptor))
+    assert service._win32("advapi32.GetNamedSecurityInfoW", "NSNNPPPPP", *arguments) == 0
     name = "advapi32.ConvertSecurityDescriptorToStringSecurityDescriptorW"
-    service._checked(name, "NPNNPP", rights, 1, access_list, ctypes.byref(written), None)
-    return set(service.re.findall(r"([^;]+)\)", written.value))
+    service._checked(name, "NPNNPP", descriptor, 1, access_list, ctypes.byref(text), None)
+    return set(re.findall(r"([^;]+)\)", text.value))
 
 
 def is_its_owners(path: Path) -> bool:
-    """Whether nobody else may read it (but Windows itself, "SY", which may anything)."""
+    """Whether nobody but its owner may read a file (and Windows itself, "SY", which may do anything)."""
     if service.WINDOWS:
         return windows_rights(path) - {"SY"} == {service._user_sid()}
     return path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_private_file_is_its_owners_from_the_first_moment(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(service.os, "fsync", lambda file: seen.extend(map(is_its_owners, tmp_path.iterdir())))
+def test_a_private_file_is_only_readable_by_its_owner_from_its_creation_on(secret, monkeypatch):
+    drafts = []
+    monkeypatch.setattr(os, "fsync", lambda file: drafts.extend(map(is_its_owners, secret.parent.iterdir())))
     before = os.umask(0)
     try:
-        service.write_private(tmp_path / "kept", "text")
-        (tmp_path / "a plain one").touch()
+        service.write_private(secret, "text")
+        secret.with_name("public").touch()
     finally:
         os.umask(before)
-    assert [*seen, is_its_owners(tmp_path / "kept")] == [True, True]
-    assert service.WINDOWS or not is_its_owners(tmp_path / "a plain one")
+    assert [*drafts, is_its_owners(secret)] == [True, True]
+    assert service.WINDOWS or not is_its_owners(secret.with_name("public"))
 
 
-def test_a_private_file_that_cannot_be_finished_is_not_there_at_all(tmp_path, monkeypatch):
+def test_a_private_file_that_cannot_be_written_leaves_nothing_behind(secret, monkeypatch):
     def disk_is_full(file):
-        assert not (tmp_path / "kept").exists()
+        assert not secret.exists()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(service.os, "fsync", disk_is_full)
+    monkeypatch.setattr(os, "fsync", disk_is_full)
     with pytest.raises(OSError, match="No space"):
-        service.write_private(tmp_path / "kept", "text")
-    assert list(tmp_path.iterdir()) == []
+        service.write_private(secret, "text")
+    assert list(secret.parent.iterdir()) == []
 
 
-def test_a_private_file_replaces_none(tmp_path):
-    (tmp_path / "kept").write_text("the first")
+def test_a_private_file_replaces_another_only_if_asked_to(secret):
+    service.write_private(secret, "the first", replace=True)
     with pytest.raises(FileExistsError):
-        service.write_private(tmp_path / "kept", "the second")
-    assert (tmp_path / "kept").read_text() == "the first"
-    assert [one.name for one in tmp_path.iterdir()] == ["kept"]
+        service.write_private(secret, "the second")
+    assert (secret.read_text(), is_its_owners(secret)) == ("the first", True)
+    service.write_private(secret, "third", replace=True)
+    assert (secret.read_text(), is_its_owners(secret)) == ("third", True)
+    assert list(secret.parent.iterdir()) == [secret]
 
 
-def test_a_log_is_appended_to_also_after_somebody_shortened_it(tmp_path):
+def test_a_log_is_appended_to_even_after_it_was_truncated(tmp_path):
     path = tmp_path / "a log"
     path.write_bytes(b"old ")
     log = service.open_log(path)
@@ -1294,28 +1211,28 @@ def test_a_log_is_appended_to_also_after_somebody_shortened_it(tmp_path):
     assert path.read_bytes() == b"second"
 
 
-@pytest.mark.parametrize("waits", [True, False], ids=["a child that runs", "a child that has ended"])
-def test_a_bounded_child_ends_with_all_that_it_started(tmp_path, leash, waits):
-    grandchild = f"{LEASH}\nhold_leash({leash.port}); threading.Event().wait()"
+@pytest.mark.parametrize("exits", [False, True], ids=["a child that runs", "a child that has exited"])
+def test_a_bounded_child_is_killed_with_everything_that_it_started(tmp_path, leash, exits):
+    grandchild_code = f"{LEASH}\nhold_leash({leash.port}); threading.Event().wait()"
     code = (
         "import subprocess, threading\n"
-        "pipe = subprocess.DEVNULL\n"
-        "subprocess.Popen([sys.executable, '-c', plan['code']], stdin=pipe, stdout=pipe, stderr=pipe)\n"
+        "null = subprocess.DEVNULL\n"
+        "subprocess.Popen([sys.executable, '-c', plan['code']], stdin=null, stdout=null, stderr=null)\n"
         "print(sys.stdin.read() + 'no input', flush=True)\n"
-        f"{'threading.Event().wait()' if waits else ''}"
+        f"{'' if exits else 'threading.Event().wait()'}"
     )
-    program = write_program(tmp_path / "a child", code, {"code": grandchild})
+    program = write_program(tmp_path / "a child", code, {"code": grandchild_code})
     with service.bounded_child([str(program)], set()) as child:
         assert child.stdout.readline().strip() == b"no input"
-        held = leash.next()
-        if not waits:
+        grandchild = leash.next()
+        if exits:
             assert child.wait(PATIENCE) == 0
-        assert held.is_alive()
-    assert held.has_ended()
+        assert grandchild.is_alive()
+    assert grandchild.has_ended()
     assert child.wait(PATIENCE) is not None
 
 
-# What a launched program tells: what it reads, and which group it is in.
+# Reports what it reads, and whether it has a process group of its own; then prints.
 LAUNCHED = """
 group = os.getpgrp() if hasattr(os, "getpgrp") else os.getpid()
 hold_leash(plan["leash"], read=sys.stdin.read(), own_group=group == os.getpid())
@@ -1323,78 +1240,81 @@ print("to stdout", flush=True); print("to stderr", file=sys.stderr, flush=True)
 """
 
 
-def test_a_launched_program_gets_no_setting_of_ours_no_input_and_a_group_of_its_own(tmp_path, monkeypatch, leash):
+def test_a_launched_program_gets_no_private_settings_no_input_and_its_own_process_group(tmp_path, monkeypatch, leash):
     monkeypatch.setenv("STORYTELLER_API_TOKEN", TOKEN)
     for name in ("STORYTELLER_ANYTHING", "REDIS_URL", "REDIS_HOST", "SWARMUI_TOKEN"):
-        monkeypatch.setenv(name, "else")
-    monkeypatch.setenv("SWARMUI_KEPT", "as it is")
+        monkeypatch.setenv(name, "private")
+    monkeypatch.setenv("SWARMUI_OTHER", "passed on")
     program = write_program(tmp_path / "a program", LAUNCHED, {"leash": leash.port})
     folder = tmp_path / "a folder"
     folder.mkdir()
     service.launch_detached(program, ["--a", "b c", '"', "$HOME"], folder, tmp_path / "log").process.wait(PATIENCE)
     report = leash.next().report
-    ours = ("STORYTELLER_", "REDIS_", "SWARMUI_TOKEN")
-    assert [name for name in report["environment"] if name.upper().startswith(ours)] == []
-    assert report["environment"]["SWARMUI_KEPT"] == "as it is"
+    private = ("STORYTELLER_", "REDIS_", "SWARMUI_TOKEN")
+    assert [name for name in report["environment"] if name.upper().startswith(private)] == []
+    assert report["environment"]["SWARMUI_OTHER"] == "passed on"
     assert report["arguments"] == ["--a", "b c", '"', "$HOME"]
     assert Path(report["folder"]).samefile(folder)
     assert (report["read"], report["own_group"]) == ("", True)
 
 
-def test_what_launched_programs_print_is_appended_to_the_log(tmp_path, leash):
+def test_the_output_of_launched_programs_is_appended_to_the_log(tmp_path, leash):
     program = write_program(tmp_path / "a program", LAUNCHED, {"leash": leash.port})
     for _ in range(2):
         service.launch_detached(program, [], tmp_path, tmp_path / "log").process.wait(PATIENCE)
     assert (tmp_path / "log").read_text().split("\n") == [*["to stdout", "to stderr"] * 2, ""]
 
 
-def test_a_launched_program_outlives_the_one_that_launched_it(tmp_path, leash):
-    program = write_program(
-        tmp_path / "a program", "hold_leash(plan['leash']); threading.Event().wait()", {"leash": leash.port}
-    )
-    code = "import sys, pathlib, storyteller_automation as service; a = pathlib.Path(sys.argv[1]); "
-    code += "service.launch_detached(a, [], a.parent, a.parent / 'log')"
-    subprocess.run([sys.executable, "-c", code, str(program)], cwd=HERE, check=True, timeout=PATIENCE)
+@pytest.fixture
+def make_launcher(tmp_path: Path, leash: Leash) -> Callable[..., list[str]]:
+    """Makes the command of a process that launches a program, with code that runs before and after the launch."""
+
+    def make(before: str = "", after: str = "") -> list[str]:
+        code = "import time; hold_leash(plan['leash']); time.sleep(3600)"
+        program = write_program(tmp_path / "a program", code, {"leash": leash.port})
+        code = (
+            f"import ctypes, pathlib, sys, time, storyteller_automation as service\n{before}\n"
+            "program = pathlib.Path(sys.argv[1]); folder = program.parent\n"
+            f"service.launch_detached(program, [], folder, folder / 'log')\n{after}"
+        )
+        return [sys.executable, "-c", code, str(program)]
+
+    return make
+
+
+def test_a_launched_program_outlives_its_launcher(make_launcher, leash):
+    subprocess.run(make_launcher(), cwd=HERE, check=True, timeout=PATIENCE)
     assert leash.next().is_alive()
 
 
-@pytest.mark.skipif(not service.WINDOWS, reason="consoles are Windows'; a session is left on the other systems")
-def test_ctrl_c_in_our_console_does_not_reach_a_launched_program(tmp_path, leash):
-    code = "import time; hold_leash(plan['leash']); time.sleep(3600)"
-    program = write_program(tmp_path / "a program", code, {"leash": leash.port})
-    code = "import pathlib, sys, time, storyteller_automation as service; a = pathlib.Path(sys.argv[1]); "
-    code += f"service.launch_detached(a, [], a.parent, a.parent / 'log'); time.sleep({PATIENCE})"
-    command = [sys.executable, "-c", code, str(program)]
-    with subprocess.Popen(command, cwd=HERE, creationflags=subprocess.CREATE_NO_WINDOW) as process:
-        held = leash.next()
-        subprocess.run([sys.executable, "-c", PRESS_CTRL_C, str(process.pid)], check=True, timeout=PATIENCE)
-        assert process.wait(PATIENCE) != 0
-    assert not held.has_ended(patience=1.0)  # it would be a moment later than ours
+@pytest.mark.skipif(not service.WINDOWS, reason="elsewhere a launched program leaves the session of the terminal")
+def test_ctrl_c_in_the_services_console_does_not_reach_a_launched_program(make_launcher, leash):
+    command = make_launcher(after=f"time.sleep({PATIENCE})")
+    with subprocess.Popen(command, cwd=HERE, creationflags=subprocess.CREATE_NO_WINDOW) as launcher:
+        program = leash.next()
+        subprocess.run([sys.executable, "-c", PRESS_CTRL_C, str(launcher.pid)], check=True, timeout=PATIENCE)
+        assert launcher.wait(PATIENCE) != 0
+    assert not program.has_ended(patience=1.0)  # Ctrl+C would end it a moment later than its launcher
 
 
-@pytest.mark.skipif(not service.WINDOWS, reason="job objects are Windows'; a group is left on the other systems")
-@pytest.mark.parametrize(("limits", "lives"), [(0x2000 | 0x800, True), (0x2000, False)], ids=["lets out", "does not"])
-def test_a_launched_program_leaves_the_job_that_ends_with_the_service(tmp_path, leash, limits, lives):
-    """The task scheduler runs the service in one. KILL_ON_JOB_CLOSE, and BREAKAWAY_OK."""
-    program = write_program(
-        tmp_path / "a program", "hold_leash(plan['leash']); threading.Event().wait()", {"leash": leash.port}
-    )
-    code = (
-        "import ctypes, pathlib, sys, storyteller_automation as service; a = pathlib.Path(sys.argv[1])\n"
-        f"job, ourselves = service._make_job({limits}), ctypes.c_void_p(-1)\n"
-        "assert ctypes.WinDLL('kernel32').AssignProcessToJobObject(ctypes.c_void_p(job), ourselves)\n"
-        "service.launch_detached(a, [], a.parent, a.parent / 'log')\n"
-        "sys.stdin.read()\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, str(program)], cwd=HERE, stdin=subprocess.PIPE) as process:
-        held = leash.next()
-        process.stdin.close()
-        process.wait(PATIENCE)
-    assert held.is_alive() if lives else held.has_ended()
+@pytest.mark.skipif(not service.WINDOWS, reason="elsewhere there are no job objects")
+@pytest.mark.parametrize(("limits", "survives"), [(0x2800, True), (0x2000, False)], ids=["permitted", "forbidden"])
+def test_a_launched_program_leaves_a_job_that_ends_with_the_service_if_that_permits_it(
+    make_launcher, leash, limits, survives
+):
+    """The task scheduler runs the service in such a job: KILL_ON_JOB_CLOSE (0x2000), perhaps BREAKAWAY_OK (0x800)."""
+    enter = f"job, this_process = ctypes.c_void_p(service._make_job({limits})), ctypes.c_void_p(-1)\n"
+    enter += "assert ctypes.WinDLL('kernel32').AssignProcessToJobObject(job, this_process)"
+    command = make_launcher(before=enter, after="sys.stdin.read()")
+    with subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE) as launcher:
+        program = leash.next()
+        launcher.stdin.close()
+        launcher.wait(PATIENCE)
+    assert program.is_alive() if survives else program.has_ended()
 
 
-@pytest.mark.parametrize("executable", [True, pytest.param(False, marks=ONLY_POSIX)], ids=["", "without the x bit"])
-def test_a_launch_script_is_run_in_a_folder_with_a_space_and_an_ampersand(tmp_path, leash, executable):
+@pytest.mark.parametrize("executable", [True, pytest.param(False, marks=ONLY_POSIX)], ids=["", "without x bit"])
+def test_a_launch_script_runs_in_a_folder_with_special_characters(tmp_path, leash, executable):
     folder = write_swarmui_folder(tmp_path / "render & (story) teller", {"leash": leash.port, "exit": 0})
     script = folder / service.LAUNCH_SCRIPT
     if not executable:
@@ -1405,18 +1325,18 @@ def test_a_launch_script_is_run_in_a_folder_with_a_space_and_an_ampersand(tmp_pa
     assert launched.process.wait(PATIENCE) == 0
 
 
-def test_a_process_is_told_from_a_later_one_of_its_number():
+def test_the_identity_of_a_process_is_its_own_and_ends_with_it():
     identity = service.process_identity(os.getpid())
     assert identity
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         assert service.process_identity(other.pid) not in (None, identity)
         other.kill()
-        wait_until(lambda: service.process_identity(other.pid) is None)  # though nobody has waited for it
+        wait_until(lambda: service.process_identity(other.pid) is None)  # although it is a zombie
     assert service.process_identity(os.getpid()) == identity
 
 
 @ONLY_POSIX
-def test_a_program_whose_pid_another_one_has_now_is_over_and_the_other_one_is_not_ended():
+def test_a_program_has_ended_once_another_process_has_its_pid_and_that_one_is_left_alone():
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         ended.wait(PATIENCE)
     command = [sys.executable, "-c", "input()"]
@@ -1430,20 +1350,21 @@ def test_a_program_whose_pid_another_one_has_now_is_over_and_the_other_one_is_no
 
 @ONLY_POSIX
 def test_the_identity_of_a_process_does_not_depend_on_time_zone_and_language(monkeypatch):
-    """On macOS it is a time that ps prints, which a process in another environment must find again."""
-    shutil.which("ps") or pytest.skip("there is no ps here")
+    """On macOS it is a time that ps prints. A process with another environment must find the same."""
+    shutil.which("ps") or pytest.skip("ps is not installed")
     monkeypatch.setattr(sys, "platform", "darwin")
-    found = set()
-    for zone in ("UTC", "Asia/Tokyo"):
+    identities = set()
+    for zone, language in (("UTC", "C"), ("Asia/Tokyo", "ja_JP.UTF-8")):
         monkeypatch.setenv("TZ", zone)
-        found.add(service.process_identity(os.getpid()))
-    (identity,) = found
+        monkeypatch.setenv("LC_ALL", language)
+        identities.add(service.process_identity(os.getpid()))
+    (identity,) = identities
     assert re.search(r"\d\d:\d\d:\d\d", identity)
 
 
-def test_a_port_is_not_shared():
-    with service.listen("127.0.0.1", 0) as held:
-        port = held.getsockname()[1]
+def test_a_listening_port_is_not_shared():
+    with service.listen("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
         with pytest.raises(OSError) as refused:
             service.listen("127.0.0.1", port).close()
         assert refused.value.errno in service._IN_USE
@@ -1451,22 +1372,21 @@ def test_a_port_is_not_shared():
             thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             thief.bind(("127.0.0.1", port))
             thief.listen()
-        # Windows refuses the thief for this alone (Wine does in any case).
-        assert not service.WINDOWS or held.getsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE)
+        # Windows refuses the thief because of this option only; Wine does so in any case.
+        assert not service.WINDOWS or listener.getsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE)
 
 
-def test_a_port_is_free_again_at_once_when_a_connection_was_open():
-    with service.listen("127.0.0.1", 0) as held:
-        port = held.getsockname()[1]
+def test_a_port_with_a_connection_in_time_wait_is_available_at_once():
+    with service.listen("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)):
-            held.accept()[0].close()  # who closes first keeps the connection in TIME_WAIT
+            listener.accept()[0].close()  # the side that closes first keeps the connection in TIME_WAIT
     service.listen("127.0.0.1", port).close()
 
 
 @pytest.mark.parametrize("page", ["cp1252", "cp437"])
-@pytest.mark.parametrize("without", ["", "sys.stderr = None; "], ids=["a console", "a stream that is not there"])
-def test_what_the_code_page_lacks_is_printed_as_an_escape(clean_environment, page, without):
-    begin = f"import sys, storyteller_automation as it; {without}it.prepare_console(); it.name_window('a title')"
+def test_characters_that_the_code_page_lacks_are_printed_as_escapes_even_without_stderr(clean_environment, page):
+    begin = "import sys, storyteller_automation as it; sys.stderr = None; it.prepare_console(); it.name_window('title')"
     code = f"{begin}; print('\\u2192 \\xfc')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=HERE, capture_output=True, timeout=PATIENCE,
@@ -1475,9 +1395,8 @@ def test_what_the_code_page_lacks_is_printed_as_an_escape(clean_environment, pag
     assert (done.returncode, done.stdout.decode(page).strip(), done.stderr) == (0, "\\u2192 ü", b"")
 
 
-@pytest.mark.parametrize("page", ["cp1252", "cp437"])
-def test_a_message_comes_out_whole_on_a_console_that_lacks_a_letter(run_module, page):
-    done = run_module("check", PYTHONIOENCODING=page, SWARMUI_PATH="/Kunst → Müller/SwarmUI")
+def test_check_prints_every_line_on_a_console_that_lacks_a_character(run_module):
+    done = run_module("check", PYTHONIOENCODING="cp1252", SWARMUI_PATH="/Kunst → Müller/SwarmUI")
     assert done.returncode == 1
     assert "Kunst \\u2192 M" in done.stdout
     assert list(read_check(done)) == CHECKED
