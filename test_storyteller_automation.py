@@ -1406,7 +1406,7 @@ def test_check_prints_every_line_on_a_console_that_lacks_a_character(run_module)
 # Stores: what both do
 # ======================================================================================================
 
-T = 1_738_195_200_000  # a session's timestamp, in ms
+T = 1_738_195_200_000  # the timestamp of a session, in ms
 WEEK = 7 * 24 * 3600 * 1000
 BEATS, PROMPTS = "beats_ready", "prompts_ready"
 
@@ -1424,12 +1424,12 @@ def acknowledge(store: service.Store, id: str, *members: bytes) -> bool:
     return service.result_of(store.acknowledge({id: members})[0])
 
 
-def members_of(store: service.Store, page: int = 100) -> list[dict[str, Any]]:
-    return [json.loads(member) for member, _ in store.pending(page)]
+def members_of(store: service.Store) -> list[dict[str, Any]]:
+    return [json.loads(member) for member, _ in store.pending(100)]
 
 
 def at_once(*calls: Callable[[], Any]) -> list[Any]:
-    """What the calls return, all begun at the same moment, each in a thread of its own."""
+    """The results of calls that start at the same moment, each in a thread of its own."""
     barrier = threading.Barrier(len(calls))
 
     def run(call: Callable[[], Any]) -> Any:
@@ -1442,7 +1442,7 @@ def at_once(*calls: Callable[[], Any]) -> list[Any]:
 
 @pytest.fixture
 def twin(store, clock, request) -> Iterator[service.Store]:
-    """A second instance of the service on the same store."""
+    """The store as another instance of the service has it open."""
     if store.name == "redis":
         made = service.RedisStore(request.getfixturevalue("redis_url"), clock)
     else:
@@ -1453,7 +1453,7 @@ def twin(store, clock, request) -> Iterator[service.Store]:
 
 @pytest.fixture
 def plant(store, request) -> Callable[[Any, float], Any]:
-    """Puts a member (bytes, or what becomes JSON) among the pending ones, as another program does it."""
+    """Adds a pending member (bytes, or a value to encode as JSON) with a time, as another program does."""
 
     def insert(member: bytes, at: float) -> None:
         with contextlib.closing(sqlite3.connect(store.place)) as database, database:
@@ -1466,7 +1466,7 @@ def plant(store, request) -> Callable[[Any, float], Any]:
     return lambda value, at: put(value if isinstance(value, bytes) else json.dumps(value).encode(), at)
 
 
-def test_a_session_comes_back_byte_for_byte_with_the_time_of_its_save(store, clock):
+def test_a_session_is_read_back_byte_for_byte_with_the_time_of_its_save(store, clock):
     document = b'{"title": "M\xc3\xbcller"} \xff'
     assert store.save(T, service.Change(document)) is True
     found = store.session(T)
@@ -1474,7 +1474,7 @@ def test_a_session_comes_back_byte_for_byte_with_the_time_of_its_save(store, clo
     assert store.session(T + 1) is None
 
 
-def test_a_save_that_must_not_replace_changes_nothing(store):
+def test_a_save_that_must_not_replace_leaves_an_existing_session_unchanged(store):
     store.save(T, service.Change(b"first"))
     assert store.save(T, service.Change(b"second", draft=draft()), replace=False) is False
     assert store.session(T).document == b"first"
@@ -1482,82 +1482,69 @@ def test_a_save_that_must_not_replace_changes_nothing(store):
     assert members_of(store) == []
 
 
-def test_of_two_instances_that_want_one_free_timestamp_one_gets_it(store, twin):
-    saves = [lambda one=one: one.save(T, service.Change(one.name.encode()), replace=False) for one in (store, twin) * 4]
+def test_only_one_of_many_concurrent_saves_gets_a_free_timestamp(store, twin):
+    saves = [functools.partial(one.save, T, service.Change(b"{}"), replace=False) for one in (store, twin) * 4]
     assert sorted(at_once(*saves)) == [False] * 7 + [True]
 
 
-def test_sessions_come_newest_first_beyond_a_page(store):
+def test_sessions_are_listed_newest_first_across_pages(store):
     for number in range(105):
         store.save(T + number * 37 % 105, service.Change(b"{}"))  # in no order
-    assert [one.timestamp for one in store.sessions()] == list(range(T + 104, T - 1, -1))
+    assert [session.timestamp for session in store.sessions()] == list(range(T + 104, T - 1, -1))
 
 
-def test_a_notification_is_pending_with_its_time_once_it_was_added(store, clock):
-    member, at, made = add(store, draft())
-    assert (at, made) == (clock.now, True)
-    assert list(store.pending(100)) == [(member, at)]
-
-
-def test_one_of_ours_is_acknowledged_by_its_time_and_id(store, clock, plant):
+def test_an_own_notification_is_acknowledged_by_exactly_its_id(store, plant):
     member, at, _ = add(store, draft())
     id = json.loads(member)["id"]
     plant({**MEMBER, "id": "another"}, at)
     assert store.acknowledge({id.replace(str(at), str(at + 1)): [], id[:-1]: [], "": []}) == [False] * 3
     assert len(members_of(store)) == 2
     assert [store.acknowledge({id: []}) for _ in range(2)] == [[True], [True]]
-    assert [one["id"] for one in members_of(store)] == ["another"]
+    assert [member["id"] for member in members_of(store)] == ["another"]
 
 
-def test_times_grow_even_when_the_clock_goes_back(store, clock):
+def test_notifications_are_pending_with_increasing_times_even_if_the_clock_goes_back(store, clock):
     began = int(clock.now)
-    times = []
+    added = []
     for number, step in enumerate([0, 0, -3_000_000, 3_000_001]):
         clock.now += step
-        times.append(add(store, draft(session=T + number))[1])
-    assert times == [began, began + 1, began + 2, began + 3]
-    assert [one["sessionTimestamp"] for one in members_of(store)] == [T, T + 1, T + 2, T + 3]
+        added.append(add(store, draft(session=T + number)))
+    assert [(time, is_new) for _, time, is_new in added] == [(began + number, True) for number in range(4)]
+    assert list(store.pending(100)) == [(member, time) for member, time, _ in added]
 
 
-def test_a_time_that_was_kept_while_the_clock_was_wrong_is_not_followed(store, twin, clock, caplog):
+def test_a_stored_time_far_ahead_of_the_clock_is_ignored_with_one_warning(store, twin, clock, caplog):
     now = clock.now
     clock.now += 365 * 24 * 3_600_000
     store.save(T, service.Change(b"{}"))
     add(store, draft())
     clock.now = now
-    for own in (store, twin):
-        own.save(T, service.Change(b"{}"))
-        assert now <= own.session(T).saved < now + 10
+    for instance in (store, twin):
+        instance.save(T, service.Change(b"{}"))
+        assert now <= instance.session(T).saved < now + 10
     assert add(twin, draft(session=T + 1))[1] == now
     assert add(store, draft(session=T + 2))[1] == now + 1
-    assert "8760.0 h ahead of this PC's clock" in caplog.text
+    assert caplog.text.count("8760.0 h ahead of this PC's clock") == 2  # the times of the session and the notification
 
 
-def test_a_time_that_is_not_followed_is_told_once_for_each_change(store, clock, caplog):
-    clock.now += 365 * 24 * 3_600_000
-    add(store, draft())
-    clock.now -= 365 * 24 * 3_600_000
-    add(store, draft(session=T + 1))
-    assert caplog.text.count("ahead of this PC's clock") == 1
-
-
-def test_a_try_to_write_leaves_nothing(store, request):
-    if request.node.callspec.params["store"] == "redis":
-        rows = request.getfixturevalue("other_program").keys
-    else:
-        rows = functools.partial(store._read, "SELECT timestamp FROM session")
+def test_a_trial_write_leaves_nothing_behind(store, request):
     store.try_write()
-    assert rows() == []
+    assert store.writes.refusal == ""
+    if store.name == "redis":
+        assert request.getfixturevalue("other_program").keys() == []
+    else:
+        with contextlib.closing(sqlite3.connect(store.place)) as file:
+            assert file.execute("SELECT count(*) FROM session").fetchone() == (0,)
 
 
-def test_no_time_is_given_twice_by_two_instances_at_once(store, twin):
-    adds = [lambda one=one, n=n: add(one, draft(session=T + n))[1] for n, one in enumerate((store, twin) * 8)]
-    times = at_once(*adds)
-    assert len(set(times)) == 16
-    assert [at for _, at in store.pending(100)] == sorted(times)
+def test_concurrent_adds_at_two_instances_get_different_times(store, twin):
+    adds = [functools.partial(add, one, draft(session=T + n)) for n, one in enumerate((store, twin) * 8)]
+    times = {time for _, time, _ in at_once(*adds)}
+    assert len(times) == 16
+    assert [time for _, time in store.pending(100)] == sorted(times)
 
 
-def test_one_of_the_same_type_and_session_is_given_again_while_it_is_pending(store):
+def test_a_pending_notification_of_the_same_type_and_session_is_returned_instead_of_a_new_one(store):
     first = add(store, draft())
     assert add(store, draft()) == (*first[:2], False)
     assert [add(store, draft(BEATS))[2], add(store, draft(session=T + 1))[2]] == [True, True]
@@ -1565,24 +1552,24 @@ def test_one_of_the_same_type_and_session_is_given_again_while_it_is_pending(sto
 
 
 @pytest.mark.parametrize("end", ["acknowledged", "7 days old"])
-def test_one_of_the_same_type_and_session_is_made_anew_after_its_end(store, clock, end):
-    member, _, _ = add(store, draft())
+def test_a_new_notification_is_made_once_that_of_the_same_type_and_session_is_gone(store, clock, end):
+    old, _, _ = add(store, draft())
     if end == "acknowledged":
-        acknowledge(store, json.loads(member)["id"], member)
+        acknowledge(store, json.loads(old)["id"], old)
     else:
         clock.now += WEEK
-    again, _, made = add(store, draft())
-    assert made and again != member
-    assert [one for one, _ in store.pending(100)] == [again]
+    new, _, is_new = add(store, draft())
+    assert is_new and new != old
+    assert [member for member, _ in store.pending(100)] == [new]
 
 
-def test_two_instances_at_once_make_one_notification_of_a_kind(store, twin):
-    results = at_once(*[lambda one=one: add(one, draft()) for one in (store, twin) * 4])
+def test_concurrent_adds_at_two_instances_make_one_notification_per_type_and_session(store, twin):
+    results = at_once(*[functools.partial(add, instance, draft()) for instance in (store, twin) * 4])
     assert len({member for member, _, _ in results}) == 1
-    assert [made for _, _, made in results].count(True) == 1
+    assert [is_new for _, _, is_new in results].count(True) == 1
 
 
-def test_a_notification_ends_after_7_days(store, clock):
+def test_a_notification_expires_after_7_days(store, clock):
     member, _, _ = add(store, draft())
     clock.now += WEEK - 1
     assert len(members_of(store)) == 1
@@ -1591,15 +1578,15 @@ def test_a_notification_ends_after_7_days(store, clock):
     assert acknowledge(store, json.loads(member)["id"]) is False
 
 
-STEPS = [
-    pytest.param([BEATS], [BEATS], id="the first"),
-    pytest.param([PROMPTS, PROMPTS], [PROMPTS], id="the same again"),
-    pytest.param([BEATS, PROMPTS, PROMPTS, BEATS], [BEATS, PROMPTS, BEATS], id="back again"),
-    pytest.param([BEATS, None, BEATS], [BEATS], id="nothing to announce between"),
-]
-
-
-@pytest.mark.parametrize("steps, announced", STEPS)
+@pytest.mark.parametrize(
+    ("steps", "announced"),
+    [
+        pytest.param([BEATS], [BEATS], id="the first"),
+        pytest.param([PROMPTS, PROMPTS], [PROMPTS], id="the same again"),
+        pytest.param([BEATS, PROMPTS, PROMPTS, BEATS], [BEATS, PROMPTS, BEATS], id="back again"),
+        pytest.param([BEATS, None, BEATS], [BEATS], id="nothing to announce in between"),
+    ],
+)
 def test_a_save_announces_only_a_step_that_differs_from_the_last(store, steps, announced):
     seen = []
     for step in steps:
@@ -1611,38 +1598,38 @@ def test_a_save_announces_only_a_step_that_differs_from_the_last(store, steps, a
     assert store.session(T).announced == announced[-1]
 
 
-def test_a_step_is_announced_once_by_two_instances_at_the_same_moment(store, twin):
+def test_two_instances_that_announce_a_step_concurrently_announce_it_once(store, twin):
     store.save(T, service.Change(b"{}", draft=draft(BEATS)))
-    announcing = [lambda one=one: one.announce(draft()) for one in (store, twin) * 4]
-    assert at_once(*announcing).count(True) == 1
-    assert [one["type"] for one in members_of(store)] == [BEATS, PROMPTS]
+    announcements = [functools.partial(instance.announce, draft()) for instance in (store, twin) * 4]
+    assert at_once(*announcements).count(True) == 1
+    assert [member["type"] for member in members_of(store)] == [BEATS, PROMPTS]
 
 
-def test_a_step_is_announced_though_one_of_its_kind_ended_unacknowledged(store, clock):
+def test_a_step_is_announced_although_an_earlier_notification_of_its_kind_expired(store, clock):
     add(store, draft())
     clock.now += 1
     store.save(T, service.Change(b"{}", draft=draft(BEATS)))
     clock.now += WEEK - 1
     assert store.announce(draft()) is True
-    assert [one["type"] for one in members_of(store)] == [BEATS, PROMPTS]
+    assert [member["type"] for member in members_of(store)] == [BEATS, PROMPTS]
 
 
-def test_a_save_whose_notification_cannot_be_made_keeps_nothing(store):
+def test_a_save_whose_notification_cannot_be_made_stores_nothing(store):
     with pytest.raises(TypeError):
         store.save(T, service.Change(b"{}", draft=service.Draft(PROMPTS, T, {"totalPrompts": object()})))
     assert store.session(T) is None
     assert members_of(store) == []
 
 
-def test_pending_gives_each_member_once_in_order_whatever_the_page(store, clock, plant):
+def test_pending_yields_each_member_once_and_in_order_for_any_page_size(store, clock, plant):
     members = [b"%02d" % number for number in range(12)]
     for number, member in enumerate(members):
-        plant(member, clock.now + (number >= 2) + (number >= 10))  # eight with one time: ties beyond a page
+        plant(member, clock.now + (number >= 2) + (number >= 10))  # eight have one time: more than a page
     for page in (1, 3, 12, 100):
         assert [member for member, _ in store.pending(page)] == members
 
 
-def test_acknowledging_while_another_reads_hides_none_of_the_others(store, clock, plant):
+def test_acknowledging_members_during_a_read_hides_no_other_from_it(store, clock, plant):
     for number in range(9):
         plant(b"%d" % number, clock.now + number // 4)
     seen = []
@@ -1653,7 +1640,7 @@ def test_acknowledging_while_another_reads_hides_none_of_the_others(store, clock
     assert members_of(store) == []
 
 
-def test_an_id_stays_acknowledged_and_an_unknown_one_never_becomes_so(store):
+def test_an_acknowledged_id_stays_acknowledged_and_an_unknown_one_never_is(store):
     member, _, _ = add(store, draft())
     id = json.loads(member)["id"]
     for _ in range(2):
@@ -1663,24 +1650,24 @@ def test_an_id_stays_acknowledged_and_an_unknown_one_never_becomes_so(store):
     assert members_of(store) == []
 
 
-def test_a_snapshot_is_the_oldest_members_within_their_ttl(store, clock, plant):
+def test_a_snapshot_has_the_oldest_members_within_their_ttl(store, clock, plant):
     for number in range(5):
         plant(b"%d" % number, clock.now + number // 2)
-    plant(b"over", clock.now - WEEK)
+    plant(b"expired", clock.now - WEEK)
     members = [b"%d" % number for number in range(5)]
     assert store.snapshot(3, ["an-id"]) == (members[:3], False)
     assert store.snapshot(100, []) == (members, False)
 
 
-def test_a_draft_that_fails_takes_no_other_with_it(store, request):
+def test_a_notification_that_cannot_be_added_fails_alone(store, request):
     if store.name == "redis":
         request.getfixturevalue("other_program").rpush(f"storyteller:made:{PROMPTS}:{T + 1}", "another type")
     else:
         refuse = f"BEFORE INSERT ON pending WHEN NEW.made = '{PROMPTS}:{T + 1}' BEGIN SELECT RAISE(ABORT, 'no'); END"
         make_database(Path(store.place), f"CREATE TRIGGER refuse {refuse}")
     outcomes = service.Notifications(store).create([draft(session=T + number) for number in range(3)])
-    assert [type(one) for one in outcomes] == [tuple, service.Unavailable, tuple]
-    assert [one["sessionTimestamp"] - T for one in members_of(store)] == [0, 2]
+    assert list(map(type, outcomes)) == [tuple, service.Unavailable, tuple]
+    assert [member["sessionTimestamp"] - T for member in members_of(store)] == [0, 2]
 
 
 def test_two_acknowledgements_of_another_programs_notification_at_once_both_succeed(store, plant, monkeypatch):
@@ -1696,14 +1683,14 @@ def test_two_acknowledgements_of_another_programs_notification_at_once_both_succ
     assert slow.acknowledge(["x-1"]) == ["x-1"]
 
 
-def test_an_acknowledgement_that_fails_takes_no_other_with_it(sqlite_store):
+def test_an_acknowledgement_that_cannot_be_stored_fails_alone(sqlite_store):
     notifications = service.Notifications(sqlite_store)
     ids = [found.id for found, _ in notifications.create([draft(session=T + number) for number in range(3)])]
     refuse = f"BEFORE INSERT ON marker WHEN NEW.id = '{ids[1]}' BEGIN SELECT RAISE(ABORT, 'no'); END"
     make_database(Path(sqlite_store.place), f"CREATE TRIGGER refuse {refuse}")
     outcomes = notifications.acknowledge_own([*ids, "another program's"])
     assert [one if one in (True, False) else type(one) for one in outcomes] == [True, service.Unavailable, True, False]
-    assert [one["sessionTimestamp"] - T for one in members_of(sqlite_store)] == [1]
+    assert [member["sessionTimestamp"] - T for member in members_of(sqlite_store)] == [1]
     with pytest.raises(service.Unavailable):
         notifications.acknowledge([ids[1]])
 
