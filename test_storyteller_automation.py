@@ -1704,12 +1704,12 @@ def is_a_week(ms: int) -> bool:
     return WEEK - PATIENCE * 1000 < ms <= WEEK
 
 
-def test_redis_keys_and_types_are_those_agreed_on(redis_store, other_program, clock):
+def test_redis_contains_the_agreed_keys_and_types(redis_store, other_program, clock):
     redis_store.save(T, service.Change('{"title": "ü"}'.encode(), draft=draft(BEATS)))
     member, _, _ = add(redis_store, draft(PROMPTS))
     acknowledge(redis_store, "an-id", member)
-    agreed = {key: other_program.type(key) for key in other_program.scan_iter() if not key.startswith("storyteller:")}
-    assert agreed == {
+    shared = {key: other_program.type(key) for key in other_program.scan_iter() if not key.startswith("storyteller:")}
+    assert shared == {
         f"session:{T}": "string",
         "notifications:pending": "zset",
         "notifications:ack:an-id": "string",
@@ -1723,7 +1723,7 @@ def test_redis_keys_and_types_are_those_agreed_on(redis_store, other_program, cl
     }  # fmt: skip
 
 
-def test_redis_ends_sessions_and_marks_after_7_days(redis_store, other_program):
+def test_sessions_and_markers_in_redis_have_a_ttl_of_7_days(redis_store, other_program):
     other_program.set(f"session:{T}", "{}", px=1000)
     redis_store.save(T, service.Change(b"{}", draft=draft()))
     [member] = other_program.zrange("notifications:pending", 0, -1)
@@ -1732,65 +1732,65 @@ def test_redis_ends_sessions_and_marks_after_7_days(redis_store, other_program):
     assert is_a_week(other_program.pttl("notifications:ack:an-id"))
 
 
-@pytest.mark.parametrize("key", ["session", "storyart:session"])
-@pytest.mark.parametrize("end", [None, 1_000_000])
-def test_what_was_announced_is_kept_as_long_as_a_session_that_another_program_wrote(
-    redis_store, other_program, key, end
-):
-    other_program.set(f"{key}:{T}", "{}", px=end)
+@pytest.mark.parametrize("ttl", [None, 1_000_000])
+@pytest.mark.parametrize("keys", [(f"session:{T}", f"storyart:session:{T}"), (f"storyart:session:{T}", f"session:{T}")])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_metadata_live_as_long_as_the_longer_lived_copy(redis_store, other_program, ttl, keys, copies):
+    for key, life in list(zip(keys, (ttl, 100_000)))[:copies]:
+        other_program.set(key, "{}", px=life)
     redis_store.announce(draft())
-    kept = [other_program.pttl(own) for own in other_program.keys("storyteller:session:*")]
-    assert kept == [-1] if end is None else 900_000 < kept[0] <= end
+    (left,) = [other_program.pttl(meta) for meta in other_program.keys("storyteller:session:*")]
+    assert left == -1 if ttl is None else 0.9 * ttl < left <= ttl
     found = redis_store.session(T)
     assert (found.document, found.saved, found.announced) == (b"{}", None, PROMPTS)
 
 
 @pytest.mark.parametrize(
-    "written, document, trips",
+    ("written", "document", "trips"),
     [
         pytest.param({"session": "ours"}, b"ours", 1, id="session:"),
         pytest.param({"storyart:session": "theirs"}, b"theirs", 2, id="StoryArt's key"),
-        pytest.param({"session": "ours", "storyart:session": "theirs"}, b"ours", 1, id="session: wins"),
+        pytest.param({"session": "ours", "storyart:session": "theirs"}, b"ours", 1, id="both"),
         pytest.param({"session": b"\xff"}, b"\xff", 1, id="not UTF-8"),
-        pytest.param({"session": ["a", "list"]}, None, 1, id="a key of another type"),
-        pytest.param({"session": ["a", "list"], "storyart:session": "theirs"}, None, 1, id="which wins too"),
-        pytest.param({"storyart:session": ["a", "list"]}, None, 2, id="StoryArt's key of another type"),
-        pytest.param({"session": "ours", "storyart:session": ["a", "list"]}, b"ours", 1, id="of no matter"),
+        pytest.param({"session": ["a", "list"]}, None, 1, id="session: a list"),
+        pytest.param({"session": ["a", "list"], "storyart:session": "theirs"}, None, 1, id="both, session: a list"),
+        pytest.param({"storyart:session": ["a", "list"]}, None, 2, id="StoryArt's key a list"),
+        pytest.param({"session": "ours", "storyart:session": ["a", "list"]}, b"ours", 1, id="both, one a list"),
     ],
 )
-def test_redis_finds_a_session_in_one_round_trip_or_two(redis_store, other_program, written, document, trips):
+def test_a_session_is_read_in_at_most_two_round_trips(redis_store, other_program, written, document, trips):
     for key, value in written.items():
-        put = other_program.rpush if isinstance(value, list) else other_program.set
-        put(f"{key}:{T}", *(value if isinstance(value, list) else [value]))
-    redis_store.ping()  # the connection is made
+        write = other_program.rpush if isinstance(value, list) else other_program.set
+        write(f"{key}:{T}", *(value if isinstance(value, list) else [value]))
+    redis_store.ping()  # connects
     reads = other_program.info("stats")["total_reads_processed"]
     found = redis_store.session(T)
     assert (found.document, found.saved, found.announced) == (document, None, None)
-    assert other_program.info("stats")["total_reads_processed"] - reads == trips + 1  # the session, and this question
+    assert other_program.info("stats")["total_reads_processed"] - reads == trips + 1  # and this INFO
 
 
-def test_a_session_that_may_not_be_read_hides_no_other(own_redis):
+def test_a_session_that_the_acl_forbids_to_read_fails_alone(own_redis):
     own = own_redis("--save", "")
     with contextlib.closing(service.RedisStore(own.url)) as store:
         for number in range(3):
             store.save(T + number, service.Change(b"{}"))
         own.tell("ACL", "SETUSER", "default", "resetkeys", f"~*:{T}", f"~*:{T + 2}")
         found = list(store.read_sessions([T, T + 1, T + 2]))
-        assert [type(one) for one in found] == [service.StoredSession, service.Unavailable, service.StoredSession]
+        assert list(map(type, found)) == [service.StoredSession, service.Unavailable, service.StoredSession]
         with pytest.raises(service.Unavailable, match="NOPERM"):
             store.session(T + 1)
 
 
-def test_the_cost_of_many_members_of_one_score_grows_with_their_number(redis_store, other_program, clock):
-    def cost(members: int) -> int:
-        """The bytes that Redis sends while all are read."""
+def test_traffic_grows_linearly_with_the_number_of_members_of_one_score(redis_store, other_program, clock):
+    def traffic(members: int) -> int:
+        """The bytes that Redis sends while all members are read."""
         other_program.zadd("notifications:pending", {f"{number:06}": clock.now for number in range(members)})
         before = other_program.info("stats")["total_net_output_bytes"]
         assert len(list(redis_store.pending(10))) == members
         return other_program.info("stats")["total_net_output_bytes"] - before
 
-    few = cost(1000)
-    assert cost(4000) < 6 * few
+    few = traffic(1000)
+    assert traffic(4000) < 6 * few
 
 
 def add_storyart_session(other_program: redis.Redis, timestamp: int) -> None:
@@ -1798,65 +1798,64 @@ def add_storyart_session(other_program: redis.Redis, timestamp: int) -> None:
     other_program.zadd("storyart:sessions:index", {f"storyart:session:{timestamp}": timestamp})
 
 
-def test_sessions_of_both_indexes_come_once_and_newest_first_without_a_scan(redis_store, other_program):
+def test_sessions_of_both_indexes_are_listed_once_and_newest_first_without_a_scan(redis_store, other_program):
     for number in range(120):
         if number % 3:
             add_storyart_session(other_program, T + number)
         if number % 2 or not number % 3:
             redis_store.save(T + number, service.Change(b"{}"))
     other_program.config_resetstat()
-    assert [one.timestamp for one in redis_store.sessions()] == list(range(T + 119, T - 1, -1))
+    assert [session.timestamp for session in redis_store.sessions()] == list(range(T + 119, T - 1, -1))
     assert not {"cmdstat_keys", "cmdstat_scan", "cmdstat_zscan"} & other_program.info("commandstats").keys()
 
 
-def test_members_of_both_indexes_whose_session_ended_are_trimmed_when_met(redis_store, other_program):
+def test_listing_sessions_removes_the_index_entries_of_sessions_that_are_gone(redis_store, other_program):
     for number in range(3):
         redis_store.save(T + number, service.Change(b"{}"))
         add_storyart_session(other_program, T + number + 10)
     other_program.delete(f"session:{T + 1}", f"storyart:session:{T + 11}")
-    assert [one.timestamp - T for one in redis_store.sessions()] == [12, 10, 2, 0]
+    assert [session.timestamp - T for session in redis_store.sessions()] == [12, 10, 2, 0]
     assert other_program.zrange("storyart:sessions:index", 0, -1, withscores=True) == [
         (f"storyart:session:{T + number}", T + number) for number in (10, 12)
     ]
-    [index] = [key for key in other_program.keys("storyteller:*") if other_program.type(key) == "zset"]
-    assert other_program.zcard(index) == 2
+    assert other_program.zcard("storyteller:sessions") == 2
 
 
-def test_odd_members_of_an_index_hide_no_session(redis_store, other_program):
+def test_meaningless_entries_of_an_index_hide_no_session(redis_store, other_program):
     add_storyart_session(other_program, T)
-    odd = {f"odd:{number}": T + 1 for number in range(101)}
-    other_program.zadd("storyart:sessions:index", {**odd, "endless": float("inf"), "first": float("-inf")})
-    assert [one.timestamp for one in redis_store.sessions()] == [T]
+    meaningless = {**{f"entry {number}": T + 1 for number in range(101)}, "last": math.inf, "first": -math.inf}
+    other_program.zadd("storyart:sessions:index", meaningless)
+    assert [session.timestamp for session in redis_store.sessions()] == [T]
 
 
 @pytest.mark.parametrize("index", ["storyteller:sessions", "storyart:sessions:index"])
-def test_an_index_of_another_type_hides_no_session_of_the_other(redis_store, other_program, index):
+def test_an_index_of_the_wrong_type_hides_no_session_of_the_other_index(redis_store, other_program, index):
     redis_store.save(T, service.Change(b"{}"))
     add_storyart_session(other_program, T)
     other_program.delete(index)
-    other_program.set(index, "of another type")
-    assert [one.timestamp for one in redis_store.sessions()] == [T]
+    other_program.set(index, "no sorted set")
+    assert [session.timestamp for session in redis_store.sessions()] == [T]
     assert [timestamp for timestamp, _ in redis_store.newest_sessions(50)] == [T]
 
 
-def test_a_score_with_half_a_ms_lists_its_session_once_also_beyond_a_page(redis_store, other_program):
+def test_a_session_whose_scores_differ_by_half_a_ms_is_listed_once_even_across_pages(redis_store, other_program):
     for number in range(101):
         redis_store.save(T + number, service.Change(b"{}"))
         other_program.zadd("storyart:sessions:index", {f"storyart:session:{T + number}": T + number + 0.5})
-    assert [one.timestamp for one in redis_store.sessions()] == list(range(T + 100, T - 1, -1))
+    assert [session.timestamp for session in redis_store.sessions()] == list(range(T + 100, T - 1, -1))
 
 
-def test_the_copy_of_the_newest_session_is_the_one_that_storyswarms_tools_keep(redis_store, other_program):
+def test_the_newest_copy_is_session_latest_if_that_is_a_string(redis_store, other_program):
     assert redis_store.newest_copy() is None
     other_program.set("session:latest", '{"timestamp": 5}')
     assert redis_store.newest_copy() == b'{"timestamp": 5}'
     other_program.delete("session:latest")
-    other_program.rpush("session:latest", "another type")
+    other_program.rpush("session:latest", "a list")
     assert redis_store.newest_copy() is None
 
 
-def test_a_mark_that_another_program_made_counts(redis_store, other_program):
-    other_program.set("notifications:ack:marked", "whatever")
+def test_a_marker_of_another_program_counts_as_an_acknowledgement(redis_store, other_program):
+    other_program.set("notifications:ack:marked", "any value")
     assert redis_store.acknowledged([]) == set()
     assert redis_store.acknowledged(["pending"]) == set()
     assert redis_store.acknowledged(["pending", "marked"]) == {"marked"}
@@ -1865,51 +1864,51 @@ def test_a_mark_that_another_program_made_counts(redis_store, other_program):
 
 
 @pytest.mark.parametrize("page", [1, 2, 100])
-def test_a_score_in_seconds_is_a_time_as_well(redis_store, other_program, clock, page):
+def test_scores_in_seconds_are_converted_to_ms_and_come_first(redis_store, other_program, clock, page):
     other_program.zadd(
         "notifications:pending",
         {"s": clock.now / 1000, "t": clock.now / 1000 + 5.0009, "ms": clock.now - 9, "n": clock.now},
     )
-    assert [(member, int(at - clock.now)) for member, at in redis_store.pending(page)] == [
+    assert [(member, int(time - clock.now)) for member, time in redis_store.pending(page)] == [
         (b"s", 0), (b"t", 5000), (b"ms", -9), (b"n", 0),
     ]  # fmt: skip
     assert redis_store.snapshot(3, []) == ([b"s", b"t", b"ms"], False)
 
 
-OWN = b'{"id":"notif_%d_0123456789abcdef","type":"prompts_ready"}'
-OTHERS = [b'{"id": "notif_%d_0123456789abcdef"}' % T, b'{"id":"notif_%d_0123"}' % T, b"theirs"]
+OWN_MEMBER = b'{"id":"notif_%d_0123456789abcdef","type":"prompts_ready"}'
+OTHER_MEMBERS = [b'{"id": "notif_%d_0123456789abcdef"}' % T, b'{"id":"notif_%d_0123"}' % T, b"theirs"]
 
 
 @pytest.mark.parametrize("per_second", [1, 1000], ids=["in seconds", "in ms"])
-def test_of_what_is_older_than_7_days_only_what_was_made_here_is_removed(redis_store, other_program, clock, per_second):
-    old, live = clock.now - WEEK, clock.now - WEEK + 1
-    others = {**dict.fromkeys(OTHERS, old * per_second / 1000), "live": live * per_second / 1000}
-    ours = {OWN % T: old, OWN % (T + 1): old - 99_000, OWN % (T + 2): live}
-    other_program.zadd("notifications:pending", {**others, **ours})
-    assert sorted(redis_store.expired(100)) == sorted(OTHERS)
-    add(redis_store, draft())
+def test_of_expired_members_only_those_of_this_service_are_removed(redis_store, other_program, clock, per_second):
+    expired, live = clock.now - WEEK, clock.now - WEEK + 1
+    others = {**dict.fromkeys(OTHER_MEMBERS, expired * per_second / 1000), "live": live * per_second / 1000}
+    own = [OWN_MEMBER % (T + number) for number in range(3)]
+    other_program.zadd("notifications:pending", {**others, own[0]: expired, own[1]: expired - 99_000, own[2]: live})
+    assert sorted(redis_store.expired(100)) == sorted(OTHER_MEMBERS)
+    new, _, _ = add(redis_store, draft())
     left = {member.encode() for member in other_program.zrange("notifications:pending", 0, -1)}
-    assert left >= {*OTHERS, b"live", OWN % (T + 2)} and not left & {OWN % T, OWN % (T + 1)}
-    assert len(left) == 6
+    assert left == {*OTHER_MEMBERS, b"live", own[2], new}
 
 
-def test_what_was_made_here_is_removed_in_the_end_from_among_many_old_ones(redis_store, other_program, clock):
-    old = {f"theirs{number}": clock.now - WEEK - number for number in range(2500)}
-    other_program.zadd("notifications:pending", {**old, OWN % T: clock.now - WEEK - 1999.5})
+def test_expired_members_of_this_service_are_finally_removed_from_among_many_others(redis_store, other_program, clock):
+    others = {f"theirs{number}": clock.now - WEEK - number for number in range(2500)}
+    own = {OWN_MEMBER % number: clock.now - WEEK - number - 0.5 for number in (100, 1200, 2400)}  # far apart
+    other_program.zadd("notifications:pending", {**others, **own})
     for number in range(3):
         clock.now += 1
         add(redis_store, draft(session=T + number))
     assert other_program.zcard("notifications:pending") == 2503
 
 
-def test_no_script_formats_a_number_or_has_a_pattern_that_looks_like_it():
-    """In Redis for Windows 5 string.format('%d', ms) goes through 32 bits."""
+def test_no_script_uses_string_format_or_a_pattern_that_looks_like_its_argument():
+    """In Redis 5 for Windows string.format('%d', ms) truncates to 32 bits."""
     scripts = {name: text for name, text in vars(service).items() if name.startswith("_LUA_")}
     assert len(scripts) >= 4
     assert [name for name, text in scripts.items() if "%d" in text or "format" in text] == []
 
 
-VERBS = {
+METHODS = {
     "ping": lambda store: store.ping(),
     "session": lambda store: store.session(T),
     "read_sessions": lambda store: list(store.read_sessions([T])),
@@ -1926,26 +1925,19 @@ VERBS = {
 }
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_redis_that_cannot_be_reached_is_unavailable(verb):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_unavailable_if_redis_cannot_be_reached(method):
     with contextlib.closing(service.RedisStore(f"redis://user:hidden@127.0.0.1:{free_port()}/3")) as store:
         with pytest.raises(service.Unavailable) as raised:
-            VERBS[verb](store)
+            METHODS[method](store)
         assert "127.0.0.1" in store.place and "database 3" in store.place
     assert store.place in str(raised.value)
     assert "hidden" not in str(raised.value)
     assert raised.value.retry_after == 1
 
 
-def test_a_redis_that_is_silent_is_unavailable():
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"redis://127.0.0.1:{silent.getsockname()[1]}?socket_timeout=0.05"
-        with contextlib.closing(service.RedisStore(url)) as store, pytest.raises(service.Unavailable):
-            store.ping()
-
-
-def test_what_is_used_of_redis_py_beside_its_documentation_is_there():
-    """_connect makes the socket, and no public way chooses its address; the others save 130 us a command."""
+def test_redis_py_has_the_undocumented_attributes_that_the_module_uses():
+    """_connect makes the socket, whose address no public API can choose; the others save 130 us per command."""
     names = ["_connect", "host", "port", "socket_connect_timeout", "socket_timeout", "next_health_check"]
     names += ["health_check_interval", "is_connected", "check_health", "pack_commands", "send_packed_command"]
     made = redis.ConnectionPool(connection_class=redis.Connection).make_connection()
@@ -1954,23 +1946,25 @@ def test_what_is_used_of_redis_py_beside_its_documentation_is_there():
 
 @pytest.fixture
 def name_addresses(monkeypatch) -> Callable[[list[str]], None]:
-    """Gives localhost these addresses."""
+    """Makes localhost resolve to the given addresses."""
     look_up = socket.getaddrinfo
 
     def name(addresses: list[str]) -> None:
         def resolve(host: str, *arguments: Any, **options: Any) -> list[Any]:
             hosts = addresses if host == "localhost" else [host]
-            return [row for one in hosts for row in look_up(one, *arguments, **options)]
+            return [row for address in hosts for row in look_up(address, *arguments, **options)]
 
         monkeypatch.setattr(socket, "getaddrinfo", resolve)
 
     return name
 
 
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="127.0.0.2 is this PC on Linux, and a full backlog silent"
-)
-def test_a_silent_address_of_a_name_does_not_use_up_the_time_of_the_others(own_redis, name_addresses, monkeypatch):
+ONLY_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has 127.0.0.2 by default")
+
+
+@ONLY_LINUX
+def test_the_addresses_of_a_host_name_share_the_connect_timeout(own_redis, name_addresses, monkeypatch):
+    """A connection to a listener whose backlog is full gets no response on Linux."""
     own, silent = own_redis("--save", ""), [f"127.0.0.{number}" for number in range(2, 10)]
     monkeypatch.setattr(service.RedisClient, "CONNECT_TIMEOUT", 0.4)
     with contextlib.ExitStack() as stack:
@@ -1982,37 +1976,37 @@ def test_a_silent_address_of_a_name_does_not_use_up_the_time_of_the_others(own_r
                 client.connect_ex((address, own.port))
         name_addresses([*silent, "127.0.0.10"])
         own.tell("CONFIG", "SET", "bind", "127.0.0.1 127.0.0.10")
-        waits: list[float] = []
+        timeouts: list[float] = []
         connect = socket.create_connection
 
         def record(address: Any, timeout: float) -> socket.socket:
-            waits.append(timeout)
+            timeouts.append(timeout)
             return connect(address, timeout)
 
         monkeypatch.setattr(socket, "create_connection", record)
         with contextlib.closing(service.RedisStore(f"redis://localhost:{own.port}")) as store:
             store.ping()
-    assert len(waits) == len(silent) + 1
-    assert sum(waits[:-1]) < 0.5
+    assert len(timeouts) == len(silent) + 1
+    assert max(timeouts) < service.RedisClient.CONNECT_TIMEOUT / len(silent)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="127.0.0.2 is this PC on Linux")
-def test_of_localhost_127_0_0_1_is_the_first(own_redis, name_addresses):
+@ONLY_LINUX
+def test_of_the_addresses_of_localhost_127_0_0_1_is_tried_first(own_redis, name_addresses):
     own = own_redis("--save", "")
     with socket.create_server(("127.0.0.2", own.port)) as other:
         name_addresses(["127.0.0.2", "127.0.0.1"])
         with contextlib.closing(service.RedisStore(f"redis://localhost:{own.port}")) as store:
             store.ping()
         other.setblocking(False)
-        with pytest.raises(BlockingIOError):  # nobody came
+        with pytest.raises(BlockingIOError):  # there was no connection
             other.accept()
 
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
-    """Makes a certificate for a name, and its key."""
+    """Makes a certificate for a host name, and its key."""
     if not shutil.which("openssl"):
-        pytest.skip("openssl is not installed here, so TLS was not tested")
+        pytest.skip("openssl is not installed, so TLS was not tested")
 
     def make(name: str) -> tuple[Path, Path]:
         paths = tmp_path / f"{name}.crt", tmp_path / f"{name}.key"
@@ -2025,7 +2019,7 @@ def certificate(tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
 
 
 @pytest.mark.parametrize(("name", "fault"), [("localhost", None), ("another", "certificate is not trusted")])
-def test_tls_checks_the_certificate_against_the_name(own_redis, certificate, name, fault):
+def test_tls_verifies_the_certificate_against_the_host_name(own_redis, certificate, name, fault):
     file, key = certificate(name)
     port = free_port()
     tls = ["--tls-port", str(port), "--tls-cert-file", file, "--tls-key-file", key, "--tls-auth-clients", "no"]
@@ -2046,7 +2040,11 @@ def test_tls_checks_the_certificate_against_the_name(own_redis, certificate, nam
         ("rediss", ":right@", "/0", "does not answer in TLS", "begin REDIS_URL with redis://"),
     ],
 )
-def test_what_is_wrong_with_redis_is_told_with_what_to_do(own_redis, settings, scheme, given, path, wrong, advice):
+def test_check_names_the_fault_of_a_redis_and_its_fix(
+    own_redis, settings, monkeypatch, scheme, given, path, wrong, advice
+):
+    if scheme == "rediss":  # the handshake times out
+        monkeypatch.setattr(service.RedisClient, "ANSWER_TIMEOUT", 0.1)
     own = own_redis("--save", "")
     own.tell("CONFIG", "SET", "requirepass", "right")
     url = f"{scheme}://{given}127.0.0.1:{own.port}{path}"
@@ -2057,24 +2055,26 @@ def test_what_is_wrong_with_redis_is_told_with_what_to_do(own_redis, settings, s
         store.ping()
 
 
-@pytest.mark.parametrize("verb", ["save", "announce", "add", "pending", "snapshot", "acknowledge"])
-def test_a_pending_key_of_another_type_is_unavailable_and_nothing_is_saved(redis_store, other_program, verb):
+@pytest.mark.parametrize("method", ["save", "announce", "add", "pending", "snapshot", "acknowledge"])
+def test_with_a_pending_key_of_the_wrong_type_a_method_is_unavailable_and_writes_nothing(
+    redis_store, other_program, method
+):
     other_program.set("notifications:pending", "no sorted set")
     other_program.set(f"session:{T}", "as it was")
     with pytest.raises(service.Unavailable):
-        VERBS[verb](redis_store)
+        METHODS[method](redis_store)
     assert other_program.get(f"session:{T}") == "as it was"
     assert not other_program.exists(f"storyteller:session:{T}", "notifications:ack:an-id")
 
 
 @pytest.mark.parametrize("number", [-2, 8, 11001], ids=["Linux", "macOS", "Windows"])
-def test_an_unknown_host_name_is_told_as_such_on_each_system(number):
+def test_the_error_of_an_unknown_host_name_is_recognized_on_each_system(number):
     error = redis.ConnectionError(f"Error {number} connecting to no-such-pc:6379. It is not known.")
     with contextlib.closing(service.RedisClient("redis://no-such-pc")) as client:
         assert "its host name is unknown" in str(client.unavailable(error))
 
 
-def test_a_transaction_whose_keys_redis_does_not_watch_writes_nothing(own_redis):
+def test_a_transaction_that_may_not_watch_its_keys_writes_nothing(own_redis):
     own = own_redis("--save", "")
     own.tell("ACL", "SETUSER", "default", "-watch")
     with contextlib.closing(service.RedisClient(own.url)) as client:
@@ -2084,12 +2084,12 @@ def test_a_transaction_whose_keys_redis_does_not_watch_writes_nothing(own_redis)
 
 
 def first_read(value: Any) -> property:
-    """An attribute that another thread resets as soon as the test has read it."""
+    """An attribute that seems to be reset by another thread after its first read in this one."""
     values = iter([value])
     return property(lambda _: next(values, None) if threading.current_thread() is threading.main_thread() else None)
 
 
-def test_a_call_at_the_moment_when_redis_returns_is_unavailable(redis_url, monkeypatch):
+def test_a_call_that_found_the_circuit_open_is_unavailable_even_if_it_closes_meanwhile(redis_url, monkeypatch):
     with contextlib.closing(service.RedisClient(redis_url)) as client:
         monkeypatch.setattr(service.RedisClient, "_fault", first_read(redis.ConnectionError("away")), raising=False)
         with pytest.raises(service.Unavailable, match="the connection failed"):
@@ -2097,28 +2097,21 @@ def test_a_call_at_the_moment_when_redis_returns_is_unavailable(redis_url, monke
         assert client.ask(("PING",)) == [b"PONG"]
 
 
-def test_a_check_at_the_moment_when_writes_are_accepted_again_says_why_they_were_not(monkeypatch):
+def test_a_check_that_found_writes_refused_says_why_even_if_they_are_accepted_meanwhile(monkeypatch):
     status = service.WriteStatus("Redis")
     monkeypatch.setattr(service.WriteStatus, "refusal", first_read("OOM"), raising=False)
     with pytest.raises(service.Unavailable, match="OOM"):
         status.check()
 
 
-# The words of Redis and of redis-py name the command and what was given to it.
-@pytest.mark.parametrize(
-    "key, verb, words",
-    [
-        pytest.param("notifications:pending", "pending", ["ZRANGEBYSCORE", "Operation against"], id="the command"),
-        pytest.param("notifications:pending", "save", ["secret", "Operation against", "EVAL"], id="the document"),
-    ],
-)
-def test_an_error_of_redis_tells_nothing_of_the_command(redis_store, other_program, key, verb, words):
-    other_program.set(key, "of another type")
+@pytest.mark.parametrize("method", ["pending", "save"])
+def test_an_error_shows_neither_the_command_nor_its_arguments(redis_store, other_program, method):
+    """The error messages of Redis and redis-py may contain both."""
+    other_program.set("notifications:pending", "no sorted set")
     with pytest.raises(service.Unavailable) as raised:
-        VERBS[verb](redis_store)
-    # As a log shows it too: what it came from is not told either.
-    shown = [str(raised.value), str(raised.value.__context__) * (not raised.value.__suppress_context__)]
-    assert not [word for word in words if word.lower() in " ".join(shown).lower()]
+        METHODS[method](redis_store)
+    context = "" if raised.value.__suppress_context__ else raised.value.__context__  # a traceback shows it, too
+    assert not re.search("(?i)ZRANGEBYSCORE|EVAL|secret|Operation against", f"{raised.value} {context}")
 
 
 # ======================================================================================================
