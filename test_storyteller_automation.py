@@ -1,7 +1,7 @@
 """Tests of the StoryTeller automation service, in the order of its sections.
 
-What stands in for what cannot be here: SwarmUI and nvidia-smi, both real programs (STANDINS below). All else is
-real: a redis-server, SQLite files, sockets, child processes, the service itself started as a process.
+Programs replace SwarmUI and nvidia-smi (section "Stand-ins"). Everything else is real: a redis-server, SQLite files,
+sockets, child processes, and the service itself as a process.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ import storyteller_automation as service
 HERE = Path(__file__).resolve().parent
 TOKEN = "a-token-for-tests-0123456789"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
-PATIENCE = 30.0  # seconds until a wait for a real process counts as failed; never reached by a test that passes
+PATIENCE = 30.0  # seconds after which a wait fails; a test that passes never takes as long
 
-# What the tests start is as free of these as the tests are, which run with -I.
+# The tests run with -I, which ignores these variables: the processes that they start must not get them either.
 for name in [name for name in os.environ if name.startswith("PYTHON")]:
     del os.environ[name]
 
@@ -66,8 +66,8 @@ for name in [name for name in os.environ if name.startswith("PYTHON")]:
 # Stand-ins
 # ======================================================================================================
 
-# Every program that stands in for another holds a leash: a connection to the test, over which it tells what it was
-# started with. It ends when the test lets go, and the test sees it end, on every system alike.
+# Every stand-in has a leash: a connection to the test, over which it reports how it was started. It exits when the test
+# closes the connection, and the test notices when it exits, in the same way on every system.
 LEASH = """
 import json, os, socket, sys, threading
 def hold_leash(port, **report):
@@ -78,7 +78,7 @@ def hold_leash(port, **report):
 """
 
 # nvidia-smi: answers each query as `plan` says: {"gpus": {"print", "stderr", "exit", "crash", "hang", "after": a file
-# that must be there before}, "processes": {...}}.
+# whose creation it waits for}, "processes": {...}}.
 NVIDIA_SMI = """
 query = "gpus" if sys.argv[1].startswith("--query-gpu=") else "processes"
 wanted = {
@@ -98,7 +98,7 @@ sys.stderr.write(act.get("stderr", ""))
 sys.stdout.flush()
 if act.get("hang"):
     import subprocess
-    # A child of its own, as a hung one has: it must not be left behind either.
+    # A child process, which must be killed as well.
     child = plan["leash_code"] + "hold_leash(int(sys.argv[1])); threading.Event().wait()"
     subprocess.Popen([sys.executable, "-c", child, str(plan["leash"])]).wait()
 if act.get("crash"):
@@ -106,14 +106,15 @@ if act.get("crash"):
 sys.exit(act.get("exit", 0))
 """
 
-# SwarmUI 0.9.8.2, as far as this service meets it: POST with JSON, never GET. `plan`: {"delay": seconds until it
-# listens, "after": a file that must be there before, "print": text, "flood": so many MB more, "key": whether it waits
-# for one, "child": whether it starts one, "exit": code to end with at once, "once": a file that tells it that it did,
-# "answer": [status, headers, body] instead of the usual, "raw": [text, then] for each request, where `then` is the
-# end, silence, or the last letter for ever, "lacks": routes that it does not have, "refuses": routes for which the
-# permission lacks, "forgets": whether it knows no session, "shutdown": seconds until it is gone, "deaf": whether it
-# ends neither by that nor by SIGTERM, "status": a file with what it says of its work and its backends, "hang": a file
-# that stops all answers while it is there, "taken": another port that it takes}.
+# SwarmUI 0.9.8.2, as far as the service uses it: POST with JSON, never GET. `plan`: {"delay": seconds until it listens,
+# "after": a file whose creation it waits for first, "print": text, "flood": MB of further output, "key": whether it
+# waits for a key, "child": whether it starts a child process, "exit": the code with which it exits at once, "once": a
+# file that records that it did, so that it does not again, "answer": [status, headers, body] in place of the usual
+# response, "raw": [text, then] for each request, `then` being the end, silence, or the last letter for ever, "lacks":
+# routes that do not exist, "refuses": routes for which permission is lacking, "forgets": whether every session is
+# unknown, "shutdown": seconds that a shutdown takes, "deaf": whether it ignores shutdown and SIGTERM, "status": a file
+# with the state of its work and its backends, "hang": a file that stops all responses while it exists, "taken": the
+# port on which it listens in place of its own}.
 SWARMUI = """
 import http.server, signal, subprocess, time
 hold_leash(plan["leash"])
@@ -221,16 +222,16 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 
 def write_program(path: Path, code: str, plan: dict[str, Any]) -> Path:
-    """An executable of this system that runs `code` with `plan` and LEASH at hand; returns its path."""
+    """Write an executable for this system that runs LEASH and then `code`, which can use `plan`; returns its path."""
     source = f"{LEASH}\nplan = json.loads({json.dumps(plan)!r})\n{code}"
     if not service.WINDOWS:
-        # Through sh, since the path of an interpreter in the first line cannot hold a space.
+        # Through sh, because the path of an interpreter in a first line cannot contain a space.
         code_file = path.with_name(f"{path.name}.py")
         code_file.write_text(source, encoding="utf-8")
         path.write_text(f"#!/bin/sh\nexec '{sys.executable}' -SE '{code_file}' \"$@\"\n", encoding="utf-8")
         path.chmod(0o755)
         return path
-    # A real .exe: pip's launcher, which runs the Python program that is zipped to its end.
+    # A real .exe: pip's launcher, which runs the Python program in the zip file at its end.
     import pip._vendor.distlib as distlib
 
     packed = io.BytesIO()
@@ -243,12 +244,12 @@ def write_program(path: Path, code: str, plan: dict[str, Any]) -> Path:
 
 
 def write_swarmui_folder(folder: Path, plan: dict[str, Any]) -> Path:
-    """SwarmUI's folder as installed: its launch script, which runs its executable; returns the folder."""
+    """Write SwarmUI's folder as installed: a launch script that runs an executable; returns the folder."""
     release = folder / "src" / "bin" / "live_release"
     release.mkdir(parents=True)
     program = write_program(release / "SwarmUI", SWARMUI, plan)
     if service.WINDOWS:
-        # As SwarmUI's own: starts it, again on exit code 42, and pauses on any other that is not 0.
+        # Like SwarmUI's own: it restarts on exit code 42, and pauses on any other code but 0.
         lines = [
             "@echo off",
             'cd /d "%~dp0"',
@@ -270,7 +271,7 @@ def write_swarmui_folder(folder: Path, plan: dict[str, Any]) -> Path:
 
 
 class Held:
-    """A stand-in at the other end of the leash."""
+    """A running stand-in, at the other end of a leash."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.settimeout(PATIENCE)
@@ -283,18 +284,18 @@ class Held:
         return service.process_identity(self.report["pid"])
 
     def has_ended(self, patience: float = PATIENCE) -> bool:
-        """Wait for its end; False when it lives on past all patience."""
+        """Wait until it has exited. False if it still runs after `patience` seconds."""
         deadline = time.monotonic() + patience
         while (lives := self.is_alive()) and time.monotonic() < deadline:
             time.sleep(0.01)
         return not lives
 
     def is_alive(self) -> bool:
-        """Whether it runs at this moment."""
+        """Whether it runs now."""
         try:
             return self.connection.recv(1) != b""
         except BlockingIOError:
-            # Wine may keep the socket open of a process that was ended while it read.
+            # Wine may keep the socket of a process open that was killed while it read.
             return not service.WINDOWS or bool(self._identity and self._identity == self._identify())
         except ConnectionError:
             return False
@@ -310,12 +311,12 @@ class Leash:
         self._held: list[Held] = []
 
     def next(self) -> Held:
-        """The next stand-in that was started."""
+        """Wait for the next stand-in that starts."""
         self._held.append(Held(self._listener.accept()[0]))
         return self._held[-1]
 
     def take_further(self) -> list[Held]:
-        """Those that were started beside what next() gave."""
+        """The stand-ins that have started and that next() has not returned."""
         self._listener.setblocking(False)
         before = len(self._held)
         with contextlib.suppress(BlockingIOError):
@@ -336,8 +337,8 @@ class Leash:
 
 
 def take_ports() -> tuple[socket.socket, Iterator[int]]:
-    """Ports that no other process takes: those below the ones that systems choose by themselves, in blocks. Who listens
-    at the first of a block has its others."""
+    """Reserve a block of ports, below those that systems choose themselves. The process that listens on the first port
+    of a block has the others."""
     for first in range(20_000, 32_000, 500):
         with contextlib.suppress(OSError):
             return socket.create_server(("127.0.0.1", first)), itertools.cycle(range(first + 1, first + 500))
@@ -349,7 +350,7 @@ atexit.register(PORTS_HELD.close)
 
 
 def free_port() -> int:
-    """A port at which nobody listens."""
+    """A port of this process's block on which nothing listens."""
     for port in itertools.islice(PORTS, 499):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
@@ -359,13 +360,13 @@ def free_port() -> int:
 def can_connect(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), PATIENCE).close()
-    except (ConnectionRefusedError, ConnectionResetError):  # reset: nobody took it before the listener was closed
+    except (ConnectionRefusedError, ConnectionResetError):  # reset: not accepted before the listener was closed
         return False
     return True
 
 
 def wait_until(happened: Callable[[], Any]) -> None:
-    """Until it is true; fails when all patience is over."""
+    """Wait until it is true; fail after PATIENCE seconds."""
     deadline = time.monotonic() + PATIENCE
     while not happened():
         assert time.monotonic() < deadline, "waited in vain"
@@ -373,8 +374,8 @@ def wait_until(happened: Callable[[], Any]) -> None:
 
 
 def make_session(scenes: int = 4, beats: int = 249, prompts: int = 240, size: int = 850_000) -> dict[str, Any]:
-    """A session in the shape of a real episode: of 249 beats 240 are NEW_IMAGE, 9 reuse one; of the 240, `prompts`
-    have a prompt, written as StoryArt and as StorySwarm do in turn. Filled up to about `size` bytes of JSON."""
+    """A session like a real episode: of 249 beats 240 are NEW_IMAGE and 9 REUSE_IMAGE; `prompts` of the 240 have a
+    prompt, in StoryArt's and StorySwarm's form by turns. Padded to about `size` bytes of JSON."""
     made: list[dict[str, Any]] = [
         {
             "beatId": f"s{number % scenes}-b{number}",
@@ -407,8 +408,8 @@ def make_session(scenes: int = 4, beats: int = 249, prompts: int = 240, size: in
 
 
 class Forwarder:
-    """Stands between the service and a Redis, and fails as networks and PCs do. One that was cut off refuses
-    connections until restore()."""
+    """A proxy between the service and a Redis that fails as networks and PCs do. Once cut, it refuses connections until
+    restore()."""
 
     def __init__(self, target: tuple[str, int], database: int = 0) -> None:
         self._target = target
@@ -433,11 +434,11 @@ class Forwarder:
             self._threads[0].start()
 
     def hang(self) -> None:
-        """Connections stay open and new ones are taken, but not a byte passes until restore()."""
+        """Connections stay open and new ones are accepted, but no data passes until restore()."""
         self._passing.clear()
 
     def end_connections(self) -> None:
-        """Each connection ends; new ones are taken."""
+        """All connections end; new ones are accepted."""
         with self._lock:
             for one in self._sockets:
                 with contextlib.suppress(OSError):
@@ -445,15 +446,15 @@ class Forwarder:
             self._sockets.clear()
 
     def forget_connections(self) -> None:
-        """Each connection dies silently, as while a PC sleeps: nobody is told. New ones work."""
+        """All connections die without notice, as while a PC sleeps. New ones work."""
         self._round += 1
 
     def refuse(self) -> None:
-        """New connections are refused; those that are know nothing of it."""
+        """New connections are refused; open ones are not affected."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        with contextlib.suppress(OSError):  # on Windows closing it does not wake who waits in accept
+        with contextlib.suppress(OSError):  # on Windows closing it does not wake a thread in accept()
             socket.create_connection(("127.0.0.1", self.port), 0.1).close()
         self._threads[0].join(PATIENCE)
 
@@ -485,11 +486,11 @@ class Forwarder:
         for one in (source, target):
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
-        source.close()  # each of the two that carry closes its own
+        source.close()  # each of the two threads closes its own source
 
 
 class OwnRedis:
-    """A redis-server of the test's own, which it may harm."""
+    """A redis-server for one test, which may reconfigure, break and kill it."""
 
     def __init__(self, folder: Path, options: list[str]) -> None:
         self._command = [shutil.which("redis-server"), "--bind", "127.0.0.1", "--dir", str(folder), *options]
@@ -511,7 +512,7 @@ class OwnRedis:
         return False
 
     def tell(self, *command: Any) -> Any:
-        """One command, over a connection of its own."""
+        """Send one command over a new connection."""
         with redis.Redis.from_url(self.url, protocol=2) as client:
             return client.execute_command(*command)
 
@@ -520,15 +521,15 @@ class OwnRedis:
         self.process.wait(PATIENCE)
 
     def repair_log(self) -> None:
-        """As its manual says after a crash. Redis itself (7.2 at least) leaves a transaction open that it was writing,
-        and applies its half with the next one at its next start."""
+        """As Redis's manual says after a crash. Without it Redis (7.2 at least) leaves the half-written transaction in
+        the file, and at its next start applies that half together with the next transaction."""
         manifest = self.folder / "appendonlydir" / "appendonly.aof.manifest"
         command = ["redis-check-aof", "--fix", manifest.name]
         subprocess.run(command, cwd=manifest.parent, input=b"y", stdout=subprocess.DEVNULL, check=True)
 
 
 class Clock:
-    """Seconds or milliseconds that pass when the test says so."""
+    """A clock in seconds or milliseconds that only the test advances."""
 
     def __init__(self, now: float) -> None:
         self.now = now
