@@ -1212,6 +1212,21 @@ def test_a_log_is_appended_to_even_after_it_was_truncated(tmp_path):
     assert path.read_bytes() == b"second"
 
 
+@pytest.fixture
+def unread_input() -> Iterator[None]:
+    """This process has input, which a child would read if it inherited it; pytest's own standard input is empty."""
+    reader, writer = os.pipe()
+    os.write(writer, b"input")
+    before = os.dup(0)
+    os.dup2(reader, 0)
+    for descriptor in (reader, writer):
+        os.close(descriptor)
+    yield
+    os.dup2(before, 0)
+    os.close(before)
+
+
+@pytest.mark.usefixtures("unread_input")
 @pytest.mark.parametrize("exits", [False, True], ids=["a child that runs", "a child that has exited"])
 def test_a_bounded_child_is_killed_with_everything_that_it_started(tmp_path, leash, exits):
     grandchild_code = f"{LEASH}\nhold_leash({leash.port}); threading.Event().wait()"
@@ -1241,6 +1256,7 @@ print("to stdout", flush=True); print("to stderr", file=sys.stderr, flush=True)
 """
 
 
+@pytest.mark.usefixtures("unread_input")
 def test_a_launched_program_gets_no_private_settings_no_input_and_its_own_process_group(tmp_path, monkeypatch, leash):
     monkeypatch.setenv("STORYTELLER_API_TOKEN", TOKEN)
     for name in ("STORYTELLER_ANYTHING", "REDIS_URL", "REDIS_HOST", "SWARMUI_TOKEN"):
@@ -1862,6 +1878,10 @@ def test_a_marker_of_another_program_counts_as_an_acknowledgement(redis_store, o
     assert redis_store.acknowledged(["pending", "marked"]) == {"marked"}
     assert acknowledge(redis_store, "marked") is True
     assert redis_store.snapshot(1, ["pending", "marked"]) == ([], True)
+    pending, _, _ = add(redis_store, draft())
+    other_program.set(f"notifications:ack:{json.loads(pending)['id']}", "any value")
+    _, _, is_new = add(redis_store, draft())
+    assert is_new
 
 
 @pytest.mark.parametrize("page", [1, 2, 100])
