@@ -1042,8 +1042,8 @@ LOGS_KEPT = 3  # older files beside it
 class LogFormatter(logging.Formatter):
     """One line of JSON per record, or of text with any traceback below it. Escapes control characters."""
 
-    def __init__(self, *, as_json: bool) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(message)s")
+    def __init__(self, form: str = "%(asctime)s %(levelname)s %(message)s", *, as_json: bool = False) -> None:
+        super().__init__(form)
         self._as_json = as_json
 
     @staticmethod
@@ -1110,7 +1110,8 @@ def start_console() -> Callable[[], None]:
     thread.start()
     handler = logging.handlers.QueueHandler(records)
     handler.addFilter(lambda record: record.levelno >= logging.WARNING or hasattr(record, "console"))
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
+    handler.setFormatter(LogFormatter("%(message)s"))  # a record keeps its formatted traceback, which the file uses too
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("waitress").setLevel(logging.ERROR)  # its warnings are of what Server handles
     logging.raiseExceptions = False  # a log that cannot be written must not disturb the service
     return end

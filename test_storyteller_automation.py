@@ -11385,6 +11385,27 @@ def test_a_traceback_in_a_text_log_has_no_control_characters(error_record):
     assert all(line.isprintable() for line in lines)
 
 
+def test_neither_the_console_nor_the_log_beside_it_gets_control_characters_of_a_traceback(tmp_path):
+    code = """if True:
+        import sys, pathlib, storyteller_automation as service
+        end = service.start_console()
+        service.start_logging(pathlib.Path(sys.argv[1]), service.Settings())
+        try:
+            raise RuntimeError("unforeseen \\x1b[2J")
+        except RuntimeError:
+            service.log.exception("http: \\x1b[2J failed")
+        end()
+        """
+    command = [sys.executable, "-c", code, tmp_path / "log"]
+    folder = Path(service.__file__).parent
+    done = subprocess.run(command, cwd=folder, timeout=PATIENCE, check=True, stderr=subprocess.PIPE, encoding="utf-8")
+    for text in (done.stderr, (tmp_path / "log").read_text("utf-8")):
+        lines = text.splitlines()
+        assert lines[0].endswith(r"http: \x1b[2J failed")
+        assert lines[-1] == r"RuntimeError: unforeseen \x1b[2J"
+        assert all(line.isprintable() for line in lines)
+
+
 @pytest.mark.parametrize("kind", ["text", "json"])
 def test_a_lone_surrogate_is_escaped_in_the_log(tmp_path, kind):
     code = """if True:
