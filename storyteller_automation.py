@@ -298,7 +298,7 @@ class Settings:
     redis_url: str | None = _row("REDIS_URL", None, _redis_url, "the Redis to use; overrides the next two", secret=True)
     redis_host: str | None = _row("REDIS_HOST", None, _host, "the Redis to use; 127.0.0.1 when only the port is set")
     redis_port: int | None = _row("REDIS_PORT", None, _whole(1, 65535), "its port; 6379 when only the host is set")
-    bridge: bool = _row("STORYTELLER_BRIDGE", True, _switch, "off: copies of a session are not synced; by default on")
+    bridge: bool = _row("STORYTELLER_BRIDGE", True, _switch, "off: the copies of a session may differ; by default on")
     nvidia_smi: str | None = _row("NVIDIA_SMI", None, _program, "the nvidia-smi program; by default the one on PATH")
     nvidia_smi_timeout: float = _row("NVIDIA_SMI_TIMEOUT", 5.0, _decimal(0.001), "seconds that nvidia-smi may take")
     gpu_cache_seconds: float = _row("GPU_CACHE_SECONDS", 5.0, _decimal(0), "seconds for which a GPU status is cached")
@@ -1295,7 +1295,7 @@ class Loop:
 
     def answer(self, outcome: Any, *futures: Future[Any]) -> bool:
         """Settle the futures that are still pending. False if none was."""
-        settled = [one for one in futures if self.asked.pop(one, None) is not None and settle(one, outcome)]
+        settled = [future for future in futures if self.asked.pop(future, None) is not None and settle(future, outcome)]
         return bool(settled)
 
     def close(self, timeout: float = 0.0) -> None:
@@ -2291,7 +2291,7 @@ class BridgedStore(RedisStore):
         keys = (*self.INDEXES, self.LATEST, self.LEASE, self.MET)
         return list(map(int, self._run(_LUA_LOOK, keys, owner, ttl, count, *further).split()))
 
-    def bring_in_step(
+    def sync(
         self, timestamp: int, decide: Callable[[Copies], Change | None], latest: bytes | None = None, *,
         merges: bool = False,
     ) -> Copies:  # fmt: skip
@@ -3071,12 +3071,12 @@ class Bridge:
         self.start, self.close = self._loop.start, functools.partial(self._loop.close, 2.0)
 
     def sync(self, stored: StoredSession, *, whole: bool = False) -> StoredSession | None:
-        """The session with its copies in step, None if it is gone; unchanged if Redis does not take writes. `whole`:
+        """The session with its copies in step, None if it is gone; unchanged if Redis refuses writes. `whole`:
         notice even a large copy that was replaced by one of the same length."""
         if stored.is_in_step and not (whole and (stored.storyart_size or 0) > self.LARGE):
             return stored
         try:
-            self._bring_in_step(stored.timestamp)
+            self._sync(stored.timestamp)
             return self._store.session(stored.timestamp)
         except Unavailable as fault:
             self._report(f"session {stored.timestamp} is not in step", str(fault))
@@ -3084,7 +3084,7 @@ class Bridge:
 
     def sync_latest(self, *, whole: bool = True) -> int:
         """Apply a changed session:latest to the session that its timestamp names. Returns that timestamp; 0 if there is
-        nothing to apply, or if Redis does not take writes."""
+        nothing to apply, or if Redis refuses writes."""
         try:
             copy = self._store.newest_copy(whole=whole)
             self._store.unreadable_latest = 0
@@ -3095,18 +3095,18 @@ class Bridge:
                 self._store.unreadable_latest, fault = len(copy), facts.fault or "it has no timestamp"
                 self._report("session:latest is left as it is, because it is not a session", fault)
                 return 0
-            before = self._bring_in_step(facts.timestamp)
+            before = self._sync(facts.timestamp)
             # If session:{timestamp} was changed as well, neither replaces the other.
-            if not self._bring_in_step(facts.timestamp, copy, merges=bool(before and before.is_changed(0))):
+            if not self._sync(facts.timestamp, copy, merges=bool(before and before.is_changed(0))):
                 self._store.unreadable_latest = len(copy)
             return facts.timestamp
         except Unavailable as fault:
             self._report("session:latest is not in step", str(fault))
             return 0
 
-    def _bring_in_step(self, timestamp: int, latest: bytes | None = None, *, merges: bool = False) -> Copies | None:
+    def _sync(self, timestamp: int, latest: bytes | None = None, *, merges: bool = False) -> Copies | None:
         try:
-            return self._store.bring_in_step(timestamp, decide, latest, merges=merges)
+            return self._store.sync(timestamp, decide, latest, merges=merges)
         except ValueError as fault:
             self._report(f"session {timestamp} is left as it is, because a copy is not a session", str(fault))
             return None
@@ -3149,14 +3149,14 @@ class Bridge:
             self._store.note_met()
         newest = max([newest, *(timestamp for timestamp, sizes in sessions.items() if any(sizes))])
         if latest_size < 0:
-            self._report("session:latest is left as it is, because it is not a session", "its key is of another type")
+            self._report("session:latest is left as it is, because it is not a session", "its key is not a string")
         else:
             self._store.renew_latest(newest)
         return True
 
     def _read(self, timestamp: int, sizes: list[int]) -> None:
         try:
-            copies, waits = self._bring_in_step(timestamp), False
+            copies, waits = self._sync(timestamp), False
         except Unavailable as fault:  # the next look retries
             self._report("a session is not in step", str(fault))
             return
@@ -3355,32 +3355,32 @@ _OWN_PENDING = re.compile(
     + rb'"type":"(\w+)","sessionTimestamp":(\d+),(?:"storyUuid":"[^"\\]*",)?(?:"episodeNumber":(\d+),)?'
 )
 
-Emit = Callable[[str, Any], None]  # takes an event's type and data
+Publish = Callable[[str, Any], None]  # takes an event's type and data
 
 
 class PendingChanges:
-    """Tracks the pending notifications, and emits an event for each that is new and each that has ended. One thread
-    calls look(). While `is_initial`, the owner ignores the events: what the first look finds is old."""
+    """Tracks the pending notifications, and publishes an event for each that is new and each that has ended. One
+    thread calls look(). While `is_initial`, the owner ignores the events: what the first look finds is old."""
 
     PAGE = 2000  # members per read
 
     def __init__(
-        self, store: Store, notifications: Notifications, emit: Emit, add_own: Callable[[], None] = lambda: None
+        self, store: Store, notifications: Notifications, publish: Publish, add_own: Callable[[], None] = lambda: None
     ) -> None:
         """`add_own` calls add() and forget() for what was made and acknowledged here since it was called last."""
-        self._store, self._notifications, self._emit, self._add_own = store, notifications, emit, add_own
+        self._store, self._notifications, self._publish, self._add_own = store, notifications, publish, add_own
         self.is_initial = True  # the owner resets it after a look, and sets it to start over
-        # The key is the id if this service made it, else the member. None: it is invalid, or its end was emitted.
+        # The key is the id if this service made it, else the member. None: it is invalid, or its end was published.
         self._known: dict[str | bytes, Notification | None] = {}
         self.unread: dict[int, str] = {}  # by session, the id of the newest prompts_ready made here that is pending
         self._newest, self._duplicates = 0.0, 0  # the latest score read; members whose id another member has as well
-        self._scan_at = self._marks_at = -math.inf  # monotonic seconds, when all members and all marks are read again
+        self._scan_at = self._markers_at = -math.inf  # monotonic seconds: when all members, all markers are read again
 
     def all(self) -> list[Notification]:
         return [known for known in self._known.values() if known]
 
     def knows(self, id: str) -> bool:
-        """Whether a notification was emitted and has not ended; True for any of another program."""
+        """Whether a notification was published and has not ended; True for any of another program."""
         return not re.fullmatch(OWN_ID, id) or bool(self._known.get(id))
 
     def add(self, one: Notification) -> None:
@@ -3389,16 +3389,16 @@ class PendingChanges:
             self._keep(one.id, one._replace(since=now_ms()))
 
     def add_newer(self) -> tuple[int, bool]:
-        """Track and emit the newest members. How many are pending, and whether no newer ones are left to read."""
+        """Track and publish the newest members. How many are pending, and whether no newer ones are left to read."""
         count, newer = self._store.pending_since(self._newest)
         self._add_new(newer)
         return count, len(newer) < 1000
 
     def look(self) -> Iterator[None]:
-        """Compare the store with what is known, in steps, and emit the differences. Raises Unavailable."""
+        """Compare the store with what is known, in steps, and publish the differences. Raises Unavailable."""
         count, _ = self.add_newer()
         # Another instance marks what it removes, so most ends are found without a scan of the pending set.
-        if (is_gone := count < self._count()) or time.monotonic() >= self._marks_at:
+        if (is_gone := count < self._count()) or time.monotonic() >= self._markers_at:
             yield from self._find_marked(is_gone=is_gone)
         if count != self._count() or time.monotonic() >= self._scan_at:
             yield from self._scan()
@@ -3407,7 +3407,7 @@ class PendingChanges:
         return len(self._known) + self._duplicates
 
     def _add_new(self, rows: Iterable[tuple[bytes, float]]) -> list[str | bytes]:
-        """Track and emit the members that are not known yet. Returns the key of each row."""
+        """Track and publish the members that are not known yet. Returns the key of each row."""
         keys, fresh, now = list[str | bytes](), dict[str | bytes, Notification | None](), now_ms()
         for member, score in rows:
             at = min(int(min(score, LARGEST)), now)  # another program's score may be infinite or in the future
@@ -3423,7 +3423,7 @@ class PendingChanges:
                 found = self._notifications.read(member, score)
                 fresh[key] = found and found._replace(since=at)
         marked = self._store.acknowledged([found.id for found in fresh.values() if found])
-        self._add_own()  # first: its events are emitted even if it is acknowledged by now
+        self._add_own()  # first: its events are published even if it is acknowledged by now
         for key, one in fresh.items():
             if key not in self._known:
                 self._keep(key, None if one and one.id in marked else one)
@@ -3434,16 +3434,16 @@ class PendingChanges:
         if found:
             if found.type == "prompts_ready" and isinstance(key, str):
                 self.unread[found.session] = key
-            self._emit("notification", found.text)
+            self._publish("notification", found.text)
 
     def forget(self, key: str | bytes, *, is_gone: bool = True) -> None:
-        """Emit the end of a notification, once. Its key stays known unless its member is gone: it is not new again."""
+        """Publish the end of a notification, once. Its key stays known, so it is not new again, unless `is_gone`."""
         if known := self._known.pop(key, None):
             if not is_gone:
                 self._known[key] = None
             if self.unread.get(known.session) == key:
                 del self.unread[known.session]
-            self._emit("acknowledged", {"id": known.id, "type": known.type, "sessionTimestamp": known.session})
+            self._publish("acknowledged", {"id": known.id, "type": known.type, "sessionTimestamp": known.session})
 
     def _find_marked(self, *, is_gone: bool) -> Iterator[None]:
         """End the notifications that are marked as acknowledged. Another program may mark one without removing it."""
@@ -3456,7 +3456,7 @@ class PendingChanges:
                 self.forget(keys[id], is_gone=is_gone)
             yield
         ended = time.monotonic()
-        self._marks_at = ended + max(1.0, 5 * (ended - began))
+        self._markers_at = ended + max(1.0, 5 * (ended - began))
 
     def _scan(self) -> Iterator[None]:
         """Compare the whole pending set with what is known."""
@@ -4232,7 +4232,7 @@ class SwarmUISupervisor:
         self._ours = LaunchedSwarmUI(settings, self._loop.wake)
         self._probe, self._misses = NO_ANSWER, 0
         self._session = NO_ANSWER  # the last probe that was ready, until the port is closed
-        self._looked_at = self._launched_at = self._last_used = self._idle_from = -math.inf
+        self._looked_at = self._launched_at = self._last_used = self._idle_from = -math.inf  # by the clock
         self._error, self._has_failed, self._failure_ms = "", False, 0  # lastError; ours has failed, and when (ms)
         self._deadline = self._restart_at = math.inf  # of the starts that wait; of the next restart
         self._launched_for_starts = False  # launched while they waited, or already launched when they came
@@ -4819,8 +4819,8 @@ class Observer:
         self._scraped_at = -math.inf
 
     def look(self, age: float) -> Situation:
-        """Take a snapshot; this waits for the store. `pending` and `waiting` may be `age` seconds old, or 100 times as
-        old as the last look took, so that looks take at most 1 % of the time."""
+        """Take a snapshot; this waits for the store. `pending` and `waiting` may be `age` seconds old, or 100 times
+        the duration of the last look if that is longer, so that looks take at most 1 % of the time."""
         fault, free = "", None
         try:
             self._store.ping()
@@ -5119,7 +5119,7 @@ def metrics_text(seen: Situation, raised: Container[str], counts: RequestCounts,
          {"": min(one.since for one in seen.pending) / 1000 if seen.pending else None}),
         ("storyteller_sessions_waiting", "gauge", "Sessions that wait for prompts by StorySwarm.",
          {"": None if seen.waiting is None else len(seen.waiting)}),
-        ("storyteller_store_up", "gauge", "Whether the store answers, and takes writes.",
+        ("storyteller_store_up", "gauge", "Whether the store answers, and accepts writes.",
          {labels(store=seen.store): not seen.fault}),
         ("storyteller_alerts", "gauge", "1 for an alert that is raised.",
          {labels(kind=kind): kind in raised for kind in ALERTS}),
@@ -5409,12 +5409,12 @@ class Services:
         for pool in (self.pool, self.large_bodies):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def carry_latest(self, *, whole: bool = False) -> None:
+    def sync_latest(self, *, whole: bool = False) -> None:
         """Call Bridge.sync_latest(), if there is a bridge. Do so before you read sessions."""
         if self.bridge:
             self.bridge.sync_latest(whole=whole)
 
-    def in_step(self, stored: StoredSession | None, *, whole: bool = False) -> StoredSession | None:
+    def sync(self, stored: StoredSession | None, *, whole: bool = False) -> StoredSession | None:
         """Bring the session's copies in step by Bridge.sync(); without a bridge, return the session unchanged."""
         return self.bridge.sync(stored, whole=whole) if stored and self.bridge else stored
 
@@ -5646,7 +5646,7 @@ def answer_progress(services: Services, timestamps: list[int]) -> list[Outcome]:
             return services.submit(announce_progress, services, stored)
         return progress_response(stored, facts)
 
-    services.carry_latest()
+    services.sync_latest()
     return list(map(respond, services.store.read_sessions(timestamps)))
 
 
@@ -5657,7 +5657,7 @@ def is_announcement_due(stored: StoredSession, facts: Facts) -> bool:
 
 
 def announce_progress(services: Services, asked: StoredSession) -> Outcome:
-    stored = services.in_step(asked)
+    stored = services.sync(asked)
     if stored is None:
         return NotFound("Session not found")
     facts = services.sessions.facts_of(stored)
@@ -5685,7 +5685,7 @@ def progress_response(stored: StoredSession, facts: Facts) -> Outcome:
 
 
 def answer_creations(services: Services, drafts: list[Draft]) -> Sequence[Outcome]:
-    """A batcher's step: the store creates all notifications in one step."""
+    """A batcher's step: one call of the store creates all notifications."""
     results = services.notifications.create(drafts)  # of each the notification and whether it is new, or an error
     services.live.note(*(result[0] for result in results if not isinstance(result, ApiError) and result[1]))
     return map_results(lambda result: Response(result[0].text, 201 if result[1] else 200), results)
@@ -5716,7 +5716,7 @@ def answer_acknowledgements(services: Services, ids: list[str]) -> list[Outcome]
 
 def _session_response(services: Services, request: Request, found: StoredSession | None, missing: str) -> Response:
     """Send the bytes of the document as they are stored, which saves parsing it. A page gets StoryArt's dialect."""
-    stored = services.in_step(found, whole=True)
+    stored = services.sync(found, whole=True)
     if stored is None:
         raise NotFound(missing)
     if fault := services.sessions.facts_of(stored).fault:
@@ -5731,12 +5731,12 @@ def _session_response(services: Services, request: Request, found: StoredSession
 
 
 def session_get(services: Services, request: Request) -> Response:
-    services.carry_latest()
+    services.sync_latest()
     return _session_response(services, request, services.store.session(request.path["timestamp"]), "Session not found")
 
 
 def session_latest(services: Services, request: Request) -> Response:
-    services.carry_latest(whole=True)
+    services.sync_latest(whole=True)
     return _session_response(services, request, services.sessions.latest(), "No session found")
 
 
@@ -5779,7 +5779,7 @@ def _save(services: Services, request: Request, timestamp: int, *, by_storyart: 
         document = {**document, "timestamp": timestamp}
         text = to_json(document)
     storyart, draft = text, due_notification(timestamp, document)
-    services.carry_latest()
+    services.sync_latest()
     if services.bridge:
         with contextlib.suppress(ValueError):  # a document with invalid beats is stored unchanged
             _check_shape(document, _PROGRESS_SHAPE)
@@ -6303,21 +6303,20 @@ class SessionChanges:
 
     NEWEST = 50
 
-    def __init__(self, services: Services, unread: Mapping[int, str], publish: Emit) -> None:
+    def __init__(self, services: Services, unread: Mapping[int, str], publish: Publish) -> None:
         self._services, self._unread, self._publish = services, unread, publish
         self._changed = ChangedSessions(services.store, self.NEWEST)
-        self._unannounced: set[int] = set()  # complete sessions, to be announced once the store takes writes
-        # timestamp -> fingerprint, are the prompts announced, data; timestamp -> both of the newest event
-        self._current: dict[int, tuple[str, bool, dict[str, Any]]] = {}
-        self._published: dict[int, tuple[str, dict[str, Any]]] = {}
+        self._unannounced: set[int] = set()  # complete sessions, to be announced once the store accepts writes
+        self._current: dict[int, tuple[str, bool, dict[str, Any]]] = {}  # by timestamp: fingerprint, is announced, data
+        self._published: dict[int, tuple[str, dict[str, Any]]] = {}  # by timestamp: both of its newest event
 
     def look(self) -> None:
         """Read the sessions that changed, and announce those that are complete. Raises Unavailable."""
         services, before = self._services, self._changed.versions
-        services.carry_latest()
+        services.sync_latest()
         oldest = min(before) if len(before) >= self.NEWEST else 0
         for changed in self._changed.look(() if services.store.writes.refusal else self._unannounced):
-            if stored := services.in_step(changed):
+            if stored := services.sync(changed):
                 with contextlib.suppress(OverflowError):  # a time after the year 9999
                     self._read(stored)
             if changed.timestamp < oldest and changed.timestamp in self._current:  # only moved up: a newer one is gone
@@ -6472,7 +6471,7 @@ class Live:
         return sum(not one.stream.is_closed and type in (None, *one.types) for one in self._listeners)
 
     def join(self, caller: Caller, types: frozenset[str], last_id: str) -> Future[Response]:
-        """The stream of these events, from after `last_id` or with `state` first. Unavailable: no place."""
+        """A stream of the events after `last_id`, or of `state` and what follows. Unavailable if no place is free."""
         asks = {"gpu": self._services.gpu.ask, "reservation": self._services.reservations.ask}
         needs = [need for type in types & asks.keys() if isinstance(need := asks[type](), Future)]
         joining = self._register(Listener(caller, types, last_id, needs, time.monotonic() + self.STATE_WAIT))
@@ -6481,7 +6480,7 @@ class Live:
         return joining
 
     def wait(self, check: Check, seconds: float) -> Future[Any]:
-        """The response once something matches; an empty list after `seconds` or at the end. Unavailable: no place."""
+        """The response once something matches; an empty list after `seconds` or at close(). Unavailable like join()."""
         ask = functools.partial(self._services.checks.ask, check)
         if self._loop.is_closing:
             return ask()
@@ -6550,7 +6549,7 @@ class Live:
             self._sessions.publish_changes()
 
     def _look(self, *, is_whole: bool) -> bool:
-        """Poll the store. Whether it answers and takes writes."""
+        """Poll the store. Whether it answers and accepts writes."""
         try:
             if is_whole:
                 self._look_at_sessions()

@@ -7741,14 +7741,14 @@ def test_a_look_that_takes_too_long_stops_halfway_and_the_next_continues(bridged
 
 
 def test_a_session_that_fails_does_not_stop_the_others(bridged, storyart, storyswarm, monkeypatch):
-    bring_in_step = service.BridgedStore.bring_in_step
+    sync = service.BridgedStore.sync
 
     def refuse_one(store: Any, timestamp: int, *arguments: Any, **options: Any) -> Any:
         if timestamp == T + 1:
             raise service.Unavailable("Session is written all the time.", 1)
-        return bring_in_step(store, timestamp, *arguments, **options)
+        return sync(store, timestamp, *arguments, **options)
 
-    monkeypatch.setattr(service.BridgedStore, "bring_in_step", refuse_one)
+    monkeypatch.setattr(service.BridgedStore, "sync", refuse_one)
     for number in range(3):
         storyart.save(story("w", timestamp=T + number))
     bridged.look()
@@ -9526,9 +9526,9 @@ def test_two_members_with_one_id_do_not_cause_a_scan_per_notification(
 def poll_everything(polled: LocalService) -> None:
     """Wait until the store has been read, including the acknowledgements."""
     pending = polled.services.live._pending
-    pending._marks_at = pending._scan_at = -math.inf
+    pending._markers_at = pending._scan_at = -math.inf
     polled.services.live.look_soon()
-    wait_until(lambda: min(pending._marks_at, pending._scan_at) > 0)
+    wait_until(lambda: min(pending._markers_at, pending._scan_at) > 0)
 
 
 def test_a_session_saved_during_a_scan_is_published_before_the_scan_ends(polled, listen, monkeypatch):
