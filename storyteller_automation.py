@@ -1610,13 +1610,13 @@ class _TcpConnection(_SkipsFirstPing, redis.Connection):
         addresses = [self.host] if address_of(self.host) else self._look_up()
         for left, address in zip(range(len(addresses), 0, -1), addresses):
             try:
-                made = socket.create_connection((address, self.port), max(0.01, deadline - time.monotonic()) / left)
+                sock = socket.create_connection((address, self.port), max(0.01, deadline - time.monotonic()) / left)
             except OSError as error:
                 first_error = first_error or error
                 continue
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            made.settimeout(self.socket_timeout)
-            return made
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.settimeout(self.socket_timeout)
+            return sock
         raise first_error or OSError("its name has no address")
 
     def _look_up(self) -> list[str]:
@@ -2085,8 +2085,8 @@ class RedisStore(Store):
         indexes = [result_of(reply)[1::2] for reply in replies if not is_wrong_type(reply)]
         scores = {float(score) for index in indexes for score in index}
         newest = sorted({int(score) for score in scores if math.isfinite(score)}, reverse=True)[:count]
-        found = self._read_parts(newest, "STRLEN")
-        return [(timestamp, str(version)) for timestamp, *version in found if version[1:] != [0, 0]]
+        sessions = self._read_parts(newest, "STRLEN")
+        return [(timestamp, str(version)) for timestamp, *version in sessions if version[1:] != [0, 0]]
 
     def trim(self, timestamp: int) -> None:
         """Remove the index entries and the metadata of a session that is gone."""
@@ -2367,8 +2367,8 @@ class BridgedStore(RedisStore):
             if any(isinstance(reply, ApiError) for reply in replies):  # such as WRONGTYPE
                 return []
             latest, ttl, document, document_ttl = replies
-            found = [fingerprint_of(copy).encode() for copy in (latest, document)]
-            if found[0] not in (b"0", of_latest) or found[1] != synced:
+            current = [fingerprint_of(copy).encode() for copy in (latest, document)]
+            if current[0] not in (b"0", of_latest) or current[1] != synced:
                 return []
             life = () if ttl == -1 else ("PX", max(ttl, document_ttl if document_ttl > 0 else TTL_MS))
             return [("SET", self.LATEST, document, *life), ("HSET", self.META_OF_LATEST, "storyswarm", synced)]
@@ -2755,9 +2755,9 @@ def read_session(document: bytes | None, shape: Any = _PROGRESS_SHAPE) -> dict[s
     """Parse a session's document. Raises ValueError with what is wrong with it."""
     if document is None:
         raise ValueError("its key is not a string")
-    found: dict[str, Any] = parse_json(document)
-    _check_shape(found, shape)
-    return found
+    value: dict[str, Any] = parse_json(document)
+    _check_shape(value, shape)
+    return value
 
 
 def prompt_text(prompt: Any) -> str:
@@ -2820,14 +2820,14 @@ def _story_fields(uuid: object, episode: object) -> dict[str, Any]:
 def due_notification(timestamp: int, document: dict[str, Any]) -> Draft | None:
     """The notification that a session calls for; None unless it waits for StorySwarm and has beats."""
     try:
-        found = progress(document)
+        counts = progress(document)
     except ValueError:  # perhaps it has only a script so far; prompts-status says what is wrong
         return None
-    if document.get("promptMode") != "storyswarm" or not found.total_beats:
+    if document.get("promptMode") != "storyswarm" or not counts.total_beats:
         return None
-    kind = "prompts_ready" if found.ready else "beats_ready"
+    kind = "prompts_ready" if counts.ready else "beats_ready"
     story = _story_fields(document.get("storyUuid"), document["analyzedEpisode"].get("episodeNumber"))
-    return Draft(kind, timestamp, {**story, "totalPrompts": found.total_prompts, "totalBeats": found.total_beats})
+    return Draft(kind, timestamp, {**story, "totalPrompts": counts.total_prompts, "totalBeats": counts.total_beats})
 
 
 @dataclass(frozen=True)
@@ -3127,10 +3127,10 @@ class Bridge:
         """Bring in step what has changed. False if it stopped halfway, to extend the lease before it goes on."""
         began, reads = time.monotonic(), self._last_reads
         waiting = sorted(timestamp for timestamp, read in reads.items() if read.waits)[-self.NEWEST :]
-        found = self._store.look(self._owner, self.LEASE, self.NEWEST, waiting)
-        if not found:
+        lengths = self._store.look(self._owner, self.LEASE, self.NEWEST, waiting)
+        if not lengths:
             return True
-        latest_size, is_met, *parts = found
+        latest_size, is_met, *parts = lengths
         newest = 0
         if latest_size != self._latest[0] or time.monotonic() >= self._latest[1]:
             newest = self.sync_latest()
@@ -3229,13 +3229,13 @@ def read_member(member: bytes, time: float | None) -> Notification:
     return Notification(id, kind, to_json(shown), is_shown, fault, session, shown["episodeNumber"])
 
 
-def newest_of_each(found: Iterable[Notification]) -> list[bytes]:
+def newest_of_each(notifications: Iterable[Notification]) -> list[bytes]:
     """The text of the newest notification of each type and session, with the ids of all of them; oldest first."""
     groups: dict[tuple[str, int], list[Notification]] = {}
-    for one in found:
-        group = groups.pop((one.type, one.session), [])
-        group.append(one)
-        groups[one.type, one.session] = group  # at the end: groups are in the order of their newest
+    for notification in notifications:
+        group = groups.pop((notification.type, notification.session), [])
+        group.append(notification)
+        groups[notification.type, notification.session] = group  # at the end: groups are in the order of their newest
 
     counted = ((group[-1].text, {"count": len(group), "ids": [one.id for one in group]}) for group in groups.values())
     return [b"%b,%b" % (text[:-1], to_json(count_and_ids)[1:]) for text, count_and_ids in counted]
@@ -4560,16 +4560,16 @@ def read_token(digest: str, record: bytes) -> Caller | None:
 
 def session_tokens(store: Store) -> list[Caller]:
     """The callers of all session tokens, by subject, then by expiry. Raises Unavailable."""
-    found = [caller for digest, record in store.tokens() if (caller := read_token(digest, record))]
-    return sorted(found, key=lambda one: (one.subject, one.expires))
+    callers = [caller for digest, record in store.tokens() if (caller := read_token(digest, record))]
+    return sorted(callers, key=lambda caller: (caller.subject, caller.expires))
 
 
 def ending_tokens(store: Store, now: int) -> str:
     """The subjects whose tokens expire soon, each with its first expiry; "" for none. Raises Unavailable."""
     ends: dict[str, str] = {}
-    for one in session_tokens(store):
-        if (one.expires or 0) - now < ENDS_SOON:
-            ends.setdefault(one.subject, f"{one.subject} ({iso_time(one.expires or 0)})")
+    for caller in session_tokens(store):
+        if (caller.expires or 0) - now < ENDS_SOON:
+            ends.setdefault(caller.subject, f"{caller.subject} ({iso_time(caller.expires or 0)})")
     return name_some(ends.values())
 
 
@@ -4752,8 +4752,8 @@ def kept_token(settings: Settings) -> str:
 def refused_origins(settings: Settings) -> list[str]:
     """The stored refused origins, without those that are trusted now; [] if there is no valid file."""
     with contextlib.suppress(OSError, ValueError, TypeError):
-        found = list(parse_json((settings.data_dir / REFUSED_ORIGINS).read_bytes()))[-20:]
-        return [one for one in found if re.fullmatch(LOCAL_ORIGIN, str(one)) and one not in settings.trusted_origins]
+        origins = list(parse_json((settings.data_dir / REFUSED_ORIGINS).read_bytes()))[-20:]
+        return [one for one in origins if re.fullmatch(LOCAL_ORIGIN, str(one)) and one not in settings.trusted_origins]
     return []
 
 
@@ -4867,17 +4867,17 @@ class Observer:
         now = self.wall()
         for stored in self._changed.look():
             before, facts = self._waiting.pop(stored.timestamp, None), self._sessions.facts_of(stored)
-            done = facts.progress
-            if not facts.waits or isinstance(done, str) or done.ready or not done.total_beats:
+            counts = facts.progress
+            if not facts.waits or isinstance(counts, str) or counts.ready or not counts.total_beats:
                 continue
             # A session of the first look has the age that it says. Later, a new session or prompt has just come.
             since = now
             if self._pending.is_initial:
                 since = min(now, max(stored.saved or 0, facts.updated or 0, stored.timestamp))
-            elif before and done.total_prompts <= before.prompts:
+            elif before and counts.total_prompts <= before.prompts:
                 since = before.since
             title = "" if isinstance(facts.summary, str) else facts.summary["analyzedEpisode"]["title"]
-            self._waiting[stored.timestamp] = WaitingSession(stored.timestamp, done.total_prompts, since, title[:60])
+            self._waiting[stored.timestamp] = WaitingSession(stored.timestamp, counts.total_prompts, since, title[:60])
         self._waiting = {one: session for one, session in self._waiting.items() if one in self._changed.versions}
 
 
@@ -5390,14 +5390,14 @@ class Services:
 
     def _check_tokens(self) -> float:
         """Find the tokens that end soon, and warn once a day. A slow search, as in a large Redis, is repeated less."""
-        began, found = time.perf_counter(), None  # time.monotonic() has ticks of 16 ms on Windows
+        began, ending = time.perf_counter(), None  # time.monotonic() has ticks of 16 ms on Windows
         with contextlib.suppress(Unavailable):
-            found = ending_tokens(self.store, now_ms())
-        self.ending_tokens, took = found, time.perf_counter() - began
-        if found and began - self._warned_at >= 86_400:
+            ending = ending_tokens(self.store, now_ms())
+        self.ending_tokens, took = ending, time.perf_counter() - began
+        if ending and began - self._warned_at >= 86_400:
             self._warned_at = began
-            log.warning("authentication: tokens end soon: %s: %s", found, RENEW_ADVICE)
-        return self.WATCH_INTERVAL if found is None else max(self.WATCH_INTERVAL, 500 * took)
+            log.warning("authentication: tokens end soon: %s: %s", ending, RENEW_ADVICE)
+        return self.WATCH_INTERVAL if ending is None else max(self.WATCH_INTERVAL, 500 * took)
 
     def close(self) -> None:
         """End the threads. Queued work is dropped; running work ends within the timeouts of the store."""
@@ -5652,8 +5652,8 @@ def answer_progress(services: Services, timestamps: list[int]) -> list[Outcome]:
 
 def is_announcement_due(stored: StoredSession, facts: Facts) -> bool:
     """Whether the prompts are complete but not announced: StorySwarm may write them straight to Redis."""
-    done = facts.progress
-    return facts.waits and isinstance(done, Progress) and done.ready and stored.announced != "prompts_ready"
+    counts = facts.progress
+    return facts.waits and isinstance(counts, Progress) and counts.ready and stored.announced != "prompts_ready"
 
 
 def announce_progress(services: Services, asked: StoredSession) -> Outcome:
@@ -5677,11 +5677,11 @@ def last_update(stored: StoredSession, facts: Facts) -> str:
 
 
 def progress_response(stored: StoredSession, facts: Facts) -> Outcome:
-    done = facts.progress
-    if not isinstance(done, Progress):
-        return ApiError(f"Session {stored.timestamp} cannot be read ({done}): save it again.")
-    shown = {"promptsReady": done.ready, "sessionTimestamp": stored.timestamp, "totalBeats": done.total_beats}
-    return json_response({**shown, "totalPrompts": done.total_prompts, "lastUpdated": last_update(stored, facts)})
+    counts = facts.progress
+    if not isinstance(counts, Progress):
+        return ApiError(f"Session {stored.timestamp} cannot be read ({counts}): save it again.")
+    shown = {"promptsReady": counts.ready, "sessionTimestamp": stored.timestamp, "totalBeats": counts.total_beats}
+    return json_response({**shown, "totalPrompts": counts.total_prompts, "lastUpdated": last_update(stored, facts)})
 
 
 def answer_creations(services: Services, drafts: list[Draft]) -> Sequence[Outcome]:
@@ -6340,15 +6340,15 @@ class SessionChanges:
         if isinstance(facts.summary, str):  # the document is not a session
             self._current.pop(timestamp, None)
             return
-        done = facts.progress if isinstance(facts.progress, Progress) else Progress(0, 0, False)
-        steps = [("ready", done.ready), ("prompts", done.total_prompts), ("beats_ready", done.total_beats)]
+        counts = facts.progress if isinstance(facts.progress, Progress) else Progress(0, 0, False)
+        steps = [("ready", counts.ready), ("prompts", counts.total_prompts), ("beats_ready", counts.total_beats)]
         episode = facts.summary["analyzedEpisode"]
         data = {
             "sessionTimestamp": timestamp,
             "step": next((step for step, is_reached in steps if is_reached), "saved"),
-            "totalBeats": done.total_beats,
-            "totalPrompts": done.total_prompts,
-            "promptsNeeded": done.needed,
+            "totalBeats": counts.total_beats,
+            "totalPrompts": counts.total_prompts,
+            "promptsNeeded": counts.needed,
             "title": episode["title"],
             "episodeNumber": episode["episodeNumber"],
             "storyUuid": facts.summary["storyUuid"],
@@ -7462,7 +7462,7 @@ class Server:
         self._grace, self.is_stopping = GRACE, False
 
     def _channels(self) -> list[Channel]:
-        return [one for one in self._dispatcher.map.values() if isinstance(one, Channel)]
+        return [channel for channel in self._dispatcher.map.values() if isinstance(channel, Channel)]
 
     def stop(self, grace: float) -> None:
         """End run() in about `grace` seconds. Takes no lock, so signal handlers and any thread may call it."""
@@ -7516,7 +7516,7 @@ class Server:
                 channel.handle_close()
             elif not is_due and now - channel.activity.request_began >= 1.0:
                 closable.append(channel)
-        closable.sort(key=lambda one: one.activity.responded_at)
+        closable.sort(key=lambda channel: channel.activity.responded_at)
         for channel in closable[: max(0, len(channels) - CONNECTIONS)]:
             channel.handle_close()
 
@@ -7726,8 +7726,8 @@ def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
     expected_errors = OSError, http.client.HTTPException, ValueError, AttributeError, LookupError, RecursionError
     if not running:
         try:
-            for one in open_sockets(host, port):
-                one.close()
+            for sock in open_sockets(host, port):
+                sock.close()
             yield "OK", "port", f"{port} is free: the service will run at {address}; {link}"
         except StartError as error:
             fault = str(error)
@@ -7789,7 +7789,7 @@ def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
 
     gpu, queue = state["gpu"] or {"error": "not known yet"}, swarmui["queue"]
     figures = "{utilization} % use, {memoryUsed} of {memoryTotal} MiB, {temperature} °C"
-    active = [one for one in state["sessions"] if one["step"] in ("beats_ready", "prompts")]
+    active = [session for session in state["sessions"] if session["step"] in ("beats_ready", "prompts")]
     newest = "; {totalPrompts} of {promptsNeeded} prompts of session {sessionTimestamp} {title}"
     ending = "not known" if service["tokensEnding"] is None else "none ends within 3 days"
     error = f": {swarmui['lastError']}" if swarmui["lastError"] else ""
@@ -7870,7 +7870,7 @@ def serve(settings: Settings) -> None:
         port = sockets[0].getsockname()[1]
         print(url_of(settings.host, port), file=running, flush=True)
         greet(settings, store, port, token_place)
-        services.live.addresses = [url_of(*one.getsockname()[:2]) for one in sockets]
+        services.live.addresses = [url_of(*sock.getsockname()[:2]) for sock in sockets]
         services.start()
         if settings.autostart:
             swarmui.start()  # the log has its result
@@ -8073,8 +8073,8 @@ def token_command(given: Mapping[str, Any]) -> int:
             print(issue_token(store, subject, given["permission"], ttl or TOKEN_TTL, now_ms())[0])
             return 0
         wanted = renewed or revoked
-        found = [one for one in session_tokens(store) if wanted in (None, one.subject)]
-        for caller in found:
+        callers = [caller for caller in session_tokens(store) if wanted in (None, caller.subject)]
+        for caller in callers:
             end = iso_time(caller.expires or 0)
             if revoked:
                 store.revoke_token(caller.digest or "")
@@ -8085,9 +8085,9 @@ def token_command(given: Mapping[str, Any]) -> int:
                     print(f"renewed: {renewed}, until {iso_time(until or 0)} instead of {end}")
             else:
                 print(caller.subject, end, *caller.permissions)
-    if not found:
+    if not callers:
         print(f"{wanted} has no token." if wanted else "There are no tokens.", file=sys.stderr)
-    return int(bool(wanted and not found))
+    return int(bool(wanted and not callers))
 
 
 def alert_command(given: Mapping[str, Any]) -> int:
