@@ -3046,7 +3046,7 @@ def _to_storyswarm(text: bytes, swarm: bytes, timestamp: int) -> bytes | None:
 class _LastRead(NamedTuple):
     """The bridge's last read of both copies of a session."""
 
-    sizes: list[int]  # their lengths just before, from the store's look()
+    sizes: list[int]  # their lengths just before, from the store's look(); [] to read them at the next look, too
     due: float  # monotonic seconds, when they are read again
     waits: bool  # for prompts
 
@@ -3165,9 +3165,8 @@ class Bridge:
             waits = facts.waits and not (isinstance(facts.progress, Progress) and facts.progress.ready)
         seconds = self.RECHECK_WAITING if waits else self.RECHECK + timestamp % self.SPREAD
         due = math.inf if max(sizes) > self.LARGE else time.monotonic() + seconds
-        if copies and copies.current != copies.synced:  # written here, perhaps: the lengths are older
-            sizes = []
-        self._last_reads[timestamp] = _LastRead(sizes, due, waits)
+        was_written = copies and copies.current != copies.synced  # perhaps just now: then `sizes` are outdated
+        self._last_reads[timestamp] = _LastRead([] if was_written else sizes, due, waits)
 
 
 # ======================================================================================================
@@ -3292,8 +3291,9 @@ class Notifications:
     def acknowledge(self, ids: Sequence[str]) -> list[str]:
         """Acknowledge distinct ids, with one search for all. Returns the ids that were pending or acknowledged."""
         done = {id for id, outcome in zip(ids, self.acknowledge_own(ids)) if result_of(outcome)}
-        left = self._find_members(id for id in ids if id not in done)
-        return [id for id in ids if id in done or result_of(self._store.acknowledge({id: left[id]})[0])]
+        if left := self._find_members(id for id in ids if id not in done):
+            done.update(id for id, outcome in zip(left, self._store.acknowledge(left)) if result_of(outcome))
+        return [id for id in ids if id in done]
 
     def acknowledge_own(self, ids: Sequence[str]) -> list[bool | ApiError]:
         """The same without a search: True for an id made here that was pending, or one that is acknowledged already."""
@@ -6311,7 +6311,7 @@ class SessionChanges:
         self._published: dict[int, tuple[str, dict[str, Any]]] = {}  # by timestamp: both of its newest event
 
     def look(self) -> None:
-        """Read the sessions that changed, and announce those that are complete. Raises Unavailable."""
+        """Read the sessions that changed; without a bridge, announce those that are complete. Raises Unavailable."""
         services, before = self._services, self._changed.versions
         services.sync_latest()
         oldest = min(before) if len(before) >= self.NEWEST else 0
