@@ -4743,9 +4743,9 @@ def own_token(settings: Settings) -> str:
 
 
 def kept_token(settings: Settings) -> str:
-    """The API token, without making one; "" if it cannot be read."""
+    """The API token, without making one; "" if it cannot be read, or is not valid."""
     with contextlib.suppress(OSError, ValueError):
-        return settings.api_token or (settings.data_dir / TOKEN_FILE).read_text(encoding="utf-8").strip()
+        return settings.api_token or _token((settings.data_dir / TOKEN_FILE).read_text(encoding="utf-8").strip())
     return ""
 
 
@@ -5400,7 +5400,7 @@ class Services:
         return self.WATCH_INTERVAL if ending is None else max(self.WATCH_INTERVAL, 500 * took)
 
     def close(self) -> None:
-        """End the threads. Queued work is dropped; running work ends within the timeouts of the store."""
+        """End the threads. What the pools have not begun is dropped; all else ends within the timeouts of the store."""
         self.live.close(timeout=0.5)
         for loop in self._background:
             loop.close()
@@ -6362,7 +6362,7 @@ class SessionChanges:
         return fingerprint, {**data, "step": "acknowledged"} if is_over else data
 
     def publish_changes(self) -> None:
-        """Call after PendingChanges.look(): an announced session without an unread notification is acknowledged."""
+        """Call after the newest members were read: an announced session that has none unread is acknowledged."""
         for timestamp in sorted(self._current):
             if (data := self._data(timestamp)) != self._published.get(timestamp):
                 self._published[timestamp] = data

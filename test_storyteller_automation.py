@@ -13229,10 +13229,14 @@ def test_status_says_why_the_service_refused_its_token(start_service, run_module
     assert not (module_copy.parent / "data" / "api_token").exists()
 
 
-def test_status_without_a_readable_token_file_sends_no_token(start_service, run_module, module_copy):
-    start_service()
-    (module_copy.parent / "data" / "api_token").write_text("A token in UTF-16, as PowerShell writes it", "utf-16")
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8"])
+def test_status_and_check_without_a_usable_token_file_send_no_token(start_service, run_module, module_copy, encoding):
+    running = start_service()
+    (module_copy.parent / "data" / "api_token").write_text("A token in UTF-16, as PowerShell\nwrites it", encoding)
     assert "refused the request: A token is needed" in run_module("status", STORYTELLER_API_TOKEN="").stderr
+    found = run_module("check", STORYTELLER_API_TOKEN="").stdout
+    assert "api_token contains no valid token" in found
+    assert f"OK   port: this service runs at http://localhost:{running.port};" in found
 
 
 def test_status_does_not_know_which_tokens_end_if_the_store_was_never_read(start_service, run_module):
