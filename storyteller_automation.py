@@ -3483,12 +3483,12 @@ class ChangedSessions:
     def look(self, again: Container[int] = ()) -> Iterator[StoredSession]:
         """The changed sessions, and those in `again`. A session counts as read once the caller takes the next one."""
         newest = dict(self._store.newest_sessions(self._count))
-        self.versions = {one: version for one, version in self.versions.items() if one in newest}
         changed = [one for one, version in newest.items() if self.versions.get(one) != version or one in again]
         for timestamp, outcome in zip(changed, self._store.read_sessions(changed)):
             if stored := result_of(outcome):
                 yield stored
             self.versions[timestamp] = newest[timestamp]
+        self.versions = {one: known for one, known in self.versions.items() if one in newest}  # last: a read may fail
 
 
 # ======================================================================================================

@@ -9083,8 +9083,9 @@ def test_of_many_sessions_only_those_that_changed_are_read_again(polled, listen,
 
 
 @pytest.mark.usefixtures("fast_polling")
+@pytest.mark.parametrize("failing", [(), (T,)])
 def test_a_session_that_moves_up_into_the_newest_ones_is_not_an_event(
-    poll_service, redis_store, other_program, listen, monkeypatch
+    poll_service, redis_store, other_program, listen, monkeypatch, failing
 ):
     monkeypatch.setattr(service.SessionChanges, "NEWEST", 3)
     polled = poll_service(redis_store)
@@ -9092,6 +9093,15 @@ def test_a_session_that_moves_up_into_the_newest_ones_is_not_an_event(
         redis_store.save(T + number, service.Change(json.dumps(SESSION).encode()))
     events = listen(polled, "?types=session")
     assert timestamps_in(events.next()) == [T + 3, T + 2, T + 1]
+    read, left = polled.services.store.read_sessions, [*failing]
+
+    def read_sessions(timestamps: list[int]) -> Any:
+        if left and left[0] in timestamps:
+            left.clear()
+            raise service.Unavailable("Redis is away for a moment.", 1)
+        return read(timestamps)
+
+    monkeypatch.setattr(polled.services.store, "read_sessions", read_sessions)
     other_program.zrem("storyteller:sessions", f"session:{T + 3}")  # first: without its key it would still be listed
     other_program.delete(f"session:{T + 3}")
     assert events.next() == {"sessionTimestamp": T + 3, "step": "deleted"}
