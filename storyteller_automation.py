@@ -3372,6 +3372,7 @@ class PendingChanges:
         self.is_initial = True  # the owner resets it after a look, and sets it to start over
         # The key is the id if this service made it, else the member. None: it is invalid, or its end was published.
         self._known: dict[str | bytes, Notification | None] = {}
+        self._ended: set[str | bytes] = set()  # keys that ended during this look, which may have read them before
         self.unread: dict[int, str] = {}  # by session, the id of the newest prompts_ready made here that is pending
         self._newest, self._duplicates = 0.0, 0  # the latest score read; members whose id another member has as well
         self._scan_at = self._markers_at = -math.inf  # monotonic seconds: when all members, all markers are read again
@@ -3396,6 +3397,7 @@ class PendingChanges:
 
     def look(self) -> Iterator[None]:
         """Compare the store with what is known, in steps, and publish the differences. Raises Unavailable."""
+        self._ended.clear()
         count, _ = self.add_newer()
         # Another instance marks what it removes, so most ends are found without a scan of the pending set.
         if (is_gone := count < self._count()) or time.monotonic() >= self._markers_at:
@@ -3425,7 +3427,7 @@ class PendingChanges:
         marked = self._store.acknowledged([found.id for found in fresh.values() if found])
         self._add_own()  # first: its events are published even if it is acknowledged by now
         for key, one in fresh.items():
-            if key not in self._known:
+            if key not in self._known and key not in self._ended:
                 self._keep(key, None if one and one.id in marked else one)
         return keys
 
@@ -3439,6 +3441,7 @@ class PendingChanges:
     def forget(self, key: str | bytes, *, is_gone: bool = True) -> None:
         """Publish the end of a notification, once. Its key stays known, so it is not new again, unless `is_gone`."""
         if known := self._known.pop(key, None):
+            self._ended.add(key)
             if not is_gone:
                 self._known[key] = None
             if self.unread.get(known.session) == key:

@@ -9140,6 +9140,23 @@ def test_a_write_by_storyswarm_is_one_event_and_is_announced(
         assert events.next()["sessionTimestamp"] == T + 1
 
 
+def test_a_notification_read_before_its_acknowledgement_is_not_published_again(store):
+    notifications, events, created = service.Notifications(store), [], []
+
+    def acknowledge_created() -> None:
+        while created:
+            changes.add(created[0])
+            notifications.acknowledge_own([created[0].id])
+            changes.forget(created.pop().id)
+
+    changes = service.PendingChanges(store, notifications, lambda *event: events.append(event[0]), acknowledge_created)
+    list(changes.look())
+    changes.is_initial = False
+    created.append(notifications.create([draft()])[0][0])
+    list(changes.look())
+    assert events == ["notification", "acknowledged"]
+
+
 def test_a_notification_created_and_acknowledged_during_a_look_is_two_events(redis_store, monkeypatch):
     notifications, events, calls = service.Notifications(redis_store), [], []
     acknowledged = redis_store.acknowledged
