@@ -3978,7 +3978,7 @@ class LaunchError(Exception):
 
 
 SWARMUI_LOG = "swarmui.log"  # in the data folder
-STOP_LIMIT = 75_000  # ms after which a stop has ended SwarmUI, or has failed
+STOP_LIMIT = 75_000  # ms: longer than all steps of end_swarmui() together
 
 
 def find_swarmui(settings: Settings) -> Path:
@@ -7371,10 +7371,9 @@ class Channel(waitress.channel.HTTPChannel):
             more = functools.partial(self.server.task_dispatcher.call_soon, self, self.send_parts)
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, Stream.SEND_BUFFER)
             self.stream.open(more, is_chunked=task.chunked_response)
-        elif self.request and self.request.expect_continue and self.request.headers_finished and not self.requests:
-            self.send_continue()  # may close the channel of a client that left
-        if self.connected:
-            self.handle_write()
+        self.handle_write()
+        if self.connected and not (self.stream or self.requests) and self.request and self.request.expect_continue:
+            self.send_continue()  # last, because it closes the channel of a client that left
 
     def send_parts(self) -> None:
         if self.stream and self.connected:

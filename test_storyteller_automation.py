@@ -9501,8 +9501,7 @@ def test_a_client_that_returns_to_an_unwatched_service_without_its_store_gets_th
         first.next()
         first.close()
         wait_until(lambda: polled.services.live._pending.is_initial)
-        forwarder.refuse()
-        forwarder.end_connections()
+        forwarder.cut()
         assert listen(polled, last=first.last).next_block()["event"] == "state"
 
 
