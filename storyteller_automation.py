@@ -2292,13 +2292,13 @@ class BridgedStore(RedisStore):
         return list(map(int, self._run(_LUA_LOOK, keys, owner, ttl, count, *further).split()))
 
     def sync(
-        self, timestamp: int, decide: Callable[[Copies], Change | None], latest: bytes | None = None, *,
-        merges: bool = False,
+        self, timestamp: int, decide: Callable[[Copies], Change | None], latest: bytes | None = None,
+        before: Copies | None = None,
     ) -> Copies:  # fmt: skip
         """Write what decide() returns for the two copies, as transact() does, and return the copies that it was given.
-        `latest` is a changed session:latest; it replaces StorySwarm's copy unless it `merges` with it. A copy gets the
-        TTL of the one that it is made from (7 days if that has none), but never a shorter one than it has. Raises the
-        ValueError of decide(), and ValueError for a key that is not a string."""
+        `latest` is a changed session:latest; it replaces StorySwarm's copy if `before`, the copies until then, has that
+        one unchanged. A copy gets the TTL of the one that it is made from (7 days if that has none), but never a
+        shorter one than it has. Raises the ValueError of decide(), and ValueError for a key that is not a string."""
         keys = self._session_keys(timestamp)
         reads: list[_Command] = [("HMGET", keys[2], "storyswarm", "storyart", "byStoryArt"), ("EXISTS", self.MET)]
         reads += [("PTTL", keys[2]), *((verb, key) for key in keys[:2] for verb in ("PTTL", "GET"))]
@@ -2318,7 +2318,10 @@ class BridgedStore(RedisStore):
             if of_latest and (of_latest[0] != latest or of_latest[2] == fingerprint_of(latest).encode()):
                 return []  # it was written again meanwhile, or is in step already
             *synced, by_storyart = [(field or b"").decode("utf-8", "replace") for field in meta]
-            storyswarm, second = (document, latest) if merges or latest is None else (latest, None)
+            if before and before.is_changed(1):  # both programs have written: StoryArt's prompts win
+                synced[1] = ""
+            merges = latest is None or (before and before.is_changed(0))
+            storyswarm, second = (document, latest) if merges else (latest, None)
             copies = Copies(timestamp, storyswarm, storyart, (synced[0], synced[1]), by_storyart == "1", second)
             try:
                 change = decide(copies)
@@ -3096,17 +3099,16 @@ class Bridge:
                 self._report("session:latest is left as it is, because it is not a session", fault)
                 return 0
             before = self._sync(facts.timestamp)
-            # If session:{timestamp} was changed as well, neither replaces the other.
-            if not self._sync(facts.timestamp, copy, merges=bool(before and before.is_changed(0))):
+            if not self._sync(facts.timestamp, copy, before):
                 self._store.unreadable_latest = len(copy)
             return facts.timestamp
         except Unavailable as fault:
             self._report("session:latest is not in step", str(fault))
             return 0
 
-    def _sync(self, timestamp: int, latest: bytes | None = None, *, merges: bool = False) -> Copies | None:
+    def _sync(self, timestamp: int, latest: bytes | None = None, before: Copies | None = None) -> Copies | None:
         try:
-            return self._store.sync(timestamp, decide, latest, merges=merges)
+            return self._store.sync(timestamp, decide, latest, before)
         except ValueError as fault:
             self._report(f"session {timestamp} is left as it is, because a copy is not a session", str(fault))
             return None

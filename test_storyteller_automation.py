@@ -7319,6 +7319,11 @@ def by_latest(app: webtest.TestApp | None, client: redis.Redis, document: dict[s
     StorySwarm(client).write_latest(document)
 
 
+def by_both(app: webtest.TestApp | None, client: redis.Redis, document: dict[str, Any]) -> None:
+    by_its_key(app, client, document)
+    by_latest(app, client, document)
+
+
 class Bridged:
     """An instance of the service with a bridge, whose looks the test calls."""
 
@@ -7445,15 +7450,15 @@ def test_a_session_made_by_storyswarm_is_storyarts_newest(bridged, storyart, sto
     assert [storyswarm.load(), storyswarm.latest()] == [document, document]
 
 
-@pytest.mark.parametrize("write", [by_its_key, by_latest], indirect=True)
+@pytest.mark.parametrize("write", [by_its_key, by_latest, by_both], indirect=True)
 def test_the_users_edit_survives_a_write_of_what_was_read_before(bridged, storyart, storyswarm, write):
-    storyart.save(story("w", None))
+    storyart.save(spoken("w", "a dog", None))
     bridged.look()
-    storyart.save(story("edited", None))
-    write(story("w", "a cat"))
+    storyart.save(spoken("edited", "a wolf", None))
+    write(story("w", "a dog", "a cat"))
     bridged.look()
-    assert storyart.load() == spoken("edited", "a cat")
-    assert storyswarm.load()["scriptText"] == "edited"
+    assert storyart.load() == spoken("edited", "a wolf", "a cat")
+    assert storyswarm.load() == story("edited", "a wolf", "a cat")
 
 
 def test_a_put_replaces_even_an_edit_made_after_its_caller_read(bridged, storyart, storyswarm):
