@@ -1965,6 +1965,8 @@ end
 for at = 1, 2 do
   local newest = redis.pcall('ZREVRANGE', KEYS[at], 0, ARGV[3] - 1, 'WITHSCORES')
   for score = 2, #newest, 2 do look(newest[score]) end
+  local oldest = redis.pcall('ZREVRANGE', KEYS[at], -1, -1, 'WITHSCORES')[2] or ''  -- it may have expired
+  if redis.call('EXISTS', 'session:' .. oldest, 'storyart:session:' .. oldest) == 0 then look(oldest) end
 end
 for at = 4, #ARGV do look(ARGV[at]) end
 return table.concat(found, ' ')
@@ -2287,7 +2289,8 @@ class BridgedStore(RedisStore):
     def look(self, owner: str, ttl: int, count: int, further: Iterable[int]) -> list[int]:
         """Take or extend the lease for `ttl` ms. Returns [] if another owner has it. Otherwise: the length of
         session:latest; 1 if note_met() was called, else 0; then timestamp and lengths of both copies of the newest
-        `count` sessions of each index and of the `further` ones. The length of a key that is not a string is -1."""
+        `count` sessions of each index, of its oldest if that is gone, and of the `further` ones. The length of a key
+        that is not a string is -1."""
         keys = (*self.INDEXES, self.LATEST, self.LEASE, self.MET)
         return list(map(int, self._run(_LUA_LOOK, keys, owner, ttl, count, *further).split()))
 

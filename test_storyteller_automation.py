@@ -7929,12 +7929,15 @@ def test_a_copy_that_is_gone_stays_gone_until_the_other_changes(bridged, storyar
     assert (storyswarm.load()["scriptText"], storyart.load()) == ("new", spoken("new", "a dog"))
 
 
-def test_a_session_without_copies_leaves_the_indexes_and_is_not_brought_back(bridged, other_program):
-    for number in range(2):
+def test_a_session_without_copies_leaves_the_indexes_and_is_not_brought_back(bridged, other_program, monkeypatch):
+    for number in (-2, -1, 0, 1):
         bridged.put(story("w", timestamp=T + number))
     bridged.look()
-    other_program.delete(f"session:{T + 1}", f"storyart:session:{T + 1}")
-    bridged.look()
+    monkeypatch.setattr(service.Bridge, "NEWEST", 1)
+    for number in (-2, -1, 1):  # the oldest, which end first, and the newest
+        other_program.delete(f"session:{T + number}", f"storyart:session:{T + number}")
+    for _ in range(2):
+        bridged.look()
     assert other_program.zrange("storyart:sessions:index", 0, -1) == [f"storyart:session:{T}"]
     assert other_program.zrange("storyteller:sessions", 0, -1) == [f"session:{T}"]
     assert bridged.app.get(ASKED["latest"]).json["data"] == story("w")
