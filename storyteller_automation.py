@@ -5669,7 +5669,7 @@ def announce_progress(services: Services, asked: StoredSession) -> Outcome:
     if stored is None:
         return NotFound("Session not found")
     facts = services.sessions.facts_of(stored)
-    if is_announcement_due(stored, facts):
+    if stored.is_in_step and is_announcement_due(stored, facts):  # else StoryArt's copy may lack them
         try:
             if draft := due_notification(stored.timestamp, read_session(stored.document)):
                 services.store.announce(draft)

@@ -7826,6 +7826,18 @@ def test_prompts_are_announced_once_storyarts_copy_is_complete_and_not_before(br
     assert bridged.announced() == [(PROMPTS, T)]
 
 
+def test_prompts_are_announced_once_storyarts_copy_is_a_session_again(bridged, storyart, storyswarm, other_program):
+    storyart.save(story("w", None))
+    bridged.look()
+    other_program.set(f"storyart:session:{T}", "junk")
+    storyswarm.write(story("w", "a cat"))
+    assert bridged.app.get(ASKED["prompts-status"]).json["promptsReady"]
+    assert bridged.announced() == [(BEATS, T)]
+    storyart.save(story("w", None))
+    bridged.look()
+    assert bridged.announced() == [(PROMPTS, T)]
+
+
 def test_a_step_is_announced_even_if_another_instance_has_used_a_later_time(bridged, storyart, other_program):
     other_program.set(service.RedisStore.NEWEST, service.now_ms() + 10_000)
     storyart.save(story("w", None))
