@@ -3062,7 +3062,7 @@ class Bridge:
     the thread of only one service on a Redis work."""
 
     INTERVAL, LEASE = 2.0, 6000  # seconds between two looks; the lease's TTL in ms
-    NEWEST = 100  # sessions of each index that are looked at
+    NEWEST = 100  # sessions of each index that are looked at, and as many older ones that wait for prompts
     # Seconds until a copy of unchanged length is read again, since its contents may differ: 7, or 35 to 54.
     RECHECK_WAITING, RECHECK, SPREAD = 7.0, 35.0, 20
     LARGE = 5_000_000  # bytes; a larger copy of unchanged length is read again only for a request
@@ -3131,7 +3131,7 @@ class Bridge:
     def _look(self) -> bool:
         """Bring in step what has changed. False if it stopped halfway, to extend the lease before it goes on."""
         began, reads = time.monotonic(), self._last_reads
-        waiting = sorted(timestamp for timestamp, read in reads.items() if read.waits)[-self.NEWEST :]
+        waiting = sorted(timestamp for timestamp, read in reads.items() if read.waits)[-2 * self.NEWEST :]
         lengths = self._store.look(self._owner, self.LEASE, self.NEWEST, waiting)
         if not lengths:
             return True

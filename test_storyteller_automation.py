@@ -7631,7 +7631,7 @@ def test_the_first_look_notices_earlier_changes(bridged, make_bridged, storyart,
 
 
 def test_a_look_reads_the_newest_and_the_waiting_sessions(bridged, storyart, storyswarm, monkeypatch):
-    kinds = [("storyswarm", None), ("storyswarm", "a cat"), ("storyart", None), ("storyart", None)]
+    kinds = [("storyswarm", None), ("storyswarm", "a cat"), ("storyart", None), ("storyswarm", None)]
     for number, (mode, prompt) in enumerate(kinds):
         storyart.save(story("old", prompt, timestamp=T + number, promptMode=mode))
     bridged.look()
