@@ -3140,7 +3140,8 @@ class Bridge:
         if latest_size != self._latest[0] or time.monotonic() >= self._latest[1]:
             newest = self.sync_latest()
             self._latest = (latest_size, time.monotonic() + self.RECHECK_WAITING)
-        sessions = {timestamp: sizes for timestamp, *sizes in zip(parts[::3], parts[1::3], parts[2::3])}
+        rows = sorted(zip(parts[::3], parts[1::3], parts[2::3]), key=lambda row: any(row[1:]))  # gone ones first
+        sessions = {timestamp: sizes for timestamp, *sizes in rows}
         self._last_reads = {timestamp: read for timestamp, read in reads.items() if any(sessions.get(timestamp, ()))}
         for timestamp, sizes in sessions.items():
             last = self._last_reads.get(timestamp)

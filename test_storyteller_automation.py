@@ -7863,9 +7863,13 @@ def test_a_session_that_does_not_wait_for_storyswarm_is_not_announced(bridged, s
     assert bridged.announced() == []
 
 
-def test_in_a_redis_met_for_the_first_time_only_the_newest_session_is_announced(make_bridged, storyart, storyswarm):
+def test_in_a_redis_met_for_the_first_time_only_the_newest_session_is_announced(
+    make_bridged, storyart, storyswarm, other_program
+):
     for number, prompt in enumerate([None, "a cat", "a cat"]):
         storyart.save(story("w", prompt, timestamp=T + number))
+    other_program.zadd("storyteller:sessions", {f"session:{T + 2}": T + 2})
+    other_program.zadd(storyart.INDEX, {f"storyart:session:{T + 3}": T + 3})  # it has expired
     bridged = make_bridged()
     for _ in range(2):
         bridged.look()
