@@ -1560,7 +1560,7 @@ _Command = Sequence[bytes | str | int] | bytes  # bytes: already packed
 # may contain the command, and with it a session.
 _START_REDIS = "start it, or correct REDIS_URL, or REDIS_HOST and REDIS_PORT"
 _REDIS_FAULTS = (
-    (r"WRONGPASS|AUTH <password> called without", "it refuses the password", "correct user and password in REDIS_URL"),
+    ("WRONGPASS|invalid password|AUTH[ ,]", "it refuses the password", "correct user and password in REDIS_URL"),
     ("NOAUTH", "NOAUTH, it requires a password", "add it: REDIS_URL=redis://:PASSWORD@HOST:PORT/0"),
     ("DB index is out of range|invalid DB index", "it has no database with that number", "end REDIS_URL with /0"),
     ("CERTIFICATE_VERIFY", "its TLS certificate is not trusted", "add ?ssl_ca_certs=FILE to REDIS_URL"),

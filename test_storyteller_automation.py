@@ -31,6 +31,7 @@ import select
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import subprocess
 import sys
@@ -2074,6 +2075,21 @@ def test_check_names_the_fault_of_a_redis_and_its_fix(
     assert not re.search(r"pass-word|right|Error\b", text)
     with contextlib.closing(service.RedisStore(url)) as store, pytest.raises(service.Unavailable, match=wrong):
         store.ping()
+
+
+@pytest.mark.parametrize("reply", ["ERR invalid password", "ERR Client sent AUTH, but no password is set"])
+def test_check_says_that_a_redis_5_refuses_the_password(settings, reply):
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            if self.request.recv(1000):
+                self.request.sendall(f"-{reply}\r\n".encode())
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        url = f"redis://:pass-word@127.0.0.1:{server.server_address[1]}"
+        ((level, _, text),) = service.check_store(dataclasses.replace(settings, redis_url=url))
+        server.shutdown()
+    assert (level, "it refuses the password" in text, "correct user and password" in text) == ("FAIL", True, True)
 
 
 @pytest.mark.parametrize("method", ["save", "announce", "add", "pending", "snapshot", "acknowledge"])
