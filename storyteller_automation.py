@@ -203,11 +203,11 @@ def _program(text: str) -> str:
 
 
 def _redis_url(text: str) -> str:
-    # redis-py reads a missing host as localhost and any other path as database 0, and ignores what follows a #. OCSP
-    # needs further packages.
-    form = r"unix://[^#]+|rediss?://([^/?#]*@)?[^/?#@:][^/?#@]*(/[0-9]*)?(\?(?!.*(\b(host|port)=|ocsp))[^#]*)?"
+    # redis-py reads a missing host as localhost, port 0 as 6379 and any other path as database 0, and ignores what
+    # follows a #. OCSP needs further packages.
+    form = r"unix://[^/?]*/.+|rediss?://([^/?]*@)?[^/?@:][^/?@]*(?<!:0)(/[0-9]*)?(\?(?!.*(\b(host|port)=|ocsp)).*)?"
     with contextlib.suppress(ValueError, TypeError, AttributeError, redis.RedisError):
-        usable = hasattr(socket, "AF_UNIX") or not text.startswith("unix")
+        usable = "#" not in text and (hasattr(socket, "AF_UNIX") or not text.startswith("unix"))
         if usable and re.fullmatch(form, text) and ("ssl_certfile=" in text or "ssl_keyfile=" not in text):
             redis.ConnectionPool.from_url(text).make_connection()  # does not connect, but refuses an unknown option
             return text
