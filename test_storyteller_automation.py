@@ -5434,8 +5434,16 @@ def test_a_deleted_session_can_be_saved_and_announced_again(app):
         app.delete(f"/api/v1/session/{T}")
 
 
-def test_a_latest_copy_whose_timestamp_is_text_is_deleted_with_its_session(bridged, other_program):
-    other_program.set("session:latest", json.dumps({**SESSION, "timestamp": str(T)}))
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param({"timestamp": str(T)}, id="timestamp as text"),
+        pytest.param({"timestamp": T + 0.5}, id="half a ms"),
+        pytest.param({"\udfff": ["\ud83d", r"\\ud83d\\"], "scriptText": "😀"}, id="half a surrogate pair"),
+    ],
+)
+def test_a_latest_copy_is_deleted_with_its_session(bridged, other_program, changed):
+    other_program.set("session:latest", json.dumps({**SESSION, "timestamp": T, **changed}))
     bridged.app.delete(f"/api/v1/session/{T}")
     bridged.look()
     assert [key for key in other_program.keys("*session*") if str(T) in key or "latest" in key] == []
