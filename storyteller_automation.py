@@ -3360,7 +3360,7 @@ class Notifications:
 
 _OWN_PENDING = re.compile(
     OWN_MEMBER % b"(%b)" % OWN_ID.encode()
-    + rb'"type":"(\w+)","sessionTimestamp":(\d+),(?:"storyUuid":"[^"\\]*",)?(?:"episodeNumber":(\d+),)?'
+    + rb'"type":"(\w+)","sessionTimestamp":(\d+),(?:"storyUuid":"[^"\\]*(?:\\.[^"\\]*)*",)?(?:"episodeNumber":(\d+),)?'
 )
 
 Publish = Callable[[str, Any], None]  # takes an event's type and data
@@ -3378,7 +3378,7 @@ class PendingChanges:
         """`add_own` calls add() and forget() for what was made and acknowledged here since it was called last."""
         self._store, self._notifications, self._publish, self._add_own = store, notifications, publish, add_own
         self.is_initial = True  # the owner resets it after a look, and sets it to start over
-        # The key is the id if this service made it, else the member. None: it is invalid, or its end was published.
+        # The key is the id of one made here, else the member's SHA-256. None: it is invalid, or its end was published.
         self._known: dict[str | bytes, Notification | None] = {}
         self._ended: set[str | bytes] = set()  # keys that ended during this look, which may have read them before
         self.unread: dict[int, str] = {}  # by session, the id of the newest prompts_ready made here that is pending
@@ -3423,7 +3423,7 @@ class PendingChanges:
             at = min(int(min(score, LARGEST)), now)  # another program's score may be infinite or in the future
             self._newest = max(self._newest, at)
             own = _OWN_PENDING.match(member)
-            keys.append(key := own[1].decode() if own else member)
+            keys.append(key := own[1].decode() if own else hashlib.sha256(member).digest())
             if key in self._known:
                 continue
             if own and self.is_initial:  # parsing 100,000 would take 2 s

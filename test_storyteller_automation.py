@@ -6633,6 +6633,23 @@ def test_a_snapshot_reads_only_changed_sessions_and_new_notifications(rig, store
     assert [found.episode for found in situation.pending if found.id == added["id"]] == [added["episodeNumber"]]
 
 
+def test_a_snapshot_keeps_no_other_programs_members_in_memory(rig, store, plant):
+    for number in range(20):
+        plant({**MEMBER, "id": f"n{number}", "more": "x" * 1_000_000}, store._clock() - number)
+    tracemalloc.start()
+    try:
+        assert len(rig.observer.look(0.0).pending) == 20
+        assert tracemalloc.get_traced_memory()[0] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("uuid", ["\ud83d", r'"a" \\'])
+def test_a_first_snapshot_has_the_episode_of_a_notification_whatever_characters_its_story_contains(rig, store, uuid):
+    add(store, service.Draft(PROMPTS, T, {"storyUuid": uuid, "episodeNumber": 7, "totalPrompts": 1}))
+    assert [found.episode for found in rig.observer.look(0.0).pending] == [7]
+
+
 # ------------------------------------------------------------------------------------- conditions ----
 
 
