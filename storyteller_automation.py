@@ -3947,7 +3947,7 @@ def ask_swarmui(url: str, route: str, body: Mapping[str, Any], settings: Setting
             return Probe(False, False, f"{where} cannot be reached ({reason})"), {}
         if isinstance(reason, TimeoutError):
             return Probe(False, True, f"{where} did not answer within {settings.health_timeout:g} s"), {}
-        return Probe(False, True, f"{where} sent no valid response ({type(reason).__name__})"), {}
+        return Probe(False, True, f"{where} sent no valid response ({_on_one_line(str(reason))})"), {}
     answer: Any = None
     with contextlib.suppress(ValueError, RecursionError):
         answer = json.loads(text)
@@ -4977,8 +4977,9 @@ def call_webhook(url: str, data: bytes | None = None, headers: Mapping[str, str]
     except (OSError, http.client.HTTPException, ValueError) as error:
         cause = type(error.reason if isinstance(error, urllib.error.URLError) else error).__name__
         known = {"TimeoutError": f"not within {WEBHOOK_TIMEOUT:g} s", "ConnectionRefusedError": "nothing listens there",
-                 "gaierror": "its host name is not known"}  # fmt: skip
-        return False, f"no answer ({known.get(cause, cause)})"
+                 "gaierror": "its host name is not known",
+                 "SSLCertVerificationError": "its TLS certificate is not trusted"}  # fmt: skip
+        return False, f"no answer ({known.get(cause, 'the connection failed')})"
 
 
 def deliver(settings: Settings, alert: Alert) -> tuple[bool, str]:

@@ -33,6 +33,7 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -4192,8 +4193,8 @@ def test_a_start_that_times_out_leaves_swarmui_running_for_the_next_start(make_s
         pytest.param(response(200, '{"session_id": 7}'), "answered 200", id="an invalid session_id"),
         pytest.param(response(200, "[1]"), "answered 200", id="not an object"),
         pytest.param(response(200, '{"error": "Invalid or unauthorized."}'), "set SWARMUI_TOKEN", id="accounts"),
-        pytest.param(b"220 mail.example ESMTP\r\n", "sent no valid response", id="not HTTP"),
-        pytest.param(b"", "sent no valid response", id="closed"),
+        pytest.param(b"220 mail.example ESMTP\r\n", "sent no valid response (220 mail.example ESMTP", id="not HTTP"),
+        pytest.param(b"", "sent no valid response (Remote end closed connection", id="closed"),
         pytest.param(RESET, "sent no valid response", id="reset"),
         pytest.param(None, "did not answer within 0.3 s", id="silent"),
     ],
@@ -6987,6 +6988,14 @@ def test_the_alert_command_fails_if_nothing_listens_or_no_url_is_set(run_module)
     done = run_module("alert")
     assert (done.returncode, done.stdout) == (2, "")
     assert "set STORYTELLER_ALERT_URL" in done.stderr
+
+
+def test_the_alert_command_says_that_a_certificate_is_not_trusted(run_module, make_receiver, certificate):
+    receiver, context = make_receiver(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*certificate("localhost"))
+    receiver.server.socket = context.wrap_socket(receiver.server.socket, server_side=True)
+    done = run_module("alert", STORYTELLER_ALERT_URL=f"https://localhost:{receiver.server.server_port}/secret")
+    assert (done.returncode, done.stdout.strip()) == (1, "no answer (its TLS certificate is not trusted)")
 
 
 def test_the_service_posts_alerts_and_heartbeats_from_its_start(start_service, make_receiver):
