@@ -27,23 +27,19 @@ if defined clicked (endlocal & set "keep_open=1") else endlocal
 "%venv_python%" -I -x "%~f0" check 2>nul && goto start
 
 set "python="
-set "old="
+set "fault=was not found"
 call :try py -3
 call :try python
 if defined python goto set_up
 set "code=1"
-if defined old (
-    >&2 echo run.bat: this computer's Python is too old: install 3.10 or newer from python.org, then start run.bat again.
-) else (
-    >&2 echo run.bat: Python was not found: install 3.10 or newer from python.org, then start run.bat again.
-)
+>&2 echo run.bat: Python %fault%: install 3.10 or newer from python.org, then start run.bat again.
 goto end
 
 :try
 if defined python exit /b
 rem Microsoft Store's stub exits 9009, after a misleading hint. With "call", python may be a batch file.
 call %* -I -c "import sys; sys.exit(3 if sys.version_info < (3, 10) else 0)" >nul 2>nul
-if %errorlevel% equ 3 set "old=1"
+if %errorlevel% equ 3 set "fault=is too old"
 if %errorlevel% equ 0 set "python=%*"
 exit /b
 

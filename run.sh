@@ -114,9 +114,7 @@ set_up() {
     install anew
 }
 
-if ! is_ready; then
-    (set_up) 9<"$here" # in a subshell, whose end releases the lock
-fi
+is_ready || (set_up) 9<"$here" # in a subshell, whose end releases the lock
 
 # The venv is not activated: SwarmUI would inherit it.
 if [ "${1-}" = test ]; then
