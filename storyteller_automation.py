@@ -2423,7 +2423,7 @@ _SQLITE_FAULTS = (
     ("is full", "the disk is full", "free space on it"),
     ("malformed|not a database", "it is damaged", "stop the service, then move storyteller.sqlite3* away"),
     ("already exists", "it is another program's", "set STORYTELLER_DATA_DIR to another folder"),
-    ("", "", "check that this user may read and write it"),
+    ("", "", "check that its disk has room, and that this user may read and write it"),
 )
 
 
@@ -7958,6 +7958,7 @@ def move(given: Mapping[str, Any]) -> None:
         raise StartError(f"--to cannot be used: expected {expected}.") from None
     if not url:
         raise StartError("The Redis to copy to is not known: give it, like --to redis://127.0.0.1:6379/0.")
+    prepare_data_dir(settings, serves=False)
     # The newest session comes last: until it is there, missed_sessions() says that some are missing.
     kinds = {"token": "tokens", "marker": "acknowledgements", "pending": "notifications", "session": "sessions"}
     with (
@@ -8015,7 +8016,11 @@ def backup(given: Mapping[str, Any]) -> None:
     """Copy the embedded store to a file, also while the service runs. Raises StartError."""
     settings, target = command_settings(given), Path(given["file"])
     source = embedded_store(settings)
-    copy_store(source, target)
+    try:
+        copy_store(source, target)
+    except StartError:
+        prepare_data_dir(settings, serves=False)  # SQLite reads no store on a full disk, and calls that an I/O error
+        raise
     print(f"{source} is backed up to {target}.")
     if settings.redis_address:
         print("The service uses Redis, which is not in that file: back up Redis separately.", file=sys.stderr)

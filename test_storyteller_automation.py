@@ -10715,8 +10715,13 @@ def fill(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("has_store", [False, True], ids=["at the first start", "with a store"])
-@pytest.mark.parametrize("command", [["serve"], ["check"], ["token", "--subject", "a", "--permission", "gpu:read"]])
+@pytest.mark.parametrize(
+    ("command", "has_store"),
+    [
+        *itertools.product((["serve"], ["check"], ["token", "--renew", "a", "--ttl", "90d"]), (False, True)),
+        *itertools.product((["backup", "a backup"], ["move", "--to", "redis://127.0.0.1:1"]), [True]),
+    ],
+)
 def test_each_command_reports_a_full_disk_and_its_folder(run_module, start_service, small_disk, command, has_store):
     disk = small_disk(4 << 20)
     if has_store:
