@@ -3344,7 +3344,7 @@ class Notifications:
 
     def report_expired(self) -> None:
         """Log the members of other programs that are no longer shown because of their age."""
-        for member in self._store.expired(self.MAX_REPORTED - len(self._reported)):
+        for member in self._store.expired(self.MAX_REPORTED if len(self._reported) < self.MAX_REPORTED else 0):
             self._report("it is older than 7 days", member)
 
     def _report(self, fault: str, member: bytes) -> None:

@@ -2889,6 +2889,15 @@ def test_another_programs_member_older_than_7_days_is_kept_hidden_and_logged_onc
     app.post("/api/v1/notifications/n0/ack", status=404)
 
 
+def test_members_that_expire_later_are_logged_too(redis_store, other_program, clock, caplog, monkeypatch):
+    monkeypatch.setattr(service.Notifications, "MAX_REPORTED", 10)
+    notifications = service.Notifications(redis_store)
+    for number in range(12):
+        other_program.zadd("notifications:pending", {f"member {number}": clock.now - WEEK - 100 + number})
+        notifications.report_expired()
+    assert [re.search("member [0-9]+", message)[0] for message in caplog.messages] == [f"member {n}" for n in range(10)]
+
+
 def check_cost(notifications: service.Notifications, other_program: redis.Redis) -> int:
     """The bytes that Redis sends for a check of 5 notifications, and for INFO."""
     before = other_program.info("stats")["total_net_output_bytes"]
