@@ -118,10 +118,6 @@ def run(*commands):  # one after another, until one fails; the exit code and out
     return done.returncode, done.stdout
 
 
-def say(text):
-    print("run.bat:", text, file=sys.stderr, flush=True)
-
-
 def stop(sentence, reason):  # `reason` is an exception, or the output of a program
     if any(word in str(reason) for word in DISK_FULL):
         sentence = f"the disk is full: make room on the disk that holds {venv}, then start run.bat again."
@@ -138,7 +134,7 @@ def lock():  # Windows releases it when the process ends, however it ends
             return file
         except OSError:
             if second == 0:
-                say("waiting for another start to finish its setup, at most 10 minutes ...")
+                print("run.bat: waiting for another start to finish its setup, at most 10 minutes ...", file=sys.stderr)
         time.sleep(1)
     sys.exit("run.bat: another start has been setting up for 10 minutes: close its window, then start run.bat again.")
 
@@ -152,7 +148,8 @@ def set_up():
         return 0  # another start has done it meanwhile
     if os.path.exists(stamp):
         os.remove(stamp)  # there again once everything is installed
-    say(("" if os.path.exists(venv) else "First start: ") + "setting up Python packages, this takes about a minute ...")
+    first = "" if os.path.exists(venv) else "First start: "
+    print(f"run.bat: {first}setting up Python packages, this takes about a minute ...", file=sys.stderr)
     # Installs into .venv whatever PIP_* and pip.ini say (the first disables PIP_PYTHON). They may set the index.
     os.environ.update(_PIP_RUNNING_IN_SUBPROCESS="1", PIP_PYTHON_VERSION="", PIP_PLATFORM="", PIP_IMPLEMENTATION="", PIP_ABI="")
     os.environ.update(PIP_DRY_RUN="0", PIP_NO_DEPS="0", TMPDIR=venv)

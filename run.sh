@@ -59,14 +59,13 @@ is_ready() {
 }
 
 find_python() {
-    is_old=
+    fault="is missing"
     for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do
         command -v "$name" >/dev/null 2>&1 || continue
         "$name" -I -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && return
-        is_old=yes
+        fault="is older than 3.10"
     done
-    [ -z "$is_old" ] || fail "Python is older than 3.10: install a newer one (on Debian and Ubuntu: sudo apt install python3)."
-    fail "Python is missing: install Python 3.10 or newer (on Debian and Ubuntu: sudo apt install python3 python3-venv)."
+    fail "Python $fault: install Python 3.10 or newer (on Debian and Ubuntu: sudo apt install python3 python3-venv)."
 }
 
 # One setup at a time. The lock on the folder belongs to descriptor 9: it ends with this shell and its children.
