@@ -4316,7 +4316,8 @@ class SwarmUISupervisor:
             self._launched_for_starts = bool(self._ours.program and not self._ending)
         for future in stops:
             self._decide_stop(future)
-        self._shut_down_idle()
+        if self._looked_at >= now:  # SwarmUI may have been given work since an earlier look
+            self._shut_down_idle()
         if self._ending:
             self._advance_end(self._ending)
         if now >= self._restart_at:

@@ -4933,6 +4933,23 @@ def test_swarmui_that_may_be_needed_is_not_stopped(
         assert swarmui.has_ended()
 
 
+def test_work_since_the_last_probe_prevents_an_idle_shutdown(
+    make_supervisor, swarmui_folder, leash, write_status, ahead
+):
+    intervals = {"poll_interval": 7200.0, "start_timeout": 0.1, "start_interval": 0.0}
+    folder = swarmui_folder(status=write_status())
+    supervisor = make_supervisor(ahead, swarmui_path=folder, idle_shutdown=60.0, **intervals)
+    wait_until(lambda: not supervisor.start().exception(PATIENCE))  # only a start probes: no poll is due
+    swarmui = leash.next()
+    write_status(live_gens=1)
+    ahead.by += 3600
+    supervisor.start().cancel()  # causes a turn without a probe
+    wait_until(lambda: not supervisor._loop._woken.is_set())
+    with pytest.raises(service.Conflict, match="at work"):
+        supervisor.stop().result(PATIENCE)
+    assert swarmui.is_alive()
+
+
 def test_another_swarmui_that_is_idle_is_not_stopped(make_api, run_another_swarmui):
     swarmui = run_another_swarmui()
     api = make_api(idle_shutdown=IDLE)
