@@ -4042,6 +4042,13 @@ class LaunchedSwarmUI:
 
     def _adopt(self, program: Program) -> None:
         self.program, self.has_exited, self.is_orphan, self.was_ready = program, program.has_exited(), False, False
+        with contextlib.suppress(RuntimeError):  # no further thread can be started: the next look sees the exit
+            threading.Thread(target=self._wait, args=[program], name="swarmui-watch", daemon=True).start()
+
+    def _wait(self, program: Program) -> None:
+        while not program.has_exited():
+            program.process.wait() if program.process else time.sleep(0.5)
+        self._on_exit()
 
     @property
     def started_at(self) -> str | None:
@@ -4066,12 +4073,6 @@ class LaunchedSwarmUI:
         self._adopt(launched)
         self._record, self._server_id_only = {"launchedAt": now_ms()}, None
         self.note(pid=launched.pid, identity=launched.identity)
-        with contextlib.suppress(RuntimeError):  # no further thread can be started: the next look sees the exit
-            threading.Thread(target=self._wait, args=[launched.process], name="swarmui-watch", daemon=True).start()
-
-    def _wait(self, process: subprocess.Popen[bytes]) -> None:
-        process.wait()
-        self._on_exit()
 
     def note(self, **changed: Any) -> None:
         """Keep this for the service's next run: `serverId` once SwarmUI answers, `endingSince` while it is stopped."""

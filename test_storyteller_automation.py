@@ -11154,6 +11154,18 @@ def test_the_exit_of_a_swarmui_from_an_earlier_run_is_reported(make_supervisor, 
     assert leash.count_further() == 0
 
 
+def test_the_exit_of_a_swarmui_from_an_earlier_run_is_noticed_between_two_probes(
+    make_supervisor, swarmui_folder, leash
+):
+    first = make_supervisor(swarmui_path=swarmui_folder())
+    ready(first)
+    first.close()
+    again = make_supervisor(poll_interval=3600.0)
+    wait_until(lambda: again.status()["state"] == "ready")
+    kill(leash.next())
+    wait_until(lambda: again.status()["state"] == "failed")
+
+
 # Prints numbered lines without end, faster than the log is checked.
 CHATTER = """
 import itertools
