@@ -3948,6 +3948,14 @@ def test_gates_notice_another_instance_by_one_read_per_interval(make_gated, make
     assert len(reads) <= (time.monotonic() - began) / interval + 2
 
 
+def test_a_service_with_gates_learns_what_another_has_reserved(start_service, redis_url):
+    common = {"REDIS_URL": redis_url, "STORYTELLER_RESERVATION_GATES": "true"}
+    other, ours = (start_service(STORYTELLER_DATA_DIR=name, **common) for name in ("other", "ours"))
+    assert ours.call("POST", START)[0] == 500  # SWARMUI_PATH is not set
+    assert other.call("POST", RESERVATION, {"holder": "a", "ttlSeconds": 600})[0] == 201
+    wait_until(lambda: ours.call("POST", START)[0] == 409)
+
+
 def test_while_the_store_is_away_gates_apply_until_the_known_reservation_ends(make_gated, forwarder):
     clock = Clock(100.0)
     with contextlib.closing(service.RedisStore(forwarder.url)) as store:
@@ -4496,13 +4504,20 @@ def test_the_children_that_a_dead_swarmui_leaves_are_killed(make_api, swarmui_fo
     assert all(process.has_ended() for process in processes)
 
 
-def test_swarmui_that_stops_answering_is_unresponsive_until_it_answers_again(make_api, swarmui_folder, tmp_path, leash):
+def test_swarmui_that_stops_answering_is_unresponsive_until_it_answers_again(
+    make_api, swarmui_folder, tmp_path, leash, caplog
+):
+    caplog.set_level(logging.INFO)
     api = make_api(swarmui_path=swarmui_folder(hang=str(tmp_path / "hang")), health_timeout=0.2)
     api("POST", "start")
     (tmp_path / "hang").touch()
-    assert api.wait_for("unresponsive")["ours"] is True
+    status = api.wait_for("unresponsive")
+    assert status["ours"] is True
+    assert {status[name] for name in ("version", "queue", "backends", "idleFor")} == {None}
     (tmp_path / "hang").unlink()
     api.wait_for("ready")
+    states = [message for message in caplog.messages if re.match("swarmui: [a-z]+, after", message)]
+    assert states[-2:] == ["swarmui: unresponsive, after ready", "swarmui: ready, after unresponsive"]
     leash.next()
 
 
@@ -4513,6 +4528,16 @@ def test_the_state_is_failed_while_another_program_has_the_port(make_api, settin
         assert "the program at its port does not answer as SwarmUI does" in status["lastError"]
         listener.close()
         assert api.wait_for("stopped")["lastError"] is None
+
+
+def test_a_failed_swarmui_is_probed_every_fifth_interval(make_supervisor, settings):
+    with socket.create_server(("127.0.0.1", settings.swarmui_port)) as listener:
+        listener.settimeout(PATIENCE)
+        began = time.monotonic()
+        make_supervisor(poll_interval=0.04)
+        for _ in range(4):
+            listener.accept()[0].close()
+        assert time.monotonic() - began >= 3 * 5 * 0.04
 
 
 def test_a_death_within_a_turn_is_not_blamed_on_the_program_at_the_port(
@@ -4637,8 +4662,9 @@ def test_a_stop_kills_swarmui_that_hangs(make_api, swarmui_folder, leash, tmp_pa
     assert leash.next().has_ended()
 
 
-def test_a_stop_of_swarmui_at_work_needs_force(make_api, swarmui_folder, leash, write_status):
-    api = make_api(swarmui_path=swarmui_folder(status=write_status(live_gens=1)))
+@pytest.mark.parametrize("count", service.COUNTS.values())
+def test_a_stop_of_swarmui_at_work_needs_force(make_api, swarmui_folder, leash, write_status, count):
+    api = make_api(swarmui_path=swarmui_folder(status=write_status(**{count: 1})))
     api("POST", "start")
     swarmui = leash.next()
     assert "at work" in api("POST", "stop", 409)["error"]
@@ -4710,7 +4736,9 @@ def test_a_start_during_a_stop_launches_swarmui_after_it(make_api, swarmui_folde
     first = leash.next()
     with ThreadPoolExecutor(1) as pool:
         stopping = pool.submit(api, "POST", "stop")
-        api.wait_for("stopping")
+        status = api.wait_for("stopping")
+        nothing = ("version", "queue", "backends", "idleFor", "startingFor", "lastError")
+        assert {name: status[name] for name in nothing} == dict.fromkeys(nothing)
         assert api("POST", "start")["message"] == "SwarmUI started successfully"
         assert stopping.result(PATIENCE)["success"]
     assert first.has_ended()
@@ -4948,6 +4976,25 @@ def test_work_since_the_last_probe_prevents_an_idle_shutdown(
     with pytest.raises(service.Conflict, match="at work"):
         supervisor.stop().result(PATIENCE)
     assert swarmui.is_alive()
+
+
+def test_a_reservation_at_another_instance_postpones_the_idle_shutdown(
+    start_service, swarmui_folder, leash, settings, redis_url
+):
+    def start(name: str, **environment: str) -> Service:
+        return start_service(REDIS_URL=redis_url, STORYTELLER_DATA_DIR=name, **environment)
+
+    other = start("other")
+    assert other.call("POST", RESERVATION, {"holder": "a", "ttlSeconds": 600})[0] == 201
+    intervals = {"SWARMUI_IDLE_SHUTDOWN": f"{IDLE}", "SWARMUI_POLL_INTERVAL": "0.05"}
+    path = str(swarmui_folder())
+    ours = start("ours", SWARMUI_PATH=path, SWARMUI_API_URL=settings.swarmui_api_url, **intervals)
+    assert ours.call("POST", "/api/v1/swarmui/start")[0] == 200
+    wait_until(lambda: (ours.call("GET", "/api/v1/swarmui/status")[1]["idleFor"] or 0) >= 1)
+    swarmui = leash.next()
+    assert swarmui.is_alive()
+    assert other.call("DELETE", RESERVATION)[0] == 204
+    assert swarmui.has_ended()
 
 
 def test_another_swarmui_that_is_idle_is_not_stopped(make_api, run_another_swarmui):
