@@ -4505,8 +4505,9 @@ def test_the_children_that_a_dead_swarmui_leaves_are_killed(make_api, swarmui_fo
 
 
 def test_swarmui_that_stops_answering_is_unresponsive_until_it_answers_again(
-    make_api, swarmui_folder, tmp_path, leash, caplog
+    make_api, swarmui_folder, tmp_path, leash, caplog, monkeypatch
 ):
+    monkeypatch.setattr(service, "ENDED_AFTER", service.UNRESPONSIVE_AFTER)  # only with SWARMUI_RESTART is it ended
     caplog.set_level(logging.INFO)
     api = make_api(swarmui_path=swarmui_folder(hang=str(tmp_path / "hang")), health_timeout=0.2)
     api("POST", "start")
@@ -4997,6 +4998,16 @@ def test_a_reservation_at_another_instance_postpones_the_idle_shutdown(
     assert swarmui.has_ended()
 
 
+def test_a_start_ends_the_idle_time(make_supervisor, swarmui_folder, leash, ahead):
+    supervisor = make_supervisor(ahead, swarmui_path=swarmui_folder())
+    ready(supervisor)
+    ahead.by += 3600
+    assert supervisor.status()["idleFor"] >= 3600
+    ready(supervisor)
+    assert supervisor.status()["idleFor"] < 3600
+    leash.next()
+
+
 def test_another_swarmui_that_is_idle_is_not_stopped(make_api, run_another_swarmui):
     swarmui = run_another_swarmui()
     api = make_api(idle_shutdown=IDLE)
@@ -5027,10 +5038,14 @@ def test_idle_time_counts_from_the_restart(make_supervisor, swarmui_folder, sett
     assert again.has_ended()
 
 
-def kill_and_wait_for_restart(api: SwarmUIApi, leash: Leash) -> None:
-    before = api.launches
+def kill_and_wait_for_restart(api: SwarmUIApi, leash: Leash) -> float:
+    """Returns the seconds until the launch, or a little more."""
+    before, began = api.launches, time.monotonic()
     kill(leash.next())
-    wait_until(lambda: api.launches > before and api.status["state"] == "ready")
+    wait_until(lambda: api.launches > before)
+    seconds = time.monotonic() - began
+    wait_until(lambda: api.status["state"] == "ready")
+    return seconds
 
 
 def test_swarmui_is_restarted_at_most_three_times_within_an_hour(
@@ -5038,13 +5053,24 @@ def test_swarmui_is_restarted_at_most_three_times_within_an_hour(
 ):
     api = make_api(swarmui_path=swarmui_folder(), **RESTARTS)
     api("POST", "start")
-    for _ in range(3):
-        kill_and_wait_for_restart(api, leash)
+    for delay in service.RESTART_DELAYS:
+        assert kill_and_wait_for_restart(api, leash) >= delay
     kill(leash.next())
     assert "given up" in api.wait_for("failed")["lastError"]
     assert "given up" in caplog.text
     assert api.launches == 4
     assert "given up" in api("POST", "start", 429)["error"]
+
+
+def test_deaths_an_hour_ago_do_not_count(make_supervisor, swarmui_folder, leash, ahead, quick_restarts):
+    supervisor = make_supervisor(ahead, swarmui_path=swarmui_folder(), **RESTARTS)
+    ready(supervisor)
+    for hours in (0, 0, 0, 1):
+        ahead.by += hours * 3600
+        before = supervisor.launches
+        kill(leash.next())
+        wait_until(lambda: supervisor.launches > before and supervisor.status()["state"] == "ready")  # noqa: B023
+    leash.next()
 
 
 def test_a_start_after_giving_up_resets_the_count_of_restarts(make_api, swarmui_folder, leash, quick_restarts):
