@@ -5073,6 +5073,18 @@ def test_deaths_an_hour_ago_do_not_count(make_supervisor, swarmui_folder, leash,
     leash.next()
 
 
+def test_a_start_soon_after_a_restart_is_a_429(make_supervisor, swarmui_folder, leash, ahead, quick_restarts):
+    supervisor = make_supervisor(ahead, swarmui_path=swarmui_folder(), restart="on-failure", start_interval=60.0)
+    ready(supervisor)
+    ahead.by += 60
+    kill(leash.next())
+    wait_until(lambda: supervisor.launches == 2 and supervisor.status()["state"] == "ready")
+    supervisor.stop().result(PATIENCE)
+    with pytest.raises(service.TooManyRequests):
+        ready(supervisor)
+    leash.next()
+
+
 def test_a_start_after_giving_up_resets_the_count_of_restarts(make_api, swarmui_folder, leash, quick_restarts):
     api = make_api(swarmui_path=swarmui_folder(), restart="on-failure")
     for _ in range(2):
@@ -5131,6 +5143,30 @@ def test_swarmui_that_hangs_for_long_is_killed_and_restarted(make_api, swarmui_f
     (tmp_path / "hang").unlink()
     api.wait_for("ready")
     assert leash.next().is_alive()
+
+
+def test_swarmui_that_has_never_answered_is_not_ended_for_that(make_supervisor, swarmui_folder, leash, monkeypatch):
+    monkeypatch.setattr(service, "ENDED_AFTER", 1)
+    folder = swarmui_folder(raw=["", "silence"])
+    supervisor = make_supervisor(swarmui_path=folder, health_timeout=0.1, start_timeout=0.2, **RESTARTS)
+    wait_until(lambda: "did not answer within 0.1 s); it keeps running" in failure(supervisor))
+    assert leash.next().is_alive()
+
+
+def test_another_swarmui_that_answers_cancels_the_scheduled_restart(
+    make_supervisor, swarmui_folder, run_another_swarmui, leash, ahead, monkeypatch, caplog
+):
+    monkeypatch.setattr(service, "RESTART_DELAYS", (600.0,))
+    supervisor = make_supervisor(ahead, swarmui_path=swarmui_folder(), **RESTARTS)
+    ready(supervisor)
+    kill(leash.next())
+    wait_until(lambda: supervisor.status()["state"] == "failed")
+    another = run_another_swarmui()
+    wait_until(lambda: supervisor.status()["state"] == "ready")
+    ahead.by += 3600
+    kill(another)
+    wait_until(lambda: supervisor.status()["state"] == "stopped")
+    assert (supervisor.launches, caplog.text.count("swarmui: failed: ")) == (1, 1)
 
 
 def test_a_stop_cancels_the_scheduled_restart(make_supervisor, swarmui_folder, leash, ahead):
