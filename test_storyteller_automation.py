@@ -3717,7 +3717,7 @@ def test_a_request_waits_until_the_reservation_expires_or_its_own_time_is_over(m
     clock = Clock(100.0)
     ask = make_pc(store, clock).reservations.ask
     assert ask(reserve_as("a", 0.2), 0).result(PATIENCE).digest == "a"
-    patient, impatient = ask(reserve_as("b"), 30), ask(reserve_as("c"), 0.01)
+    patient, impatient = ask(reserve_as("b"), 3600), ask(reserve_as("c"), 0.01)
     clock.now += 0.01
     assert impatient.result(PATIENCE).digest == "a"
     clock.now += 0.2
@@ -5151,6 +5151,23 @@ def test_swarmui_that_has_never_answered_is_not_ended_for_that(make_supervisor, 
     supervisor = make_supervisor(swarmui_path=folder, health_timeout=0.1, start_timeout=0.2, **RESTARTS)
     wait_until(lambda: "did not answer within 0.1 s); it keeps running" in failure(supervisor))
     assert leash.next().is_alive()
+
+
+def test_a_stop_while_a_hanging_swarmui_is_ended_prevents_its_restart(
+    make_supervisor, swarmui_folder, leash, tmp_path, ahead, quick_restarts, monkeypatch
+):
+    monkeypatch.setattr(service, "STOP_TIMEOUTS", {"terminate": 600.0})
+    folder = swarmui_folder(hang=str(tmp_path / "hang"), deaf=True)
+    supervisor = make_supervisor(ahead, swarmui_path=folder, health_timeout=0.1, **RESTARTS)
+    ready(supervisor)
+    (tmp_path / "hang").touch()
+    wait_until(lambda: supervisor.status()["state"] == "stopping")
+    stopped = supervisor.stop()
+    wait_until(lambda: "end" in supervisor._loop.asked.values())  # it is decided
+    ahead.by += 600
+    assert stopped.result(PATIENCE) == "SwarmUI is stopped"
+    assert (supervisor.status()["state"], supervisor.status()["lastError"]) == ("stopped", None)
+    leash.next()
 
 
 def test_another_swarmui_that_answers_cancels_the_scheduled_restart(
