@@ -4427,7 +4427,6 @@ class SwarmUISupervisor:
         """Launch SwarmUI if that is needed, and answer the starts: once it is ready with `message`."""
         now, found = self.clock(), self._probe
         if self._ending or self._restart_at < math.inf:
-            self._deadline = now + self._settings.start_timeout  # it counts from the end or the restart
             self._launched_for_starts = bool(self._ending and self._end_reason)
             return
         if found.ready:
