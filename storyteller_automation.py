@@ -3649,6 +3649,8 @@ class GpuMonitor:
         if status is None:
             status = self._query(self._running)
             self.last, at = (status, self._clock()), now_ms()
+            # Without those of the future, if the clock was set back: the newest status must be the last one.
+            self._history = {step: one for step, one in self._history.items() if one[0] < at}
             self._history[at // self.STEP_MS] = at, status
             bound(self._history, self.HISTORY_MS // self.STEP_MS)
             if status.remarks and status.remarks not in self._logged and len(self._logged) < self.LOGGED:

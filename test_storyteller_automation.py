@@ -6749,6 +6749,16 @@ def test_the_gpu_history_has_a_status_every_5_s_of_the_last_15_minutes(make_moni
     assert len(monitor.history(wall.now)) == 60
 
 
+def test_the_gpu_history_ends_with_the_newest_status_after_the_clock_was_set_back(make_monitor, monkeypatch):
+    wall, use = Clock(T), itertools.count()
+    monkeypatch.setattr(service, "now_ms", wall)
+    monitor = make_monitor(lambda _: service.GpuStatus(True, utilization=next(use)), 0.0)
+    for change in (5000, 5000, 5000, -8000, 0):
+        status_of(monitor)
+        wall.now += change
+    assert [(at - T, status.utilization) for at, status in monitor.history(wall.now)] == [(0, 0), (7000, 4)]
+
+
 def test_a_session_waits_since_its_last_new_prompt(rig, store):
     def save(at: int, *beats: dict[str, Any], **fields: Any) -> None:
         store.save(at, service.Change(json.dumps(with_beats(*beats, **fields)).encode()))
