@@ -3388,10 +3388,6 @@ class PendingChanges:
     def all(self) -> list[Notification]:
         return [known for known in self._known.values() if known]
 
-    def knows(self, id: str) -> bool:
-        """Whether a notification was published and has not ended; True for any of another program."""
-        return not re.fullmatch(OWN_ID, id) or bool(self._known.get(id))
-
     def add(self, one: Notification) -> None:
         """Track one that was made here, before a look finds it."""
         if one.id not in self._known:
@@ -6534,7 +6530,7 @@ class Live:
             self._pending.is_initial = True
             return 3600.0
         ready = [(joining, one) for joining, one in asked if isinstance(one, Listener) and one.is_ready(now)]
-        is_whole = bool(ready) or now - self._looked_at >= self.INTERVAL
+        is_whole = bool(ready) or self._pending.is_initial or now - self._looked_at >= self.INTERVAL
         self._store_up = self._look(is_whole=is_whole)
         if is_whole:
             self._look_at_others()
@@ -6634,7 +6630,8 @@ class Live:
         services, pending = self._services, list[Any]()
         try:
             found = services.notifications.check(tuple(TOTALS), self.NOTIFICATIONS)
-            pending = [json.loads(one.text) for one in found if self._pending.knows(one.id)]
+            published = {one.id for one in self._pending.all()}  # what is newer follows as an event
+            pending = [json.loads(one.text) for one in found if one.id in published]
         except Unavailable:  # since _look()
             self._store_up = False
         service = {

@@ -9697,6 +9697,28 @@ def test_events_continue_without_the_store_and_its_return_sends_the_state_again(
         assert (state["notifications"], state["service"]["storeUp"]) == ([made], True)
 
 
+def test_the_state_after_a_start_without_the_store_has_its_sessions(poll_service, forwarder, listen, monkeypatch):
+    monkeypatch.setattr(service.Live, "INTERVAL", PATIENCE)  # so the pending notifications alone are read before
+    with contextlib.closing(service.RedisStore(forwarder.url)) as store:
+        store.save(T, service.Change(json.dumps(SESSION).encode()))
+        polled = poll_service(store)
+        forwarder.cut()
+        events = listen(polled, "?types=session")
+        assert timestamps_in(events.next()) == []
+        forwarder.restore()
+        assert timestamps_in(events.next("state")) == [T]
+
+
+def test_a_notification_that_another_program_adds_while_a_state_is_made_is_only_an_event(
+    poll_service, redis_store, other_program, listen, monkeypatch
+):
+    polled, made = poll_service(redis_store), {member_of_another_program("x"): service.now_ms()}
+    check, add = polled.services.notifications.check, functools.partial(other_program.zadd, "notifications:pending")
+    monkeypatch.setattr(polled.services.notifications, "check", lambda *query: add(made) and check(*query))
+    events = listen(polled, "?types=notification")
+    assert (events.next()["notifications"], events.next()["id"]) == ([], "x")
+
+
 def test_a_read_only_store_is_not_up_and_its_recovery_sends_the_state_again(poll_service, store, listen, monkeypatch):
     monkeypatch.setattr(service.Live, "INTERVAL", 0.05)
     polled = poll_service(store)
