@@ -6086,6 +6086,7 @@ def _describe(route: Route) -> dict[str, Any]:
             *({"name": name, "in": "path", "required": True, "schema": schema} for name, schema in path),
             *({"name": name, "in": "query", "schema": schema} for name, schema in route.query.items()),
             *[{"name": "X-Reservation-Id", "in": "header", "schema": _TEXT}] * route.gated,
+            *[{"name": "Last-Event-ID", "in": "header", "schema": _TEXT}] * (route.handler is events),
         ],
         "responses": {
             str(status): {"description": http.client.responses[status], **content(schema)}

@@ -6334,6 +6334,9 @@ def test_every_route_is_described_and_nothing_else(make_app):
             names = {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "path"}
             assert names == set(re.findall("{(.*?)}", path))
             assert operation.get("x-permission", "open") in (*service.PERMISSIONS, "any", "open")
+            headers = [parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "header"]
+            known = {"/api/v1/events": "Last-Event-ID", STATUS: "X-Reservation-Id", START: "X-Reservation-Id"}
+            assert headers == [known.get(path)] * (path in known), path
 
 
 def test_every_example_matches_its_schema():
