@@ -6649,6 +6649,8 @@ class Live:
         shown = {name: part for name, part in parts.items() if STATE_PARTS.get(name, name) in wanted}
         if "alerts" in shown:
             shown["alerts"] = [one for one in shown["alerts"] if listener.caller.may(ALERTS[one["kind"]])]
+        if not all(map(listener.caller.may, _ALL_BUT_ADMIN)):  # its tokens' names are for the page
+            shown["service"] = {**shown["service"], "tokensEnding": None}
         return self._frame("state", to_json(shown), f"{self._number}.{next(self._states)}")
 
     def _frame(self, type: str, text: bytes, number: str) -> bytes:

@@ -9501,6 +9501,14 @@ def test_an_event_is_sent_only_to_clients_with_its_permission(poll_service, list
     assert other.next("alert")["kind"] == "gpu_hot"
 
 
+def test_only_who_may_do_what_the_page_may_gets_the_names_of_tokens_that_end_soon(poll_service, listen):
+    polled = poll_service()
+    polled.services.ending_tokens = "storyart (then)"
+    tokens = service.page_token(TOKEN), TOKEN, make_token(polled.app(), *service.PERMISSIONS[1:-1])
+    shown = [listen(polled, token=token).next()["service"]["tokensEnding"] for token in tokens]
+    assert shown == ["storyart (then)", "storyart (then)", None]
+
+
 @pytest.mark.usefixtures("fast_polling")
 @pytest.mark.parametrize("how", ["revoked", "expired"])
 def test_a_stream_ends_with_its_token(poll_service, listen, how, monkeypatch):
