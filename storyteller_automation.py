@@ -6585,6 +6585,8 @@ class Live:
         history = [{**gpu_json(status), "at": at} for at, status in services.gpu.history(now_ms())]
         gpu, known, swarmui = history[-1] if history else None, services.reservations.known, services.swarmui.status()
         reservation = known and reservation_json(known)
+        if known and gpu and gpu["available"] and services.settings.gates:  # as gpu/status without the reservation's id
+            gpu = {**gpu, "available": False, "error": known.description}
         self._others = {"gpu": gpu, "gpuHistory": history, "reservation": reservation, "swarmui": swarmui}
         volatile = ("startingFor", "idleFor", "logTail")  # they change all the time: not worth an event
         steady = {name: value for name, value in swarmui.items() if name not in volatile}

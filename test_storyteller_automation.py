@@ -9546,6 +9546,20 @@ def test_changes_of_swarmui_the_gpu_and_its_reservation_are_events(
     assert events.next("swarmui")["state"] == "failed"
 
 
+@pytest.mark.usefixtures("fast_polling")
+def test_with_gates_a_gpu_event_says_who_has_reserved_the_gpu_as_its_status_does(
+    poll_service, nvidia_smi, listen, monkeypatch
+):
+    monkeypatch.setattr(service.Live, "STATE_WAIT", PATIENCE)
+    polled = poll_service(nvidia_smi=nvidia_smi(GOOD, {"print": "41\n"}), gates=True)
+    events = listen(polled, "?types=gpu")
+    at = events.next()["gpu"]["at"]
+    reservation = polled.ask("POST", RESERVATION, {"holder": "a", "ttlSeconds": 60})[2]
+    assert events.next("gpu") == {**polled.ask("GET", STATUS)[2], "at": at}
+    polled.ask("DELETE", f"{RESERVATION}/{reservation['reservationId']}")
+    wait_until(lambda: events.next("gpu")["available"])
+
+
 def test_a_listener_that_reads_nothing_is_disconnected_and_others_get_everything(poll_service, listen):
     polled, sent = poll_service(), 0
     with send_request(polled.port, request_of("GET", f"{EVENTS}?types=alert"), 4096):
