@@ -7088,7 +7088,7 @@ async function post(path) {  // `error` is empty if it succeeded
 
 $("#start").onclick = async () => showError("swarmui", await post("swarmui/start"));
 $("#all").onclick = () => acknowledge([...data.notifications.values()]);
-$("#stop").onclick = stopSwarmUI, $("#forget").onclick = () => askForToken("");
+$("#stop").onclick = stopSwarmUI, $("#forget").onclick = () => (localStorage[KEY] &&= "", askForToken(""));
 
 const showError = (name, { error = "" }) => { $(`#${name} [role=alert]`).textContent = error; };
 
@@ -7153,7 +7153,7 @@ function takeTokenFromLink() {  // whether there was one
   const found = /^#token=([!-~]+)$/.exec(location.hash);
   if (!found) return false;
   history.replaceState(null, "", location.pathname + location.search);
-  storeToken(found[1], localStorage.getItem(KEY) !== null);
+  storeToken(found[1], KEY in localStorage);
   return true;
 }
 
@@ -7173,12 +7173,11 @@ document.onvisibilitychange = () => {  // a browser opens at most six connection
   else if (token && !isOpen) reconnect();
 };
 addEventListener("hashchange", () => takeTokenFromLink() && reconnect());
-addEventListener("storage", ({ key, newValue }) => key === KEY && newValue === null && askForToken(""));
-addEventListener("pagehide", disconnect);
-addEventListener("pageshow", ({ persisted }) => persisted && reconnect());
+addEventListener("storage", ({ key, newValue: kept }) =>  // by another tab: "" if it forgets the token, else null
+  key === KEY && (kept === "" ? askForToken("") : kept ?? storeToken(token, false)));
+addEventListener("pagehide", disconnect), addEventListener("pageshow", ({ persisted }) => persisted && reconnect());
 
-const remembered = localStorage.getItem(KEY);
-if (!takeTokenFromLink()) storeToken(sessionStorage.getItem(KEY) ?? remembered ?? "", remembered !== null);
+takeTokenFromLink() || storeToken(sessionStorage[KEY] ?? localStorage[KEY] ?? "", KEY in localStorage);
 reconnect(), followLog();
 setInterval(render, 1000);
 </script>

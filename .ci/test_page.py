@@ -395,6 +395,29 @@ def test_a_token_is_remembered_on_the_device_until_it_is_forgotten(browser, serv
     wait_until(lambda: not server.streams)
 
 
+def test_another_tab_keeps_its_token_when_the_box_is_unticked_but_not_when_the_token_is_forgotten(open_page, server):
+    browser = open_page()
+    stored, tick = "return [localStorage.length, sessionStorage.length]", "$('section .remember').click()"
+    browser.run(tick)
+    first, second = browser.call("GET", "/window"), browser.call("POST", "/window/new", {"type": "tab"})["handle"]
+    try:
+        browser.call("POST", "/window", {"handle": second})
+        browser.go(f"http://127.0.0.1:{server.port}/")
+        browser.wait_for("All is well")
+        browser.run(tick)
+        browser.call("POST", "/window", {"handle": first})
+        wait_until(lambda: browser.run(stored) == [0, 1])
+        browser.run(tick)
+        browser.call("POST", "/window", {"handle": second})
+        browser.click("Forget the token")
+    finally:
+        browser.call("POST", "/window", {"handle": second})
+        browser.call("DELETE", "/window")
+        browser.call("POST", "/window", {"handle": first})
+    wait_until(lambda: browser.names("button") == ["Open"])
+    assert browser.run(stored) == [0, 0]
+
+
 def test_the_page_asks_for_another_token_when_its_token_expires(open_page, server):
     browser = open_page(swarmui=swarmui("stopped"))
     server.answers["/api/v1/swarmui/start"] = 401, {"error": "The token has expired."}
