@@ -6997,9 +6997,10 @@ const EVENTS = {
   },
   notification: (given) => data.notifications.set(given.id, given),
   acknowledged: ({ id }) => data.notifications.delete(id) && data.isPartial && !data.notifications.size && reconnect(),
-  session: (given) => data.sessions[given.step === "deleted" ? "delete" : "set"](given.sessionTimestamp, given),
+  session: (given) => data.sessions[given.step === "deleted" ? "delete" : "set"](given.sessionTimestamp, given) &&
+    data.sessions.size > 50 && data.sessions.delete(Math.min(...data.sessions.keys())),  // `state` has the newest 50
   gpu: (given) => Object.assign(data, { gpu: given,
-    gpuHistory: [...data.gpuHistory, given].filter((one) => given.at - one.at <= 900_000) }),
+    gpuHistory: [...data.gpuHistory.filter(({ at }) => at < given.at && given.at - at <= 900_000), given] }),
   reservation: (given) => data.reservation = given,
   swarmui: (given) => data.swarmui = given,
   alert(given) {

@@ -507,6 +507,13 @@ def test_a_session_shows_its_steps(open_page, server):
     assert "Episode 10" not in browser.text("Sessions")
 
 
+def test_the_page_counts_the_newest_50_sessions(open_page, server):
+    browser = open_page(sessions=[session(number, "prompts") for number in range(50)])
+    server.send("session", session(50, "prompts"))
+    browser.wait_for("Episode 50 · Title 50", "Sessions")
+    assert "50 sessions in progress" in browser.text()
+
+
 @pytest.mark.parametrize(
     ("ending", "shown"),
     [(None, "Not known"), ("", "None ends within 3 days"), ("storyart (then)", "End soon: storyart (then)")],
@@ -552,6 +559,10 @@ def test_the_gpus_charts_have_a_gap_without_data_and_survive_a_reload(open_page,
     browser.call("POST", "/refresh")
     browser.wait_for("All is well")
     assert dict(browser.run(lines)) == drawn
+    server.send("gpu", gpu(NOW - 10 * MINUTE, utilization=1))  # the clock was set back
+    browser.wait_for("1 %", "GPU")
+    for _, path in browser.run(lines):
+        assert max(map(float, re.findall(r"[ML]([0-9.]+) ", path))) == 900
 
 
 def test_text_from_the_service_is_never_html(open_page, server):
