@@ -6868,7 +6868,7 @@ function showHeader(raised) {
   const more = raised.length > 1 ? ` (and ${raised.length - 1} more)` : "";
   const [level, text] = !token ? ["", "A token is needed"]
     : lostSince ? ["", `No connection since ${clock(lostSince)}`]
-    : !data.service ? ["", "Connecting"]
+    : !isOpen ? ["", document.hidden ? "Not connected while hidden" : "Connecting"]
     : raised.length ? ["bad", raised[0].text + more] : ["good", well];
   show($("#status"), text), show($("title"), `${text} · StoryTeller`);
   show($("#clock"), new Date().toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" }));
@@ -7170,7 +7170,7 @@ for (const box of $$("section .remember")) box.onchange = () => storeToken(token
 let hiddenTimer = 0;
 document.onvisibilitychange = () => {  // a browser opens at most six connections to a host, for all its tabs
   clearTimeout(hiddenTimer);
-  if (document.hidden) hiddenTimer = setTimeout(disconnect, HIDDEN_TIMEOUT);
+  if (document.hidden) hiddenTimer = setTimeout(() => (disconnect(), render()), HIDDEN_TIMEOUT);
   else if (token && !isOpen) reconnect();
 };
 addEventListener("hashchange", () => takeTokenFromLink() && reconnect());

@@ -761,6 +761,8 @@ def test_the_page_reconnects_after_a_silence(shorten_wait, open_page, server):
 def test_a_hidden_page_closes_its_connection_and_reconnects_when_it_is_shown(shorten_wait, open_page, server):
     shorten_wait("10_000")
     browser = open_page()
+    watch = "new MutationObserver(() => titles.push(document.title)).observe($('title'), { childList: true })"
+    browser.run(f"window.titles = []; {watch}")
     handle = browser.call("GET", "/window")
     other = browser.call("POST", "/window/new", {"type": "tab"})["handle"]
     browser.call("POST", "/window", {"handle": other})
@@ -771,6 +773,7 @@ def test_a_hidden_page_closes_its_connection_and_reconnects_when_it_is_shown(sho
         browser.call("POST", "/window", {"handle": handle})
     wait_until(lambda: server.streams)
     browser.wait_for("All is well")
+    assert "Not connected while hidden · StoryTeller" in browser.run("return titles")
 
 
 # The real service ------------------------------------------------------------------------------------
