@@ -734,12 +734,14 @@ def foreign_owner(path: Path) -> str | None:
 
 
 def descriptor_limit() -> int:
-    """How many sockets and files this process may open; on Windows the number of sockets that `select` accepts."""
+    """How many sockets and files this process may open, 1024 if possible; on Windows how many `select` accepts."""
     if sys.platform == "win32":
         return 512
     import resource
 
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 < soft < 1024 and (hard >= 1024 or hard == resource.RLIM_INFINITY):  # macOS starts programs with 256
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft := 1024, hard))
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 

@@ -10162,14 +10162,18 @@ def test_past_the_limit_the_oldest_incomplete_requests_are_closed(start_service,
         wait_until(lambda: is_cut_off(incomplete[0]))
 
 
-def test_silent_connections_past_the_limit_of_descriptors_do_not_keep_a_poll_out(start_service):
-    resource = pytest.importorskip("resource", reason="Windows has no limit of descriptors that can be lowered")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
-    try:
-        running = start_service()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+@pytest.mark.skipif(service.WINDOWS, reason="Windows has no limit of descriptors that can be lowered")
+def test_a_low_soft_limit_of_descriptors_leaves_places_for_300_listeners():
+    code = "import storyteller_automation; print(storyteller_automation.LISTENERS)"
+    command = ["sh", "-c", 'ulimit -Sn 256; exec "$0" -c "$1"', sys.executable, code]
+    assert int(subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, timeout=PATIENCE).stdout) >= 300
+
+
+@pytest.mark.skipif(service.WINDOWS, reason="Windows has no limit of descriptors that can be lowered")
+def test_silent_connections_past_the_limit_of_descriptors_do_not_keep_a_poll_out(module_copy, start_service):
+    limit = "\nimport resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))\n__version__"
+    module_copy.write_text(module_copy.read_text("utf-8").replace("\n__version__", limit, 1), "utf-8")
+    running = start_service()
     with send_requests(running.port, [""] * 300):
         assert running.call("GET", "/api/v1/notifications/check")[0] == 200
 
