@@ -9163,6 +9163,24 @@ def test_a_stream_starts_with_the_state_and_continues_with_changes(polled, liste
     assert events.next("acknowledged") == {"id": made["id"], "type": PROMPTS, "sessionTimestamp": T + 1}
 
 
+def test_what_this_service_changes_is_an_event_before_the_next_poll(polled, listen, monkeypatch):
+    for name in ("INTERVAL", "PENDING_INTERVAL"):
+        monkeypatch.setattr(service.Live, name, 3600.0)
+    events, path = listen(polled, "?types=notification,acknowledged,session"), "/api/v1/notifications"
+    events.next()
+    ids = [create_notification(polled, T + number)["id"] for number in range(3)]
+    polled.ask("POST", f"{path}/{ids[0]}/ack")
+    polled.ask("POST", f"{path}/ack", {"ids": [ids[1]]})
+    polled.ask("DELETE", f"{path}/{ids[2]}")
+    assert [events.next()["id"] for _ in range(6)] == ids * 2
+    for method, body, step in (("PUT", SESSION, "saved"), ("DELETE", None, "deleted")):
+        polled.ask(method, f"/api/v1/session/{T}", body)
+        assert events.next()["step"] == step
+    polled.services.store.save(T, service.Change(json.dumps(with_beats(DONE)).encode()))  # as another program does
+    assert polled.is_ready()
+    assert events.next("notification")["type"] == PROMPTS
+
+
 @pytest.mark.usefixtures("fast_polling")
 def test_each_step_of_a_session_is_one_event_in_order(polled, listen):
     events = listen(polled, "?types=session")
@@ -9491,9 +9509,10 @@ def test_a_stream_contains_only_known_and_permitted_types(make_app, query, statu
 def test_an_event_is_sent_only_to_clients_with_its_permission(poll_service, listen):
     polled = poll_service()
     app = polled.app()
+    polled.services.alerts.raised = {kind: service.Alert(kind, "raised", "", T) for kind in ("stuck", "gpu_hot")}
     own, other = listen(polled), listen(polled, token=make_token(app, "events:read", "gpu:read"))
-    for stream in (own, other):
-        stream.next("state")
+    shown = [[alert["kind"] for alert in stream.next("state")["alerts"]] for stream in (own, other)]
+    assert shown == [["stuck", "gpu_hot"], ["gpu_hot"]]
     live = polled.services.live
     live.publish("alert", {"kind": "stuck"}, "sessions:read")
     live.publish("alert", {"kind": "gpu_hot"}, "gpu:read")
@@ -9750,6 +9769,7 @@ def test_a_read_only_store_is_not_up_and_its_recovery_sends_the_state_again(poll
     store.writes.note("it is a replica")
     events, leaving = listen(polled, "?types=alert"), listen(polled, "?types=alert")
     assert [stream.next()["service"]["storeUp"] for stream in (events, leaving)] == [False, False]
+    assert events.last != leaving.last  # each state has an id of its own
     leaving.close()
     store.writes.note()
     assert events.next("state")["service"]["storeUp"] is True
