@@ -7001,7 +7001,7 @@ const EVENTS = {
   acknowledged: ({ id }) => data.notifications.delete(id) && data.isPartial && !data.notifications.size && reconnect(),
   session: (given) => data.sessions[given.step === "deleted" ? "delete" : "set"](given.sessionTimestamp, given) &&
     data.sessions.size > 50 && data.sessions.delete(Math.min(...data.sessions.keys())),  // `state` has the newest 50
-  gpu: (given) => Object.assign(data, { gpu: given,
+  gpu: (given) => given && Object.assign(data, { gpu: given,  // null: nothing is known of the last 15 minutes
     gpuHistory: [...data.gpuHistory.filter(({ at }) => at < given.at && given.at - at <= 900_000), given] }),
   reservation: (given) => data.reservation = given,
   swarmui: (given) => data.swarmui = given,

@@ -560,9 +560,12 @@ def test_the_gpus_charts_have_a_gap_without_data_and_survive_a_reload(open_page,
     browser.wait_for("All is well")
     assert dict(browser.run(lines)) == drawn
     server.send("gpu", gpu(NOW - 10 * MINUTE, utilization=1))  # the clock was set back
-    browser.wait_for("1 %", "GPU")
+    wait_until(lambda: browser.run("return $('#use').textContent") == "1")
     for _, path in browser.run(lines):
         assert max(map(float, re.findall(r"[ML]([0-9.]+) ", path))) == 900
+    server.send("gpu", None)  # it was set forward
+    server.send("gpu", gpu(NOW + MINUTE, utilization=2))
+    wait_until(lambda: browser.run("return $('#use').textContent") == "2")
 
 
 def test_text_from_the_service_is_never_html(open_page, server):
