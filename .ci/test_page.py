@@ -712,9 +712,13 @@ def test_the_focus_survives_a_row_that_another_program_acknowledges(open_page, s
     assert browser.focus() == ack(2, "prompts_ready")
 
 
-def test_the_page_marks_a_number_of_notifications_that_may_be_larger(open_page):
+def test_the_page_marks_a_number_of_notifications_that_may_be_larger_and_asks_for_the_others(open_page, server):
     browser = open_page(notifications=[notification(number) for number in range(100)])
     browser.wait_for("100+", "Notifications")
+    server.state = state(notifications=[notification(100)])
+    browser.click("Acknowledge all")
+    browser.click("Acknowledge")
+    browser.wait_for("episode 100", "Notifications")
 
 
 def test_two_or_more_notifications_can_be_acknowledged_at_once(open_page, server):
