@@ -6786,6 +6786,18 @@ def test_a_session_waits_since_its_last_new_prompt(rig, store):
     assert list(waiting()) == [T + 1]
 
 
+def test_an_alert_of_what_the_store_has_is_raised_within_5_s_and_ends_within_1_s(rig, store):
+    rig.alerts.look()
+    id = json.loads(add(store, draft())[0])["id"]
+    rig.wall.now, rig.clock.now = store._clock() + 30 * 60_000, rig.clock.now + 5
+    rig.alerts.look()
+    assert list(rig.alerts.raised) == ["unacknowledged"]
+    acknowledge(store, id)
+    rig.clock.now += 1
+    rig.alerts.look()
+    assert list(rig.alerts.raised) == []
+
+
 def test_a_snapshot_reads_only_changed_sessions_and_new_notifications(rig, store, monkeypatch):
     for number in range(3):
         store.save(T + number, service.Change(json.dumps(with_beats(OPEN)).encode()))
