@@ -9579,6 +9579,16 @@ def test_changes_of_swarmui_the_gpu_and_its_reservation_are_events(
 
 
 @pytest.mark.usefixtures("fast_polling")
+def test_what_always_changes_in_the_status_of_swarmui_is_not_an_event(polled, listen, monkeypatch):
+    known, seconds = polled.services.swarmui.status(), itertools.count()
+    monkeypatch.setattr(polled.services.swarmui, "status", lambda: {**known, "idleFor": next(seconds)})
+    events = listen(polled, "?types=swarmui,notification")
+    events.next()
+    wait_until(lambda: next(seconds) > 20)
+    assert create_notification(polled) == events.next()
+
+
+@pytest.mark.usefixtures("fast_polling")
 def test_with_gates_a_gpu_event_says_who_has_reserved_the_gpu_as_its_status_does(
     poll_service, nvidia_smi, listen, monkeypatch
 ):
