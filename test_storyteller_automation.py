@@ -7073,7 +7073,8 @@ class Receiver:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 receiver.requests.append((self.command, self.path, body))
                 receiver.resumed.wait(PATIENCE)
-                self.send_response(left.pop(0) if left else 200)
+                is_named = "StoryTeller/" in self.headers.get("User-Agent", "")  # Discord refuses Python's own
+                self.send_response(left.pop(0) if left else 200 if is_named else 403)
                 self.send_header("Location", "/elsewhere")
                 self.send_header("Content-Length", "0")
                 self.end_headers()
