@@ -2087,11 +2087,7 @@ class RedisStore(Store):
                 return
 
     def newest_sessions(self, count: int) -> list[tuple[int, Any]]:
-        replies = self._redis.exchange([("ZREVRANGE", key, 0, count - 1, "WITHSCORES") for key in self.INDEXES])
-        indexes = [result_of(reply)[1::2] for reply in replies if not is_wrong_type(reply)]
-        scores = {float(score) for index in indexes for score in index}
-        newest = sorted({int(score) for score in scores if math.isfinite(score)}, reverse=True)[:count]
-        sessions = self._read_parts(newest, "STRLEN")
+        sessions = self._read_parts(list(itertools.islice(self._timestamps(), count)), "STRLEN")
         return [(timestamp, str(version)) for timestamp, *version in sessions if version[1:] != [0, 0]]
 
     def trim(self, timestamp: int) -> None:
