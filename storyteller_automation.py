@@ -3602,7 +3602,6 @@ def query_gpus(settings: Settings, running: set[Program]) -> GpuStatus:
 class GpuMonitor:
     """Caches the status, good or bad, for `ttl` seconds. Callers during a run share its result, or the next run's."""
 
-    LOGGED = 100  # different remarks of nvidia-smi that are logged
     HISTORY_MS, STEP_MS = 900_000, 5_000  # the history's length, and its step: it has the last status of each
 
     def __init__(self, query: Callable[[set[Program]], GpuStatus], ttl: float, clock: Clock = time.monotonic) -> None:
@@ -3610,7 +3609,7 @@ class GpuMonitor:
         self._running: set[Program] = set()  # the children of the current run
         self.last: tuple[GpuStatus, float] | None = None  # with the time by `clock` when its run ended
         self._history: dict[int, tuple[int, GpuStatus]] = {}  # by step: time in ms, status
-        self._logged: set[str] = set()  # remarks
+        self._report = functools.lru_cache(100)(functools.partial(log.warning, "gpu: nvidia-smi works, but says: %s"))
         self._closed = False
         self._batcher: Batcher[None, GpuStatus] = Batcher(self._answer, "gpu")
 
@@ -3647,9 +3646,8 @@ class GpuMonitor:
             self._history = {step: one for step, one in self._history.items() if one[0] < at}
             self._history[at // self.STEP_MS] = at, status
             bound(self._history, self.HISTORY_MS // self.STEP_MS)
-            if status.remarks and status.remarks not in self._logged and len(self._logged) < self.LOGGED:
-                self._logged.add(status.remarks)
-                log.warning("gpu: nvidia-smi works, but says: %s", status.remarks)
+            if status.remarks:
+                self._report(status.remarks)  # each once
         return [status]
 
 
