@@ -2001,17 +2001,14 @@ class RedisStore(Store):
         self._clock = clock
         self._newest_time = 0  # ms, of the newest notification of this instance; other instances may have later ones
         self._pack = redis.Connection(driver_info=None).pack_command  # driver_info would take 0.3 ms
-        # Packing 100 words takes 0.1 ms, and the ids of two polls are mostly the same.
-        self._exists_command = functools.lru_cache(maxsize=2)(self._pack_exists_command)
-        self._oldest_commands = functools.lru_cache(maxsize=2)(self._pack_oldest_commands)
+        # Packing 100 words takes 0.1 ms, and two polls are mostly the same.
+        self._snapshot_commands = functools.lru_cache(maxsize=2)(self._pack_snapshot_commands)
 
-    def _pack_oldest_commands(self, count: int, now: int) -> tuple[bytes, ...]:
-        """The commands that read the oldest members within their TTL."""
-        commands = [("ZRANGEBYSCORE", self.PENDING, *scores, "LIMIT", 0, count) for scores in self._scores(now)]
-        return tuple(b"".join(self._pack(*command)) for command in commands)
-
-    def _pack_exists_command(self, ids: tuple[str, ...]) -> bytes:
-        return b"".join(self._pack("EXISTS", *[self.ACK + id for id in ids]))
+    def _pack_snapshot_commands(self, count: int, now: int, ids: tuple[str, ...]) -> list[bytes]:
+        """The commands that read the oldest members within their TTL, and whether one of the ids is acknowledged."""
+        reads = [("ZRANGEBYSCORE", self.PENDING, *scores, "LIMIT", 0, count) for scores in self._scores(now)]
+        markers = [("EXISTS", *[self.ACK + id for id in ids])] if ids else []
+        return [b"".join(self._pack(*command)) for command in (*reads, *markers)]
 
     def try_write(self) -> None:
         self._run(_LUA_TRY, ["storyteller:incoming:try", *self._session_keys("try"), self.PENDING, *self.INDEXES])
@@ -2193,8 +2190,8 @@ class RedisStore(Store):
 
     def snapshot(self, count: int, ids: Sequence[str]) -> tuple[list[bytes], bool]:
         # Whole seconds, so that the commands are packed once a second: packing costs more than Redis's reply.
-        commands = self._oldest_commands(count, self._clock() // 1000 * 1000)
-        by_seconds, by_ms, *markers = self._redis.ask(*commands, *([self._exists_command(tuple(ids))] if ids else []))
+        commands = self._snapshot_commands(count, self._clock() // 1000 * 1000, tuple(ids))
+        by_seconds, by_ms, *markers = self._redis.ask(*commands)
         return (by_seconds + by_ms)[:count], any(markers)
 
     def expired(self, count: int) -> list[bytes]:
@@ -2203,7 +2200,7 @@ class RedisStore(Store):
         return [member for member, _ in rows if not re.match(OWN_MEMBER % OWN_ID.encode(), member)]
 
     def acknowledged(self, ids: Sequence[str]) -> set[str]:
-        if not ids or self._redis.ask(self._exists_command(tuple(ids))) == [0]:
+        if not ids or self._redis.ask(("EXISTS", *[self.ACK + id for id in ids])) == [0]:
             return set()
         return {id for id, exists in zip(ids, self._redis.ask(*[("EXISTS", self.ACK + id) for id in ids])) if exists}
 
