@@ -205,10 +205,9 @@ def _program(text: str) -> str:
 def _redis_url(text: str) -> str:
     # redis-py reads a missing host as localhost, port 0 as 6379 and any other path as database 0, and ignores what
     # follows a #. OCSP needs further packages.
-    form = r"unix://[^/?]*/.+|rediss?://([^/?]*@)?[^/?@:][^/?@]*(?<!:0)(/[0-9]*)?(\?(?!.*(\b(host|port)=|ocsp)).*)?"
+    form = r"rediss?://([^/?]*@)?[^/?@:][^/?@]*(?<!:0)(/[0-9]*)?(\?(?!.*(\b(host|port)=|ocsp)).*)?"
     with contextlib.suppress(ValueError, TypeError, AttributeError, redis.RedisError):
-        usable = "#" not in text and (hasattr(socket, "AF_UNIX") or not text.startswith("unix"))
-        if usable and re.fullmatch(form, text) and ("ssl_certfile=" in text or "ssl_keyfile=" not in text):
+        if "#" not in text and re.fullmatch(form, text) and ("ssl_certfile=" in text or "ssl_keyfile=" not in text):
             redis.ConnectionPool.from_url(text).make_connection()  # does not connect, but refuses an unknown option
             return text
     raise ValueError("redis://[user:password@]host[:port][/database]; write # as %23 in a password, / as %2F, ? as %3F")
@@ -1594,17 +1593,14 @@ def is_wrong_type(reply: Any) -> bool:
     return isinstance(reply, ApiError) and "WRONGTYPE" in reply.refusal
 
 
-class _SkipsFirstPing(redis.connection.AbstractConnection):
-    """A new connection needs no health check. Redis refuses its PING (MISCONF) while it refuses writes only."""
+class _TcpConnection(redis.Connection):
+    """Splits the connect timeout among the addresses of a host name, because some of them may not respond."""
 
     def connect(self) -> None:
+        """A new connection needs no health check. Redis refuses its PING (MISCONF) while it refuses writes only."""
         if not self.is_connected:
             self.next_health_check = int(time.monotonic()) + self.health_check_interval
             super().connect()
-
-
-class _TcpConnection(_SkipsFirstPing, redis.Connection):
-    """Splits the connect timeout among the addresses of a host name, because some of them may not respond."""
 
     def _connect(self) -> socket.socket:
         """Overridden because redis-py has no public way to choose an address. SSLConnection wraps its result."""
@@ -1637,9 +1633,6 @@ class _TcpConnection(_SkipsFirstPing, redis.Connection):
 class _TlsConnection(redis.SSLConnection, _TcpConnection): ...
 
 
-class _UnixConnection(_SkipsFirstPing, redis.UnixDomainSocketConnection): ...
-
-
 class RedisClient:
     """redis-py's connections behind a circuit breaker: they take 20 us per command, redis-py's own client 150."""
 
@@ -1648,14 +1641,12 @@ class RedisClient:
     PROBE_INTERVAL = 1.0  # s between two probes while the circuit is open
 
     def __init__(self, url: str) -> None:
-        given = redis.connection.parse_url(url)
-        kinds = {redis.SSLConnection: _TlsConnection, redis.UnixDomainSocketConnection: _UnixConnection}
+        given = redis.connection.parse_url(url).items()
         # From the URL come address, credentials and TLS. Timeouts and the protocol are set here.
-        where = {name: value for name, value in given.items() if re.match("(host|port|path|db|user|pass|ssl)", name)}
-        place = where.get("path") or f"{where.get('host', 'localhost')}:{where.get('port', 6379)}"
-        self.place = f"{place}, database {where.get('db', 0)}"
+        where = {name: value for name, value in given if re.match("host|port|db|user|pass|ssl", name)}
+        self.place = f"{where['host']}:{where.get('port', 6379)}, database {where.get('db', 0)}"
         self._pool = redis.ConnectionPool(
-            connection_class=kinds.get(given.get("connection_class"), _TcpConnection),
+            connection_class=_TlsConnection if url.startswith("rediss:") else _TcpConnection,
             max_connections=1000,  # the number of threads is the limit
             protocol=2,  # Redis 5 refuses HELLO 3
             driver_info=None,  # CLIENT SETINFO costs two round trips

@@ -957,7 +957,7 @@ BAD_VALUES = {
     "STORYTELLER_LOG_FORMAT": ["xml"],
     "REDIS_URL": [
         *["localhost:6379", "http://localhost", "redis://localhost:port", "redis://localhost:99999", "redis://[::1"],
-        *["redis://:#prod42@127.0.0.1:6391/0", "redis://:42#prod@a", "redis://a#b", "rediss://a/0#b", "unix:///a#b"],
+        *["redis://:#prod42@127.0.0.1:6391/0", "redis://:42#prod@a", "redis://a#b", "rediss://a/0#b", "unix:///a"],
         *["redis://", "redis:///0", "rediss://:6379/0", "redis://user:word@", "redis://:12?b@a", "redis://?host=a"],
         *["unix://", "unix://a", "unix:///", "redis://a:0", "redis://a:0/1", "redis://a?port=99999"],
         *["redis://a?protocol=9", "rediss://a?ssl_cert_reqs=x", "rediss://a?ssl_keyfile=x", "redis://a?unknown=1"],
@@ -12517,8 +12517,8 @@ ODD_VALUES = [
     *["::1%25lo", "127.0.0.1:6379", "fe80::1%1", "224.0.0.1", "http://[", "http://a..b", "http://%", "http://[v1.a]"],
     *["http://[::1%25lo]", "http://" + "a" * 64, "http://a:\u0663", "http://127.0.0.1:1/" + "a" * 20_000, "redis://"],
     *["redis://a..b", "redis://[::1", "redis://[fe80::1%25lo]:1", "redis://127.0.0.1?port=99999", "redis://%00:1"],
-    *["redis://127.0.0.1:1?db=-1", f"redis://127.0.0.1:1/{10**30}", "redis://%ff:%ff@127.0.0.1:1", "unix://"],
-    *["unix:///", "redis://127.0.0.1:1?protocol=9", "rediss://127.0.0.1:1?ssl_cert_reqs=x", "unix:///tmp/" + "x" * 200],
+    *["redis://127.0.0.1:1?db=-1", f"redis://127.0.0.1:1/{10**30}", "redis://%ff:%ff@127.0.0.1:1", "unix:///a"],
+    *["redis://127.0.0.1:1?protocol=9", "rediss://127.0.0.1:1?ssl_cert_reqs=x"],
     *[f"rediss://127.0.0.1:PORT?ssl_{key}=x" for key in ("keyfile", "certfile", "ca_certs", "ciphers", "min_version")],
 ]
 
@@ -12877,8 +12877,8 @@ def test_no_warning_about_a_redis_that_requires_a_password(settings, monkeypatch
 
 @pytest.mark.parametrize(
     ("url", "warned"),
-    [("redis://a/1", True), ("redis://a:6380/15?db=3", True), ("unix:///a/socket?db=2", True), ("redis://a/0", False),
-     ("redis://a", False), ("rediss://user:word@a:6380/", False), ("redis://a/2?db=0", False), (None, False)],
+    [("redis://a/1", True), ("redis://a:6380/15?db=3", True), ("redis://a/0", False), ("redis://a", False),
+     ("rediss://user:word@a:6380/", False), ("redis://a/2?db=0", False), (None, False)],
 )  # fmt: skip
 def test_check_warns_of_a_database_other_than_the_one_of_storyarts_own_server(settings, monkeypatch, url, warned):
     monkeypatch.setattr(service, "STORYARTS_REDIS", f"redis://127.0.0.1:{free_port()}/0")
