@@ -1916,20 +1916,6 @@ redis.call('PEXPIRE', KEYS[4], 1000)
 return redis.call('DEL', KEYS[2], KEYS[3], KEYS[4])
 """
 
-# Run the commands in ARGV, each preceded by the number of its words, unless the set KEYS[1] contains KEYS[2] or one of
-# the keys KEYS[2] ... exists; then add KEYS[2] to the set. The first error ends the script.
-_LUA_TAKE = """
-local is_new = redis.call('SISMEMBER', KEYS[1], KEYS[2]) + redis.call('EXISTS', unpack(KEYS, 2)) == 0
-local at = 1
-while is_new and ARGV[at] do
-  redis.call(unpack(ARGV, at + 1, at + ARGV[at]))
-  at = at + ARGV[at] + 1
-end
-redis.call('SADD', KEYS[1], KEYS[2])
-redis.call('PEXPIRE', KEYS[1], 31622400000)  -- 366 days, the longest TTL of a token
-return is_new
-"""
-
 # Compare and swap. KEYS: 1 record. ARGV: 1 the expected record, "" for none; 2 the new one, "" to read only.
 _LUA_SWAP = """
 local is_same = (redis.call('GET', KEYS[1]) or '') == ARGV[1]
@@ -2096,6 +2082,9 @@ class RedisStore(Store):
         """The reply to the last command. Raises the first error."""
         return list(map(result_of, self._note_refusals(self._redis.exchange(commands))))[-1]
 
+    def _transact(self, *call: Any) -> list[Any]:
+        return list(map(result_of, self._note_refusals(self._redis.transact(*call))))
+
     def _note_refusals(self, replies: list[Any]) -> list[Any]:
         """Record refused writes in `writes`, and return the replies. WRONGTYPE concerns one key, not all writes."""
         for reply in replies:
@@ -2249,8 +2238,17 @@ class RedisStore(Store):
         else:
             keys, value = [self.ACK + row["id"]], "1"
         commands.append(("SET", keys[0], value, *life))
-        words = [word for command in commands for word in (len(command), *command)]
-        return bool(self._run(_LUA_TAKE, [self.TAKEN, *keys], *words))
+        year = 366 * 24 * 3600 * 1000  # the longest TTL of a token
+        taken: list[_Command] = [("SADD", self.TAKEN, keys[0]), ("PEXPIRE", self.TAKEN, year)]
+        # ZCARD, because a transaction does not undo its other commands if one meets a key of the wrong type.
+        reads: list[_Command] = [("ZCARD", self.PENDING), ("ZCARD", self.INDEXES[0])]
+        reads += [("EXISTS", *keys), ("SISMEMBER", self.TAKEN, keys[0])]
+
+        def write(replies: list[Any]) -> list[_Command]:
+            *_, exists, was_taken = map(result_of, replies)
+            return taken if exists or was_taken else [*commands, *taken]
+
+        return len(self._transact(keys, reads, write)) > len(taken)
 
 
 # ======================================================================================================
@@ -2372,9 +2370,6 @@ class BridgedStore(RedisStore):
 
     def note_met(self) -> None:
         self._redis.ask(("SET", self.MET, "1"))
-
-    def _transact(self, *call: Any) -> list[Any]:
-        return list(map(result_of, self._note_refusals(self._redis.transact(*call))))
 
 
 # ======================================================================================================
