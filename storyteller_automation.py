@@ -2572,19 +2572,15 @@ class SqliteStore(Store):
             while True:
                 self._readers.get_nowait().close()
 
-    _SESSION = "SELECT timestamp, document, saved, announced FROM session WHERE expires > ?"
-
     def read_sessions(self, timestamps: Sequence[int]) -> Iterator[StoredSession | ApiError | None]:
+        query = "SELECT timestamp, document, saved, announced FROM session WHERE timestamp = ? AND expires > ?"
         for timestamp in timestamps:
-            rows = self._read(f"{self._SESSION} AND timestamp = ?", self._clock(), timestamp)
+            rows = self._read(query, timestamp, self._clock())
             yield StoredSession(*rows[0]) if rows else None
 
     def sessions(self) -> Iterator[StoredSession]:
-        newest_below = f"{self._SESSION} AND timestamp < ? ORDER BY timestamp DESC LIMIT 1"
-        below = 1 << 62
-        while rows := self._read(newest_below, self._clock(), below):
-            yield StoredSession(*rows[0])
-            below = rows[0][0]
+        rows = self._read("SELECT timestamp FROM session ORDER BY timestamp DESC")
+        return filter(None, (self.session(timestamp) for (timestamp,) in rows))
 
     def newest_sessions(self, count: int) -> list[tuple[int, Any]]:
         query = "SELECT timestamp, saved, announced FROM session WHERE expires > ? ORDER BY timestamp DESC LIMIT ?"
