@@ -2312,10 +2312,7 @@ class BridgedStore(RedisStore):
             merges = latest is None or (before and before.is_changed(0))
             storyswarm, second = (document, latest) if merges else (latest, None)
             copies = Copies(timestamp, storyswarm, storyart, (synced[0], synced[1]), by_storyart == "1", second)
-            try:
-                change = decide(copies)
-            except RecursionError:  # json reads deeper nesting than it can write
-                raise ValueError("nested too deeply") from None
+            change = decide(copies)
             # A copy that was saved again unchanged outlives the metadata. Below a minute that does not matter.
             is_kept = meta_ttl == -1 or (-1 not in (ttl, storyart_ttl) and meta_ttl + 60_000 > max(ttl, storyart_ttl))
             if change is None and latest is None and is_kept:
@@ -3091,7 +3088,7 @@ class Bridge:
     def _sync(self, timestamp: int, latest: bytes | None = None, before: Copies | None = None) -> Copies | None:
         try:
             return self._store.sync(timestamp, decide, latest, before)
-        except ValueError as fault:
+        except (ValueError, RecursionError) as fault:  # json reads deeper nesting than it can write
             self._report(f"session {timestamp} is left as it is, because a copy is not a session", str(fault))
             return None
 
