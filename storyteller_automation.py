@@ -1364,7 +1364,7 @@ class WriteStatus:
 
     def __init__(self, place: str) -> None:
         self.refusal: str | None = None  # why the last write was refused; "" if it succeeded; None before the first
-        self._place = place
+        self.place = place
         self._lock = threading.Lock()
 
     def note(self, refusal: str = "") -> None:
@@ -1372,14 +1372,9 @@ class WriteStatus:
         with self._lock:
             before, self.refusal = self.refusal, refusal
         if refusal and not before:
-            log.warning("store: %s refuses writes (%s): they get 503. `check` says what to do", self._place, refusal)
+            log.warning("store: %s refuses writes (%s): they get 503. `check` says what to do", self.place, refusal)
         elif before and not refusal:
-            log.warning("store: %s accepts writes again", self._place)
-
-    def check(self) -> None:
-        """Raise Unavailable while writes are refused."""
-        if refusal := self.refusal:  # read once: another thread may reset it
-            raise Unavailable(f"{self._place} refuses writes ({refusal}).", 5)
+            log.warning("store: %s accepts writes again", self.place)
 
 
 @dataclass(frozen=True)
@@ -1468,7 +1463,8 @@ class Store(Protocol):
     def ping(self) -> None:
         """Raise Unavailable unless the store answers and accepts writes, as far as is known."""
         self.token("")
-        self.writes.check()
+        if refusal := self.writes.refusal:  # read once: another thread may reset it
+            raise Unavailable(f"{self.writes.place} refuses writes ({refusal}).", 5)
 
     def try_write(self) -> None:
         """Write what a save writes, and remove it again. `writes` records the outcome."""

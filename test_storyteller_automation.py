@@ -2135,11 +2135,10 @@ def test_a_call_that_found_the_circuit_open_is_unavailable_even_if_it_closes_mea
         assert client.ask(("PING",)) == [b"PONG"]
 
 
-def test_a_check_that_found_writes_refused_says_why_even_if_they_are_accepted_meanwhile(monkeypatch):
-    status = service.WriteStatus("Redis")
+def test_a_ping_that_found_writes_refused_says_why_even_if_they_are_accepted_meanwhile(store, monkeypatch):
     monkeypatch.setattr(service.WriteStatus, "refusal", first_read("OOM"), raising=False)
     with pytest.raises(service.Unavailable, match="OOM"):
-        status.check()
+        store.ping()
 
 
 @pytest.mark.parametrize("method", ["pending", "save"])
