@@ -7534,15 +7534,6 @@ def prepare_data_dir(settings: Settings, *, serves: bool = True) -> None:
         raise StartError(f"{fault}: set STORYTELLER_DATA_DIR to one that can.") from None
 
 
-def command_settings(given: Mapping[str, Any]) -> Settings:
-    """The settings of a command. Its --data-dir is relative to the current folder. Raises StartError."""
-    try:
-        folder = given["data_dir"] and os.path.abspath(given["data_dir"])
-    except FileNotFoundError:
-        raise StartError("The current folder, the base of --data-dir, was deleted: change to another one.") from None
-    return load_settings({**given, "data_dir": folder}, os.environ)
-
-
 def url_of(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -7588,7 +7579,7 @@ def connect_host(host: str) -> str:
 
 def print_links(given: Mapping[str, Any]) -> None:
     """Print the page's link for each address of the service, whether it runs or not. Raises StartError."""
-    settings = command_settings(given)
+    settings = load_settings(given, os.environ)
     prepare_data_dir(settings, serves=False)
     host, port = running_address(settings) or (settings.host, settings.port)
     if not port:
@@ -7611,7 +7602,7 @@ Finding = tuple[str, str, str]  # OK, WARN or FAIL; the subject; what was found,
 
 def run_checks(arguments: Mapping[str, Any]) -> Iterator[Finding]:
     try:
-        settings = command_settings(arguments)
+        settings = load_settings(arguments, os.environ)
     except StartError as error:
         yield "FAIL", "settings", str(error)
         return
@@ -7740,7 +7731,7 @@ def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
 
 def print_status(given: Mapping[str, Any]) -> int:
     """Print what the page shows. The exit code is 1 when the service of this data folder does not answer."""
-    settings = command_settings(given)
+    settings = load_settings(given, os.environ)
     fault = f"No service listens for the data folder {settings.data_dir}: start it with {START_SCRIPT}, or wait."
     if found := running_address(settings):
         url = page_url(*found)
@@ -7902,7 +7893,7 @@ def serve_until_stopped(given: Mapping[str, Any]) -> NoReturn:
     """Run serve(), then end the process. All output goes through the log."""
     end_console, code = start_console(), 0
     try:
-        serve(command_settings(given))
+        serve(load_settings(given, os.environ))
     except StartError as error:
         code = 2
         log.error("server: %s", error, extra={"console": str(error)})
@@ -7924,7 +7915,7 @@ def serve_until_stopped(given: Mapping[str, Any]) -> NoReturn:
 
 def move(given: Mapping[str, Any]) -> None:
     """Copy the embedded store into a Redis, in atomic steps that may be repeated. Raises StartError, Unavailable."""
-    settings, to = command_settings(given), given["to"]
+    settings, to = load_settings(given, os.environ), given["to"]
     try:
         url, path = _redis_url(to) if to else settings.redis_address, embedded_store(settings)
     except ValueError as expected:
@@ -7987,7 +7978,7 @@ def copy_store(source: Path, target: Path) -> None:
 
 def backup(given: Mapping[str, Any]) -> None:
     """Copy the embedded store to a file, also while the service runs. Raises StartError."""
-    settings, target = command_settings(given), Path(given["file"])
+    settings, target = load_settings(given, os.environ), Path(given["file"])
     source = embedded_store(settings)
     try:
         copy_store(source, target)
@@ -8001,7 +7992,7 @@ def backup(given: Mapping[str, Any]) -> None:
 
 def restore(given: Mapping[str, Any]) -> None:
     """Replace the embedded store by a backup; the previous store is kept beside it. Raises StartError."""
-    settings, source = command_settings(given), Path(given["file"])
+    settings, source = load_settings(given, os.environ), Path(given["file"])
     if not os.path.isfile(source):
         raise StartError(f"There is no file {source}.")
     prepare_data_dir(settings, serves=False)
@@ -8044,7 +8035,7 @@ def read_ttl(text: str) -> int:
 
 def token_command(given: Mapping[str, Any]) -> int:
     """Make, list, renew or revoke session tokens, also while the service runs. Raises StartError, Unavailable."""
-    settings = command_settings(given)
+    settings = load_settings(given, os.environ)
     prepare_data_dir(settings, serves=False)
     subject, ttl, renewed, revoked = (given[name] for name in ("subject", "ttl", "renew", "revoke"))
     actions = [one for one in (given["list"], renewed, revoked) if one]
@@ -8081,7 +8072,7 @@ def token_command(given: Mapping[str, Any]) -> int:
 
 def alert_command(given: Mapping[str, Any]) -> int:
     """Send a test alert, and print the answer. The exit code is 1 if it was refused. Raises StartError."""
-    settings = command_settings(given)
+    settings = load_settings(given, os.environ)
     if not settings.alert_url:
         raise StartError("There is no address for alerts: set STORYTELLER_ALERT_URL.")
     text = "This is a test. Alerts of this service arrive here."
@@ -8122,14 +8113,6 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {  # the options of argparse's add_
 TOKEN_ARGUMENTS = ["--subject", "--permission", "--ttl", "--list", "--renew", "--revoke"]
 
 
-def print_help(given: Mapping[str, Any]) -> None:
-    make_parser(given["topic"]).print_help()
-
-
-def print_version(given: Mapping[str, Any]) -> None:
-    print(TITLE)
-
-
 def refer_to_scripts(given: Mapping[str, Any]) -> NoReturn:
     raise StartError(f"The tests need the start script: run {START_SCRIPT} test.")
 
@@ -8144,8 +8127,8 @@ COMMANDS: Mapping[str, Command] = {
     "move": Command(move, "copy the embedded store into a Redis", ["--to"]),
     "backup": Command(backup, "copy the embedded store to FILE", ["file"]),
     "restore": Command(restore, "replace the embedded store by the backup FILE", ["file"]),
-    "version": Command(print_version, "print the version"),
-    "help": Command(print_help, "show this help, or that of a command", ["topic"]),
+    "version": Command(lambda given: print(TITLE), "print the version"),
+    "help": Command(lambda given: make_parser(given["topic"]).print_help(), "show this or a command's help", ["topic"]),
     "test": Command(refer_to_scripts, f"run the developers' tests; to check this PC, use {START_SCRIPT} check"),
 }
 
@@ -8191,7 +8174,10 @@ def parse_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
     own, unknown = parser.parse_known_args(common["rest"])
     if unknown and common["command"] != "test":  # those are pytest's
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return {**common, **vars(own)}
+    given = {**common, **vars(own)}
+    if given["data_dir"]:  # relative to the current folder, not to the module's as in a setting
+        given["data_dir"] = os.path.abspath(given["data_dir"])
+    return given
 
 
 def main(argv: Sequence[str] | None = None) -> int:

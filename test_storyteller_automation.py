@@ -12444,7 +12444,7 @@ def test_only_the_start_scripts_run_the_tests(run_module):
 @pytest.mark.parametrize("words", ["help {}", "{} --help", "--port 1 {} --help"])
 def test_each_command_has_its_own_help(command, words, capsys):
     with contextlib.suppress(SystemExit):
-        service.print_help(service.parse_arguments(words.format(command).split()))
+        service.main(words.format(command).split())
     assert f"usage: {service.START_SCRIPT} {command} " in capsys.readouterr().out
 
 
@@ -12583,16 +12583,6 @@ def test_no_value_of_a_setting_or_an_argument_causes_a_traceback(module_copy, cl
     assert "FAULT" not in result.stdout
     assert result.stdout.endswith("DONE\n"), result.stderr
     assert not any("Traceback" in path.read_text("utf-8") for path in module_copy.parent.glob("data/*.log"))
-
-
-@ONLY_POSIX
-def test_a_relative_data_folder_in_a_deleted_folder_is_refused_in_one_sentence(module_copy, clean_environment):
-    command = ["sh", "-c", 'cd "$(mktemp -d)"; rmdir "$PWD"; exec "$@"', "sh", sys.executable, str(module_copy)]
-    command += ["token", "--list", "--data-dir", "a"]
-    result = subprocess.run(command, env=clean_environment, timeout=PATIENCE, capture_output=True, encoding="utf-8")
-    assert (result.returncode, result.stderr) == (
-        2, "The current folder, the base of --data-dir, was deleted: change to another one.\n"
-    )  # fmt: skip
 
 
 def test_a_start_fails_if_the_env_file_is_not_utf_8(run_module, module_copy):
