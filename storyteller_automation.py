@@ -7915,11 +7915,8 @@ def serve_until_stopped(given: Mapping[str, Any]) -> NoReturn:
 
 def move(given: Mapping[str, Any]) -> None:
     """Copy the embedded store into a Redis, in atomic steps that may be repeated. Raises StartError, Unavailable."""
-    settings, to = load_settings(given, os.environ), given["to"]
-    try:
-        url, path = _redis_url(to) if to else settings.redis_address, embedded_store(settings)
-    except ValueError as expected:
-        raise StartError(f"--to cannot be used: expected {expected}.") from None
+    settings = load_settings(given, os.environ)
+    url, path = settings.redis_address, embedded_store(settings)
     if not url:
         raise StartError("The Redis to copy to is not known: give it, like --to redis://127.0.0.1:6379/0.")
     prepare_data_dir(settings, serves=False)
@@ -8106,7 +8103,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {  # the options of argparse's add_
     "--list": {"action": "store_true", "help": "list who has tokens, never the tokens"},
     "--renew": {"metavar": "SUBJECT", "help": "make every token of that subject end --ttl from now"},
     "--revoke": {"metavar": "SUBJECT", "help": "revoke every token of that subject"},
-    "--to": {"metavar": "URL", "help": "the Redis to copy to; by default that of REDIS_URL or REDIS_HOST"},
+    "--to": {"metavar": "URL", "dest": "redis_url", "help": "the Redis to copy to; overrides REDIS_URL"},
     "file": {"metavar": "FILE"},
     "topic": {"nargs": "?", "type": read_command},
 }

@@ -13768,7 +13768,7 @@ def test_move_and_restore_are_refused_while_the_service_runs(start_service, run_
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--to", "http://a"], "--to cannot be used: expected redis://"), ([], "The Redis to copy to is not known"),
+    [(["--to", "http://a"], "REDIS_URL cannot be used: expected redis://"), ([], "The Redis to copy to is not known"),
      (["--to", "redis://127.0.0.1:1/0"], "nothing listens there")],
 )  # fmt: skip
 def test_a_move_without_a_usable_redis_is_refused_in_one_sentence(run_module, contents, arguments, words):
