@@ -7948,12 +7948,6 @@ def open_snapshot(path: Path) -> Iterator[sqlite3.Connection]:
 def copy_store(source: Path, target: Path) -> None:
     """Copy a store to a file, which is then complete, or unchanged if this fails. Raises StartError."""
     draft = target.parent / f".{target.name}.{secrets.token_hex(4)}.part"
-    leftover = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.part(-journal|-wal|-shm)?")
-    with contextlib.suppress(OSError):
-        for path in list(target.parent.iterdir()):
-            # From a backup that was killed: none takes an hour.
-            if leftover.fullmatch(path.name) and path.stat().st_mtime < time.time() - 3600:
-                path.unlink()
     try:
         if os.path.exists(target):
             with open_snapshot(target):

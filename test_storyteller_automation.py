@@ -13825,17 +13825,6 @@ def test_a_backup_is_complete_while_the_service_writes(start_service, run_module
     assert sorted(path.name for path in tmp_path.iterdir() if "backup" in path.name) == ["a backup.sqlite3"]
 
 
-def test_a_backup_removes_the_files_of_one_that_was_killed(run_module, contents, tmp_path):
-    killed = [f".b.0123abcd.part{end}" for end in ("", "-journal", "-wal", "-shm")]
-    others = [".b.89abcdef.part", ".b.own", ".other.0123abcd.part"]  # the first one is of a backup that still runs
-    for name in killed + others:
-        (tmp_path / name).touch()
-    for name in killed + others[1:]:
-        os.utime(tmp_path / name, (time.time() - 3601,) * 2)
-    assert run_module("backup", str(tmp_path / "b")).returncode == 0
-    assert sorted(path.name for path in tmp_path.glob(".*")) == others
-
-
 @pytest.mark.parametrize("name", ["a document", "a folder", "data/storyteller.sqlite3"])
 def test_a_backup_replaces_only_a_backup(run_module, contents, module_copy, name):
     folder = module_copy.parent
