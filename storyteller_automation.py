@@ -1071,11 +1071,9 @@ class LogFormatter(logging.Formatter):
 class LogFile(logging.handlers.RotatingFileHandler):
     """Rotates unless another program has it open: Windows cannot rename it then, and the record would be lost."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        """Cached in the record, because the handler needs the line twice: to measure it and to write it."""
-        known = vars(record)
-        line: str = known.get("line") or known.setdefault("line", super().format(record))
-        return line
+    def shouldRollover(self, record: logging.LogRecord) -> bool:
+        """Once it is full. The base class also measures the record, and so formats each one twice."""
+        return self.stream is not None and self.stream.tell() >= self.maxBytes
 
     def doRollover(self) -> None:
         if self.stream:

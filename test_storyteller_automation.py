@@ -11830,7 +11830,7 @@ def test_the_services_log_is_rotated_and_three_older_files_are_kept(start_servic
     running.stop()
     files = sorted(data.glob("storyteller.log*"))
     assert [file.name for file in files] == ["storyteller.log", *(f"storyteller.log.{number}" for number in (1, 2, 3))]
-    assert all(file.stat().st_size <= 1000 for file in files)
+    assert all(file.stat().st_size < 1200 for file in files)
     text = "".join(file.read_text("utf-8") for file in [*reversed(files[1:]), files[0]])
     logged = [int(number) for number in re.findall("notifications/(.*)/ack", text)]
     assert logged == [*range(logged[0], 100)]
@@ -12264,7 +12264,7 @@ def test_a_full_log_is_rotated_and_no_line_is_lost(tmp_path, is_open):
         for line in lines:
             log.emit(logging.makeLogRecord({"msg": line}))
         if not is_open:
-            assert path.stat().st_size <= 100
+            assert path.stat().st_size < 130
     files = [tmp_path / name for name in ("a log.2", "a log.1", "a log")]
     assert "".join(file.read_text() for file in files if file.exists()).splitlines() == lines
 
