@@ -213,21 +213,20 @@ def _redis_url(text: str) -> str:
     raise ValueError("redis://[user:password@]host[:port][/database]; write # as %23 in a password, / as %2F, ? as %3F")
 
 
-def _http_url(text: str, expected: str = "a URL that begins with http:// or https://, without user or fragment") -> str:
+def _http_url(text: str) -> str:
     with contextlib.suppress(ValueError):  # raised by url.port, too, if it is out of range
         url = urllib.parse.urlsplit(text)
         good = url.scheme in ("http", "https") and url.port != 0 and url.username is None
         # The lookup encodes the name in the same way, and would raise for a..b.
         if good and (url.hostname or "").encode("idna") and not re.search(r"[^!-~]|#", text):
             return text
-    raise ValueError(expected)
+    raise ValueError("a URL that begins with http:// or https://, without user or fragment")
 
 
 def _server_url(text: str) -> str:
-    expected = "http://host[:port] or https://host[:port], without user, query or fragment"
     if "?" in text:
-        raise ValueError(expected)
-    return _http_url(text, expected).rstrip("/")
+        raise ValueError("a URL without a query, like http://localhost:7801")
+    return _http_url(text).rstrip("/")
 
 
 def _origin(text: str) -> str:
