@@ -7506,8 +7506,6 @@ class Server:
 # Command line: check and status
 # ======================================================================================================
 
-DATA_FILES = (*STORE_FILES, "running", TOKEN_FILE, "storyteller.log", "swarmui.log", "swarmui.json")
-
 
 def prepare_data_dir(settings: Settings, *, serves: bool = True) -> None:
     """Create the data folder, and check that it and the files needed in it can be used. Raises StartError."""
@@ -7873,8 +7871,8 @@ def greet(settings: Settings, store: Store, port: int, token_place: str) -> None
         say(f"  {name:<11} {link if name == 'address' else text}", f"{name} {text}")
     for text in setting_warnings(os.environ):
         log.warning("settings: %s", text)
-    places = [settings.data_dir / name for name in ("..", "", *DATA_FILES)]
-    if IS_ROOT and (others := sorted({owner for place in places if (owner := foreign_owner(place))})):
+    places = [settings.data_dir.parent, settings.data_dir, *settings.data_dir.iterdir()] if IS_ROOT else []
+    if others := sorted(set(filter(None, map(foreign_owner, places)))):
         log.warning("data: root runs the service, but its files belong to %s: start it as that user", ", ".join(others))
     if settings.host.lower() != "localhost" and not is_loopback(settings.host):
         log.warning("server: the network traffic is not encrypted: set STORYTELLER_HOST=localhost if you can")
