@@ -7692,62 +7692,59 @@ def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
     link = f"{START_SCRIPT} page prints the link of its page, with a token"
     running = running_address(settings)
     host, port = running or (settings.host, settings.port)
-    url, address = url_of(connect_host(host), port), page_url(host, port) if port else "an address that it chooses"
-    expected_errors = OSError, http.client.HTTPException, ValueError, AttributeError, LookupError, RecursionError
+    address = page_url(host, port) if port else "an address that it chooses"
     if not running:
         try:
             for sock in open_sockets(host, port):
                 sock.close()
             yield "OK", "port", f"{port} is free: the service will run at {address}; {link}"
         except StartError as error:
-            fault = str(error)
-            with contextlib.suppress(*expected_errors):
-                if json.loads(fetch(f"{url}/health", 6)[1]).keys() == {"status", "store"}:  # 3 s if the store hangs
+            fault, url = str(error), f"{url_of(connect_host(host), port)}/health"
+            with contextlib.suppress(OSError, http.client.HTTPException, ValueError, AttributeError, RecursionError):
+                if json.loads(fetch(url, 6)[1]).keys() == {"status", "store"}:  # 3 s if the store hangs
                     advice = "stop that one, or set STORYTELLER_PORT"
                     fault = f"Port {port} is in use by this service with another data folder: {advice}."
             yield "FAIL", "port", fault
         return
-    with contextlib.suppress(*expected_errors):
-        wait, bearer = settings.nvidia_smi_timeout + 5, {"Authorization": f"Bearer {kept_token(settings)}"}
-        try:
-            response, body = fetch(f"{url}/api/v1/gpu/status", wait, headers=bearer)
-        except (OSError, http.client.HTTPException):
-            log_file = settings.data_dir / "storyteller.log"
-            yield "FAIL", "port", f"this service runs at {address}, but does not answer: see {log_file}, and restart it"
-            return
-        yield "OK", "port", f"this service runs at {address}; {link}"
-        theirs, ours = json.loads(body), gpu_json(status)
-        differs = any(theirs.get(key, ours[key]) != ours[key] for key in ("gpuCount", "memoryTotal"))
-        if differs and response.status in (200, 500):  # not if it refused the token
-            found = theirs["error"] or f"{theirs['gpuCount']} GPU(s), {theirs['memoryTotal']} MiB"
-            advice = "it has another PATH or NVIDIA_SMI: set NVIDIA_SMI in .env, then restart it"
-            yield "WARN", "nvidia-smi", f"the running service gets another result ({found}): {advice}"
+    state = read_state(settings, host, port)
+    if state is None:
+        log_file = settings.data_dir / "storyteller.log"
+        yield "FAIL", "port", f"this service runs at {address}, but does not answer: see {log_file}, and restart it"
+        return
+    yield "OK", "port", f"this service runs at {address}; {link}"
+    theirs, ours = state.get("gpu"), gpu_json(status)  # none if it refused the token
+    if theirs and any(theirs[key] != ours[key] for key in ("gpuCount", "memoryTotal")):
+        found = theirs["error"] or f"{theirs['gpuCount']} GPU(s), {theirs['memoryTotal']} MiB"
+        advice = "it has another PATH or NVIDIA_SMI: set NVIDIA_SMI in .env, then restart it"
+        yield "WARN", "nvidia-smi", f"the running service gets another result ({found}): {advice}"
 
 
 def print_status(given: Mapping[str, Any]) -> int:
     """Print what the page shows. The exit code is 1 when the service of this data folder does not answer."""
     settings = load_settings(given, os.environ)
-    fault = f"No service listens for the data folder {settings.data_dir}: start it with {START_SCRIPT}, or wait."
-    if found := running_address(settings):
-        url = page_url(*found)
-        fault = f"The service at {url} does not answer: see {settings.data_dir / 'storyteller.log'}."
-        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-            state = read_state(*found, kept_token(settings))
-            if "error" not in state:
-                print(*status_lines(state, url), sep="\n")
-                return 0
-            fault = f"The service at {url} refused the request: {state['error']}"
+    if not (found := running_address(settings)):
+        fault = f"No service listens for the data folder {settings.data_dir}: start it with {START_SCRIPT}, or wait."
+    elif (state := read_state(settings, *found)) is None:
+        fault = f"The service at {page_url(*found)} does not answer: see {settings.data_dir / 'storyteller.log'}."
+    elif "error" in state:
+        fault = f"The service at {page_url(*found)} refused the request: {state['error']}"
+    else:
+        print(*status_lines(state, page_url(*found)), sep="\n")
+        return 0
     print(fault, file=sys.stderr)
     return 1
 
 
-def read_state(host: str, port: int, token: str) -> dict[str, Any]:
-    """The data of the event `state`, or an object with `error`. Raises OSError, HTTPException, ValueError."""
-    with contextlib.closing(http.client.HTTPConnection(connect_host(host), port, timeout=10)) as connection:
-        connection.request("GET", "/api/v1/events", headers={"Authorization": f"Bearer {token}"})
+def read_state(settings: Settings, host: str, port: int) -> dict[str, Any] | None:
+    """The data of a service's event `state`, or an object with `error`; None if it does not answer."""
+    bearer = {"Authorization": f"Bearer {kept_token(settings)}"}
+    connection = http.client.HTTPConnection(connect_host(host), port, timeout=10)
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError), contextlib.closing(connection):
+        connection.request("GET", "/api/v1/events", headers=bearer)
         with connection.getresponse() as response:  # a stream without an end
             line = next((one for one in response if response.status != 200 or one.startswith(b"data: ")), b"")
             return cast("dict[str, Any]", json.loads(line.removeprefix(b"data: ")))
+    return None
 
 
 def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
