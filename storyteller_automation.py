@@ -669,20 +669,17 @@ def write_private(path: Path, text: str, *, replace: bool = False) -> None:
     """Create `path` atomically, readable by its owner only. Raises FileExistsError if it exists, unless `replace`."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with open(draft, "x", encoding="ascii", opener=_open_private) as file:
+        if sys.platform == "win32":  # GENERIC_WRITE, CREATE_NEW
+            descriptor = _open_windows(str(draft), access=0x4000_0000, creation=1, owner_only=True)
+        else:
+            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "w", encoding="ascii") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         (os.replace if replace else os.rename if WINDOWS else os.link)(draft, path)  # on POSIX os.rename replaces
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _open_private(path: str, flags: int) -> int:
-    """An opener for open(..., "x"): the file is private from the first moment."""
-    if sys.platform == "win32":
-        return _open_windows(path, access=0x4000_0000, creation=1, owner_only=True)  # GENERIC_WRITE, CREATE_NEW
-    return os.open(path, flags, 0o600)
 
 
 def open_log(path: Path) -> int:
