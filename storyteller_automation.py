@@ -8155,8 +8155,10 @@ def parse_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
     if unknown and common["command"] != "test":  # those are pytest's
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     given = {**common, **vars(own)}
-    if given["data_dir"]:  # relative to the current folder, not to the module's as in a setting
-        given["data_dir"] = os.path.abspath(given["data_dir"])
+    try:  # relative to the current folder, not to the module's as in a setting
+        given["data_dir"] = given["data_dir"] and os.path.abspath(given["data_dir"])
+    except FileNotFoundError:
+        parser.error("the current folder, the base of --data-dir, was deleted: change to another one")
     return given
 
 

@@ -12585,6 +12585,16 @@ def test_no_value_of_a_setting_or_an_argument_causes_a_traceback(module_copy, cl
     assert not any("Traceback" in path.read_text("utf-8") for path in module_copy.parent.glob("data/*.log"))
 
 
+@ONLY_POSIX
+def test_a_relative_data_folder_in_a_deleted_folder_is_refused_in_one_sentence(module_copy, clean_environment):
+    command = ["sh", "-c", 'cd "$(mktemp -d)"; rmdir "$PWD"; exec "$@"', "sh", sys.executable, str(module_copy)]
+    command += ["token", "--list", "--data-dir", "a"]
+    result = subprocess.run(command, env=clean_environment, timeout=PATIENCE, capture_output=True, encoding="utf-8")
+    assert result.returncode == 2
+    assert result.stderr.endswith("the base of --data-dir, was deleted: change to another one\n")
+    assert "Traceback" not in result.stderr
+
+
 def test_a_start_fails_if_the_env_file_is_not_utf_8(run_module, module_copy):
     (module_copy.parent / ".env").write_bytes(b"A=\xfc")
     result = run_module()
