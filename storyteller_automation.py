@@ -5531,10 +5531,6 @@ def swarmui_logs(services: Services, request: Request) -> Response:
 NO_NOTIFICATIONS = b'{"notifications":[]}'
 
 
-def is_empty(outcome: Any) -> bool:
-    return isinstance(outcome, Response) and outcome.body == NO_NOTIFICATIONS
-
-
 def notifications_check(services: Services, request: Request) -> Any:
     kind, limit, wait = request.query["type"], request.query["limit"], request.query["wait"]
     check = tuple(TOTALS) if kind == "all" else (kind,), limit, request.query["batch"] == "true"
@@ -6455,15 +6451,9 @@ class Live:
 
     def wait(self, check: Check, seconds: float) -> Future[Any]:
         """The response once something matches; an empty list after `seconds` or at close(). Unavailable like join()."""
-        ask = functools.partial(self._services.checks.ask, check)
-        if self._loop.is_closing:
-            return ask()
-        try:
-            waiting = self._register(WaitingCheck(check, time.monotonic() + seconds))
-        except Unavailable as error:  # a check that has an answer already does not have to wait
-            refusal = error
-            return then(ask(), lambda outcome: result_of(refusal if is_empty(outcome) else outcome))
-        self._answer_check(waiting, ask())  # only once it is registered, or it could miss a new notification
+        waiting = self._register(WaitingCheck(check, time.monotonic() + seconds))
+        # Only once it is registered: else it could miss a new notification.
+        self._answer_check(waiting, self._services.checks.ask(check))
         return waiting
 
     def _register(self, client: Listener | WaitingCheck) -> Future[Any]:  # only in the event loop: so the limit holds
@@ -6637,7 +6627,7 @@ class Live:
         """Answer a waiting check, once the outcome is there. With an empty outcome it waits on."""
         if isinstance(outcome, Future):
             outcome.add_done_callback(lambda done: self._answer_check(waiting, done.exception() or done.result()))
-        elif not is_empty(outcome):
+        elif not isinstance(outcome, Response) or outcome.body != NO_NOTIFICATIONS:
             self._loop.answer(outcome, waiting)
 
 
