@@ -5041,35 +5041,18 @@ class Alerts:
 # ======================================================================================================
 
 
-class RequestCounts:
-    """Counts responses by method, route and status. Any thread may call it."""
-
-    METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts: collections.Counter[tuple[str, str, int]] = collections.Counter()
-        self._seconds = 0.0
-
-    def count(self, method: str, route: str, status: int, seconds: float) -> None:
-        key = method if method in self.METHODS else "other", route, status
-        with self._lock:
-            self._counts[key] += 1
-            self._seconds += seconds
-
-    def read(self) -> tuple[dict[tuple[str, str, int], int], float]:
-        with self._lock:
-            return dict(self._counts), self._seconds
-
-
 def labels(**given: str) -> str:
     """Labels in the text format. The values must not need escaping, and none of this service's do."""
     return "{" + ",".join(f'{name}="{value}"' for name, value in given.items()) + "}"
 
 
-def metrics_text(seen: Situation, raised: Container[str], counts: RequestCounts, started_at: int) -> bytes:
-    """The metrics in the text format of Prometheus. One whose value is not known is left out."""
-    gpu, (requests, seconds) = seen.gpu, counts.read()
+def metrics_text(
+    seen: Situation, raised: Container[str], responses: Mapping[tuple[str, str, int], int], seconds: float,
+    started_at: int,
+) -> bytes:  # fmt: skip
+    """The metrics in the text format of Prometheus. One whose value is not known is left out. `responses`: their
+    numbers by method, route and status; `seconds`: the time to all of them."""
+    gpu = seen.gpu
     units = {"utilization": 0.01, "memory_used": 1 << 20, "memory_total": 1 << 20, "temperature": 1}
     use, used, total, warmest = (
         {"": round(getattr(gpu, name) * unit, 2) if gpu and gpu.available and name not in gpu.unknown else None}
@@ -5099,9 +5082,9 @@ def metrics_text(seen: Situation, raised: Container[str], counts: RequestCounts,
         ("storyteller_listeners", "gauge", "Clients that listen to events.", {"": seen.listeners}),
         ("storyteller_http_requests_total", "counter", "Responses.",
          {labels(method=method, route=route, status=str(status)): count
-          for (method, route, status), count in requests.items()}),
+          for (method, route, status), count in responses.items()}),
         ("storyteller_http_request_duration_seconds", "summary", "Time to the responses, without waiting for an event.",
-         {"_sum": seconds, "_count": sum(requests.values())}),
+         {"_sum": seconds, "_count": sum(responses.values())}),
         ("storyteller_build_info", "gauge", "The version of the service.", {labels(version=__version__): 1}),
         ("process_resident_memory_bytes", "gauge", "Memory of the service.", {"": resident_memory()}),
         ("process_cpu_seconds_total", "counter", "CPU time of the service.", {"": time.process_time()}),
@@ -5334,7 +5317,9 @@ class Services:
         observed = settings, store, gpu, swarmui, self.sessions, self.notifications
         self.observer = Observer(*observed, self.live.count_listeners)
         self.alerts = Alerts(settings, self.observer, self.live.publish)
-        self.counts, self.started_at = RequestCounts(), now_ms()
+        self.started_at = now_ms()
+        # Of the responses so far, the numbers by method, route and status, and the time to all. Only the loop counts.
+        self.responses, self.response_seconds = collections.Counter[tuple[str, str, int]](), 0.0
         self.pool = ThreadPoolExecutor(POOL_THREADS, "pool")
         self.large_bodies = ThreadPoolExecutor(1, "large-bodies")
         # The questions to `progress` are timestamps of sessions, those to `acknowledgements` ids of notifications.
@@ -5434,7 +5419,8 @@ def metrics(services: Services, request: Request) -> Future[Any]:
 
 def answer_scrapes(services: Services, _: Sequence[None]) -> list[Outcome]:
     """A batcher's step: all waiting scrapes share one response."""
-    text = metrics_text(services.observer.scrape(), services.alerts.raised, services.counts, services.started_at)
+    seen, raised, responses = services.observer.scrape(), services.alerts.raised, dict(services.responses)
+    text = metrics_text(seen, raised, responses, services.response_seconds, services.started_at)
     return [Response(text, 200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})]
 
 
@@ -6126,6 +6112,7 @@ class Exchange:
 class Endpoint:
     """The routes of one path by method, as a callback for Bottle; without any for a path that does not exist."""
 
+    METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")  # with a label of their own in metrics
     services: Services
     template: str  # the label of the path in metrics
     routes: Mapping[str, Route]
@@ -6183,7 +6170,8 @@ class Endpoint:
         # Polls would fill the log, so they are logged at DEBUG.
         level = logging.DEBUG if response.status < 400 and method in ("GET", "HEAD", "OPTIONS") else logging.INFO
         seconds = time.monotonic() - began
-        services.counts.count(method, self.template, response.status, seconds - sum(waits))
+        services.responses[method if method in self.METHODS else "other", self.template, response.status] += 1
+        services.response_seconds += seconds - sum(waits)
         if log.isEnabledFor(level):
             # The id of a reservation is a secret: it is masked, also in a misspelt path.
             masked = re.sub(r"(?is)(?<=/reservation/).+|[\w-]{43,}", "...", environ.get("bottle.raw_path", ""))
