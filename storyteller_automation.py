@@ -4470,6 +4470,7 @@ ENDS_SOON = 3 * 24 * 3_600_000  # ms: with less time left, a warning names the t
 LOCAL_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
 TOKEN_FILE, REFUSED_ORIGINS = "api_token", "refused_origins.json"  # in the data folder
 RENEW_ADVICE = f"{START_SCRIPT} token --renew NAME --ttl 90d renews the tokens of NAME"
+TOKEN_ADVICE = "A token is needed: send the header Authorization: Bearer <token>."
 TRUST_ADVICE = "to trust its pages without a token, add it to STORYTELLER_TRUSTED_ORIGINS"
 
 
@@ -4565,9 +4566,9 @@ class Authenticator:
         self._failures: dict[str, list[float]] = {}  # by address: when it sent wrong tokens
         self._reported: dict[str, None] = {}  # refused origins, in this run
 
-    def known(self, environ: Mapping[str, Any], *, may_wait: bool = False) -> Caller | None:
-        """The caller; None if only identify() can find it, which may wait for the store and for files. Raises
-        Unauthorized if there is neither a token nor a trusted page, BadRequest."""
+    def known(self, environ: Mapping[str, Any]) -> Caller | None:
+        """The caller; None if only identify() can find or refuse it, which may wait for the store and for files. Raises
+        Unauthorized, BadRequest."""
         token = self._token_of(environ)
         if token is not None:
             digest = digest_of(token)
@@ -4575,22 +4576,18 @@ class Authenticator:
             return next(owners, None) or self._cached(digest)
         if caller := self._trusted_page(environ):
             return caller
-        origin = str(environ.get("HTTP_ORIGIN"))
-        advice = "A token is needed: send the header Authorization: Bearer <token>."
-        # Only an origin that the settings could trust is repeated, here and in _report().
-        if re.fullmatch(LOCAL_ORIGIN, origin) and is_from_this_pc(environ):
-            if origin not in self._reported:
-                if not may_wait:
-                    return None
-                self._report(origin)
-            advice += f" {origin} is not trusted: {TRUST_ADVICE}."
-        raise Unauthorized(advice)
+        if re.fullmatch(LOCAL_ORIGIN, environ.get("HTTP_ORIGIN", "")) and is_from_this_pc(environ):
+            return None  # only such an origin, which the settings could trust, is repeated anywhere
+        raise Unauthorized(TOKEN_ADVICE)
 
     def identify(self, environ: Mapping[str, Any]) -> Caller:
         """The caller, from the store if need be. Raises Unauthorized, TooManyRequests, Unavailable, BadRequest."""
-        caller, page = self.known(environ, may_wait=True), self._trusted_page(environ)
+        caller, page, token = self.known(environ), self._trusted_page(environ), self._token_of(environ)
+        if not caller and token is None:
+            self._report(origin := environ["HTTP_ORIGIN"])
+            raise Unauthorized(f"{TOKEN_ADVICE} {origin} is not trusted: {TRUST_ADVICE}.")
         try:
-            caller = caller or self._look_up(digest_of(self._token_of(environ) or "")) or page
+            caller = caller or self._look_up(digest_of(token or "")) or page
         except Unavailable:
             caller = page  # a trusted page needs no token, so a token that cannot be looked up does not matter
             if caller is None:
