@@ -4978,8 +4978,7 @@ class Alerts:
 
     def look(self) -> float:
         """Raise and end alerts by a new snapshot. Returns the seconds until the next look."""
-        limits = self._settings.alert_unacknowledged, self._settings.alert_stuck
-        age = 1.0 if self.raised else min([5.0, *(minutes * 6 for minutes in limits if minutes)])
+        age = self.INTERVAL if self.raised else 5 * self.INTERVAL  # so that an end is noticed soon
         found = find_conditions(self._observer.look(age), self._settings, self._observer.wall())
         for kind, text in found.items():
             if text is not None:
