@@ -4566,14 +4566,16 @@ class Authenticator:
         self._failures: dict[str, list[float]] = {}  # by address: when it sent wrong tokens
         self._reported: dict[str, None] = {}  # refused origins, in this run
 
-    def known(self, environ: Mapping[str, Any]) -> Caller | None:
+    def known(self, environ: Mapping[str, Any], permission: str = "") -> Caller | None:
         """The caller; None if only identify() can find or refuse it, which may wait for the store and for files. Raises
-        Unauthorized, BadRequest."""
+        Unauthorized, BadRequest. `permission`: the one that the request needs."""
         token = self._token_of(environ)
         if token is not None:
             digest = digest_of(token)
             owners = (owner for own, owner in self._own.items() if hmac.compare_digest(digest, own))
             return next(owners, None) or self._cached(digest)
+        if permission == "metrics:read" and self._settings.metrics.lower() == "open" and is_from_this_pc(environ):
+            return SCRAPER
         if caller := self._trusted_page(environ):
             return caller
         if re.fullmatch(LOCAL_ORIGIN, environ.get("HTTP_ORIGIN", "")) and is_from_this_pc(environ):
@@ -6141,7 +6143,7 @@ class Endpoint:
                 fault = "The Host header is not a known name of this PC: add it to STORYTELLER_ALLOWED_HOSTS."
                 raise MisdirectedRequest(fault)
             if method != "OPTIONS" and not is_open:
-                known = self._scraper(route, environ) or services.authenticator.known(environ)
+                known = services.authenticator.known(environ, route.permission if route else "")
                 caller = known or (yield from awaited(services.submit(services.authenticator.identify, environ)))
             if route:
                 if not caller.may(route.permission):
@@ -6180,11 +6182,6 @@ class Endpoint:
         if not response.body and "Content-Type" not in response.headers:
             del headers["Content-Type"]
         return dataclasses.replace(response, headers=headers)
-
-    def _scraper(self, route: Route | None, environ: Mapping[str, Any]) -> Caller | None:
-        """The caller of a request for metrics that needs no token; None for any other request."""
-        is_open = route and route.permission == "metrics:read" and self.services.settings.metrics.lower() == "open"
-        return SCRAPER if is_open and "HTTP_AUTHORIZATION" not in environ and is_from_this_pc(environ) else None
 
     def _handle(self, route: Route, request: Request, environ: Mapping[str, Any], waits: list[float]) -> Steps:
         if route.body:
