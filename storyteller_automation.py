@@ -5101,7 +5101,7 @@ def metrics_text(
 
 MAX_BODY = 50 * 1024 * 1024  # bytes; as much as StoryArt's own server takes
 
-# A subset of JSON Schema: type, const, enum, minimum, maximum, minLength, maxLength, pattern with ^ and $, items,
+# A subset of JSON Schema: type, enum, minimum, maximum, minLength, maxLength, pattern with ^ and $, items,
 # minItems, maxItems, properties, required, additionalProperties: False, anyOf. Error messages describe a schema by its
 # `title`, which each schema in an anyOf needs.
 Schema = Mapping[str, Any]
@@ -5205,7 +5205,7 @@ def _is_valid(value: Any, schema: Schema) -> bool:
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(is_whole(value) if kind == "integer" else isinstance(value, _TYPES[kind]) for kind in kinds):
         return False
-    if value not in schema.get("enum", [value]) or value != schema.get("const", value):
+    if value not in schema.get("enum", [value]):
         return False
     if isinstance(value, str):
         shortest, longest = schema.get("minLength", 0), schema.get("maxLength", len(value))
@@ -5861,7 +5861,7 @@ _PROMPTS = _object(
 # Each type requires its own total.
 _NEW_NOTIFICATION = _body(
     ["type", "sessionTimestamp", "storyUuid", "episodeNumber"],
-    [{"title": f"{total} with {kind}", "properties": {"type": {"const": kind}, total: {"type": "integer"}},
+    [{"title": f"{total} with {kind}", "properties": {"type": {"enum": [kind]}, total: {"type": "integer"}},
       "required": [total]} for kind, total in TOTALS.items()],
     type=_TYPE, sessionTimestamp=_TIMESTAMP, storyUuid=_STORY, episodeNumber=_COUNT, totalPrompts=_COUNT,
     totalBeats=_COUNT,
@@ -5948,7 +5948,7 @@ ROUTES: tuple[Route, ...] = (
     Route("DELETE", f"{_API}/gpu/reservation/<reservation_id>", reservation_end, "gpu:reserve", "End a reservation.",
           {204: None}, errors=(404,)),
     Route("POST", f"{_API}/swarmui/start", swarmui_start, "swarmui:control", "Start SwarmUI.",
-          {200: _STARTED, 409: _object(success={"const": False}, error=_TEXT, **_HOLDER)}, _FAILED, gated=True,
+          {200: _STARTED, 409: _object(success={"enum": [False]}, error=_TEXT, **_HOLDER)}, _FAILED, gated=True,
           waits=True),
     Route("GET", f"{_API}/swarmui/status", swarmui_status, "swarmui:read", "The state of SwarmUI.",
           {200: _SWARMUI}, in_pool=True),
@@ -6002,9 +6002,8 @@ def error_statuses(route: Route) -> list[int]:
 
 
 def example_of(schema: Schema) -> Any:
-    preset = (schema[name] for name in ("default", "const") if name in schema)
-    if candidates := [*schema.get("examples", ()), *preset, *schema.get("enum", ())]:
-        return candidates[0]
+    if examples := [*schema.get("examples", ()), *schema.get("enum", ())]:
+        return examples[0]
     if schema.get("type") == "array":
         return [example_of(schema["items"])]
     return {name: example_of(part) for name, part in schema.get("properties", {}).items()}
@@ -6018,7 +6017,7 @@ def _describe(route: Route) -> dict[str, Any]:
         return {"content": {schema.get("contentMediaType", "application/json"): shown}} if schema and shown else {}
 
     path = [(name, PATH_PARAMETERS[name]) for name in re.findall(r"<(\w+)>", route.path)]
-    shape = {name: {"const": value} for name, value in route.error_shape.items()}
+    shape = {name: {"enum": [value]} for name, value in route.error_shape.items()}
     error = _object(**{**shape, "error": _schema("string", "What happened, and what to do next.")})
     responses = {**route.responses, **dict.fromkeys(error_statuses(route), error)}
     operation: dict[str, Any] = {
