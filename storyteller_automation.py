@@ -6759,10 +6759,9 @@ const show = (node, text) => { if (node.textContent !== text) node.textContent =
 const dotted = (...parts) => parts.filter(Boolean).join(" · ");
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1).replaceAll("_", " ");
-const ms = (time) => typeof time === "string" ? Date.parse(time) : time;  // from ISO 8601 or ms
-const clock = (time) => new Date(ms(time)).toLocaleTimeString();
+const clock = (time) => new Date(time).toLocaleTimeString();  // from ISO 8601 or ms
 const since = (time) => {
-  const s = Math.max(0, Math.round((Date.now() + clockOffset - ms(time)) / 1000));
+  const s = Math.max(0, Math.round((Date.now() + clockOffset - new Date(time)) / 1000));
   const min = Math.floor(s / 60), h = Math.floor(s / 3600);
   return h > 23 ? `${Math.floor(h / 24)} d ${h % 24} h` : h ? `${h} h ${min % 60} min` : min ? `${min} min` : `${s} s`;
 };
@@ -6813,7 +6812,7 @@ function showHeader(raised) {
 
 function showAlerts(raised) {
   const key = (alert) => `${alert.kind} ${alert.since}`;
-  const ended = data.alerts.filter((alert) => alert.state === "ended").sort((a, b) => ms(b.until) - ms(a.until));
+  const ended = data.alerts.filter(({ until }) => until).sort((a, b) => new Date(b.until) - new Date(a.until));
   const update = (row, { text, since: from, until: to }) => {
     show($("b", row), text), show($("span", row), to ? `ended ${since(to)} ago` : `for ${since(from)}`);
   };
