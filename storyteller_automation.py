@@ -1200,19 +1200,16 @@ def map_results(function: Callable[[Any], T], outcomes: Iterable[Any]) -> list[T
     return [outcome if isinstance(outcome, ApiError) else function(outcome) for outcome in outcomes]
 
 
-def then(outcome: T | Future[T], function: Callable[[T], R]) -> R | Future[R]:
-    """function(outcome), or a Future of it if `outcome` is a Future. Cancelling the result cancels `outcome`."""
-    if not isinstance(outcome, Future):
-        return function(outcome)
-    result: Future[R] = Future()
-
-    def finish(done: Future[T]) -> None:
-        if claim(result):
-            settle_by(result, lambda: function(done.result()))
-
-    outcome.add_done_callback(finish)
-    result.add_done_callback(lambda done: done.cancelled() and outcome.cancel())
-    return result
+def awaited(outcome: T | Future[Any], waits: list[float] | None = None) -> Generator[Future[Any], None, T]:
+    """For `yield from`: the outcome, or the future's result. `waits` gets the seconds that a cancellable wait took."""
+    while isinstance(outcome, Future):
+        began, is_cancellable = time.monotonic(), not outcome.running()
+        if not outcome.done():
+            yield outcome
+        if waits is not None and is_cancellable:
+            waits.append(time.monotonic() - began)
+        outcome = outcome.result()
+    return outcome
 
 
 class Batcher(Generic[Q, T]):
@@ -5115,6 +5112,7 @@ class Request:
     origin: str | None  # the Origin header, if it is an allowed or trusted one
     path: Mapping[str, Any]
     query: Mapping[str, Any]
+    waits: list[float]  # gets the seconds of each wait for an event, which metrics do not count
     blocked_by: Reservation | None = None  # the reservation that blocks it, see Route.gated
     last_event_id: str = ""  # the Last-Event-ID header
     body: Any = None
@@ -5172,6 +5170,10 @@ class Response:
             return self
         self.stream.close()
         return dataclasses.replace(self, body=self.stream.take()[0], stream=None)
+
+
+# The steps of a request: a generator that yields each future to wait for, and returns the response.
+Steps = Generator[Future[Any], None, Response]
 
 
 def json_response(body: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] = {}) -> Response:
@@ -5427,13 +5429,11 @@ def gpu_json(status: GpuStatus) -> dict[str, Any]:
     return dict(zip(keys, vars(status).values()))  # the first fields of GpuStatus, in their order
 
 
-def gpu_status(services: Services, request: Request) -> Response | Future[Response]:
-    def respond(status: GpuStatus) -> Response:
-        if request.blocked_by and not status.failed:
-            status = dataclasses.replace(status, available=False, error=request.blocked_by.description)
-        return json_response(gpu_json(status), 500 if status.failed else 200)
-
-    return then(services.gpu.ask(), respond)
+def gpu_status(services: Services, request: Request) -> Steps:
+    status = yield from awaited(services.gpu.ask())
+    if request.blocked_by and not status.failed:
+        status = dataclasses.replace(status, available=False, error=request.blocked_by.description)
+    return json_response(gpu_json(status), 500 if status.failed else 200)
 
 
 def reservation_json(reservation: Reservation) -> dict[str, Any]:
@@ -5448,7 +5448,7 @@ def refuse(services: Services, other: Reservation, **shape: Any) -> Response:
     return json_response(body, 409, {"Retry-After": str(max(1, math.ceil(services.reservations.seconds_left)))})
 
 
-def reservation_create(services: Services, request: Request) -> Any:
+def reservation_create(services: Services, request: Request) -> Steps:
     body, id = request.body, secrets.token_urlsafe(32)
     digest, ttl, wait = digest_of(id), int(body["ttlSeconds"]), body.get("waitSeconds") or 0
 
@@ -5456,51 +5456,51 @@ def reservation_create(services: Services, request: Request) -> Any:
         given = (digest, body["holder"], body.get("purpose"), ttl)
         return None if known else Reservation(*given, now, now + ttl * 1000, fence)
 
-    def respond(stored: Reservation) -> Response:
-        if stored.digest != digest:
-            return refuse(services, stored)
-        return json_response({"reservationId": id, **reservation_json(stored)}, 201)
-
-    return then(services.reservations.ask(take, wait), respond)
+    stored = yield from awaited(services.reservations.ask(take, wait), request.waits)
+    if stored.digest != digest:
+        return refuse(services, stored)
+    return json_response({"reservationId": id, **reservation_json(stored)}, 201)
 
 
-def reservation_show(services: Services, request: Request) -> Any:
-    return then(services.reservations.ask(), lambda one: json_response({"reservation": one and reservation_json(one)}))
+def reservation_show(services: Services, request: Request) -> Steps:
+    known = yield from awaited(services.reservations.ask())
+    return json_response({"reservation": known and reservation_json(known)})
 
 
-def reservation_renew(services: Services, request: Request) -> Any:
+def reservation_renew(services: Services, request: Request) -> Steps:
     change = functools.partial(renewed, digest_of(request.path["reservation_id"]), None)
-    return then(services.reservations.ask(change), lambda stored: json_response(reservation_json(stored)))
+    known = yield from awaited(services.reservations.ask(change))
+    return json_response(reservation_json(known))
 
 
-def reservation_end(services: Services, request: Request) -> Any:
+def reservation_end(services: Services, request: Request) -> Steps:
     change = functools.partial(renewed, digest_of(request.path["reservation_id"]), 0)
-    return then(services.reservations.ask(change), lambda _: Response(b"", 204))
+    yield from awaited(services.reservations.ask(change))
+    return Response(b"", 204)
 
 
-def reservation_end_any(services: Services, request: Request) -> Any:
-    return then(services.reservations.ask(functools.partial(renewed, None, 0)), lambda _: Response(b"", 204))
+def reservation_end_any(services: Services, request: Request) -> Steps:
+    yield from awaited(services.reservations.ask(functools.partial(renewed, None, 0)))
+    return Response(b"", 204)
 
 
-def swarmui_start(services: Services, request: Request) -> Response | Future[Response]:
+def swarmui_start(services: Services, request: Request) -> Steps:
     """Security: no part of the request may reach the command line of SwarmUI."""
     settings = services.settings
     if request.blocked_by:
         return refuse(services, request.blocked_by, success=False)
-
-    def respond(started: Probe) -> Response:
-        text, port, url = started.message, settings.swarmui_port, settings.swarmui_api_url
-        if request.origin and not {"*", request.origin} & {settings.swarmui_allow_origin, started.allow_origin}:
-            who = started.allow_origin or "no page"
-            text += f"; but pages of {request.origin} cannot use it, as it allows {who}: set SWARMUI_ALLOW_ORIGIN"
-        return json_response({"success": True, "message": text, "port": port, "apiUrl": url})
-
-    return then(services.swarmui.start(), respond)
+    started: Probe = yield from awaited(services.swarmui.start(), request.waits)
+    text, port, url = started.message, settings.swarmui_port, settings.swarmui_api_url
+    if request.origin and not {"*", request.origin} & {settings.swarmui_allow_origin, started.allow_origin}:
+        who = started.allow_origin or "no page"
+        text += f"; but pages of {request.origin} cannot use it, as it allows {who}: set SWARMUI_ALLOW_ORIGIN"
+    return json_response({"success": True, "message": text, "port": port, "apiUrl": url})
 
 
-def swarmui_stop(services: Services, request: Request) -> Response | Future[Response]:
+def swarmui_stop(services: Services, request: Request) -> Steps:
     stopped = services.swarmui.stop(force=request.query["force"] == "true")
-    return then(stopped, lambda message: json_response({"success": True, "message": message}))
+    message: str = yield from awaited(stopped, request.waits)
+    return json_response({"success": True, "message": message})
 
 
 def swarmui_status(services: Services, request: Request) -> Response:
@@ -5515,10 +5515,11 @@ def swarmui_logs(services: Services, request: Request) -> Response:
 NO_NOTIFICATIONS = b'{"notifications":[]}'
 
 
-def notifications_check(services: Services, request: Request) -> Any:
+def notifications_check(services: Services, request: Request) -> Steps:
     kind, limit, wait = request.query["type"], request.query["limit"], request.query["wait"]
     check = tuple(TOTALS) if kind == "all" else (kind,), limit, request.query["batch"] == "true"
-    return services.live.wait(check, wait) if wait else services.checks.ask(check)
+    outcome = services.live.wait(check, wait) if wait else services.checks.ask(check)
+    return (yield from awaited(outcome, request.waits))
 
 
 def notification_create(services: Services, request: Request) -> Future[Any]:
@@ -5786,7 +5787,7 @@ class Route:
 
     method: str
     path: str
-    handler: Callable[[Services, Request], Response | Future[Response]]
+    handler: Callable[[Services, Request], Response | Future[Response] | Steps]
     permission: str  # one of PERMISSIONS; or "any" for every identified caller, "open" for everybody
     summary: str
     responses: Mapping[int, Schema | None]  # by status; None: no body
@@ -5796,7 +5797,6 @@ class Route:
     body: Schema | None = None
     gated: bool = False  # with STORYTELLER_RESERVATION_GATES, a reservation blocks requests that do not send its id
     in_pool: bool = False  # the handler blocks or computes, so it runs in the thread pool
-    waits: bool = False  # its future can be cancelled while it waits; metrics do not count that time
 
     @property
     def template(self) -> str:
@@ -5938,7 +5938,7 @@ ROUTES: tuple[Route, ...] = (
           gated=True),
     Route("POST", f"{_API}/gpu/reservation", reservation_create, "gpu:reserve", "Reserve the GPU.",
           {201: _object(reservationId=_TEXT, **_RESERVATION["properties"]), 409: _object(error=_TEXT, **_HOLDER)},
-          body=_NEW_RESERVATION, waits=True),
+          body=_NEW_RESERVATION),
     Route("GET", f"{_API}/gpu/reservation", reservation_show, "gpu:read", "Who has reserved the GPU?",
           {200: _object(reservation={**_RESERVATION, "type": ["object", "null"]})}),
     Route("DELETE", f"{_API}/gpu/reservation", reservation_end_any, "admin", "End any reservation.",
@@ -5948,17 +5948,16 @@ ROUTES: tuple[Route, ...] = (
     Route("DELETE", f"{_API}/gpu/reservation/<reservation_id>", reservation_end, "gpu:reserve", "End a reservation.",
           {204: None}, errors=(404,)),
     Route("POST", f"{_API}/swarmui/start", swarmui_start, "swarmui:control", "Start SwarmUI.",
-          {200: _STARTED, 409: _object(success={"enum": [False]}, error=_TEXT, **_HOLDER)}, _FAILED, gated=True,
-          waits=True),
+          {200: _STARTED, 409: _object(success={"enum": [False]}, error=_TEXT, **_HOLDER)}, _FAILED, gated=True),
     Route("GET", f"{_API}/swarmui/status", swarmui_status, "swarmui:read", "The state of SwarmUI.",
           {200: _SWARMUI}, in_pool=True),
     Route("POST", f"{_API}/swarmui/stop", swarmui_stop, "swarmui:control", "Stop SwarmUI.",
-          {200: _object(success=_FLAG, message=_TEXT)}, _FAILED, (409,), query=_STOP_QUERY, waits=True),
+          {200: _object(success=_FLAG, message=_TEXT)}, _FAILED, (409,), query=_STOP_QUERY),
     Route("GET", f"{_API}/swarmui/logs", swarmui_logs, "swarmui:read", "The last lines of SwarmUI's log.",
           {200: {**_TEXT, "contentMediaType": "text/plain"}}, query=_LOGS_QUERY, in_pool=True),
     Route("GET", f"{_API}/notifications/check", notifications_check, "notifications:read",
           "Pending notifications, oldest first.", {200: _object(notifications=_array(_NOTIFICATION))},
-          query=_CHECK_QUERY, waits=True),
+          query=_CHECK_QUERY),
     Route("POST", f"{_API}/notifications/ack", notification_ack_all, "notifications:read", "Acknowledge notifications.",
           {200: _object(success=_FLAG, acknowledged=_array(_ID), notFound=_array(_TEXT))}, _FAILED,
           body=_ACKNOWLEDGED, in_pool=True),
@@ -6064,21 +6063,6 @@ COMMON_HEADERS: Mapping[str, str] = {
     "Referrer-Policy": "no-referrer", "Vary": "Origin",
 }  # fmt: skip
 
-# The processing of a request, as a generator: it yields each future to wait for, and returns the response.
-Steps = Generator[Future[Any], None, Response]
-
-
-def awaited(outcome: T | Future[Any], waits: list[float] | None = None) -> Generator[Future[Any], None, T]:
-    """For `yield from`: the outcome, or the future's result. `waits` gets the seconds that a cancellable wait took."""
-    while isinstance(outcome, Future):
-        began, is_cancellable = time.monotonic(), not outcome.running()
-        if not outcome.done():
-            yield outcome
-        if waits is not None and is_cancellable:
-            waits.append(time.monotonic() - began)
-        outcome = outcome.result()
-    return outcome
-
 
 class Exchange:
     """Runs the steps of a request in the event loop: `call_soon` resumes them there. `finish` gets the response."""
@@ -6148,8 +6132,8 @@ class Endpoint:
                 if not caller.may(route.permission):
                     raise Forbidden(f"This token lacks the permission {route.permission}.")
                 last_id, query = environ.get("HTTP_LAST_EVENT_ID", ""), read_query(environ, route.query)
-                request = Request(caller, origin, read_path(environ, path), query, last_event_id=last_id)
-                response = yield from self._handle(route, request, environ, waits)
+                request = Request(caller, origin, read_path(environ, path), query, waits, last_event_id=last_id)
+                response = yield from self._handle(route, request, environ)
             elif method == "OPTIONS":
                 response = Response(b"", 204, self._preflight(origin, environ))
             elif self.routes:
@@ -6182,7 +6166,7 @@ class Endpoint:
             del headers["Content-Type"]
         return dataclasses.replace(response, headers=headers)
 
-    def _handle(self, route: Route, request: Request, environ: Mapping[str, Any], waits: list[float]) -> Steps:
+    def _handle(self, route: Route, request: Request, environ: Mapping[str, Any]) -> Steps:
         if route.body:
             size = int(environ.get("CONTENT_LENGTH") or 0)
             read = functools.partial(read_body, environ, size, route.body)
@@ -6193,8 +6177,9 @@ class Endpoint:
         if other and other.digest != digest_of(environ.get("HTTP_X_RESERVATION_ID", "")):
             request = dataclasses.replace(request, blocked_by=other)
         handle = functools.partial(route.handler, self.services, request)
-        outcome = self.services.submit(handle) if route.in_pool else handle()
-        return (yield from awaited(outcome, waits if route.waits else None))
+        outcome: Any = self.services.submit(handle) if route.in_pool else handle()
+        steps: Steps = outcome if isinstance(outcome, Generator) else awaited(outcome)
+        return (yield from steps)
 
     def _preflight(self, origin: str | None, environ: Mapping[str, Any]) -> dict[str, str]:
         """The headers, also for a path that does not exist: without them the page could not read the 404."""
