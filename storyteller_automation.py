@@ -51,8 +51,8 @@ The sections, each under a banner, each depending only on those above it:
     Command line: arguments                 the parsers, and the table of commands
 
 How a request flows: waitress reads it from its socket; on the event loop the application finds its route,
-identifies the caller and validates the input; the handler returns a Response, or a Future of one that a batch
-of the store, the thread pool, nvidia-smi or SwarmUI completes; the event loop sends it. No thread waits for it.
+identifies the caller and validates the input; the handler makes the Response, perhaps after a Future that a
+batch of the store, the thread pool, nvidia-smi or SwarmUI completes; the event loop sends it. No thread waits for it.
 """
 
 from __future__ import annotations
