@@ -4897,12 +4897,6 @@ def alert_json(alert: Alert) -> dict[str, Any]:
     return {**dataclasses.asdict(alert), "since": iso_time(alert.since), "until": alert.until and iso_time(alert.until)}
 
 
-def ended(alert: Alert, now: int) -> Alert:
-    seconds = max(0, now - alert.since) / 1000  # the clock may have been set back
-    lasted = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-    return dataclasses.replace(alert, state="ended", text=f"Over after {lasted}: {alert.text}", until=now)
-
-
 def format_of(url: str, given: str | None) -> str:
     """The format of alerts for a URL: the `given` one, else that of a known host, else json."""
     host = urllib.parse.urlsplit(url).hostname or ""
@@ -4998,11 +4992,14 @@ class Alerts:
         del self._changed[kind]
         began = self._observer.wall() - int(lasts * 1000)
         others = {name: one for name, one in self.raised.items() if name != kind}
-        alert = ended(alert, began) if alert else Alert(kind, "raised", text, began)
-        if alert.state == "raised":
-            self.raised = {**others, kind: alert}
-        else:
+        if alert:
+            seconds = max(0, began - alert.since) / 1000  # the clock may have been set back
+            lasted = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+            alert = dataclasses.replace(alert, state="ended", text=f"Over after {lasted}: {alert.text}", until=began)
             self.raised, self.ended = others, (alert, *self.ended)[: self.KEPT]
+        else:
+            alert = Alert(kind, "raised", text, began)
+            self.raised = {**others, kind: alert}
         log.warning("alerts: %s %s: %s", kind, alert.state, alert.text)
         self._publish("alert", alert_json(alert), ALERTS[kind])
         if self._settings.alert_url and len(self._unsent) < self.UNSENT:  # full after half an hour of failed POSTs
