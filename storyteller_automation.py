@@ -4940,16 +4940,12 @@ def deliver(settings: Settings, alert: Alert) -> tuple[bool, str]:
 
 
 class Alerts:
-    """Raises and ends the alerts of this instance in one loop; two more POST them and send the heartbeat. `publish`
-    gets the type and the data of an event, and the permission to receive it."""
+    """Raises and ends the alerts of this instance in one loop; two more POST them and send the heartbeat."""
 
     INTERVAL, RETRY, HEARTBEAT = 1.0, 2.0, 60.0  # seconds between two looks, two tries of a POST, two heartbeats
     KEPT, UNSENT, TRIES = 3, 100, 3  # ended alerts that are shown; alerts that wait for their POST; tries of one
 
-    def __init__(
-        self, settings: Settings, observer: Observer, publish: Callable[[str, dict[str, Any], str], None],
-        clock: Clock = time.monotonic,
-    ) -> None:  # fmt: skip
+    def __init__(self, settings: Settings, observer: Observer, publish: Publish, clock: Clock = time.monotonic) -> None:
         self._settings, self._observer, self._publish, self._clock = settings, observer, publish, clock
         # Both are replaced, never changed in place, so any thread may read them.
         self.raised: Mapping[str, Alert] = {}  # by kind
@@ -5001,7 +4997,7 @@ class Alerts:
             alert = Alert(kind, "raised", text, began)
             self.raised = {**others, kind: alert}
         log.warning("alerts: %s %s: %s", kind, alert.state, alert.text)
-        self._publish("alert", alert_json(alert), ALERTS[kind])
+        self._publish("alert", alert_json(alert))
         if self._settings.alert_url and len(self._unsent) < self.UNSENT:  # full after half an hour of failed POSTs
             self._unsent.append(alert)
             self._posts.wake()
@@ -6514,10 +6510,10 @@ class Live:
             self._publish(type, data)
         self._is_more_pending |= type == "notification"
 
-    def _publish(self, type: str, data: Any, permission: str = "") -> None:
+    def _publish(self, type: str, data: Any) -> None:
         self._number += 1
         text = self._frame(type, data if isinstance(data, bytes) else to_json(data), f"{self._number}")
-        event = Event(self._number, type, permission or EVENTS[type], text)
+        event = Event(self._number, type, ALERTS[data["kind"]] if type == "alert" else EVENTS[type], text)
         self._events.append(event)
         for listener in self._listeners:
             if listener.wants(event):

@@ -6906,7 +6906,7 @@ class AlertsRig:
 
     def __init__(self, settings: service.Settings) -> None:
         self.situation, self.clock, self.wall, self.events = service.Situation(), Clock(50.0), Clock(T), []
-        self.alerts = service.Alerts(settings, self, lambda _, alert, permission: self.events.append(alert), self.clock)
+        self.alerts = service.Alerts(settings, self, lambda _, alert: self.events.append(alert), self.clock)
 
     def watch_gpu(self, *, is_bad: bool) -> float:
         return math.inf
@@ -9484,7 +9484,7 @@ def test_a_client_that_cannot_continue_gets_the_state_again(poll_service, listen
     assert "notifications" in events.next()
     live = polled.services.live
     for _ in range(service.Live.KEPT):
-        live.publish("alert", {})
+        live.publish("alert", {"kind": "disk"})
     last = last.replace("{run}", live._run_id).encode("utf-8").decode("latin-1")
     assert "notifications" in listen(polled, "?types=notification", last).next()
     number = live._number - service.Live.KEPT + 1
@@ -9529,8 +9529,8 @@ def test_an_event_is_sent_only_to_clients_with_its_permission(poll_service, list
     shown = [[alert["kind"] for alert in stream.next("state")["alerts"]] for stream in (own, other)]
     assert shown == [["stuck", "gpu_hot"], ["gpu_hot"]]
     live = polled.services.live
-    live.publish("alert", {"kind": "stuck"}, "sessions:read")
-    live.publish("alert", {"kind": "gpu_hot"}, "gpu:read")
+    live.publish("alert", {"kind": "stuck"})
+    live.publish("alert", {"kind": "gpu_hot"})
     assert [own.next("alert")["kind"], own.next("alert")["kind"]] == ["stuck", "gpu_hot"]
     assert other.next("alert")["kind"] == "gpu_hot"
 
@@ -9611,7 +9611,7 @@ def test_a_listener_that_reads_nothing_is_disconnected_and_others_get_everything
         events.next()
         wait_until(lambda: listeners(polled) == 2)
         while listeners(polled) == 2:
-            polled.services.live.publish("alert", {"number": sent, "text": "x" * 10_000})
+            polled.services.live.publish("alert", {"kind": "disk", "number": sent, "text": "x" * 10_000})
             assert events.next()["number"] == sent
             sent += 1
             assert sent < 200
@@ -9749,7 +9749,7 @@ def test_events_continue_without_the_store_and_its_return_sends_the_state_again(
         events = listen(polled, "?types=notification,alert")
         state = events.next()
         assert (state["notifications"], state["service"]["storeUp"]) == ([], False)
-        polled.services.live.publish("alert", {"kind": "store"}, "any")
+        polled.services.live.publish("alert", {"kind": "store"})
         assert events.next("alert") == {"kind": "store"}
         forwarder.restore()
         state = events.next("state")
@@ -9967,7 +9967,7 @@ def test_an_event_during_the_making_of_a_state_follows_it(poll_service, forwarde
         check, live = polled.services.notifications.check, polled.services.live
 
         def publish_and_check(*arguments: Any) -> Any:
-            live.publish("alert", {"kind": "disk"}, "any")
+            live.publish("alert", {"kind": "disk"})
             return check(*arguments)
 
         monkeypatch.setattr(polled.services.notifications, "check", publish_and_check)
