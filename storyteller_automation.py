@@ -5467,13 +5467,9 @@ def reservation_renew(services: Services, request: Request) -> Steps:
 
 
 def reservation_end(services: Services, request: Request) -> Steps:
-    change = functools.partial(renewed, digest_of(request.path["reservation_id"]), 0)
-    yield from awaited(services.reservations.ask(change))
-    return Response(b"", 204)
-
-
-def reservation_end_any(services: Services, request: Request) -> Steps:
-    yield from awaited(services.reservations.ask(functools.partial(renewed, None, 0)))
+    """End that of the path's id; anybody's, if the path has none."""
+    id = request.path.get("reservation_id")
+    yield from awaited(services.reservations.ask(functools.partial(renewed, id and digest_of(id), 0)))
     return Response(b"", 204)
 
 
@@ -5934,7 +5930,7 @@ ROUTES: tuple[Route, ...] = (
           body=_NEW_RESERVATION),
     Route("GET", f"{_API}/gpu/reservation", reservation_show, "gpu:read", "Who has reserved the GPU?",
           {200: _object(reservation={**_RESERVATION, "type": ["object", "null"]})}),
-    Route("DELETE", f"{_API}/gpu/reservation", reservation_end_any, "admin", "End any reservation.",
+    Route("DELETE", f"{_API}/gpu/reservation", reservation_end, "admin", "End any reservation.",
           {204: None}, errors=(404,)),
     Route("PUT", f"{_API}/gpu/reservation/<reservation_id>", reservation_renew, "gpu:reserve", "Renew a reservation.",
           {200: _RESERVATION}, errors=(404,)),
@@ -6014,7 +6010,7 @@ def _describe(route: Route) -> dict[str, Any]:
     responses = {**route.responses, **dict.fromkeys(error_statuses(route), error)}
     operation: dict[str, Any] = {
         "summary": route.summary,
-        "operationId": route.handler.__name__,
+        "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"),
         "parameters": [
             *({"name": name, "in": "path", "required": True, "schema": schema} for name, schema in path),
             *({"name": name, "in": "query", "schema": schema} for name, schema in route.query.items()),

@@ -6325,6 +6325,8 @@ def test_every_route_is_described_and_nothing_else(make_app):
     app = as_caller(make_app(), None)
     described = app.get("/openapi.json").json
     assert described["openapi"].startswith("3.1")
+    operations = [operation for methods in described["paths"].values() for operation in methods.values()]
+    assert len({operation["operationId"] for operation in operations}) == len(service.ROUTES)
     found = {(method.upper(), path) for path, methods in described["paths"].items() for method in methods}
     assert found == {(route.method, re.sub("<(.*?)>", r"{\1}", route.path)) for route in service.ROUTES}
     for path, methods in described["paths"].items():
