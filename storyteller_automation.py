@@ -5898,8 +5898,7 @@ _HOLDER: Mapping[str, Schema] = {
 }  # fmt: skip
 _RESERVATION = _object(fence=_TIMESTAMP, **_HOLDER)
 _NEW_RESERVATION = _body(
-    ["holder", "ttlSeconds"], (),
-    holder=_schema("string", "storyart", minLength=1, maxLength=100),
+    ["holder", "ttlSeconds"], holder=_schema("string", "storyart", minLength=1, maxLength=100),
     waitSeconds=_schema("integer", 5, minimum=0, maximum=60),
     ttlSeconds=_schema("integer", 60, minimum=1, maximum=3600), purpose=_schema("string", "render", maxLength=200),
 )  # fmt: skip
