@@ -5318,8 +5318,8 @@ class Services:
         # The questions to `progress` are timestamps of sessions, those to `acknowledgements` ids of notifications.
         self.checks = Batcher[Check, Outcome](functools.partial(answer_checks, self), "checks")
         self.progress = Batcher[int, Outcome](functools.partial(answer_progress, self), "progress")
-        self.creations = Batcher[Draft, Outcome](functools.partial(answer_creations, self), "creations")
-        self.acknowledgements = Batcher[str, Outcome](functools.partial(answer_acknowledgements, self), "acknowledge")
+        self.creations = Batcher[Draft, tuple[Notification, bool]](self.notifications.create, "creations")
+        self.acknowledgements = Batcher[str, bool](self.notifications.acknowledge_own, "acknowledge")
         self.scrapes = Batcher[None, Outcome](functools.partial(answer_scrapes, self), "scrapes")
         loops = Loop(self._watch, "store-watch"), Loop(self._check_tokens, "tokens"), *self.alerts.loops
         self._background: list[Loop | Bridge] = [*loops, *filter(None, [self.bridge])]
@@ -5511,15 +5511,27 @@ def notifications_check(services: Services, request: Request) -> Steps:
     return (yield from awaited(outcome, request.waits))
 
 
-def notification_create(services: Services, request: Request) -> Future[Any]:
+def notification_create(services: Services, request: Request) -> Steps:
     body, names = request.body, ("storyUuid", "episodeNumber", *TOTALS.values())
     given = {name: body[name] for name in names if body.get(name) is not None}
     fields = {name: int(value) if is_whole(value) else value for name, value in given.items()}
-    return services.creations.ask(Draft(body["type"], int(body["sessionTimestamp"]), fields))
+    draft = Draft(body["type"], int(body["sessionTimestamp"]), fields)
+    made: tuple[Notification, bool] = yield from awaited(services.creations.ask(draft))
+    notification, is_new = made
+    if is_new:
+        services.live.note(notification)
+    return Response(notification.text, 201 if is_new else 200)
 
 
-def notification_ack(services: Services, request: Request) -> Future[Any]:
-    return services.acknowledgements.ask(request.path["notification_id"])
+def notification_ack(services: Services, request: Request) -> Steps:
+    id = request.path["notification_id"]
+    is_done: bool = yield from awaited(services.acknowledgements.ask(id))
+    if not is_done:  # the search for an id that another program made takes longer
+        found: list[str] = yield from awaited(services.submit(services.notifications.acknowledge, [id]))
+        if not found:
+            raise NotFound("Notification not found")
+    services.live.note(id)
+    return json_response({"success": True, "notificationId": id})
 
 
 def notification_ack_all(services: Services, request: Request) -> Response:
@@ -5625,31 +5637,6 @@ def progress_response(stored: StoredSession, facts: Facts) -> Outcome:
         return ApiError(f"Session {stored.timestamp} cannot be read ({counts}): save it again.")
     shown = {"promptsReady": counts.ready, "sessionTimestamp": stored.timestamp, "totalBeats": counts.total_beats}
     return json_response({**shown, "totalPrompts": counts.total_prompts, "lastUpdated": last_update(stored, facts)})
-
-
-def answer_creations(services: Services, drafts: list[Draft]) -> Sequence[Outcome]:
-    """A batcher's step: one call of the store creates all notifications."""
-    results = services.notifications.create(drafts)  # of each the notification and whether it is new, or an error
-    services.live.note(*(result[0] for result in results if not isinstance(result, ApiError) and result[1]))
-    return map_results(lambda result: Response(result[0].text, 201 if result[1] else 200), results)
-
-
-def answer_acknowledgements(services: Services, ids: list[str]) -> list[Outcome]:
-    """A batcher's step. The search for an id that another program made runs in the pool."""
-
-    def search(id: str) -> Outcome:
-        return end(id) if services.notifications.acknowledge([id]) else NotFound("Notification not found")
-
-    def end(id: str) -> Response:
-        services.live.note(id)
-        return json_response({"success": True, "notificationId": id})
-
-    def respond(id: str, done: bool | ApiError) -> Outcome:
-        if isinstance(done, ApiError):
-            return done
-        return end(id) if done else services.submit(search, id)
-
-    return list(map(respond, ids, services.notifications.acknowledge_own(ids)))
 
 
 # ======================================================================================================
