@@ -1069,7 +1069,7 @@ class LogFile(logging.handlers.RotatingFileHandler):
 
     def shouldRollover(self, record: logging.LogRecord) -> bool:
         """Once it is full. The base class also measures the record, and so formats each one twice."""
-        return self.stream is not None and self.stream.tell() >= self.maxBytes
+        return self.stream is not None and self.stream.seekable() and self.stream.tell() >= self.maxBytes
 
     def doRollover(self) -> None:
         if self.stream:

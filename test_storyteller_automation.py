@@ -12264,6 +12264,16 @@ def test_a_full_log_is_rotated_and_no_line_is_lost(tmp_path, is_open):
     assert "".join(file.read_text() for file in files if file.exists()).splitlines() == lines
 
 
+@pytest.mark.skipif(service.WINDOWS, reason="a pipe is no file there")
+def test_a_log_may_be_a_pipe_as_to_a_containers_output(tmp_path):
+    os.mkfifo(path := tmp_path / "a log")
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
+        with contextlib.closing(service.LogFile(path, maxBytes=5, backupCount=2, encoding="utf-8")) as log:
+            for number in range(3):
+                log.emit(logging.makeLogRecord({"msg": f"line {number}"}))
+        assert reader.read() == b"line 0\nline 1\nline 2\n"
+
+
 @pytest.fixture
 def closed_pipe() -> Iterator[int]:
     """A pipe whose reader has closed it, as after `| head -1`."""
