@@ -119,7 +119,6 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 Q = TypeVar("Q")
-R = TypeVar("R")
 T = TypeVar("T")
 Clock = Callable[[], float]
 
