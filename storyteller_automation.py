@@ -204,10 +204,11 @@ def _program(text: str) -> str:
 def _redis_url(text: str) -> str:
     # redis-py reads a missing host as localhost, port 0 as 6379 and any other path as database 0, and ignores what
     # follows a #. OCSP needs further packages.
-    form = r"rediss?://([^/?]*@)?[^/?@:][^/?@]*(?<!:0)(/[0-9]*)?(\?(?!.*(\b(host|port)=|ocsp)).*)?"
+    form = r"rediss?://([^/?]*@)?[^/?@]+(?<!:0)(/[0-9]*)?(\?(?!.*(\b(host|port)=|ocsp)).*)?"
     with contextlib.suppress(ValueError, TypeError, AttributeError, redis.RedisError):
-        if "#" not in text and re.fullmatch(form, text) and ("ssl_certfile=" in text or "ssl_keyfile=" not in text):
-            redis.ConnectionPool.from_url(text).make_connection()  # does not connect, but refuses an unknown option
+        good = "#" not in text and re.fullmatch(form, text) and ("ssl_certfile=" in text or "ssl_keyfile=" not in text)
+        # This does not connect, but refuses an unknown option. A tab, and in Python 3.10 also [], leaves no host.
+        if good and redis.ConnectionPool.from_url(text, host="").make_connection().host:
             return text
     raise ValueError("redis://[user:password@]host[:port][/database]; write # as %23 in a password, / as %2F, ? as %3F")
 

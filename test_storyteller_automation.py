@@ -961,6 +961,7 @@ BAD_VALUES = {
         *["redis://", "redis:///0", "rediss://:6379/0", "redis://user:word@", "redis://:12?b@a", "redis://?host=a"],
         *["unix://", "unix://a", "unix:///", "redis://a:0", "redis://a:0/1", "redis://a?port=99999"],
         *["redis://a?protocol=9", "rediss://a?ssl_cert_reqs=x", "rediss://a?ssl_keyfile=x", "redis://a?unknown=1"],
+        *["redis://\t", "redis://[]"],
     ],
     "REDIS_HOST": ["redis://localhost", "127.0.0.1:6379", "a:b:c", "[::1]", "[::1", "::1%", ":", "a%41"],
     "REDIS_PORT": ["0", "65536", "x"],
