@@ -9702,7 +9702,7 @@ def test_a_notification_created_while_a_wait_begins_is_not_missed(polled, twin, 
 
     def ask_first(check: Any) -> Any:
         asked = ask(check)
-        if not is_made.is_set():
+        if not is_made.is_set() and threading.current_thread().name != "live":  # that one publishes the event
             assert asked.result(PATIENCE).body == service.NO_NOTIFICATIONS
             add(twin, draft())
             is_made.set()
