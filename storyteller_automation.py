@@ -3026,8 +3026,8 @@ class Bridge:
 
     INTERVAL, LEASE = 2.0, 6000  # seconds between two looks; the lease's TTL in ms
     NEWEST = 100  # sessions of each index that are looked at, and as many older ones that wait for prompts
-    # Seconds until a copy of unchanged length is read again, since its contents may differ: 7, or 35 to 54.
-    RECHECK_WAITING, RECHECK, SPREAD = 7.0, 35.0, 20
+    # Seconds until a copy of unchanged length is read again, since its contents may differ: 7, or 44 to 55.
+    RECHECK_WAITING, RECHECK, SPREAD = 7.0, 44.0, 12
     LARGE = 5_000_000  # bytes; a larger copy of unchanged length is read again only for a request
 
     def __init__(self, store: BridgedStore, sessions: Sessions) -> None:

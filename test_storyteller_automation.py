@@ -8587,7 +8587,7 @@ def test_services_killed_at_random_keep_both_programs_in_step(start_service, mod
     text = module_copy.read_text("utf-8")
     for before, after in (
         ("INTERVAL, LEASE = 2.0, 6000", "INTERVAL, LEASE = 0.05, 300"),
-        ("RECHECK_WAITING, RECHECK, SPREAD = 7.0, 35.0, 20", "RECHECK_WAITING, RECHECK, SPREAD = 0.2, 0.3, 1"),
+        ("RECHECK_WAITING, RECHECK, SPREAD = 7.0, 44.0, 12", "RECHECK_WAITING, RECHECK, SPREAD = 0.2, 0.3, 1"),
     ):
         assert text.count(before) == 1
         text = text.replace(before, after)
