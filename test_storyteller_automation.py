@@ -3736,7 +3736,7 @@ def test_a_release_by_another_instance_is_noticed(make_pc, store, twin, monkeypa
 
 def test_200_clients_wait_without_a_thread_each_and_further_ones_get_a_503(poll_service):
     polled = poll_service()
-    polled.ask("POST", RESERVATION, {"holder": "first", "ttlSeconds": 3600})
+    assert polled.ask("POST", RESERVATION, {"holder": "first", "ttlSeconds": 3600})[0] == 201
     polled.ask("GET", "/health")
     threads = threading.active_count()
     clients = [wait_for_gpu(polled.port, f"{number}") for number in range(200)]
