@@ -1067,9 +1067,11 @@ class LogFormatter(logging.Formatter):
 class LogFile(logging.handlers.RotatingFileHandler):
     """Rotates unless another program has it open: Windows cannot rename it then, and the record would be lost."""
 
-    def shouldRollover(self, record: logging.LogRecord) -> bool:
-        """Once it is full. The base class also measures the record, and so formats each one twice."""
-        return self.stream is not None and self.stream.seekable() and self.stream.tell() >= self.maxBytes
+    def format(self, record: logging.LogRecord) -> str:
+        """Cached in the record, because the handler needs the line twice: to measure it and to write it."""
+        known = vars(record)
+        line: str = known.get("line") or known.setdefault("line", super().format(record))
+        return line
 
     def doRollover(self) -> None:
         if self.stream:
@@ -4571,7 +4573,8 @@ class Authenticator:
             digest = digest_of(token)
             owners = (owner for own, owner in self._own.items() if hmac.compare_digest(digest, own))
             return next(owners, None) or self._cached(digest)
-        if permission == "metrics:read" and self._settings.metrics.lower() == "open" and is_from_this_pc(environ):
+        is_open = permission == "metrics:read" and self._settings.metrics.lower() == "open"
+        if is_open and "HTTP_AUTHORIZATION" not in environ and is_from_this_pc(environ):
             return SCRAPER
         if caller := self._trusted_page(environ):
             return caller
@@ -5507,8 +5510,8 @@ NO_NOTIFICATIONS = b'{"notifications":[]}'
 def notifications_check(services: Services, request: Request) -> Steps:
     kind, limit, wait = request.query["type"], request.query["limit"], request.query["wait"]
     check = tuple(TOTALS) if kind == "all" else (kind,), limit, request.query["batch"] == "true"
-    outcome = services.live.wait(check, wait) if wait else services.checks.ask(check)
-    return (yield from awaited(outcome, request.waits))
+    waits = request.waits
+    return (yield from services.live.wait(check, wait, waits) if wait else awaited(services.checks.ask(check), waits))
 
 
 def notification_create(services: Services, request: Request) -> Steps:
@@ -6389,12 +6392,18 @@ class Live:
             need.add_done_callback(lambda _: self._loop.wake())
         return joining
 
-    def wait(self, check: Check, seconds: float) -> Future[Any]:
+    def wait(self, check: Check, seconds: float, waits: list[float]) -> Steps:
         """The response once something matches; an empty list after `seconds` or at close(). Unavailable like join()."""
-        waiting = self._register(WaitingCheck(check, time.monotonic() + seconds))
+        try:
+            waiting = self._register(WaitingCheck(check, time.monotonic() + seconds))
+        except Unavailable:  # a check that has an answer already does not have to wait
+            response: Response = yield from awaited(self._services.checks.ask(check))
+            if self._loop.is_closing or response.body != NO_NOTIFICATIONS:
+                return response
+            raise
         # Only once it is registered: else it could miss a new notification.
         self._answer_check(waiting, self._services.checks.ask(check))
-        return waiting
+        return (yield from awaited(waiting, waits))
 
     def _register(self, client: Listener | WaitingCheck) -> Future[Any]:  # only in the event loop: so the limit holds
         if self.count_listeners(None) + len(self._loop.asked) >= LISTENERS:
@@ -8078,6 +8087,7 @@ def make_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
+    """The command and its arguments, by name. Exits with 2 if they are wrong. Raises StartError."""
     common = vars(make_parser().parse_args(argv))
     parser = make_parser(common["command"])
     own, unknown = parser.parse_known_args(common["rest"])
@@ -8087,7 +8097,7 @@ def parse_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
     try:  # relative to the current folder, not to the module's as in a setting
         given["data_dir"] = given["data_dir"] and os.path.abspath(given["data_dir"])
     except FileNotFoundError:
-        parser.error("the current folder, the base of --data-dir, was deleted: change to another one")
+        raise StartError("The current folder, the base of --data-dir, was deleted: change to another one.") from None
     return given
 
 
@@ -8095,8 +8105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Exit codes: 0; 1 if a check failed, nothing answered, no token was found or an alert was refused;
     2 if the command is wrong or cannot be carried out; 130 if Ctrl+C ended it."""
     prepare_console()
-    given = parse_arguments(argv)
     try:
+        given = parse_arguments(argv)
         return COMMANDS[given["command"]].run(given) or 0
     except (StartError, Unavailable) as error:
         print(with_advice(error), file=sys.stderr)

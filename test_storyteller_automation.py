@@ -9647,6 +9647,14 @@ def test_past_the_limit_of_listeners_others_get_a_503_until_a_client_leaves(poll
     assert listen(polled).response.status == 200
 
 
+def test_a_check_that_has_an_answer_already_needs_no_place(poll_service, monkeypatch):
+    monkeypatch.setattr(service, "LISTENERS", 0)
+    polled = poll_service()
+    assert polled.ask("GET", f"{CHECK}?wait=60")[0] == 503
+    made = create_notification(polled)
+    assert polled.check("?wait=60") == [made["id"]]
+
+
 def test_listeners_and_waiting_checks_need_no_thread_each(polled, listen):
     streams = [listen(polled, "?types=notification")]
     threads = threading.active_count()
@@ -9669,10 +9677,12 @@ def test_a_waiting_check_is_answered_once_something_matches(polled):
     assert polled.check("?wait=60") == [made["id"]]  # immediately
 
 
-def test_a_waiting_check_gets_an_empty_list_after_its_timeout(polled):
+def test_a_waiting_check_gets_an_empty_list_after_its_timeout_or_at_a_shutdown(polled):
     began = time.monotonic()
     assert polled.check("?wait=1") == []
     assert time.monotonic() - began >= 1.0
+    polled.services.live.close()
+    assert polled.check("?wait=60") == []  # the service is stopping
 
 
 @pytest.mark.parametrize(
@@ -10970,7 +10980,9 @@ def fill(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("command", "has_store"),
     [
-        *itertools.product((["serve"], ["check"], ["token", "--renew", "a", "--ttl", "90d"]), (False, True)),
+        *itertools.product(
+            (["serve"], ["check"], ["token", "--subject", "a", "--permission", "gpu:read"]), (False, True)
+        ),
         *itertools.product((["backup", "a backup"], ["move", "--to", "redis://127.0.0.1:1"]), [True]),
     ],
 )
@@ -11826,7 +11838,7 @@ def test_the_services_log_is_rotated_and_three_older_files_are_kept(start_servic
     running.stop()
     files = sorted(data.glob("storyteller.log*"))
     assert [file.name for file in files] == ["storyteller.log", *(f"storyteller.log.{number}" for number in (1, 2, 3))]
-    assert all(file.stat().st_size < 1200 for file in files)
+    assert all(file.stat().st_size <= 1000 for file in files)
     text = "".join(file.read_text("utf-8") for file in [*reversed(files[1:]), files[0]])
     logged = [int(number) for number in re.findall("notifications/(.*)/ack", text)]
     assert logged == [*range(logged[0], 100)]
@@ -12260,7 +12272,7 @@ def test_a_full_log_is_rotated_and_no_line_is_lost(tmp_path, is_open):
         for line in lines:
             log.emit(logging.makeLogRecord({"msg": line}))
         if not is_open:
-            assert path.stat().st_size < 130
+            assert path.stat().st_size <= 100
     files = [tmp_path / name for name in ("a log.2", "a log.1", "a log")]
     assert "".join(file.read_text() for file in files if file.exists()).splitlines() == lines
 
@@ -12596,9 +12608,9 @@ def test_a_relative_data_folder_in_a_deleted_folder_is_refused_in_one_sentence(m
     command = ["sh", "-c", 'cd "$(mktemp -d)"; rmdir "$PWD"; exec "$@"', "sh", sys.executable, str(module_copy)]
     command += ["token", "--list", "--data-dir", "a"]
     result = subprocess.run(command, env=clean_environment, timeout=PATIENCE, capture_output=True, encoding="utf-8")
-    assert result.returncode == 2
-    assert result.stderr.endswith("the base of --data-dir, was deleted: change to another one\n")
-    assert "Traceback" not in result.stderr
+    assert (result.returncode, result.stderr) == (
+        2, "The current folder, the base of --data-dir, was deleted: change to another one.\n"
+    )  # fmt: skip
 
 
 def test_a_start_fails_if_the_env_file_is_not_utf_8(run_module, module_copy):
