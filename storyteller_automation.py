@@ -7820,19 +7820,18 @@ def serve_until_stopped(given: Mapping[str, Any]) -> NoReturn:
     """Run serve(), then end the process. All output goes through the log."""
     end_console, code = start_console(), 0
     try:
-        serve(load_settings(given, os.environ))
-    except StartError as error:
-        code = 2
-        log.error("server: %s", error, extra={"console": str(error)})
-    except KeyboardInterrupt:
-        pass
-    except Exception:
-        code = 1
-        log.exception("server: the service ended with an unexpected error")
-    finally:
-        with contextlib.suppress(KeyboardInterrupt):  # a second one
+        try:
+            serve(load_settings(given, os.environ))
+        except StartError as error:
+            code = 2
+            log.error("server: %s", error, extra={"console": str(error)})
+        except Exception:
+            code = 1
+            log.exception("server: the service ended with an unexpected error")
+        finally:
             end_console()
-        os._exit(code)  # a normal exit would wait for a console that takes no output
+    finally:  # also after Ctrl+C and a second one; a normal exit would wait for a console that takes no output
+        os._exit(code)
 
 
 # ======================================================================================================

@@ -12386,7 +12386,10 @@ def test_the_service_starts_serves_and_stops_although_its_console_accepts_no_out
     assert log.endswith("server: Stopped.\n")
 
 
-def test_ctrl_c_twice_ends_a_start_although_its_console_accepts_no_output(start_on_full_pipe, module_copy, lock_store):
+@pytest.mark.parametrize("pause", [0.1, 0.0001], ids=["while it waits for its console", "at once"])
+def test_ctrl_c_twice_ends_a_start_although_its_console_accepts_no_output(
+    start_on_full_pipe, module_copy, lock_store, pause
+):
     data = module_copy.parent / "data"
     data.mkdir()
     lock_store(data / "storyteller.sqlite3")
@@ -12394,7 +12397,7 @@ def test_ctrl_c_twice_ends_a_start_although_its_console_accepts_no_output(start_
     log = data / "storyteller.log"
     wait_until(lambda: log.exists() and "locked" in log.read_text("utf-8"))
     process.send_signal(signal.SIGINT)
-    time.sleep(0.1)  # so that it has begun to wait for its console
+    time.sleep(pause)
     process.send_signal(signal.SIGINT)
     assert process.wait(PATIENCE) == 0
 
