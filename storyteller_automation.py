@@ -2050,8 +2050,11 @@ class RedisStore(Store):
                 return
 
     def newest_sessions(self, count: int) -> list[tuple[int, Any]]:
-        sessions = self._read_parts(list(itertools.islice(self._timestamps(), count)), "STRLEN")
-        return [(timestamp, str(version)) for timestamp, *version in sessions if version[1:] != [0, 0]]
+        found, timestamps = list[tuple[int, Any]](), self._timestamps()
+        while part := list(itertools.islice(timestamps, count - len(found))):  # again for those that are gone
+            sessions = self._read_parts(part, "STRLEN")
+            found += [(timestamp, str(version)) for timestamp, *version in sessions if version[1:] != [0, 0]]
+        return found
 
     def trim(self, timestamp: int) -> None:
         """Remove the index entries and the metadata of a session that is gone."""
