@@ -6099,7 +6099,8 @@ class Endpoint:
             request_id = secrets.token_hex(8)
         route = self.routes.get("GET" if method == "HEAD" else method)
         shape, is_open = (route.error_shape, route.permission == "open") if route else ({}, False)
-        caller, waits = ANONYMOUS, list[float]()
+        caller = ANONYMOUS
+        waits: list[float] = []
         try:
             if refused and not is_open:
                 raise refused
@@ -6145,7 +6146,7 @@ class Endpoint:
             headers["Access-Control-Expose-Headers"] = "Retry-After, WWW-Authenticate"
         if not response.body and "Content-Type" not in response.headers:
             del headers["Content-Type"]
-        return dataclasses.replace(response, headers=headers)
+        return Response(response.body, response.status, headers, response.stream)
 
     def _handle(self, route: Route, request: Request, environ: Mapping[str, Any]) -> Steps:
         if route.body:
