@@ -63,6 +63,8 @@ PATIENCE = 30.0  # seconds after which a wait fails; a test that passes never ta
 # The tests run with -I, which ignores these variables: the processes that they start must not get them either.
 for name in [name for name in os.environ if name.startswith("PYTHON")]:
     del os.environ[name]
+# Nor that SIGINT is ignored, as in a background job of a shell.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # ======================================================================================================
 # Stand-ins
