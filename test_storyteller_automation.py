@@ -4117,7 +4117,7 @@ def test_a_cancelled_start_leaves_nothing_behind_and_the_others_go_on_waiting(ma
     cancelled = weakref.ref(first)
     assert first.cancel()
     del first
-    assert cancelled() is None
+    wait_until(lambda: cancelled() is None)
     assert second.result(PATIENCE).message == "SwarmUI started successfully"
     leash.next()
 
