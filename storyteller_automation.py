@@ -7271,7 +7271,7 @@ class Channel(waitress.channel.HTTPChannel):
         if not self.connected:
             task.request.close()
             return
-        task.status = f"{response.status} {http.HTTPStatus(response.status).phrase}"
+        task.status = f"{response.status} {http.client.responses[response.status]}"
         task.content_length = None if response.stream else len(response.body)
         task.response_headers += response.headers.items()
         if task.request.error:
