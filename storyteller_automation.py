@@ -2051,9 +2051,10 @@ class RedisStore(Store):
 
     def newest_sessions(self, count: int) -> list[tuple[int, Any]]:
         found, timestamps = list[tuple[int, Any]](), self._timestamps()
-        while part := list(itertools.islice(timestamps, count - len(found))):  # again for those that are gone
-            sessions = self._read_parts(part, "STRLEN")
-            found += [(timestamp, str(version)) for timestamp, *version in sessions if version[1:] != [0, 0]]
+        for _ in range(2):  # the second time in place of those that are gone: there may be many
+            if part := list(itertools.islice(timestamps, count - len(found))):
+                sessions = self._read_parts(part, "STRLEN")
+                found += [(timestamp, str(version)) for timestamp, *version in sessions if version[1:] != [0, 0]]
         return found
 
     def trim(self, timestamp: int) -> None:
