@@ -2040,14 +2040,13 @@ class RedisStore(Store):
         return (timestamp for timestamp, _ in itertools.groupby(merged))
 
     def _read_index(self, key: str) -> Iterator[int]:
-        page, scores = 100, [math.inf]
-        while scores:
+        page = 100
+        scores = [math.inf] * page  # as if a full page came before the first one
+        while len(scores) == page:
             read = ("ZREVRANGEBYSCORE", key, f"({scores[-1]!r}", "(-inf", "WITHSCORES", "LIMIT", 0, page)
             (reply,) = self._redis.exchange([read])
             scores = [] if is_wrong_type(reply) else [float(score) for score in result_of(reply)[1::2]]
             yield from map(int, scores)
-            if len(scores) < page:
-                return
 
     def newest_sessions(self, count: int) -> list[tuple[int, Any]]:
         found, timestamps = list[tuple[int, Any]](), self._timestamps()
