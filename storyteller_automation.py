@@ -6146,7 +6146,7 @@ class Endpoint:
             headers["Access-Control-Expose-Headers"] = "Retry-After, WWW-Authenticate"
         if not response.body and "Content-Type" not in response.headers:
             del headers["Content-Type"]
-        return Response(response.body, response.status, headers, response.stream)
+        return Response(response.body, response.status, headers, response.stream)  # replace() takes twice as long
 
     def _handle(self, route: Route, request: Request, environ: Mapping[str, Any]) -> Steps:
         if route.body:
