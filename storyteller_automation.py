@@ -939,7 +939,8 @@ def launch_detached(program: Path, arguments: Sequence[str], folder: Path, outpu
 
 @contextlib.contextmanager
 def bounded_child(command: Sequence[str], running: set[Program]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program during a `with` block, then kill it and all that it started. Meanwhile it is in `running`."""
+    """Run a program during a `with` block, then kill it and all that it started. It is in `running` until it exits, so
+    for ever if it hangs in its driver."""
     child, job = _start(command, outlives=False, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     program = Program(child.pid, None, child, job)
     running.add(program)
@@ -947,11 +948,11 @@ def bounded_child(command: Sequence[str], running: set[Program]) -> Iterator[sub
         yield child
     finally:
         program.end(force=True)
-        running.discard(program)
         for pipe in filter(None, (child.stdout, child.stderr)):  # otherwise a thread of read_output() closes it
             pipe.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(timeout=1)
+            running.discard(program)
 
 
 def read_output(child: subprocess.Popen[bytes], deadline: float) -> tuple[str, str, int]:
@@ -3546,6 +3547,9 @@ def query_gpus(settings: Settings, running: set[Program]) -> GpuStatus:
     program, advice = find_nvidia_smi(settings)
     if not program:
         return _failed(f"nvidia-smi not found or GPU not available: {advice}", is_missing=True)
+    if any(child.is_alive() for child in running):  # each further one would keep threads and pipes as well
+        return _failed("nvidia-smi hangs and cannot be ended: restart this PC")
+    running.clear()
     timeout = settings.nvidia_smi_timeout
     try:
         with (

@@ -3264,7 +3264,9 @@ def test_a_hung_nvidia_smi_is_ended_with_its_child(nvidia_smi, leash, hang_timeo
     assert leash.next().has_ended()
 
 
-def test_an_nvidia_smi_that_cannot_be_killed_blocks_nobody(nvidia_smi, leash, hang_timeout, monkeypatch):
+def test_an_nvidia_smi_that_cannot_be_killed_blocks_nobody_and_runs_once(
+    nvidia_smi, leash, hang_timeout, monkeypatch, tmp_path
+):
     """It hangs inside its driver, and ends when the driver lets it."""
     popen, children = subprocess.Popen, []
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: children.append(popen(*a, **k)) or children[-1])
@@ -3272,11 +3274,14 @@ def test_an_nvidia_smi_that_cannot_be_killed_blocks_nobody(nvidia_smi, leash, ha
     if service.WINDOWS:  # nor does it end with its job's handle
         make_job = service._make_job
         monkeypatch.setattr(service, "_make_job", lambda limits: make_job(0))
-    status = run_queries(nvidia_smi({"hang": True}, {"print": "41\n"}), hang_timeout)
-    assert "did not answer within" in status.error
+    program, running = nvidia_smi({"hang": True}, {"print": "41\n"}), set()
+    assert "did not answer within" in run_queries(program, hang_timeout, running).error
     assert leash.next().is_alive()
+    assert "cannot be ended: restart this PC" in run_queries(program, hang_timeout, running).error
+    assert len((tmp_path / "runs").read_text().splitlines()) == 2  # one for each query
     leash.close()
     assert all(child.wait(PATIENCE) is not None for child in children)
+    assert run_queries(nvidia_smi(GOOD, {"print": "41\n"}), running=running).available
 
 
 def test_both_queries_run_concurrently(nvidia_smi, leash, tmp_path):
