@@ -2577,8 +2577,8 @@ class SqliteStore(Store):
         return [(row[0], row[1:]) for row in self._read(query, self._clock(), count)]
 
     _SAVE = (
-        "INSERT INTO session (timestamp, document, saved, expires) VALUES (?1, ?2, ?3, ?4) ON CONFLICT (timestamp)"
-        " DO UPDATE SET document = ?2, saved = ?3, expires = ?4 WHERE ?5"
+        "INSERT INTO session (timestamp, document, saved, expires) VALUES (?, ?, ?, ?) ON CONFLICT (timestamp) DO"
+        " UPDATE SET document = excluded.document, saved = excluded.saved, expires = excluded.expires WHERE ?"
     )
 
     def save(self, timestamp: int, change: Change, *, replace: bool = True) -> bool:
@@ -2602,8 +2602,8 @@ class SqliteStore(Store):
         return self._write(lambda: self._announce(draft))
 
     def _announce(self, draft: Draft) -> bool:
-        note = "UPDATE session SET announced = ?1 WHERE timestamp = ?2 AND announced IS NOT ?1"
-        if is_new := self._writer.execute(note, (draft.type, draft.session)).rowcount > 0:
+        note = "UPDATE session SET announced = ? WHERE timestamp = ? AND announced IS NOT ?"
+        if is_new := self._writer.execute(note, (draft.type, draft.session, draft.type)).rowcount > 0:
             self._add(draft)
         return is_new
 
@@ -2649,16 +2649,17 @@ class SqliteStore(Store):
         return self._write_each([functools.partial(self._acknowledge, *one) for one in ids.items()])
 
     def _acknowledge(self, id: str, members: Sequence[bytes]) -> bool:
-        remove = "DELETE FROM pending WHERE time = ?1 AND substr(member, 1, length(?2)) = ?2"
-        if not self._writer.execute(remove, own_member(id)).rowcount + self._remove(members):
+        remove, (time_ms, own) = "DELETE FROM pending WHERE time = ? AND substr(member, 1, ?) = ?", own_member(id)
+        if not self._writer.execute(remove, (time_ms, len(own), own)).rowcount + self._remove(members):
             return bool(self._writer.execute("SELECT 1 FROM marker WHERE id = ?", (id,)).fetchone())
         self._writer.execute("INSERT OR REPLACE INTO marker VALUES (?, ?)", (id, self._clock() + TTL_MS))
         return True
 
     def keep_token(self, digest: str, record: bytes, ttl: int, *, renews: bool = False) -> bool:
-        row, keep = (digest, record, self._clock() + ttl), "INSERT OR REPLACE INTO token VALUES (?1, ?2, ?3)"
+        row = (record, self._clock() + ttl, digest)
+        keep = "REPLACE INTO token (record, expires, digest) VALUES (?, ?, ?)"
         if renews:
-            keep = "UPDATE token SET record = ?2, expires = ?3 WHERE digest = ?1"
+            keep = "UPDATE token SET record = ?, expires = ? WHERE digest = ?"
         return self._write(lambda: self._writer.execute(keep, row).rowcount > 0)
 
     def token(self, digest: str) -> bytes | None:
@@ -2680,10 +2681,10 @@ class SqliteStore(Store):
             yield from database.execute(query, (self._clock(),))
 
     def swap_reservation(self, host: str, before: bytes | None, after: bytes | None) -> bytes | None:
-        record = "SELECT record FROM reservation WHERE host = ?1"
-        swap = f"INSERT OR REPLACE INTO reservation SELECT ?1, ?3 WHERE ?2 IS ({record})"
+        record = "SELECT record FROM reservation WHERE host = ?"
+        swap = f"REPLACE INTO reservation SELECT ?, ? WHERE ? IS ({record})"
         if after is not None:
-            self._write(lambda: self._writer.execute(swap, (host, before, after)))
+            self._write(lambda: self._writer.execute(swap, (host, after, before, host)))
         return next((row[0] for row in self._read(record, host)), None)
 
 

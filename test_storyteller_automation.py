@@ -2289,6 +2289,11 @@ def test_a_file_that_another_program_opened_exclusively_is_called_locked(tmp_pat
     service._win32("kernel32.CloseHandle", "NP", handle)
 
 
+def test_no_statement_of_sqlite_numbers_its_parameters():
+    """Python 3.12.0 to 3.12.3 warn of each on the console, which may take no output, so that writes would wait."""
+    assert not re.search(r" \(?\?[1-9]", Path(service.__file__).read_text("utf-8"))
+
+
 def test_while_another_process_writes_reads_succeed_and_writes_are_unavailable(sqlite_store, monkeypatch):
     sqlite_store.save(T, service.Change(b"{}"))
     with contextlib.closing(sqlite3.connect(sqlite_store.place, isolation_level=None)) as other:
