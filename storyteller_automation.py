@@ -979,7 +979,8 @@ def _batch_command(words: Sequence[str]) -> str:
     """A command line for cmd, which has its own parser: if every word is quoted, only these characters are special."""
     if any(re.search(r'["%\r\n]', word) for word in words):
         raise ValueError("a batch file's path and arguments cannot contain \", % or a line break")
-    quoted = " ".join(f'"{word}"' for word in words)
+    # For the program that gets them from the batch file, a backslash before a quote escapes it, and two are one.
+    quoted = " ".join(re.sub(r"(?s)(.*?)(\\*)\Z", r'"\1\2\2"', word, count=1) for word in words)
     # cmd alone loses the exit code of a batch file that ends in "pause".
     code = "if errorlevel 1 (exit 1) else if not errorlevel 0 exit 1"
     return f'"{os.environ.get("COMSPEC", "cmd.exe")}" /d /s /c "{quoted} & {code}"'

@@ -1342,7 +1342,7 @@ def test_a_launch_script_runs_in_a_folder_with_special_characters(tmp_path, leas
     script = folder / service.LAUNCH_SCRIPT
     if not executable:
         script.chmod(0o644)
-    arguments = ["--port", "1", "a & b", "^c;(d)"]
+    arguments = ["--port", "1", "a & b", "D:\\data\\", "\\\\", "^c;(d)"]
     launched = service.launch_detached(script, arguments, folder, tmp_path / "log")
     assert leash.next().report["arguments"] == arguments
     assert launched.process.wait(PATIENCE) == 0
