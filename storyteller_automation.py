@@ -1134,6 +1134,8 @@ def shorten_log(path: Path) -> float:
     try:
         if not path.exists() or path.stat().st_size <= LOG_LIMIT:
             return 1.0
+        if shutil.disk_usage(path.parent).free < LOG_LIMIT:  # its copy would replace the older ones by a part of it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for number in range(LOGS_KEPT - 1, 0, -1):
             with contextlib.suppress(FileNotFoundError, PermissionError):  # Windows moves no file that is open
                 os.replace(f"{path}.{number}", f"{path}.{number + 1}")
@@ -4048,7 +4050,7 @@ class LaunchedSwarmUI:
             return
         self._record |= changed
         try:
-            self._file.write_text(json.dumps(self._record), encoding="utf-8")
+            write_private(self._file, json.dumps(self._record), replace=True)  # on a full disk the old one stays
         except OSError as error:
             log.warning("swarmui: %s cannot be written (%s)", self._file, error.strerror)
 

@@ -4808,6 +4808,23 @@ def test_a_damaged_record_is_ignored(make_api, settings, text):
     assert make_api().status["state"] == "stopped"
 
 
+@ONLY_POSIX
+def test_a_record_that_cannot_be_written_whole_leaves_the_old_one(make_supervisor, settings, swarmui_folder, caplog):
+    resource = pytest.importorskip("resource")
+    supervisor = make_supervisor(swarmui_path=swarmui_folder(shutdown=0.5))
+    ready(supervisor)
+    path = settings.data_dir / "swarmui.json"
+    before = path.read_text()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # as if the disk were full
+    try:
+        supervisor.stop()
+        wait_until(lambda: "swarmui.json cannot be written" in caplog.text)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == before
+
+
 def test_a_stop_during_which_the_service_restarts_is_not_a_failure(make_supervisor, swarmui_folder, leash):
     supervisor = make_supervisor(swarmui_path=swarmui_folder(shutdown=0.5), restart="on-failure")
     ready(supervisor)
@@ -11461,6 +11478,17 @@ def test_a_rotated_log_keeps_its_end_whatever_its_size(tmp_path, monkeypatch):
     (tmp_path / "log").write_text("a" * 5000 + "b" * 999 + "c")
     service.shorten_log(tmp_path / "log")
     assert (tmp_path / "log.1").read_text() == "b" * 999 + "c"
+
+
+def test_a_full_disk_keeps_the_older_logs_of_swarmui(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(service, "LOG_LIMIT", 1000)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=999))
+    (tmp_path / "log").write_text("a" * 1001)
+    (tmp_path / "log.1").write_text("b")
+    assert service.shorten_log(tmp_path / "log") == 60.0
+    assert "log cannot be shortened (No space left on device): free disk space" in caplog.text
+    assert {file.name: file.read_text()[:1] for file in tmp_path.iterdir()} == {"log": "a", "log.1": "b"}
 
 
 def test_a_log_that_cannot_be_shortened_is_a_warning_and_retried_after_a_minute(tmp_path, monkeypatch, caplog):
