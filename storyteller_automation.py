@@ -3825,7 +3825,7 @@ def fetch(
     url: str, seconds: float, *, data: bytes | None = None, headers: Mapping[str, str] = {}
 ) -> tuple[http.client.HTTPResponse, bytes]:
     """Make an HTTP request that ends within `seconds` of connecting. Returns the response and up to 64 KiB of its body.
-    It uses no proxy and follows no redirect. Raises OSError (URLError if it cannot connect), HTTPException."""
+    It uses no proxy, follows no redirect. Raises OSError (URLError: it cannot connect), HTTPException or ValueError."""
     request = urllib.request.Request(url, data, {**headers, "Connection": "close"})
     kind = http.client.HTTPSConnection if request.type == "https" else http.client.HTTPConnection
     with contextlib.closing(kind(request.host, timeout=seconds)) as connection:
@@ -3907,7 +3907,7 @@ def ask_swarmui(url: str, route: str, body: Mapping[str, Any], settings: Setting
     try:
         data = json.dumps(body).encode()
         response, text = fetch(f"{url}/API/{route}", settings.health_timeout, data=data, headers=headers)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         # Nothing listens there. Windows retries a refused connection, which may then time out instead.
         refusals = (ConnectionRefusedError, TimeoutError) if REFUSAL_IS_SLOW else ConnectionRefusedError

@@ -4225,6 +4225,7 @@ def test_a_start_that_times_out_leaves_swarmui_running_for_the_next_start(make_s
         pytest.param(b"220 mail.example ESMTP\r\n", "sent no valid response (220 mail.example ESMTP", id="not HTTP"),
         pytest.param(b"", "sent no valid response (Remote end closed connection", id="closed"),
         pytest.param(RESET, "sent no valid response", id="reset"),
+        pytest.param(response(200, "-5\r\n", "Transfer-Encoding: chunked\r\n"), "sent no valid response", id="a chunk"),
         pytest.param(None, "did not answer within 0.3 s", id="silent"),
     ],
 )
