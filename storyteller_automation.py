@@ -1916,12 +1916,12 @@ if is_same and ARGV[2] ~= '' then redis.call('SET', KEYS[1], ARGV[2]) end
 return redis.call('GET', KEYS[1])
 """
 
-# Take or extend the lease. Returns "" if another owner has it, else what look() returns, as one text: redis-py needs
-# 1.5 us per item. KEYS: 1 index, 2 StoryArt's index, 3 latest, 4 lease, 5 met. ARGV: 1 owner, 2 the lease's TTL, 3 how
-# many sessions of each index, 4 ... timestamps of further sessions.
+# Take or extend the lease; one of over a minute outlived a clock that was set back. Returns "" if another owner has it,
+# else what look() returns, as one text: redis-py needs 1.5 us per item. KEYS: 1 index, 2 StoryArt's index, 3 latest,
+# 4 lease, 5 met. ARGV: 1 owner, 2 the lease's TTL, 3 how many sessions of each index, 4 ... further timestamps.
 _LUA_LOOK = """
 local holder = redis.call('GET', KEYS[4])
-if holder and holder ~= ARGV[1] then return '' end
+if holder and holder ~= ARGV[1] and redis.call('PTTL', KEYS[4]) <= 60000 then return '' end
 redis.call('SET', KEYS[4], ARGV[1], 'PX', ARGV[2])
 local function size(key)
   local found = redis.pcall('STRLEN', key)

@@ -7981,10 +7981,17 @@ def test_another_instance_takes_over_when_the_lease_expires(make_bridged, storya
     first.look()
     storyart.save(story("w"))
     wait_until(lambda: second.look() and storyswarm.load())
-    monkeypatch.setattr(service.Bridge, "LEASE", 600_000)
+    monkeypatch.setattr(service.Bridge, "LEASE", 50_000)
     second.look()
     storyart.save(story("new"))
     first.look()  # it is back, but without the lease
+    assert storyswarm.load() == story("w")
+
+
+def test_a_lease_that_outlived_a_clock_that_was_set_back_is_taken_over(bridged, storyart, storyswarm, other_program):
+    other_program.set(bridged.store.LEASE, "an instance that is gone", px=5 * 3_600_000)
+    storyart.save(story("w"))
+    bridged.look()
     assert storyswarm.load() == story("w")
 
 
