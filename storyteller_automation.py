@@ -4091,7 +4091,7 @@ class LaunchedSwarmUI:
         how = f"it exited with {'an unknown code' if code is None else f'code {code}'}: {self.last_lines()}"
         log.info("swarmui: process %d is gone: %s", self.program.pid, how)
         stopped_at = read_count(self._record.get("endingSince")) or 0  # perhaps by an earlier run of the service
-        is_wanted = code == 0 or now_ms() - stopped_at < STOP_LIMIT
+        is_wanted = code == 0 or abs(now_ms() - stopped_at) < STOP_LIMIT
         self.note(serverId="", endingSince=0)
         self.program = None
         return "" if is_wanted else how

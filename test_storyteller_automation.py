@@ -4838,14 +4838,15 @@ def test_a_stop_during_which_the_service_restarts_is_not_a_failure(make_supervis
     assert again.status()["lastError"] is None
 
 
+@pytest.mark.parametrize("ago", [service.STOP_LIMIT + 1, -3_600_000], ids=["", "before the clock was set back"])
 def test_a_stop_that_an_earlier_run_did_not_end_does_not_make_a_later_death_wanted(
-    make_supervisor, settings, swarmui_folder, leash
+    make_supervisor, settings, swarmui_folder, leash, ago
 ):
     first = make_supervisor(swarmui_path=swarmui_folder())
     ready(first)
     first.close()
     path = settings.data_dir / "swarmui.json"
-    record = {**json.loads(path.read_text()), "endingSince": service.now_ms() - service.STOP_LIMIT - 1}
+    record = {**json.loads(path.read_text()), "endingSince": service.now_ms() - ago}
     path.write_text(json.dumps(record))
     again = make_supervisor()
     wait_until(lambda: again.status()["state"] == "ready")
