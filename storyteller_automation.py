@@ -764,7 +764,7 @@ CLOSING_GRACE = 3.0  # the same when the console closes: Windows ends this proce
 
 
 def on_end_signal(stop: Callable[[float], None], ended: threading.Event) -> object:
-    """Call stop(grace in seconds) on SIGINT and SIGTERM; on Windows on Ctrl+C, Ctrl+Break and the console's closing.
+    """Call stop(grace in seconds) on Ctrl+C, and when the console closes; elsewhere than on Windows also on SIGTERM.
     The caller sets `ended` after the shutdown, and keeps a reference to the result, because Windows keeps none."""
     if sys.platform == "win32":
         # Python would run its handlers only after the main thread's select, and has no signal for the closing.
@@ -779,8 +779,15 @@ def on_end_signal(stop: Callable[[float], None], ended: threading.Event) -> obje
         handler = ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint32)(handle)
         _win32("kernel32.SetConsoleCtrlHandler", "NPN", handler, 1)
         return handler
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop(GRACE))
+
+    def end(number: int, frame: object) -> None:
+        if number == signal.SIGHUP:  # the shell of a terminal that closes sends it again
+            signal.signal(number, signal.SIG_IGN)
+        stop(GRACE)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(number, end)
     return None
 
 

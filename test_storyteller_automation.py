@@ -12110,6 +12110,26 @@ def test_a_signal_or_ctrl_c_stops_the_service_in_order_with_code_0(start_service
         pass
 
 
+@NO_SIGNALS
+def test_a_closed_terminal_stops_the_service_in_order_however_often_it_is_said(start_service):
+    running = start_service()
+    wait_until(lambda: running.process.send_signal(signal.SIGHUP) or running.process.poll() is not None)
+    assert running.process.returncode == 0
+    assert has_ended_in_order(running.folder)
+
+
+@NO_SIGNALS
+def test_a_service_that_ignores_the_closed_terminal_runs_on(start_service):
+    """As nohup starts it."""
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it is inherited
+    try:
+        running = start_service()
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+    running.process.send_signal(signal.SIGHUP)
+    assert running.call("GET", "/health")[0] == 200
+
+
 # The service, which calls its own console handler as Windows does, once it has read a line. When the handler of a
 # closing console returns, Windows ends the process.
 SELF_SIGNALLED = """
