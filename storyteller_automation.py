@@ -6937,7 +6937,7 @@ async function readEvents(reader) {
     const blocks = (text + value).split("\n\n");
     text = blocks.pop();
     for (const block of blocks) {
-      const field = (name) => new RegExp(`^${name}: ?(.*)$`, "m").exec(block)?.[1];
+      const field = (name) => new RegExp(`^${name}: ?([^\n]*)`, "m").exec(block)?.[1];
       EVENTS[field("event")]?.(JSON.parse(field("data")));
     }
     if (blocks.length) render();

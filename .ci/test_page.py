@@ -192,7 +192,7 @@ class StandIn:
 
 
 def event(name: str, data: Any) -> bytes:
-    return f"id: {name}\nevent: {name}\ndata: {json.dumps(data)}\n\n".encode()
+    return f"id: {name}\nevent: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
 
 
 # The browser -----------------------------------------------------------------------------------------
@@ -582,6 +582,13 @@ def test_text_from_the_service_is_never_html(open_page, server):
     wait_until(lambda: bad in browser.run("return document.querySelector('#log').textContent"))
     assert browser.text().count(bad) >= 6
     assert browser.run("return document.querySelectorAll('img, b:has(b)').length") == 0
+
+
+def test_a_title_may_contain_a_line_separator(open_page, server):
+    browser = open_page(sessions=[session(1, "ready", title="First\u2028second")])
+    browser.wait_for("second", "Sessions")
+    server.send("session", session(2, "ready", title="Third\u2029fourth"))
+    browser.wait_for("fourth", "Sessions")
 
 
 # SwarmUI ---------------------------------------------------------------------------------------------
