@@ -6959,7 +6959,7 @@ async function connect() {
       const response = await request("events", { signal: aborter.signal });
       const reason = response.ok ? "" : await errorOf(response);
       if (response.ok) await readEvents(response.body.pipeThrough(new TextDecoderStream()).getReader());
-      else if (response.status < 500 && mine === generation) askForToken(reason);
+      else if ([400, 401, 403].includes(response.status) && mine === generation) askForToken(reason);
     } catch { /* the service cannot be reached, or was silent for too long */ }
     if (mine !== generation) return;
     aborter.abort();

@@ -187,6 +187,9 @@ class StandIn:
     def stop(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+        self.end_streams()
+
+    def end_streams(self) -> None:
         for stream in list(self.streams):
             stream.put(None)
 
@@ -434,6 +437,19 @@ def test_the_page_names_the_permission_that_a_request_lacks(browser, server, ope
     server.answers["/api/v1/events"] = 403, {"error": "This token lacks the permission events:read."}
     browser.call("POST", "/refresh")
     browser.wait_for("lacks the permission events:read")
+
+
+@pytest.mark.parametrize("status", [404, 429])
+def test_the_page_forgets_no_token_because_of_a_status_that_says_nothing_about_it(open_page, server, status):
+    browser = open_page()
+    browser.run("$('section .remember').click()")
+    server.answers["/api/v1/events"] = status, {"detail": "from another program on the port"}
+    server.end_streams()
+    seen = "return performance.getEntriesByType('resource').some((one) => one.responseStatus === arguments[0])"
+    wait_until(lambda: browser.run(seen, status))
+    del server.answers["/api/v1/events"]
+    browser.wait_for("All is well")
+    assert browser.run("return localStorage.length") == 1
 
 
 def test_a_region_names_the_permission_that_it_lacks(browser, server, open_page):
