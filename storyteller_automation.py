@@ -6872,7 +6872,7 @@ function showSwarmUI() {
 
 function showNotifications() {
   const items = [...data.notifications.values()];
-  show($("#notifications .none"), items.length ? "" : "None pending");
+  show($("#notifications .none"), items.length ? "" : data.service.storeUp ? "None pending" : "Not known");
   show($("#notifications .chip"), items.length ? `${items.length}${data.isPartial ? "+" : ""}` : "");
   $("#all").hidden = items.length < 2;
   fill($("#notifications ul"), items, (one) => one.id, (row, one) => {
@@ -7708,11 +7708,11 @@ def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
     def since(time: object) -> str:
         return str(timedelta(seconds=max(0, service["now"] - (read_time(time) or service["now"])) // 1000))
 
-    gpu, queue = state["gpu"] or {"error": "not known yet"}, swarmui["queue"]
+    gpu, queue, ending = state["gpu"] or {"error": "not known yet"}, swarmui["queue"], service["tokensEnding"]
     figures = "{utilization} % use, {memoryUsed} of {memoryTotal} MiB, {temperature} °C"
     active = [session for session in state["sessions"] if session["step"] in ("beats_ready", "prompts")]
     newest = "; {totalPrompts} of {promptsNeeded} prompts of session {sessionTimestamp} {title}"
-    ending = "not known" if service["tokensEnding"] is None else "none ends within 3 days"
+    none = "none" if service["storeUp"] else "not known"  # a `state` without the store has an empty list
     error = f": {swarmui['lastError']}" if swarmui["lastError"] else ""
     queued = f", {queue['live']} generating, {queue['waiting']} waiting" if queue else ""
     count = f"{len(pending)}{'+' * (len(pending) >= Live.NOTIFICATIONS)}"  # `state` has no more of them
@@ -7722,11 +7722,11 @@ def status_lines(state: Mapping[str, Any], url: str) -> Iterator[str]:
         "store": service["store"] + ("" if service["storeUp"] else " (unavailable or read-only)"),
         "alerts": "; ".join(one["text"].rstrip(".") for one in state["alerts"] if one["state"] == "raised") or "none",
         "sessions": f"{len(active) or 'none'} in progress{newest.format_map(active[0]) if active else ''}",
-        "notifications": f"{count} pending, the oldest for {since(pending[0]['timestamp'])}" if pending else "none",
+        "notifications": f"{count} pending, the oldest for {since(pending[0]['timestamp'])}" if pending else none,
         "GPU": gpu["error"] or figures.format_map(gpu),
         "reserved": f"by {lease['holder']} until {lease['expiresAt']}" if lease else "by nobody",
         "SwarmUI": f"{swarmui['state']} for {since(swarmui['since'])}{queued}{error}",
-        "tokens": f"end soon: {service['tokensEnding']}" if service["tokensEnding"] else ending,
+        "tokens": f"end soon: {ending}" if ending else "not known" if ending is None else "none ends within 3 days",
     }.items():
         yield f"  {name:<14} {' '.join(text.split())}"
 

@@ -13709,6 +13709,11 @@ def test_status_does_not_know_which_tokens_end_if_the_store_was_never_read(start
     assert re.search(r"\n  tokens +not known\n", run_module("status", STORYTELLER_API_TOKEN=TOKEN).stdout)
 
 
+def test_status_does_not_know_which_notifications_are_pending_while_the_store_is_away(start_service, run_module):
+    start_service(REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")
+    assert re.search(r"\n  notifications +not known\n", run_module("status", STORYTELLER_API_TOKEN=TOKEN).stdout)
+
+
 def test_status_and_check_print_an_address_that_can_be_opened(start_service, run_module):
     running = start_service(STORYTELLER_HOST="0.0.0.0")
     settings = {"STORYTELLER_API_TOKEN": TOKEN, "STORYTELLER_HOST": "0.0.0.0", "STORYTELLER_PORT": str(running.port)}

@@ -765,6 +765,12 @@ def test_a_notification_that_another_program_removed_does_not_stop_acknowledge_a
     assert "not found" not in browser.text("Notifications")
 
 
+def test_the_page_does_not_know_which_notifications_are_pending_while_the_store_is_away(open_page, server):
+    browser = open_page(notifications=[], service={**state()["service"], "storeUp": False})
+    browser.wait_for("Not known", "Notifications")
+    assert "None" not in browser.text("Notifications")
+
+
 # The connection --------------------------------------------------------------------------------------
 
 
