@@ -6145,15 +6145,18 @@ class Endpoint:
         except Exception:
             log.exception("http: %s %s failed, request %s", method, route.path if route else "", request_id)
             response = json_response({**shape, "error": "Internal server error"}, 500)
+        except GeneratorExit:  # the client left during a wait: no response is sent, so metrics count none
+            response = Response(b"", 0)
         # Polls would fill the log, so they are logged at DEBUG.
         level = logging.DEBUG if response.status < 400 and method in ("GET", "HEAD", "OPTIONS") else logging.INFO
         seconds = time.monotonic() - began
-        services.responses[method if method in self.METHODS else "other", self.template, response.status] += 1
-        services.response_seconds += seconds - sum(waits)
+        if response.status:
+            services.responses[method if method in self.METHODS else "other", self.template, response.status] += 1
+            services.response_seconds += seconds - sum(waits)
         if log.isEnabledFor(level):
             # The id of a reservation is a secret: it is masked, also in a misspelt path.
             masked = re.sub(r"(?is)(?<=/reservation/).+|[\w-]{43,}", "...", environ.get("bottle.raw_path", ""))
-            values = method, masked, response.status, caller.subject, seconds * 1000, request_id
+            values = method, masked, response.status or 499, caller.subject, seconds * 1000, request_id
             log.log(level, "http: %s %s %d %s %.1f ms %s", *values)
         headers = {**COMMON_HEADERS, **response.headers, "X-Request-Id": request_id}
         if origin:  # without these headers the page sees a network error, whatever the status is

@@ -9095,6 +9095,29 @@ def test_a_client_that_leaves_while_it_waits_does_not_affect_others(poll_service
         assert polled.check() == []
 
 
+@pytest.mark.parametrize(("method", "level"), [("POST", "INFO"), ("GET", "DEBUG")])
+def test_a_request_whose_client_leaves_while_it_waits_is_one_log_line_and_no_response(
+    poll_service, store, nvidia_smi, tmp_path, caplog, method, level
+):
+    caplog.set_level("DEBUG", "storyteller")
+    release = tmp_path / "release"
+    polled = poll_service(store, nvidia_smi=nvidia_smi({**GOOD, "after": str(release)}, {}))
+    assert polled.ask("POST", RESERVATION, {"holder": "first", "ttlSeconds": 60})[0] == 201
+    status = request_of("GET", "/api/v1/gpu/status")
+    with send_request(polled.port, status) as running:
+        wait_until((tmp_path / "runs").exists)
+        with wait_for_gpu(polled.port, "leaves") if method == "POST" else send_request(polled.port, status):
+            wait_until(lambda: polled.in_flight() == 2)
+        wait_until(lambda: polled.in_flight() == 1)
+        release.touch()
+        assert answer_of(running)[0] == 200
+    path = RESERVATION if method == "POST" else "/api/v1/gpu/status"
+    (record,) = [record for record in caplog.records if " 499 " in record.getMessage()]
+    assert record.levelname == level
+    assert re.fullmatch(rf"http: {method} {path} 499 api-token \d+\.\d ms [0-9a-f]{{16}}", record.getMessage())
+    assert {status for _, _, status in polled.services.responses} == {200, 201}
+
+
 def test_a_response_that_cannot_be_sent_closes_only_its_connection(poll_service, fail_once, caplog):
     polled = poll_service()
     fail_once(service.Activity, "responded", RuntimeError("an internal error"))
