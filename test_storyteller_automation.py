@@ -10229,6 +10229,28 @@ def test_a_connection_that_is_idle_for_too_long_is_closed(serving, make_app, mon
         assert client.recv(1) == b""
 
 
+def test_clients_can_use_their_idle_connections_for_a_second_after_the_pc_slept(serving, make_app, monkeypatch):
+    clock = Clock(time.monotonic())
+    monkeypatch.setattr(time, "monotonic", clock)
+    with send_requests(serving(make_app().app).port, [POLL] * 3) as (resuming, silent, other):
+
+        def take_a_turn() -> None:
+            for _ in range(2):  # the sweep of the first is over by the second
+                other.sendall(POLL.encode())
+                assert answer_of(other)[0] == 200
+
+        assert [answer_of(client)[0] for client in (resuming, silent, other)] == [200] * 3
+        clock.now += 3600
+        take_a_turn()
+        resuming.sendall(POLL.encode())
+        assert answer_of(resuming)[0] == 200
+        clock.now += 1
+        take_a_turn()
+        assert silent.recv(1) == b""
+        resuming.sendall(POLL.encode())
+        assert answer_of(resuming)[0] == 200
+
+
 def test_near_the_limit_of_connections_the_oldest_idle_ones_are_closed_first(
     start_service, change_module, nvidia_smi, tmp_path
 ):
