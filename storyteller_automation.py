@@ -3730,18 +3730,18 @@ class Reservations:
         return self._loop.ask(question, cancellable=wait is not None)
 
     def _turn(self) -> float:
-        asked, is_due = list(self._loop.asked.items()), self._clock() - self._read_at >= self.INTERVAL
+        asked = list(self._loop.asked.items())
+        is_due = (asked or self._watches or self._unclaimed) and self._clock() - self._read_at >= self.INTERVAL
         try:
-            if any(one.asked_at >= self._read_at for _, one in asked) or (is_due and (asked or self._watches)):
+            if is_due or any(one.asked_at >= self._read_at for _, one in asked):
                 self._read()
             for future, one in sorted(asked, key=lambda pair: pair[1].deadline is not None):
                 self._answer(future, one)
         except Unavailable as fault:  # who asked meanwhile gets an answer in the next turn
             self._loop.answer(fault, *(future for future, _ in asked))
         waiting = list(self._loop.asked.values())
-        if not (waiting or self._watches):
-            return 3600.0
-        times = [self._read_at + self.INTERVAL]
+        times = [self._clock() + 3600.0]
+        times += [self._read_at + self.INTERVAL] if waiting or self._watches or self._unclaimed else []
         times += [self._parsed[1], *(one.deadline or 0.0 for one in waiting)] if waiting else []
         return max(0.0, min(times) - self._clock())
 
@@ -3764,6 +3764,7 @@ class Reservations:
         self._swap(None)
         with contextlib.suppress(NotFound):
             self._apply(functools.partial(renewed, self._unclaimed, 0))
+        self._unclaimed = "" if self.known else self._unclaimed  # another's is current: ours can come no more
 
     def _swap(self, after: bytes | None) -> None:
         """Store `after` unless another instance changed the record (None: only read it). Parse what is stored then."""

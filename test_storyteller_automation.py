@@ -3827,6 +3827,49 @@ def test_a_reservation_whose_reply_from_the_store_was_lost_is_released(make_pc, 
     assert pc.reserve("b")["holder"] == "b"
 
 
+@pytest.mark.parametrize("reads", [0, 3], ids=["stored at once", "stored later"])
+def test_a_reservation_that_nobody_knows_is_released_though_nobody_asks(make_pc, store, twin, monkeypatch, reads):
+    """It is stored by a Redis that hung, when it continues."""
+    monkeypatch.setattr(service.Reservations, "INTERVAL", 0.01)
+    swap, late, read = store.swap_reservation, [], threading.Semaphore(0)
+
+    def lose(host: str, before: Any, after: Any) -> Any:
+        if after and not late:
+            late.append((host, before, after))
+            raise service.Unavailable("lost")
+        read.release()
+        return swap(host, before, after)
+
+    monkeypatch.setattr(store, "swap_reservation", lose)
+    pc, other = make_pc(store), make_pc(twin)
+    pc.reserve("a", 3600, 503)
+    assert all(read.acquire(timeout=PATIENCE) for _ in range(1 + reads))  # the first one is of the request
+    assert b'"holder":"a"' in swap(*late[0])
+    wait_until(lambda: other.shown() is None)
+
+
+def test_an_instance_reads_no_more_once_another_has_reserved_what_it_may_have(make_pc, store, twin, monkeypatch):
+    monkeypatch.setattr(service.Reservations, "INTERVAL", 0.01)
+    swap, lost, reads = store.swap_reservation, [service.Unavailable("lost")], {"ours": 0, "gated": 0}
+
+    def count(name: str, swap: Any, *given: Any) -> Any:
+        if given[2] and lost:
+            raise lost.pop()
+        reads[name] += 1
+        return swap(*given)
+
+    monkeypatch.setattr(store, "swap_reservation", functools.partial(count, "ours", swap))
+    ours, other = make_pc(store), make_pc(twin)
+    ours.reserve("a", 3600, 503)
+    other.reserve("b", 3600)
+    wait_until(lambda: ours.reservations.known)
+    monkeypatch.setattr(twin, "swap_reservation", functools.partial(count, "gated", twin.swap_reservation))
+    gated, before = make_pc(twin, gates=True), reads["ours"]
+    wait_until(lambda: reads["gated"] >= 10)
+    assert gated.reservations.known
+    assert reads["ours"] == before
+
+
 def test_a_reservation_for_a_client_that_just_left_goes_to_the_next(make_pc, store, monkeypatch):
     swap, waiting = store.swap_reservation, []
 
