@@ -3589,7 +3589,7 @@ class GpuMonitor:
 
     def __init__(self, query: Callable[[set[Program]], GpuStatus], ttl: float, clock: Clock = time.monotonic) -> None:
         self._query, self._ttl, self._clock = query, ttl, clock
-        self._running: set[Program] = set()  # the children of the current run
+        self._running: set[Program] = set()  # the children of the current run, and of one that could not be ended
         self.last: tuple[GpuStatus, float] | None = None  # with the time by `clock` when its run ended
         self._history: dict[int, tuple[int, GpuStatus]] = {}  # by step: time in ms, status
         self._report = functools.lru_cache(100)(functools.partial(log.warning, "gpu: nvidia-smi works, but says: %s"))
@@ -3764,7 +3764,8 @@ class Reservations:
         self._swap(None)
         with contextlib.suppress(NotFound):
             self._apply(functools.partial(renewed, self._unclaimed, 0))
-        self._unclaimed = "" if self.known else self._unclaimed  # another's is current: ours can come no more
+        if self.known:  # another's is current: ours can come no more
+            self._unclaimed = ""
 
     def _swap(self, after: bytes | None) -> None:
         """Store `after` unless another instance changed the record (None: only read it). Parse what is stored then."""
