@@ -1418,7 +1418,7 @@ class Copies:
     storyart: bytes | None
     synced: tuple[str, str] = ("", "")  # both fingerprints when they were last in step; "" if they never were
     by_storyart: bool = False  # whether StoryArt has written this session
-    latest: bytes | None = None  # session:latest, if both it and StorySwarm's copy were changed
+    latest: bytes | None = None  # session:latest, if it was changed: StorySwarm's copy of this session as well
 
     @functools.cached_property
     def current(self) -> tuple[str, str]:
@@ -2283,14 +2283,11 @@ class BridgedStore(RedisStore):
         keys = (*self.INDEXES, self.LATEST, self.LEASE, self.MET)
         return list(map(int, self._run(_LUA_LOOK, keys, owner, ttl, count, *further).split()))
 
-    def sync(
-        self, timestamp: int, decide: Callable[[Copies], Change | None], latest: bytes | None = None,
-        before: Copies | None = None,
-    ) -> Copies:  # fmt: skip
-        """Write what decide() returns for the two copies, as transact() does, and return the copies that it was given.
-        `latest` is a changed session:latest; it replaces StorySwarm's copy if `before`, the copies until then, has that
-        one unchanged. A copy gets the TTL of the one that it is made from (7 days if that has none), but never a
-        shorter one than it has. Raises the ValueError of decide(), and ValueError for a key that is not a string."""
+    def sync(self, timestamp: int, decide: Callable[[Copies], Change | None], latest: bytes | None = None) -> Copies:
+        """Write what decide() returns for the copies, as transact() does, and return the copies that it was given.
+        `latest` is a changed session:latest. A copy gets the TTL of the one that it is made from (7 days if that has
+        none), but never a shorter one than it has. Raises the ValueError of decide(), and ValueError for a key that is
+        not a string."""
         keys = self._session_keys(timestamp)
         reads: list[_Command] = [("HMGET", keys[2], "storyswarm", "storyart", "byStoryArt"), ("EXISTS", self.MET)]
         reads += [("PTTL", keys[2]), *((verb, key) for key in keys[:2] for verb in ("PTTL", "GET"))]
@@ -2306,27 +2303,23 @@ class BridgedStore(RedisStore):
             draft = None  # this may be a retry
             if any(map(is_wrong_type, replies)):
                 raise ValueError("its key is not a string")
-            meta, is_met, meta_ttl, ttl, document, storyart_ttl, storyart, *of_latest = map(result_of, replies)
+            meta, is_met, meta_ttl, ttl, storyswarm, storyart_ttl, storyart, *of_latest = map(result_of, replies)
             if of_latest and (of_latest[0] != latest or of_latest[2] == fingerprint_of(latest).encode()):
                 return []  # it was written again meanwhile, or is in step already
             *synced, by_storyart = [(field or b"").decode("utf-8", "replace") for field in meta]
-            if before and before.is_changed(1):  # both programs have written: StoryArt's prompts win
-                synced[1] = ""
-            merges = latest is None or (before and before.is_changed(0))
-            storyswarm, second = (document, latest) if merges else (latest, None)
-            copies = Copies(timestamp, storyswarm, storyart, (synced[0], synced[1]), by_storyart == "1", second)
+            copies = Copies(timestamp, storyswarm, storyart, (synced[0], synced[1]), by_storyart == "1", latest)
             change = decide(copies)
             # A copy that was saved again unchanged outlives the metadata. Below a minute that does not matter.
             is_kept = meta_ttl == -1 or (-1 not in (ttl, storyart_ttl) and meta_ttl + 60_000 > max(ttl, storyart_ttl))
             if change is None and latest is None and is_kept:
                 return []
             change = change or Change(by_storyart=copies.by_storyart)
-            written = (change.storyswarm or (storyswarm if storyswarm != document else None), change.storyart)
+            written = change.storyswarm, change.storyart
             synced = [old if new is None else fingerprint_of(new) for new, old in zip(written, copies.current)]
             fields = ("storyswarm", synced[0], "storyart", synced[1], "byStoryArt", int(change.by_storyart))
             commands: list[_Command] = [("HSET", keys[2], *fields)]
             ttls = (ttl, storyart_ttl), (storyart_ttl, ttl)
-            for key, index, new, old, (own, other) in zip(keys, self.INDEXES, written, (document, storyart), ttls):
+            for key, index, new, old, (own, other) in zip(keys, self.INDEXES, written, (storyswarm, storyart), ttls):
                 source = of_latest[1] if of_latest else other
                 life = max(own, source if source > 0 else TTL_MS)
                 if new is not None:
@@ -2994,8 +2987,27 @@ def _add_missing(document: dict[str, Any], other: Mapping[str, Any]) -> None:
 def decide(copies: Copies) -> Change | None:
     """The change that brings the copies in step; None if they are. StorySwarm may have read a session before the user
     edited it in StoryArt: once StoryArt has written it, the text, beats and order of StoryArt's copy stay. They also
-    stay if StorySwarm has written two copies. Raises ValueError if a copy is not a session: then both stay."""
-    timestamp, swarm, art, latest = copies.timestamp, copies.storyswarm, copies.storyart, copies.latest
+    stay if StorySwarm has written two copies. Raises ValueError if a copy is not a session, but an unreadable one of
+    StorySwarm's is replaced by a `latest`."""
+    if copies.latest is None:
+        return _decide(copies)
+    try:
+        first, has_two = _decide(copies), copies.is_changed(0)
+    except (ValueError, RecursionError):
+        first, has_two = None, False
+    first = first or Change(by_storyart=copies.by_storyart)
+    swarm, art = first.storyswarm or copies.storyswarm, first.storyart or copies.storyart
+    synced = fingerprint_of(swarm), "" if copies.is_changed(1) else fingerprint_of(art)  # "": StoryArt's prompts win
+    swarm, second = (swarm, copies.latest) if has_two else (copies.latest, None)
+    last = _decide(Copies(copies.timestamp, swarm, art, synced, first.by_storyart), second) or first
+    swarm, art = last.storyswarm or swarm, last.storyart or art
+    is_new = swarm != copies.storyswarm, art != copies.storyart
+    return Change(swarm if is_new[0] else None, art if is_new[1] else None, last.by_storyart, last.draft)
+
+
+def _decide(copies: Copies, latest: bytes | None = None) -> Change | None:
+    """decide() without `copies.latest`. `latest` is one that is to be merged into StorySwarm's copy."""
+    timestamp, swarm, art = copies.timestamp, copies.storyswarm, copies.storyart
     swarm_changed, art_changed = copies.is_changed(0) or latest not in (None, swarm), copies.is_changed(1)
     by_storyart = copies.by_storyart or art_changed
     if not swarm_changed and not art_changed:  # a copy that is gone stays so until the other one is written
@@ -3081,17 +3093,16 @@ class Bridge:
                 self._store.unreadable_latest, fault = len(copy), facts.fault or "it has no timestamp"
                 self._report("session:latest is left as it is, because it is not a session", fault)
                 return 0
-            before = self._sync(facts.timestamp)
-            if not self._sync(facts.timestamp, copy, before):
+            if not self._sync(facts.timestamp, copy):
                 self._store.unreadable_latest = len(copy)
             return facts.timestamp
         except Unavailable as fault:
             self._report("session:latest is not in step", str(fault))
             return 0
 
-    def _sync(self, timestamp: int, latest: bytes | None = None, before: Copies | None = None) -> Copies | None:
+    def _sync(self, timestamp: int, latest: bytes | None = None) -> Copies | None:
         try:
-            return self._store.sync(timestamp, decide, latest, before)
+            return self._store.sync(timestamp, decide, latest)
         except (ValueError, RecursionError) as fault:  # json reads deeper nesting than it can write
             self._report(f"session {timestamp} is left as it is, because a copy is not a session", str(fault))
             return None

@@ -7421,14 +7421,27 @@ def test_a_change_records_whether_storyart_ever_wrote_the_session(before, now, b
 @pytest.mark.parametrize(
     "now, latest, after",
     [
-        pytest.param(both("w", "a", "b"), story("new", None, "c"), both("w", "a", "c"), id="a changed prompt wins"),
-        pytest.param(both("w", "a"), story("older", None), both("w", "a"), id="nothing new in it"),
-        pytest.param(both("w", "a", None), story("w", "a", "c"), both("w", "a", "c"), id="a further prompt"),
+        pytest.param(IN_STEP, story("w", None, "c"), both("w", None, "c"), id="it replaces an unchanged copy"),
+        pytest.param((b"junk", IN_STEP[1]), story("w", "c"), both("w", "c"), id="it replaces an unreadable copy"),
+        pytest.param((None, IN_STEP[1]), story("w", "c"), both("w", "c"), id="it replaces a copy that is gone"),
+        pytest.param(
+            (story("w", "b", None), IN_STEP[1]), story("w", None, "c"), both("w", "b", "c"), id="both have a prompt"
+        ),
+        pytest.param((story("w", "b"), IN_STEP[1]), story("w", "c"), both("w", "c"), id="its prompt wins"),
+        pytest.param((story("w", "b"), IN_STEP[1]), story("older", None), both("w", "b"), id="nothing new in it"),
+        pytest.param(
+            (IN_STEP[0], spoken("edited", "d", None)), story("w", "b", "c"), both("edited", "d", "c"),
+            id="StoryArt's prompt wins if its copy was changed too",
+        ),
+        pytest.param(
+            (story("w", "b", "b"), spoken("edited", "d", None)), story("w", "c", "c"), both("edited", "d", "b"),
+            id="all three were changed",
+        ),
     ],
-)
-def test_a_changed_latest_is_merged_into_both_copies_if_storyswarms_copy_was_changed_too(now, latest, after):
-    change = service.decide(dataclasses.replace(copies_of(now, now), latest=to_bytes(latest)))
-    assert copies_after(change, now) == list(after)
+)  # fmt: skip
+def test_a_changed_latest_replaces_storyswarms_copy_or_is_merged_into_it_if_that_was_changed_too(now, latest, after):
+    change = service.decide(dataclasses.replace(copies_of(now, IN_STEP), latest=to_bytes(latest)))
+    assert copies_after(change, [None if copy == b"junk" else copy for copy in now]) == list(after)
 
 
 @pytest.mark.parametrize(
@@ -7836,6 +7849,21 @@ def test_writes_to_its_key_and_to_latest_are_merged(bridged, storyart, storyswar
     bridged.look()
     assert storyart.make_images() == ["a cat", "a dog"]
     assert storyswarm.load() == story("w", "a cat", "a dog")  # with strings, as it wrote them
+
+
+def test_a_copy_that_is_written_just_before_a_latest_is_applied_is_merged_too(bridged, storyswarm, monkeypatch):
+    bridged.put(story("w", None, None))
+    storyswarm.write_latest(story("w", "a cat", None))
+    sync = bridged.store.sync
+
+    def sync_late(timestamp: int, decide: Any, latest: Any = None, *rest: Any) -> Any:
+        if latest:
+            storyswarm.write(story("w", None, "a dog"))
+        return sync(timestamp, decide, latest, *rest)
+
+    monkeypatch.setattr(bridged.store, "sync", sync_late)
+    bridged.look()
+    assert storyswarm.load() == story("w", "a cat", "a dog")
 
 
 def test_an_older_latest_changes_nothing_at_the_first_look(make_bridged, storyart, storyswarm, other_program):
