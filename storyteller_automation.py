@@ -3404,9 +3404,10 @@ class PendingChanges:
     def _add_new(self, rows: Iterable[tuple[bytes, float]]) -> list[str | bytes]:
         """Track and publish the members that are not known yet. Returns the key of each row."""
         keys, fresh, now = list[str | bytes](), dict[str | bytes, Notification | None](), now_ms()
+        newest = self._newest
         for member, score in rows:
             at = min(int(min(score, LARGEST)), now)  # another program's score may be infinite or in the future
-            self._newest = max(self._newest, at)
+            newest = max(newest, at)
             own = _OWN_PENDING.match(member)
             keys.append(key := own[1].decode() if own else hashlib.sha256(member).digest())
             if key in self._known:
@@ -3418,6 +3419,7 @@ class PendingChanges:
                 found = self._notifications.read(member, score)
                 fresh[key] = found and found._replace(since=at)
         marked = self._store.acknowledged([found.id for found in fresh.values() if found])
+        self._newest = newest  # not before: if the store fails above, add_newer() finds these rows again
         self._add_own()  # first: its events are published even if it is acknowledged by now
         for key, one in fresh.items():
             if key not in self._known and key not in self._ended:
@@ -4984,6 +4986,7 @@ class Alerts:
         # Both are replaced, never changed in place, so any thread may read them.
         self.raised: Mapping[str, Alert] = {}  # by kind
         self.ended: tuple[Alert, ...] = ()  # the newest first
+        self._looked_at = clock()
         self._changed: dict[str, float] = {}  # by kind: since when the condition differs from `raised`, by the clock
         self._unsent: collections.deque[Alert] = collections.deque()
         self._tries = 0  # of the oldest one
@@ -5003,6 +5006,9 @@ class Alerts:
         """Raise and end alerts by a new snapshot. Returns the seconds until the next look."""
         age = self.INTERVAL if self.raised else 5 * self.INTERVAL  # so that an end is noticed soon
         found = find_conditions(self._observer.look(age), self._settings, self._observer.wall())
+        if self._clock() - self._looked_at > 30:  # the PC slept: a condition has not lasted for that time
+            self._changed.clear()
+        self._looked_at = self._clock()
         for kind, text in found.items():
             if text is not None:
                 self._advance(kind, text)
@@ -6349,7 +6355,7 @@ class Listener:
     deadline: float  # and until when, in monotonic seconds
     stream: Stream = dataclasses.field(default_factory=Stream)
     sent_at: float = -math.inf  # monotonic seconds
-    lacks_store: bool = False  # its `state` was sent while the store was unavailable
+    store_up: bool = True  # as its last `state` says
 
     def is_ready(self, now: float) -> bool:
         return now >= self.deadline or all(need.done() for need in self.needs)
@@ -6546,10 +6552,10 @@ class Live:
                 listener.send(event.text)
 
     def _admit(self, ready: Sequence[tuple[Future[Any], Listener]]) -> None:
-        """Send those that join `state` or what they missed; send `state` again where the first one lacked the store."""
-        lacking = [one for one in self._listeners if one.lacks_store and self._store_up]
-        parts = self._state_parts() if ready or lacking else {}
-        for listener in lacking:
+        """Send `state`, or what they missed, to those that join, and `state` to all when the store goes or is back."""
+        outdated = [one for one in self._listeners if one.store_up != self._store_up]
+        parts = self._state_parts() if ready or outdated else {}
+        for listener in outdated:
             listener.send(self._state(listener, parts))
         for joining, listener in ready:
             found = re.fullmatch(rf"{self._run_id}-([0-9]{{1,15}})(\.[0-9]+)?", listener.last_id)
@@ -6582,7 +6588,7 @@ class Live:
         return {**self._others, **changing, "service": service}
 
     def _state(self, listener: Listener, parts: Mapping[str, Any]) -> bytes:
-        listener.lacks_store = not self._store_up
+        listener.store_up = self._store_up
         wanted = {"service", *listener.types}
         shown = {name: part for name, part in parts.items() if STATE_PARTS.get(name, name) in wanted}
         if "alerts" in shown:

@@ -7054,6 +7054,14 @@ def test_any_other_condition_raises_and_ends_its_alert_at_once(alerts_rig, kind,
     assert alerts_rig.events_in(5, **good) == [(kind, "ended")]
 
 
+def test_a_transient_condition_has_not_lasted_while_the_pc_slept(alerts_rig):
+    assert alerts_rig.events_in(2, fault="Redis is away.") == []
+    alerts_rig.clock.now += 8 * 3600
+    alerts_rig.wall.now += 8 * 3_600_000
+    assert alerts_rig.events_in(60, fault="Redis is away.") == []
+    assert alerts_rig.events_in(1, fault="Redis is away.") == [("store", "raised")]
+
+
 def test_an_unknown_condition_neither_raises_nor_ends_an_alert(alerts_rig):
     assert alerts_rig.events_in(3, pending=pending_since(40)) == [("unacknowledged", "raised")]
     assert alerts_rig.events_in(100) == []
@@ -9355,6 +9363,24 @@ def test_each_step_of_a_session_is_one_event_in_order(polled, listen):
 
 
 @pytest.mark.usefixtures("fast_polling")
+def test_a_session_whose_notification_could_not_be_read_yet_does_not_count_as_acknowledged(
+    polled, twin, listen, monkeypatch
+):
+    events, acknowledged, faults = listen(polled, "?types=session"), polled.services.store.acknowledged, ["away"]
+    events.next()
+
+    def fail_first(ids: list[str]) -> set[str]:
+        if ids and faults:
+            raise service.Unavailable(faults.pop())
+        return acknowledged(ids)
+
+    monkeypatch.setattr(polled.services.store, "acknowledged", fail_first)
+    twin.save(T, service.Change(json.dumps(with_beats(DONE)).encode(), draft=draft()))
+    assert events.next("session")["step"] == "ready"
+    assert not faults
+
+
+@pytest.mark.usefixtures("fast_polling")
 def test_deletions_are_events(polled, listen):
     made = create_notification(polled, T)
     for timestamp in (T, T + 1, 0):
@@ -9512,10 +9538,10 @@ def test_a_session_that_moves_up_into_the_newest_ones_is_not_an_event(
 
     monkeypatch.setattr(polled.services.store, "read_sessions", read_sessions)
     other_program.delete(f"session:{T + 3}")  # which leaves its index entry
-    assert events.next() == {"sessionTimestamp": T + 3, "step": "deleted"}
+    assert events.next("session") == {"sessionTimestamp": T + 3, "step": "deleted"}
     wait_until(lambda: T in polled.services.live._sessions._published)
     polled.ask("PUT", f"/api/v1/session/{T + 2}", SESSION)
-    assert events.next()["sessionTimestamp"] == T + 2
+    assert events.next("session")["sessionTimestamp"] == T + 2
 
 
 @pytest.mark.usefixtures("fast_polling")
@@ -9899,6 +9925,18 @@ def test_events_continue_without_the_store_and_its_return_sends_the_state_again(
         forwarder.restore()
         state = events.next("state")
         assert (state["notifications"], state["service"]["storeUp"]) == ([made], True)
+
+
+def test_a_loss_of_the_store_sends_the_state_again(poll_service, forwarder, listen, monkeypatch):
+    monkeypatch.setattr(service.Live, "INTERVAL", 0.05)
+    with contextlib.closing(service.RedisStore(forwarder.url)) as store:
+        polled = poll_service(store)
+        create_notification(polled)
+        events = listen(polled, "?types=notification")
+        assert events.next()["service"]["storeUp"] is True
+        forwarder.cut()
+        state = events.next("state")
+        assert (state["notifications"], state["service"]["storeUp"]) == ([], False)
 
 
 def test_the_state_after_a_start_without_the_store_has_its_sessions(poll_service, forwarder, listen, monkeypatch):
