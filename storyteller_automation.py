@@ -1692,7 +1692,7 @@ class RedisClient:
                     return outcome
                 replies = self._send(connection, [("MULTI",), *commands, ("EXEC",)])
                 if errors := [reply for reply in replies if isinstance(reply, ApiError)]:
-                    return errors
+                    return errors[:1]  # the reason: the last one is EXECABORT
                 if (done := replies[-1]) is not None:
                     return [self.unavailable(reply) if isinstance(reply, Exception) else reply for reply in done]
             return Unavailable(f"{keys[0]} at {self.place} is changed all the time: try again.", 1)

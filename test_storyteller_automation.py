@@ -8511,6 +8511,8 @@ def test_while_redis_refuses_writes_reads_work_and_a_later_look_retries(make_bri
     for path in (ASKED["GET"], ASKED["latest"]):
         assert bridged.app.get(path).json["data"] == story("w", "a cat")
     assert bridged.app.get(ASKED["prompts-status"]).json["promptsReady"] is True
+    with pytest.raises(service.Unavailable, match="NOREPLICAS"):  # the reason in the alert
+        bridged.store.ping()
     with pytest.raises(service.Unavailable):
         bridged.look()
     bridged.bridge._turn()
