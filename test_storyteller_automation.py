@@ -612,6 +612,12 @@ def other_program(redis_url: str) -> Iterator[redis.Redis]:
         yield client
 
 
+def reads_of(client: redis.Redis) -> int:
+    """How often Redis has read from a connection, which counts round trips. Redis 5 does not count them."""
+    counted = client.info("stats").get("total_reads_processed")
+    return pytest.skip("this Redis is older than 6") if counted is None else counted
+
+
 @pytest.fixture
 def clock() -> Clock:
     """The clock of the stores, in ms."""
@@ -1786,10 +1792,10 @@ def test_a_session_is_read_in_at_most_two_round_trips(redis_store, other_program
         write = other_program.rpush if isinstance(value, list) else other_program.set
         write(f"{key}:{T}", *(value if isinstance(value, list) else [value]))
     redis_store.ping()  # connects
-    reads = other_program.info("stats")["total_reads_processed"]
+    reads = reads_of(other_program)
     found = redis_store.session(T)
     assert (found.document, found.saved, found.announced) == (document, None, None)
-    assert other_program.info("stats")["total_reads_processed"] - reads == trips + 1  # and this INFO
+    assert reads_of(other_program) - reads == trips + 1  # and this INFO
 
 
 def test_a_session_that_the_acl_forbids_to_read_fails_alone(own_redis):
@@ -2670,9 +2676,9 @@ def test_several_sessions_are_read_in_one_round_trip_and_parsed_only_on_demand(r
     redis_store.save(T, service.Change(json.dumps(episode(READY_BEAT)).encode()))
     redis_store.save(T + 1, service.Change(b"no JSON"))
     other_program.rpush(f"session:{T + 2}", "another type")
-    before = other_program.info("stats")["total_reads_processed"]
+    before = reads_of(other_program)
     *found, missing = redis_store.read_sessions([T, T + 1, T + 2, T + 3])
-    assert other_program.info("stats")["total_reads_processed"] - before == 2  # one is INFO's
+    assert reads_of(other_program) - before == 2  # one is INFO's
     assert (list(map(sessions.cached, found)), missing, parsed) == ([None, None, None], None, [])
     good, faulty, wrong = map(sessions.facts_of, found)
     assert good.progress.ready is True
@@ -2940,10 +2946,10 @@ def test_a_repeated_check_parses_nothing_and_makes_one_round_trip(redis_store, o
     created = notifications.create([draft(session=T + number) for number in range(60)])
     assert check_batch(notifications) == [found.id for found, _ in created]
     monkeypatch.setattr(service, "read_member", None)
-    before = other_program.info("stats")["total_reads_processed"]
+    before = reads_of(other_program)
     for count in range(1, 4):
         assert len(check_batch(notifications)) == 60
-        assert other_program.info("stats")["total_reads_processed"] - before == 2 * count  # one each is INFO's
+        assert reads_of(other_program) - before == 2 * count  # one each is INFO's
 
 
 def test_a_check_sees_what_another_program_adds_marks_and_unmarks(redis_store, other_program, clock):
