@@ -10788,7 +10788,7 @@ def test_connections_that_died_while_idle_cause_no_503(make_redis_app, forwarder
 
 def test_frequent_polls_reuse_a_connection_and_an_idle_one_is_checked_first(redis_store, other_program, pass_time):
     def made_and_checked() -> tuple[int, int]:
-        counts = other_program.info("everything")
+        counts = other_program.info("all")
         return counts["total_connections_received"], counts.get("cmdstat_ping", {"calls": 0})["calls"]
 
     other_program.config_resetstat()
