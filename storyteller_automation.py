@@ -1662,7 +1662,7 @@ class RedisClient:
 
     def close(self) -> None:
         self._probes.close()
-        self._pool.disconnect()
+        self._pool.disconnect(inuse_connections=False)  # the others end with their calls
 
     def exchange(self, commands: Sequence[_Command]) -> list[Any]:
         """Send commands, packed ones last, in one round trip. Returns the reply to each: bytes, int, None, a list of

@@ -10801,6 +10801,19 @@ def test_frequent_polls_reuse_a_connection_and_an_idle_one_is_checked_first(redi
     assert made_and_checked() == (1, 1)
 
 
+def test_a_call_at_work_when_the_redis_store_closes_gets_its_reply(forwarder, monkeypatch):
+    monkeypatch.setattr(service.RedisClient, "ANSWER_TIMEOUT", PATIENCE)
+    with ThreadPoolExecutor(1) as pool, contextlib.closing(service.RedisStore(forwarder.url)) as store:
+        read, is_reading = store._redis._read_reply, threading.Event()
+        forwarder.hang()
+        monkeypatch.setattr(store._redis, "_read_reply", lambda connection: is_reading.set() or read(connection))
+        call = pool.submit(store.session, T)
+        assert is_reading.wait(PATIENCE)
+        store.close()
+        forwarder.restore()
+        assert call.result(PATIENCE) is None
+
+
 def test_outages_leak_no_connections(forwarder, pass_time, monkeypatch):
     """A connection that cannot be made again must return to the pool."""
     monkeypatch.setattr(service.RedisClient, "PROBE_INTERVAL", 0.02)
