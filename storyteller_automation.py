@@ -3696,7 +3696,6 @@ _Change = Callable[["Reservation | None", int, int], "Reservation | None"]
 
 class _Question(NamedTuple):
     change: _Change
-    asked_at: float
     deadline: float | None  # a change that stores nothing is retried until then; None for one that does not wait
 
 
@@ -3739,14 +3738,14 @@ class Reservations:
         if wait and waiting >= self.MAX_WAITING:
             raise Unavailable(f"{self.MAX_WAITING} others wait for the GPU: try again later.", 5)
         # A change that does not wait is made even if its client leaves.
-        question = _Question(change, now, None if wait is None else now + wait)
+        question = _Question(change, None if wait is None else now + wait)
         return self._loop.ask(question, cancellable=wait is not None)
 
     def _turn(self) -> float:
         asked = list(self._loop.asked.items())
-        is_due = (asked or self._watches or self._unclaimed) and self._clock() - self._read_at >= self.INTERVAL
+        is_due = (self._watches or self._unclaimed) and self._clock() - self._read_at >= self.INTERVAL
         try:
-            if is_due or any(one.asked_at >= self._read_at for _, one in asked):
+            if asked or is_due:
                 self._read()
             for future, one in sorted(asked, key=lambda pair: pair[1].deadline is not None):
                 self._answer(future, one)
@@ -3760,11 +3759,7 @@ class Reservations:
 
     def _answer(self, future: Future[Any], one: _Question) -> None:
         """Try its change, and answer it unless it goes on waiting."""
-        outcome: Any
-        try:
-            is_stored, outcome = self._apply(one.change)
-        except NotFound as error:
-            is_stored, outcome = False, error
+        is_stored, outcome = self._apply(one.change)
         if one.deadline is not None and not is_stored and self._clock() < one.deadline:
             return
         if not self._loop.answer(outcome, future) and is_stored:  # its client left meanwhile
@@ -3775,8 +3770,7 @@ class Reservations:
         """Read the record, and release the reservation that nobody claimed, if there is one."""
         self._read_at = self._clock()
         self._swap(None)
-        with contextlib.suppress(NotFound):
-            self._apply(functools.partial(renewed, self._unclaimed, 0))
+        self._apply(functools.partial(renewed, self._unclaimed, 0))
         if self.known:  # another's is current: ours can come no more
             self._unclaimed = ""
 
@@ -3788,11 +3782,14 @@ class Reservations:
             self._parsed = (found, self._clock() + found.seconds_left(self._wall())) if found else (None, 0.0)
             self._fence = max(self._fence, found.fence if found else 0)
 
-    def _apply(self, change: _Change) -> tuple[bool, Reservation | None]:
-        """True and what the change stored, or False and what is known. Tried again if another instance was faster."""
+    def _apply(self, change: _Change) -> tuple[bool, Any]:
+        """True and what the change stored; else False, and what is known or NotFound. Repeats if another was faster."""
         while True:
             known, now = self.known, self._wall()
-            made = change(known, now, max(now, self._fence + 1))
+            try:
+                made = change(known, now, max(now, self._fence + 1))
+            except NotFound as error:
+                return False, error
             if made is None:
                 return False, known
             record = to_json(dataclasses.asdict(made))
