@@ -4727,27 +4727,20 @@ def is_own_host(host: str | None, settings: Settings) -> bool:
     return bool(address_of(name)) or name in map(str.lower, ("localhost", settings.host, *settings.allowed_hosts))
 
 
-def own_token(settings: Settings) -> str:
-    """The API token: of the settings, else of the data folder, where the first start makes it. Raises StartError."""
+def own_token(settings: Settings, *, makes: bool = True) -> str:
+    """The API token: of the settings, else of the data folder. `makes`: make it if there is none. Raises StartError."""
     if settings.api_token:
         return settings.api_token
     path = settings.data_dir / TOKEN_FILE
     try:
         with contextlib.suppress(FileExistsError):  # another process made it meanwhile
-            if not path.exists():
+            if makes and not path.exists():
                 write_private(path, secrets.token_urlsafe(32) + "\n")
         return _token(path.read_text(encoding="utf-8").strip())
     except OSError as error:
         raise StartError(f"{path} cannot be made or read ({error.strerror}): set STORYTELLER_API_TOKEN.") from None
     except ValueError:
         raise StartError(f"{path} contains no valid token: remove it, and the next start makes a new one.") from None
-
-
-def kept_token(settings: Settings) -> str:
-    """The API token, without making one; "" if it cannot be read, or is not valid."""
-    with contextlib.suppress(OSError, ValueError):
-        return settings.api_token or _token((settings.data_dir / TOKEN_FILE).read_text(encoding="utf-8").strip())
-    return ""
 
 
 def refused_origins(settings: Settings) -> list[str]:
@@ -7711,7 +7704,9 @@ def print_status(given: Mapping[str, Any]) -> int:
 
 def read_state(settings: Settings, host: str, port: int) -> dict[str, Any] | None:
     """The data of a service's event `state`, or an object with `error`; None if it does not answer."""
-    bearer = {"Authorization": f"Bearer {kept_token(settings)}"}
+    bearer: dict[str, str] = {}
+    with contextlib.suppress(StartError):  # without a token the service refuses the request, and says so
+        bearer["Authorization"] = f"Bearer {own_token(settings, makes=False)}"
     connection = http.client.HTTPConnection(connect_host(host), port, timeout=10)
     with contextlib.suppress(OSError, http.client.HTTPException, ValueError), contextlib.closing(connection):
         connection.request("GET", "/api/v1/events", headers=bearer)
