@@ -4973,7 +4973,6 @@ class Alerts:
             self.loops.append(Loop(self._beat, "heartbeat"))
 
     def shown(self) -> list[dict[str, Any]]:
-        """The raised alerts, and the last ones that ended."""
         return [alert_json(one) for one in (*self.raised.values(), *self.ended)]
 
     def look(self) -> float:
@@ -5341,7 +5340,6 @@ class Services:
         self._warned_at = -math.inf  # when the log last warned of them, by time.perf_counter()
 
     def start(self) -> None:
-        """Start the background loops."""
         for loop in self._background:
             loop.start()
 
