@@ -7654,18 +7654,16 @@ def check_port(settings: Settings, status: GpuStatus) -> Iterator[Finding]:
                     advice = "stop that one, or set STORYTELLER_PORT"
                     fault = f"Port {port} is in use by this service with another data folder: {advice}."
             yield "FAIL", "port", fault
-        return
-    state = read_state(settings, host, port)
-    if state is None:
+    elif (state := read_state(settings, host, port)) is None:
         log_file = settings.data_dir / "storyteller.log"
         yield "FAIL", "port", f"this service runs at {address}, but does not answer: see {log_file}, and restart it"
-        return
-    yield "OK", "port", f"this service runs at {address}; {link}"
-    theirs, ours = state.get("gpu"), gpu_json(status)  # none if it refused the token
-    if theirs and any(theirs[key] != ours[key] for key in ("gpuCount", "memoryTotal")):
-        found = theirs["error"] or f"{theirs['gpuCount']} GPU(s), {theirs['memoryTotal']} MiB"
-        advice = "it has another PATH or NVIDIA_SMI: set NVIDIA_SMI in .env, then restart it"
-        yield "WARN", "nvidia-smi", f"the running service gets another result ({found}): {advice}"
+    else:
+        yield "OK", "port", f"this service runs at {address}; {link}"
+        theirs, ours = state.get("gpu"), gpu_json(status)  # none if it refused the token
+        if theirs and any(theirs[key] != ours[key] for key in ("gpuCount", "memoryTotal")):
+            found = theirs["error"] or f"{theirs['gpuCount']} GPU(s), {theirs['memoryTotal']} MiB"
+            advice = "it has another PATH or NVIDIA_SMI: set NVIDIA_SMI in .env, then restart it"
+            yield "WARN", "nvidia-smi", f"the running service gets another result ({found}): {advice}"
 
 
 def print_status(given: Mapping[str, Any]) -> int:
