@@ -5996,8 +5996,6 @@ def example_of(schema: Schema) -> Any:
 
 
 def _describe(route: Route) -> dict[str, Any]:
-    """The route as an OpenAPI operation."""
-
     def content(schema: Schema | None) -> dict[str, Any]:
         shown = {"schema": schema, "example": example_of(schema)} if schema else None
         return {"content": {schema.get("contentMediaType", "application/json"): shown}} if schema and shown else {}
@@ -6032,7 +6030,6 @@ def _describe(route: Route) -> dict[str, Any]:
 
 @functools.cache
 def describe_api() -> dict[str, Any]:
-    """The OpenAPI 3.1 description of all routes."""
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
         paths.setdefault(route.template, {})[route.method.lower()] = _describe(route)
@@ -7399,7 +7396,6 @@ class Server:
         self._dispatcher.wake()
 
     def run(self) -> None:
-        """Serve until stop() is called."""
         swept_at = time.monotonic()
         while not self.is_stopping:
             self._turn(1.0)
