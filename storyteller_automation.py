@@ -5516,11 +5516,10 @@ def swarmui_logs(services: Services, request: Request) -> Response:
 NO_NOTIFICATIONS = b'{"notifications":[]}'
 
 
-def notifications_check(services: Services, request: Request) -> Steps:
+def notifications_check(services: Services, request: Request) -> Steps | Future[Any]:
     kind, limit, wait = request.query["type"], request.query["limit"], request.query["wait"]
     check = tuple(TOTALS) if kind == "all" else (kind,), limit, request.query["batch"] == "true"
-    waits = request.waits
-    return (yield from services.live.wait(check, wait, waits) if wait else awaited(services.checks.ask(check), waits))
+    return services.live.wait(check, wait, request.waits) if wait else services.checks.ask(check)
 
 
 def notification_create(services: Services, request: Request) -> Steps:
