@@ -8082,9 +8082,7 @@ def make_parser(command: str | None = None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name in ("host", "port", "data-dir"):
-        overrides = f"overrides STORYTELLER_{name.upper().replace('-', '_')}"
-        # SUPPRESS keeps a value that was given before the command.
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS if command else None, help=overrides)
+        parser.add_argument(f"--{name}", help=f"overrides STORYTELLER_{name.upper().replace('-', '_')}")
     for name in COMMANDS[command].arguments if command else ():
         parser.add_argument(name, **ARGUMENTS[name])
     if not command:
@@ -8096,17 +8094,16 @@ def make_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 def parse_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
     """The command and its arguments, by name. Exits with 2 if they are wrong. Raises StartError."""
-    common = vars(make_parser().parse_args(argv))
-    parser = make_parser(common["command"])
-    own, unknown = parser.parse_known_args(common["rest"])
-    if unknown and common["command"] != "test":  # those are pytest's
+    given = make_parser().parse_args(argv)
+    parser = make_parser(given.command)
+    _, unknown = parser.parse_known_args(given.rest, given)  # keeps what was given before the command
+    if unknown and given.command != "test":  # those are pytest's
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    given = {**common, **vars(own)}
     try:  # relative to the current folder, not to the module's as in a setting
-        given["data_dir"] = given["data_dir"] and os.path.abspath(given["data_dir"])
+        given.data_dir = given.data_dir and os.path.abspath(given.data_dir)
     except FileNotFoundError:
         raise StartError("The current folder, the base of --data-dir, was deleted: change to another one.") from None
-    return given
+    return vars(given)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
