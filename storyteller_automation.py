@@ -581,7 +581,6 @@ def is_loopback(host: str) -> bool:
 WINDOWS = sys.platform == "win32"  # mypy understands only the comparison: it is repeated where types differ
 START_SCRIPT = "run.bat" if WINDOWS else "run.sh"
 IS_ROOT = sys.platform != "win32" and os.geteuid() == 0
-REFUSAL_IS_SLOW = WINDOWS  # Windows retries a refused connection for about 2 s; a probe may time out before
 # No route, or no such address, like ::1 without IPv6. WinSock has its own numbers.
 _NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, 10047, 10049, 10051, 10065}
 _IN_USE = {errno.EADDRINUSE, 10048}
@@ -3232,7 +3231,6 @@ def newest_of_each(notifications: Iterable[Notification]) -> list[bytes]:
         group = groups.pop((notification.type, notification.session), [])
         group.append(notification)
         groups[notification.type, notification.session] = group  # at the end: groups are in the order of their newest
-
     counted = ((group[-1].text, {"count": len(group), "ids": [one.id for one in group]}) for group in groups.values())
     return [b"%b,%b" % (text[:-1], to_json(count_and_ids)[1:]) for text, count_and_ids in counted]
 
@@ -3912,8 +3910,8 @@ def ask_swarmui(url: str, route: str, body: Mapping[str, Any], settings: Setting
         response, text = fetch(f"{url}/API/{route}", settings.health_timeout, data=data, headers=headers)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        # Nothing listens there. Windows retries a refused connection, which may then time out instead.
-        refusals = (ConnectionRefusedError, TimeoutError) if REFUSAL_IS_SLOW else ConnectionRefusedError
+        # Windows retries a refused connection for about 2 s, so a probe may time out before.
+        refusals = (ConnectionRefusedError, TimeoutError) if WINDOWS else ConnectionRefusedError
         if isinstance(error, urllib.error.URLError) and isinstance(reason, refusals):
             return Probe(False, False, f"nothing listens at {where}"), {}
         if isinstance(reason, socket.gaierror) or getattr(reason, "errno", None) in _NO_ROUTE:
