@@ -3370,7 +3370,7 @@ class PendingChanges:
         self._ended: set[str | bytes] = set()  # keys that ended during this look, which may have read them before
         self.unread: dict[int, str] = {}  # by session, the id of the newest prompts_ready made here that is pending
         self._newest, self._duplicates = 0.0, 0  # the latest score read; members whose id another member has as well
-        self._scan_at = -math.inf  # monotonic seconds: when all members and markers are read again
+        self._scan_at = self._markers_at = -math.inf  # monotonic seconds: when all members, all markers are read again
 
     def all(self) -> list[Notification]:
         return [known for known in self._known.values() if known]
@@ -3390,36 +3390,39 @@ class PendingChanges:
         """Compare the store with what is known, in steps, and publish the differences. Raises Unavailable."""
         self._ended.clear()
         count, _ = self.add_newer()
-        if count != len(self._known) + self._duplicates or time.monotonic() >= self._scan_at:
+        # Another instance marks what it removes, so most ends are found without a scan of the pending set.
+        if (is_gone := count < self._count()) or time.monotonic() >= self._markers_at:
+            yield from self._find_marked(is_gone=is_gone)
+        if count != self._count() or time.monotonic() >= self._scan_at:
             yield from self._scan()
 
-    def _add_new(self, rows: Iterable[tuple[bytes, float]]) -> Collection[str | bytes]:
-        """Track and publish the members that are not known yet, and end those that are marked as acknowledged: another
-        program may mark one without removing it. Returns the keys of the rows."""
-        found, now, newest = dict[str | bytes, Notification | None](), now_ms(), self._newest
+    def _count(self) -> int:
+        return len(self._known) + self._duplicates
+
+    def _add_new(self, rows: Iterable[tuple[bytes, float]]) -> list[str | bytes]:
+        """Track and publish the members that are not known yet. Returns the key of each row."""
+        keys, fresh, now = list[str | bytes](), dict[str | bytes, Notification | None](), now_ms()
+        newest = self._newest
         for member, score in rows:
             at = min(int(min(score, LARGEST)), now)  # another program's score may be infinite or in the future
             newest = max(newest, at)
             own = _OWN_PENDING.match(member)
-            key = own[1].decode() if own else hashlib.sha256(member).digest()
+            keys.append(key := own[1].decode() if own else hashlib.sha256(member).digest())
             if key in self._known:
-                found[key] = self._known[key]
-            elif own and self.is_initial:  # parsing 100,000 would take 2 s
+                continue
+            if own and self.is_initial:  # parsing 100,000 would take 2 s
                 id, kind = own[1].decode(), sys.intern(own[3].decode())
-                found[key] = Notification(id, kind, b"", True, session=int(own[4]), episode=int(own[5] or 0), since=at)
+                fresh[key] = Notification(id, kind, b"", True, session=int(own[4]), episode=int(own[5] or 0), since=at)
             else:
-                read = self._notifications.read(member, score)
-                found[key] = read and read._replace(since=at)
-        marked = self._store.acknowledged([one.id for one in found.values() if one])
+                found = self._notifications.read(member, score)
+                fresh[key] = found and found._replace(since=at)
+        marked = self._store.acknowledged([found.id for found in fresh.values() if found])
         self._newest = newest  # not before: if the store fails above, add_newer() finds these rows again
         self._add_own()  # first: its events are published even if it is acknowledged by now
-        for key, one in found.items():
-            is_marked = one is not None and one.id in marked
+        for key, one in fresh.items():
             if key not in self._known and key not in self._ended:
-                self._keep(key, None if is_marked else one)
-            elif is_marked:
-                self.forget(key, is_gone=False)
-        return found.keys()
+                self._keep(key, None if one and one.id in marked else one)
+        return keys
 
     def _keep(self, key: str | bytes, found: Notification | None) -> None:
         self._known[key] = found and found._replace(text=b"")
@@ -3437,6 +3440,19 @@ class PendingChanges:
             if self.unread.get(known.session) == key:
                 del self.unread[known.session]
             self._publish("acknowledged", {"id": known.id, "type": known.type, "sessionTimestamp": known.session})
+
+    def _find_marked(self, *, is_gone: bool) -> Iterator[None]:
+        """End the notifications that are marked as acknowledged. Another program may mark one without removing it."""
+        began = time.monotonic()
+        keys = {known.id: key for key, known in self._known.items() if known}
+        ids = iter(keys)
+        while part := list(itertools.islice(ids, 1000)):
+            marked = self._store.acknowledged(part)
+            for id in [one for one in part if one in marked]:
+                self.forget(keys[id], is_gone=is_gone)
+            yield
+        ended = time.monotonic()
+        self._markers_at = ended + max(1.0, 5 * (ended - began))
 
     def _scan(self) -> Iterator[None]:
         """Compare the whole pending set with what is known."""

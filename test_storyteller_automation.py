@@ -10062,9 +10062,9 @@ def test_two_members_with_one_id_do_not_cause_a_scan_per_notification(
 def poll_everything(polled: LocalService) -> None:
     """Wait until the store has been read, including the acknowledgements."""
     pending = polled.services.live._pending
-    pending._scan_at = -math.inf
+    pending._markers_at = pending._scan_at = -math.inf
     polled.services.live.look_soon()
-    wait_until(lambda: pending._scan_at > 0)
+    wait_until(lambda: min(pending._markers_at, pending._scan_at) > 0)
 
 
 def test_a_session_saved_during_a_scan_is_published_before_the_scan_ends(polled, listen, monkeypatch):
