@@ -7870,10 +7870,10 @@ def test_a_copy_that_is_written_just_before_a_latest_is_applied_is_merged_too(br
     storyswarm.write_latest(story("w", "a cat", None))
     sync = bridged.store.sync
 
-    def sync_late(timestamp: int, decide: Any, latest: Any = None, *rest: Any) -> Any:
+    def sync_late(timestamp: int, decide: Any, latest: Any = None) -> Any:
         if latest:
             storyswarm.write(story("w", None, "a dog"))
-        return sync(timestamp, decide, latest, *rest)
+        return sync(timestamp, decide, latest)
 
     monkeypatch.setattr(bridged.store, "sync", sync_late)
     bridged.look()
